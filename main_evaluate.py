@@ -1,0 +1,194 @@
+"""Score models: UA, RA, TA, MIA, MIACR, and Coverage, Set Size, CR and fake forgetting at each α.
+
+    python main_evaluate.py --data_name digits --unlearn_name all --alphas 0.01,0.02,0.05
+
+compares the methods whose models lie in the run folder, beside the original, and measures the gap to Retrain. Each
+image goes through a model once. Writes results.json beside each model, and results.csv for all of them.
+"""
+
+import csv
+import io
+import time
+
+import torch
+
+import metrics
+import unlearn
+import utils
+
+COLUMNS = {"alpha": ("alpha", "text"), "method": ("method", "text")}
+COLUMNS |= {key: column for module in metrics.MODULES for key, column in module.COLUMNS.items()}
+GAP_OVER = ("UA", "RA", "TA", "MIA")
+
+
+def main():
+    parser = utils.make_parser(__doc__)
+    utils.add_scenario_flags(parser, "original and the methods in the run folder", unlearn.MODEL_FILE)
+    utils.add_evaluation_flags(parser)
+    args = parser.parse_args()
+
+    device = utils.pick_device(args.device)
+    data = utils.load_data(args, device)
+    cal_sizes = args.cal_sizes or [utils.default_cal_size(data)]
+    split = utils.make_split(data, args, max(cal_sizes))
+    checkpoints = find_checkpoints(args, data, split)
+    model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
+
+    evaluated = {}
+    for name, (path, state, meta) in checkpoints.items():
+        start = time.perf_counter()
+        utils.load_weights(model, state, path)
+        try:
+            scalars, rows = metrics.evaluate(collect_outputs(model, data, split, cal_sizes, args), args.alphas, args.seed)
+        except ValueError as error:
+            raise utils.UserError(f"{path}: too few images to score: {error}") from error
+        evaluated[name] = (scalars, rows, time.perf_counter() - start)
+    add_gaps(evaluated)
+
+    save(args, data, split, device, checkpoints, evaluated)
+    rows = table_rows(evaluated)
+    utils.print_table(shown_columns(rows), rows)
+    for line in flat_alphas(evaluated):
+        print(line)
+    return 0
+
+
+def find_checkpoints(args, data, split):
+    """{name: (path, state_dict, meta)} of the models to score, read and checked before any of them is scored.
+
+    The original comes first where it is at hand. Raises UserError for a model of another forget set, another
+    original, other data or another network.
+    """
+    root = utils.run_folder(args, data)
+    scenario = root / split.folder
+    on_disk = {folder.parent.name: folder for folder in sorted(scenario.glob(f"*/{args.model_dir}"))}
+    original = root / "original_model.pth"
+    is_path = utils.locate(args.model_dir, root) != root / args.model_dir
+    known = ["original", *unlearn.METHODS, *(f"cpu_{name}" for name in unlearn.METHODS)]
+    if is_path:
+        names = utils.method_names(args.unlearn_name, known)
+        if len(names) > 1:
+            raise utils.UserError(f"--model_dir {args.model_dir} is one file; name one method with --unlearn_name")
+        paths = {names[0]: utils.locate(args.model_dir, root)}
+    else:
+        every = "all" in args.unlearn_name
+        names = list(on_disk) if every else utils.method_names(args.unlearn_name, known)
+        if not names:
+            raise utils.UserError(f"{scenario}: no {args.model_dir} of any method in it; unlearn with the same flags first")
+        paths = {name: scenario / name / args.model_dir for name in names if name != "original"}
+        paths = {name: paths[name] for name in sorted(paths, key=lambda name: known.index(name) if name in known else 99)}
+    if original.exists() or "original" in names:
+        paths = {"original": paths.get("original", original)} | paths
+
+    found, originals = {}, {}
+    for name, path in paths.items():
+        state, meta = utils.read_checkpoint(path, "make it first with the same flags")
+        utils.check_meta(path, meta, args, data)
+        if meta.get("forget_set") not in (None, split.fingerprint):
+            raise utils.UserError(
+                f"{path}: unlearned another forget set ({meta['forget_set']}) than the flags say "
+                f"({split.fingerprint}); give the --seed and unlearning flags that made it"
+            )
+        source = utils.weights_hash(state) if name == "original" else meta.get("identity", {}).get("original")
+        originals.setdefault(source, path)
+        found[name] = (path, state, meta)
+    originals.pop(None, None)
+    if len(originals) > 1:
+        raise utils.UserError(
+            f"{' and '.join(str(path) for path in originals.values())}: not from one original model; "
+            "unlearn again with --overwrite"
+        )
+    return found
+
+
+def collect_outputs(model, data, split, cal_sizes, args):
+    """One pass of every scored image through the model, divided into the parts that the metrics ask for."""
+    parts = {
+        "retain": (data.train, split.retain),
+        "forget": (data.train, split.forget),
+        "test": (data.held_out, split.test),
+        "calibration": (data.held_out, split.calibration),
+    }
+    if split.forget_class is not None:
+        parts["forget_test"] = (data.held_out, split.forget_test)
+    found = {
+        part: metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
+        for part, (images, indices) in parts.items()
+    }
+    calibration = found.pop("calibration")
+    forgotten = calibration.labels == (-1 if split.forget_class is None else split.forget_class)
+
+    def of_size(wanted):
+        return {
+            size: metrics.Output(calibration.logits[:size][wanted[:size]], calibration.labels[:size][wanted[:size]])
+            for size in cal_sizes
+        }
+
+    found["forget_calibration"] = of_size(forgotten) if split.forget_class is not None else None
+    return metrics.Outputs(calibration=of_size(~forgotten), **found)
+
+
+def add_gaps(evaluated):
+    """The mean absolute difference to Retrain over UA, RA, TA and MIA, where Retrain was scored too."""
+    if "retrain" in evaluated:
+        reference = evaluated["retrain"][0]
+        for scalars, _, _ in evaluated.values():
+            scalars["gap"] = sum(abs(scalars[key] - reference[key]) for key in GAP_OVER) / len(GAP_OVER)
+
+
+def table_rows(evaluated):
+    """One flat row per α, calibration size and model."""
+    rows = []
+    for size, alpha in next(iter(evaluated.values()))[1]:
+        for name, (scalars, per_alpha, _) in evaluated.items():
+            rows.append({"alpha": alpha, "cal_size": size, "method": name} | scalars | per_alpha[size, alpha])
+    return rows
+
+
+def shown_columns(rows):
+    columns = dict(COLUMNS)
+    if "gap" in rows[0]:
+        columns["gap"] = ("gap %", "percent")
+    if len({row["cal_size"] for row in rows}) > 1:
+        columns = {"cal_size": ("n_cal", "text")} | columns
+    return columns
+
+
+def flat_alphas(evaluated):
+    """A line for every α that is not below a model's test error, where the conformal numbers say little."""
+    for alpha in sorted({alpha for _, rows, _ in evaluated.values() for _, alpha in rows}):
+        flat = [f"{name} {100 * (1 - s['TA']):.1f} %" for name, (s, _, _) in evaluated.items() if 1 - s["TA"] <= alpha]
+        if flat:
+            yield (
+                f"alpha {alpha} is not below the test error of {', '.join(flat)}: q̂ is small there, sets hold one label "
+                "or none, and CR tends to 1 whatever was forgotten; choose a smaller alpha"
+            )
+
+
+def save(args, data, split, device, checkpoints, evaluated):
+    """results.json per model and results.csv for all, and the same table in wandb."""
+    root = utils.run_folder(args, data)
+    evaluation = utils.describe_run(args, data, device) | {"forget_set": split.fingerprint}
+    for name, (path, _, meta) in checkpoints.items():
+        scalars, rows, seconds = evaluated[name]
+        folder = root / split.folder / name
+        target = folder / "results.json" if path.parent in (folder, root) else path.with_suffix(".results.json")
+        utils.prepare_folder(target.parent, 2**20)
+        conformal = [{"cal_size": size, "alpha": alpha} | row for (size, alpha), row in rows.items()]
+        utils.save_json(
+            target, meta | {"method": name, "metrics": scalars | {"conformal": conformal}, "evaluation": evaluation | {"seconds": seconds}}
+        )
+    folder = root / split.folder
+    rows = table_rows(evaluated)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    utils.save_text(folder / "results.csv", text.getvalue())
+    with utils.RunLog(folder, "evaluation", evaluation, args) as log:
+        log.table("evaluation", rows)
+    print(f"{folder / 'results.csv'}: {len(evaluated)} models, forget set {split.fingerprint}")
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,27 @@
+"""Unlearn with Conformal Prediction Unlearning (CPU): a method's own loss plus λ times the conformal loss.
+
+    python main_unlearn_cpu.py --data_name digits --unlearn_name finetune --alpha 0.01
+
+reads the original model and writes <type>_<detail>/cpu_<method>/unlearning_model.pth beside it.
+"""
+
+import unlearn
+import unlearn_cpu
+import utils
+
+
+def main():
+    parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn_cpu.METHODS))
+    utils.add_scenario_flags(parser, ", ".join(unlearn_cpu.METHODS), "original_model.pth")
+    utils.add_training_flags(parser, "when left out: the method's own, below")
+    utils.add_conformal_flags(parser)
+    args = parser.parse_args()
+
+    def conformal_term(data, split):
+        return unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda)
+
+    return unlearn.run_methods(args, unlearn_cpu.METHODS, conformal_term)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

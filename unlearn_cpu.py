@@ -1,0 +1,66 @@
+"""Conformal Prediction Unlearning (CPU, arXiv 2501.19403 section 5): the conformal loss, added to any trainable method.
+
+    L = L_method + λ · mean over the forget images in the batch of max(q̂ − S(x, y) + Δ, 0)
+
+S(x, y) = 1 − p_y(x) is the non-conformity score of the image's own label. The term is zero once the label
+lies Δ beyond q̂, outside the prediction set.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+import unlearn
+import utils
+from metrics import CR, accuracy
+
+# Every method of unlearn.py that is trained by gradient steps.
+METHODS = {f"cpu_{name}": entry for name, entry in unlearn.METHODS.items()}
+
+
+def conformal_loss(logits, labels, q_hat, delta):
+    """mean(max(q̂ − S + Δ, 0)), S = 1 − the probability of each image's own label (paper eq. 9).
+
+    Logits M×K of the forget images, labels M, q̂ and Δ floats → a scalar with gradient; 0 where M = 0.
+    """
+    scores = 1 - torch.softmax(logits.float(), dim=1).gather(1, labels[:, None]).squeeze(1)
+    return (q_hat - scores + delta).clamp(min=0).sum() / max(len(labels), 1)
+
+
+@dataclass
+class ConformalTerm:
+    """The conformal loss with its q̂, taken anew at the start of each epoch and constant within it."""
+
+    images: utils.Images
+    calibration: torch.Tensor
+    alpha: float
+    delta: float
+    lamda: float
+    q_hat: float | None = None
+    _warned: bool = False
+
+    def __post_init__(self):
+        least = math.ceil(1 / self.alpha) - 1
+        if len(self.calibration) < least:
+            raise utils.UserError(
+                f"--alpha {self.alpha}: a finite q̂ needs at least {least} training-calibration images, and this data "
+                f"gives {len(self.calibration)} (a tenth of the held-out images); choose a larger --alpha"
+            )
+
+    def start_epoch(self, model):
+        """q̂ on the training-calibration images: eval mode, no gradient, the model's mode left as it was."""
+        logits, labels = utils.compute_logits(model, self.images, self.calibration)
+        self.q_hat = CR.conformal_quantile(CR.true_label_scores(logits, labels), self.alpha)
+        error = 1 - accuracy.accuracy(logits, labels)
+        if error <= self.alpha and not self._warned:
+            self._warned = True
+            tqdm.write(
+                f"--alpha {self.alpha} is not below the error on the training-calibration images ({100 * error:.1f} %): "
+                f"q̂ is small ({self.q_hat:.4f}) and the conformal term hardly pushes; choose a smaller --alpha"
+            )
+        return {"q_hat": self.q_hat, "calibration_error": error}
+
+    def loss(self, logits, labels):
+        return conformal_loss(logits, labels, self.q_hat, self.delta)
