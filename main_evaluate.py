@@ -10,14 +10,14 @@ import csv
 import io
 import time
 
-import torch
-
 import metrics
 import unlearn
 import utils
+from metrics import CR
 
 COLUMNS = {"alpha": ("alpha", "text"), "method": ("method", "text")}
 COLUMNS |= {key: column for module in metrics.MODULES for key, column in module.COLUMNS.items()}
+COLUMNS["gap"] = ("gap %", "percent")
 GAP_OVER = ("UA", "RA", "TA", "MIA")
 
 
@@ -35,11 +35,12 @@ def main():
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
 
     evaluated = {}
-    for name, (path, state, meta) in checkpoints.items():
+    for name, (path, state, _) in checkpoints.items():
         start = time.perf_counter()
         utils.load_weights(model, state, path)
+        outputs = collect_outputs(model, data, split, cal_sizes, args)
         try:
-            scalars, rows = metrics.evaluate(collect_outputs(model, data, split, cal_sizes, args), args.alphas, args.seed)
+            scalars, rows = metrics.evaluate(outputs, args.alphas, args.seed)
         except ValueError as error:
             raise utils.UserError(f"{path}: too few images to score: {error}") from error
         evaluated[name] = (scalars, rows, time.perf_counter() - start)
@@ -74,9 +75,9 @@ def find_checkpoints(args, data, split):
         every = "all" in args.unlearn_name
         names = list(on_disk) if every else utils.method_names(args.unlearn_name, known)
         if not names:
-            raise utils.UserError(f"{scenario}: no {args.model_dir} of any method in it; unlearn with the same flags first")
+            raise utils.UserError(f"{scenario}: no method with a {args.model_dir}; unlearn with the same flags first")
+        names = sorted(names, key=lambda name: known.index(name) if name in known else len(known))
         paths = {name: scenario / name / args.model_dir for name in names if name != "original"}
-        paths = {name: paths[name] for name in sorted(paths, key=lambda name: known.index(name) if name in known else 99)}
     if original.exists() or "original" in names:
         paths = {"original": paths.get("original", original)} | paths
 
@@ -146,23 +147,27 @@ def table_rows(evaluated):
 
 
 def shown_columns(rows):
-    columns = dict(COLUMNS)
-    if "gap" in rows[0]:
-        columns["gap"] = ("gap %", "percent")
-    if len({row["cal_size"] for row in rows}) > 1:
-        columns = {"cal_size": ("n_cal", "text")} | columns
-    return columns
+    """The columns that some row fills; the calibration size where there are several."""
+    columns = {"cal_size": ("n_cal", "text")} | COLUMNS if len({row["cal_size"] for row in rows}) > 1 else COLUMNS
+    return {key: column for key, column in columns.items() if any(key in row for row in rows)}
 
 
 def flat_alphas(evaluated):
-    """A line for every α that is not below a model's test error, where the conformal numbers say little."""
-    for alpha in sorted({alpha for _, rows, _ in evaluated.values() for _, alpha in rows}):
-        flat = [f"{name} {100 * (1 - s['TA']):.1f} %" for name, (s, _, _) in evaluated.items() if 1 - s["TA"] <= alpha]
-        if flat:
-            yield (
-                f"alpha {alpha} is not below the test error of {', '.join(flat)}: q̂ is small there, sets hold one label "
-                "or none, and CR tends to 1 whatever was forgotten; choose a smaller alpha"
-            )
+    """One line for the α that are above a model's error rate, where the conformal numbers say nothing."""
+    flat = {}
+    for name, (_, rows, _) in evaluated.items():
+        for (_, alpha), row in rows.items():
+            if CR.at_most_one_label(row["q_hat"]):
+                flat.setdefault(f"{alpha:g}", {})[name] = None
+    if flat:
+        where = "; ".join(
+            f"{alpha} for {'all' if len(names) == len(evaluated) else ', '.join(names)}"
+            for alpha, names in flat.items()
+        )
+        yield (
+            f"alpha above the error rate ({where}): q̂ < 0.5 there, sets hold one label at most and CR tends to 1 "
+            "whatever was forgotten; read the numbers of a smaller alpha"
+        )
 
 
 def save(args, data, split, device, checkpoints, evaluated):
@@ -175,9 +180,8 @@ def save(args, data, split, device, checkpoints, evaluated):
         target = folder / "results.json" if path.parent in (folder, root) else path.with_suffix(".results.json")
         utils.prepare_folder(target.parent, 2**20)
         conformal = [{"cal_size": size, "alpha": alpha} | row for (size, alpha), row in rows.items()]
-        utils.save_json(
-            target, meta | {"method": name, "metrics": scalars | {"conformal": conformal}, "evaluation": evaluation | {"seconds": seconds}}
-        )
+        record = {"metrics": scalars | {"conformal": conformal}, "evaluation": evaluation | {"seconds": seconds}}
+        utils.save_json(target, meta | {"method": name} | record)
     folder = root / split.folder
     rows = table_rows(evaluated)
     text = io.StringIO()

@@ -51,8 +51,8 @@ class Job:
     """One run: a model, what it trains on, and how.
 
     ``name`` is the base method's and seeds the run, so that a CPU variant draws its base's random numbers; ``label``
-    is what people read. ``term`` is the conformal loss of :mod:`unlearn_cpu`, or None. ``new_model`` builds the network as it was
-    before any training on this data. ``epoch_done`` receives a dict of numbers after every epoch.
+    is what people read. ``term`` is the conformal loss of :mod:`unlearn_cpu`, or None. ``new_model`` builds the
+    network as it was before any training on this data. ``epoch_done`` receives a dict of numbers after every epoch.
     """
 
     name: str
@@ -110,7 +110,12 @@ def train(job, batch_loss, passes_through=("retain",)):
     joined = term is not None and term.lamda > 0 and "forget" not in passes_through
     images_an_epoch = sum(len(getattr(job.split, part)) for part in (*passes_through, *["forget"] * joined))
     bar = tqdm(
-        total=recipe.num_epochs * images_an_epoch, desc=job.label, unit="img", unit_scale=True, disable=None, leave=False
+        total=recipe.num_epochs * images_an_epoch,
+        desc=job.label,
+        unit="img",
+        unit_scale=True,
+        disable=None,
+        leave=False,
     )
     model.train()
     for epoch in range(1, recipe.num_epochs + 1):
@@ -290,7 +295,10 @@ def already_done(path, identity, args):
     """
     if args.overwrite or not path.exists():
         return None
-    meta = utils.read_checkpoint(path, "")[1]
+    try:
+        meta = utils.read_checkpoint(path)[1]
+    except utils.UserError as error:
+        raise utils.UserError(f"{error}; --overwrite replaces it") from error
     found = meta.get("identity", {})
     if found == identity:
         return meta
@@ -324,7 +332,9 @@ def run_methods(args, methods, term_of=lambda data, split: None):
     """
     names = utils.method_names(args.unlearn_name, methods, prefix="cpu_" if "cpu_retrain" in methods else "")
     if len(names) > 1 and args.learning_rate:
-        raise utils.UserError("--learning_rate with several methods: no rate is right for all; leave it out, or run one")
+        raise utils.UserError(
+            "--learning_rate with several methods: no rate is right for all; leave it out, or run one"
+        )
     device = utils.pick_device(args.device)
     data = utils.load_data(args, device)
     split = utils.make_split(data, args)
@@ -335,7 +345,7 @@ def run_methods(args, methods, term_of=lambda data, split: None):
     utils.check_meta(path, original, args, data)
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     utils.load_weights(model, state, path)
-    print(f"{path}: {len(split.retain)} images to retain, {len(split.forget)} to forget ({split.folder}, {split.fingerprint})")
+    print(f"{path}: forget {len(split.forget)} of {len(data.train)} images ({split.folder}, {split.fingerprint})")
 
     def new_model(purpose):
         utils.seed_everything(args.seed, purpose, "initialisation")
@@ -375,8 +385,9 @@ def run_methods(args, methods, term_of=lambda data, split: None):
                 rows.append({"method": label, "note": str(error)})
                 failures += 1
                 continue
+            if term is not None and (advice := term.advice()):
+                print(f"{label}: {advice}")
             utils.save_json(folder / "results.json", {key: meta[key] for key in meta if key != "history"})
         rows.append({"method": label, "seconds": meta["seconds"]} | meta["recipe"] | meta["accuracies"])
     utils.print_table(RUN_COLUMNS if not failures else RUN_COLUMNS | {"note": ("note", "text")}, rows)
     return 2 if failures else 0
-

@@ -86,9 +86,7 @@ ALPHA = _number(float, 0, 1, exclusive=True)
 
 def make_parser(description, epilog=None):
     """A parser with the flags that all four scripts share: model, data, run."""
-    parser = _Parser(
-        description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("model")
     group.add_argument("--model_name", default="resnet18", help="resnet18 (for small images), vit, or a timm model")
     group.add_argument("--width", type=_number(int, 1), default=64, help="channels of resnet18's first stage")
@@ -266,7 +264,9 @@ class Images:
             pixels = transforms.resize(pixels, [self.size, self.size], antialias=True)
         if augment is not None:
             pixels = random_augment(pixels, self.spec, augment)
-        return transforms.normalize(transforms.to_dtype(pixels, torch.float32, scale=True), self.spec.mean, self.spec.std)
+        return transforms.normalize(
+            transforms.to_dtype(pixels, torch.float32, scale=True), self.spec.mean, self.spec.std
+        )
 
 
 def random_augment(pixels, spec, rng):
@@ -355,7 +355,10 @@ def _load_cifar(args):
             f"put {kind.filename} there by hand, or check the network"
         ) from error
     return (
-        [(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), None) for part in parts],
+        [
+            (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), None)
+            for part in parts
+        ],
         list(parts[0].classes),
         args.data_name,
     )
@@ -368,7 +371,9 @@ def _load_folder(args):
     folders = []
     for part in ("train", "test"):
         if not (root / part).is_dir():
-            raise UserError(f"--data_dir {root}: no folder {part}/ in it; image_folder reads train/<class>/ and test/<class>/")
+            raise UserError(
+                f"--data_dir {root}: no folder {part}/ in it; image_folder reads train/<class>/ and test/<class>/"
+            )
         try:
             folders.append(ImageFolder(root / part))
         except FileNotFoundError as error:
@@ -403,7 +408,9 @@ def _common_side(paths, args):
     if len(sizes) == 1 and len(set(*sizes)) == 1:
         return sizes.pop()[0]
     side = models.input_size(args.model_name, 64)
-    print(f"{args.data_dir}: images of {len(sizes)} sizes are resized and centre-cropped to {side}×{side} (--image_size)")
+    print(
+        f"{args.data_dir}: images of {len(sizes)} sizes are resized and centre-cropped to {side}×{side} (--image_size)"
+    )
     return side
 
 
@@ -550,7 +557,9 @@ def _read_forget_list(path, data):
             hint = "no such file in train/" if by_name else "not a training index"
             raise UserError(f"--forget_list {path}, line {number}: {text!r}: {hint}")
         if index >= len(data.train):
-            raise UserError(f"--forget_list {path}, line {number}: {index}: there are {len(data.train)} training images")
+            raise UserError(
+                f"--forget_list {path}, line {number}: {index}: there are {len(data.train)} training images"
+            )
         if index in first_line:
             raise UserError(f"--forget_list {path}, line {number}: {text} stands in line {first_line[index]} already")
         first_line[index] = number
@@ -681,8 +690,11 @@ def weights_hash(state):
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim
-                      else repr(tensor.item()).encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.ndim
+            else repr(tensor.item()).encode()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -745,6 +757,7 @@ def load_weights(model, state, path):
 def describe_run(args, data, device):
     """What every record carries: flags, seed, data, versions, machine."""
     packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "wandb")
+    threads = torch.get_num_threads()
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -761,7 +774,7 @@ def describe_run(args, data, device):
         "data_name": args.data_name,
         "data_fingerprint": data.fingerprint,
         "versions": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads",
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -774,11 +787,12 @@ class RunLog:
     """
 
     _announced = False
+    _mode = None  # of this process, once it is known
 
     def __init__(self, folder, name, config, args):
         self.path = folder / "history.jsonl"
         self._part = self.path.with_name(f"history.jsonl.{os.getpid()}.part")
-        self._file = open(self._part, "w")
+        self._file = open(self._part, "w")  # noqa: SIM115 - keep() or close() closes it
         self.history = []
         self._run = None
         self._wandb(self._start, folder, name, config, args)
@@ -790,7 +804,7 @@ class RunLog:
         self._wandb(lambda: self._run and self._run.log(record))
 
     def table(self, title, rows):
-        """A table of dicts with the same keys, and its numbers as the run's summary where it has one row."""
+        """A table in wandb, from rows (dicts)."""
         self._wandb(self._log_table, title, rows)
 
     def keep(self):
@@ -814,16 +828,16 @@ class RunLog:
         except Exception as error:  # whatever the logger does, the training is worth more
             self._run = None
             if not RunLog._announced:
-                print(f"wandb: {type(error).__name__}: {error}; going on without it, the records are in {self.path.parent}")
+                print(f"wandb: {type(error).__name__}: {error}; going on without it, records are in {self.path.parent}")
             RunLog._announced = True
 
     def _start(self, folder, name, config, args):
-        mode = args.wandb_mode or os.environ.get("WANDB_MODE")
+        mode = RunLog._mode or args.wandb_mode or os.environ.get("WANDB_MODE")
         if mode == "disabled":
             return
-        import wandb
+        import wandb  # takes half a second, and may be missing
 
-        mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        mode = RunLog._mode = mode or ("online" if _logged_in(wandb) else "offline")
         self._run = wandb.init(
             project="conformal-prediction-unlearning",
             name=name,
@@ -835,7 +849,8 @@ class RunLog:
             settings=wandb.Settings(silent=True, console="off"),
         )
         if mode == "offline" and not RunLog._announced:
-            print(f"wandb: offline, not logged in; upload with: wandb sync {folder}/wandb/offline-run-*; look at it with: wandb leet {folder}/wandb")
+            files = folder / "wandb"
+            print(f"wandb: offline; look with: wandb leet {files}; upload with: wandb sync {files}/offline-run-*")
             RunLog._announced = True
 
     def _log_table(self, title, rows):
@@ -843,7 +858,15 @@ class RunLog:
             import wandb
 
             columns = list(dict.fromkeys(key for row in rows for key in row))
-            self._run.log({title: wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])})
+            cells = [[row.get(key) for key in columns] for row in rows]
+            self._run.log({title: wandb.Table(columns=columns, data=cells, allow_mixed_types=True)})
+
+
+def _logged_in(wandb):
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except TypeError:  # before 0.23 login() had no way not to ask
+        return bool(wandb.api.api_key)
 
 
 def print_table(columns, rows):
@@ -863,4 +886,4 @@ def print_table(columns, rows):
     lines += [[cell(row.get(key), kind) for key, (_, kind) in columns.items()] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
-        print("  ".join(text.rjust(width) if i else text.ljust(width) for i, (text, width) in enumerate(zip(line, widths))))
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))

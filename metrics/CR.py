@@ -20,6 +20,9 @@ COLUMNS = {
     "forget_misclassified": ("wrong", "count"),
     "forget_fake": ("fake", "count"),
     "forget_fake_ratio": ("fake %", "percent"),
+    "forget_by_retain_coverage": ("Cov_f|r %", "percent"),
+    "forget_by_retain_set_size": ("Size_f|r", "number"),
+    "forget_by_retain_CR": ("CR_f|r", "number"),
 }
 
 
@@ -52,6 +55,15 @@ def conformal_quantile(scores, alpha):
     if k > scores.numel():
         return math.inf
     return scores.kthvalue(k).values.item()
+
+
+def at_most_one_label(q_hat):
+    """Whether no set can hold two labels: q̂ < 1/2, which is where α lies above the model's error rate.
+
+    S ≤ q̂ then means a probability above 1/2. Coverage and Set Size fall together and CR tends to 1 on
+    forgotten and other images alike: such an α says nothing about forgetting.
+    """
+    return q_hat < 0.5
 
 
 def prediction_sets(scores, q_hat):

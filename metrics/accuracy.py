@@ -1,6 +1,11 @@
 """The scores that every unlearning paper reports: UA, RA, TA."""
 
-COLUMNS = {"UA": ("UA %", "percent"), "RA": ("RA %", "percent"), "TA": ("TA %", "percent")}
+COLUMNS = {
+    "UA": ("UA %", "percent"),
+    "RA": ("RA %", "percent"),
+    "TA": ("TA %", "percent"),
+    "UA_test": ("UA_test %", "percent"),
+}
 
 
 def accuracy(logits, labels):
