@@ -34,6 +34,7 @@ def main():
     checkpoints = find_checkpoints(args, data, split)
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
 
+    utils.prepare_folder(utils.run_folder(args, data) / split.folder, 2**20)
     evaluated = {}
     for name, (path, state, _) in checkpoints.items():
         start = time.perf_counter()

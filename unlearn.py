@@ -96,8 +96,8 @@ def train(job, batch_loss, passes_through=("retain",)):
 
     An epoch visits every image of each part once, freshly shuffled and augmented; each step takes the same share
     of every part. With a conformal term, the forget images join the steps of a method that would not see them,
-    and λ times the term is added to the loss. The model trains in the mode (BatchNorm and all) it arrives in, and
-    every evaluation leaves that mode as it was. Raises :class:`Diverged` when the loss is not finite.
+    and λ times the term is added to the loss. The model, BatchNorm included, trains in train mode, which every
+    evaluation leaves as it was. Raises :class:`Diverged` when the loss or a weight is not finite.
     """
     model, recipe, term = job.model, job.recipe, job.term
     optimizer = torch.optim.SGD(
@@ -109,14 +109,8 @@ def train(job, batch_loss, passes_through=("retain",)):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.num_epochs)
     joined = term is not None and term.lamda > 0 and "forget" not in passes_through
     images_an_epoch = sum(len(getattr(job.split, part)) for part in (*passes_through, *["forget"] * joined))
-    bar = tqdm(
-        total=recipe.num_epochs * images_an_epoch,
-        desc=job.label,
-        unit="img",
-        unit_scale=True,
-        disable=None,
-        leave=False,
-    )
+    num_images = recipe.num_epochs * images_an_epoch
+    bar = tqdm(total=num_images, desc=job.label, unit="img", unit_scale=True, disable=None, leave=False)
     model.train()
     for epoch in range(1, recipe.num_epochs + 1):
         start = time.perf_counter()
@@ -145,9 +139,9 @@ def train(job, batch_loss, passes_through=("retain",)):
             if not bar.disable and step % 20 == 0:
                 bar.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", acc=f"{correct.item() / seen:.3f}")
         scheduler.step()
-        seconds = time.perf_counter() - start
 
         record |= {"loss": loss_sum.item() / len(batches), "train_acc": correct.item() / seen}
+        seconds = time.perf_counter() - start
         if not math.isfinite(record["loss"]) or not all(p.isfinite().all() for p in model.parameters()):
             bar.close()
             raise Diverged(

@@ -51,13 +51,13 @@ def read_json(path):
 
 
 def flags(**given):
-    """Parsed flags with every default, for the functions that take them."""
-    defaults = dict(
-        data_name="digits", data_dir="./data", num_classes=None, model_name="resnet18", width=4, image_size=None,
-        pretrained_path=None, no_pretrained=False, seed=1, unlearn_type="random", retain_ratio=0.9,
-        forget_class=None, forget_list=None, runs_dir="./runs", wandb_mode="disabled",
-    )  # fmt: skip
-    return Namespace(**defaults | given)
+    """Parsed flags with every default but those given, for the functions that take them."""
+    import utils
+
+    parser = utils.make_parser("")
+    utils.add_scenario_flags(parser, "", "original_model.pth")
+    args = parser.parse_args(["--unlearn_name", "all", "--width", "4", "--device", "cpu"])
+    return Namespace(**vars(args) | given)
 
 
 @pytest.fixture(scope="session")
@@ -69,16 +69,24 @@ def digits():
     return utils.load_data(flags(), torch.device("cpu"))
 
 
+def readme_block(marker):
+    """The code block of the README that follows the comment ``marker``."""
+    return (ROOT / "README.md").read_text().split(f"<!-- {marker} -->")[1].split("```")[1].partition("\n")[2]
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """The README's four scripts on digits, with a narrow network; nothing said about wandb. The folder they ran in."""
+    """The README's main job with a narrow network and fewer epochs; nothing said about wandb. Where it ran."""
     folder = tmp_path_factory.mktemp("pipeline")
+    fewer = {
+        "main_original_model.py": ["--num_epochs", 6],
+        "main_unlearn.py": ["--num_epochs", 3],
+        "main_unlearn_cpu.py": ["--num_epochs", 3, "--alpha", 0.05],
+        "main_evaluate.py": ["--alphas", "0.05,0.1", "--cal_sizes", "100,200"],
+    }
+    commands = [part.split()[1:] for part in readme_block("main job").split("&&") if "main_" in part]
+    assert [script for script, *_ in commands] == list(fewer)
     said = {}
-    for script, *arguments in [
-        ("main_original_model.py", "--num_epochs", 6),
-        ("main_unlearn.py", "--unlearn_name", "retrain", "finetune", "--num_epochs", 3),
-        ("main_unlearn_cpu.py", "--unlearn_name", "finetune", "--num_epochs", 3, "--alpha", 0.05),
-        ("main_evaluate.py", "--unlearn_name", "all", "--alphas", "0.05,0.1", "--cal_sizes", "100,200"),
-    ]:
-        said[script] = succeed(script, *TINY, *arguments, cwd=folder)
+    for script, *arguments in commands:
+        said[script] = succeed(script, *arguments, *TINY, *fewer[script], cwd=folder)
     return Namespace(folder=folder, root=folder / "runs/resnet18w4_digits_seed1", said=said)

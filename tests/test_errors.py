@@ -1,0 +1,204 @@
+"""A user's mistake is one line that names the flag or file, status 2, and nothing lost."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, fails_in_one_line, read_json, run_script, succeed
+from PIL import Image
+
+UNLEARN = ["main_unlearn.py", *TINY, "--unlearn_name", "finetune"]
+CPU = ["main_unlearn_cpu.py", *TINY, "--unlearn_name", "finetune"]
+EVALUATE = ["main_evaluate.py", *TINY, "--unlearn_name", "all"]
+ORIGINAL = ["main_original_model.py", *TINY]
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lists")
+    for name, text in [("range", "1\n797\n"), ("twice", "4\n5\n4\n"), ("name", "cat/1.png\n"), ("empty", "# none\n")]:
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([*ORIGINAL, "--num_classes", 12], ["--num_classes 12", "10 classes"]),
+        ([*ORIGINAL, "--learning_rate", "-1"], ["--learning_rate", "above 0"]),
+        ([*ORIGINAL, "--num_epochs", "many"], ["--num_epochs", "many"]),
+        ([*ORIGINAL, "--unknown_flag", 1], ["--unknown_flag"]),
+        ([*ORIGINAL, "--model_name", "resnet19"], ["--model_name resnet19"]),
+        ([*ORIGINAL, "--device", "cuda:0"], ["--device cuda:0", "--device cpu"]),
+        ([*ORIGINAL, "--data_name", "image_folder", "--data_dir", "nowhere"], ["--data_dir nowhere", "train/"]),
+        ([*ORIGINAL, "--data_name", "cifar10", "--data_dir", "nowhere"], ["cifar-10-python.tar.gz", "nowhere"]),
+        ([*ORIGINAL, "--runs_dir", "/proc/none"], ["/proc/none", "cannot hold"]),
+        (["main_original_model.py", "--model_name", "vit"], ["--pretrained_path FILE", "--no_pretrained"]),
+        (["main_original_model.py", "--model_name", "vit", "--pretrained_path", "w.pth"], ["w.pth: no such file"]),
+        ([*UNLEARN, "--retain_ratio", "1.5"], ["--retain_ratio 1.5"]),
+        ([*UNLEARN, "--retain_ratio", "0.9999"], ["0 of 797"]),
+        ([*UNLEARN, "--unlearn_type", "list"], ["--forget_list FILE"]),
+        ([*UNLEARN, "--unlearn_type", "class", "--forget_class", "ten"], ["--forget_class ten"]),
+        ([*UNLEARN, "--forget_class", "3"], ["--forget_class", "--unlearn_type class"]),
+        (["main_unlearn.py", *TINY, "--unlearn_name", "forget"], ["--unlearn_name forget", "finetune"]),
+        (["main_unlearn.py", *TINY, "--unlearn_name", "all", "--learning_rate", 0.1], ["--learning_rate", "several"]),
+        ([*UNLEARN, "--runs_dir", "empty"], ["original_model.pth: no such file", "main_original_model.py"]),
+        ([*CPU, "--alpha", "0"], ["--alpha", "above 0"]),
+        ([*CPU, "--alpha", "0.005", "--num_epochs", 1], ["--alpha 0.005", "199", "100"]),
+        ([*EVALUATE, "--alphas", "0.05,1"], ["--alphas", "below 1"]),
+        ([*EVALUATE, "--cal_sizes", "900"], ["--cal_sizes 900", "899"]),
+        ([*EVALUATE, "--seed", 7], ["no method"]),
+        ([*EVALUATE, "--alpha", "0.05"], ["--alpha"]),
+        ([*EVALUATE, "--model_dir", "some/file.pth"], ["one file"]),
+    ],
+)
+def test_mistakes_in_flags(command, words, pipeline):
+    fails_in_one_line(run_script(*command, cwd=pipeline.folder), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("range", ["line 2", "797"]),
+        ("twice", ["line 3", "line 1"]),
+        ("name", ["line 1", "cat/1.png"]),
+        ("empty", ["no image"]),
+        ("missing", ["missing.txt"]),
+    ],
+)
+def test_mistakes_in_forget_lists(name, words, lists, pipeline):
+    done = run_script(*UNLEARN, "--unlearn_type", "list", "--forget_list", lists / f"{name}.txt", cwd=pipeline.folder)
+    fails_in_one_line(done, *words)
+
+
+class Trap:
+    """Unpickling this would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+def truncate(source, target):
+    data = source.read_bytes()
+    target.write_bytes(data[: len(data) // 2])
+
+
+def other_classes(source, target):
+    state = torch.load(source, weights_only=True)["model"]
+    state["fc.weight"], state["fc.bias"] = torch.zeros(7, 32), torch.zeros(7)
+    torch.save(state, target)
+
+
+def other_network(source, target):
+    torch.save(torch.nn.Linear(3, 3).state_dict(), target)
+
+
+def not_finite(source, target):
+    state = torch.load(source, weights_only=True)["model"]
+    state["fc.bias"][0] = float("nan")
+    torch.save(state, target)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, ["truncated"]),
+        (lambda source, target: target.write_bytes(b""), ["not a checkpoint"]),
+        (lambda source, target: target.write_text("hello"), ["not a checkpoint"]),
+        (lambda source, target: target.write_bytes(pickle.dumps({"model": Trap()})), ["not a checkpoint"]),
+        (lambda source, target: torch.save({"model": {"a": 1}, "meta": {}}, target), ["no state_dict"]),
+        (other_classes, ["fc.bias", "(7,)", "(10,)"]),
+        (other_network, ["another architecture"]),
+        (not_finite, ["not finite"]),
+    ],
+)
+def test_damaged_and_foreign_checkpoints(damage, words, pipeline, tmp_path):
+    path = tmp_path / "model.pth"
+    damage(pipeline.root / "original_model.pth", path)
+    fails_in_one_line(run_script(*UNLEARN, "--model_dir", path, "--runs_dir", "new", cwd=tmp_path), str(path), *words)
+    assert not (tmp_path / "trapped").exists() and not (tmp_path / "new").exists()
+
+
+def test_a_model_of_another_width_is_named(pipeline, tmp_path):
+    path = pipeline.root / "original_model.pth"
+    done = run_script(*UNLEARN, "--width", 8, "--model_dir", path, cwd=tmp_path)
+    fails_in_one_line(done, "--width 4", "8")
+
+
+def test_a_model_of_another_forget_set_is_not_scored(pipeline, tmp_path):
+    path = pipeline.root / "random_0.9/retrain/unlearning_model.pth"
+    arguments = ["main_evaluate.py", *TINY, "--unlearn_name", "retrain", "--model_dir", path, "--retain_ratio", 0.5]
+    fails_in_one_line(run_script(*arguments, cwd=tmp_path), "another forget set", "56d878fd8c3a6704")
+
+
+def test_another_run_in_the_same_folder_is_not_overwritten(pipeline):
+    path = pipeline.root / "random_0.9/finetune/unlearning_model.pth"
+    before = path.read_bytes()
+    fails_in_one_line(run_script(*UNLEARN, "--num_epochs", 2, cwd=pipeline.folder), "num_epochs 3", "--overwrite")
+    original = run_script(*ORIGINAL, "--num_epochs", 2, cwd=pipeline.folder)
+    fails_in_one_line(original, "num_epochs 6", "--overwrite")
+    assert path.read_bytes() == before
+
+
+def test_a_diverging_run_leaves_the_last_good_files(pipeline):
+    folder = pipeline.root / "random_0.9/finetune"
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    arguments = ["--learning_rate", "1e9", "--overwrite", "--wandb_mode", "disabled"]
+    fails_in_one_line(
+        run_script(*UNLEARN, *arguments, cwd=pipeline.folder),
+        "finetune diverged in epoch 1", "learning rate 1e+09", "nan",
+    )  # fmt: skip
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+
+
+def test_a_full_disk_is_found_before_training(tmp_path):
+    """A limit on the size of a file is the disk that a test can fill."""
+    path = tmp_path / "limit"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
+    )
+    done = run_script(*ORIGINAL, "--wandb_mode", "disabled", cwd=tmp_path, python_path=path)
+    fails_in_one_line(done, "cannot hold 1 MB", "runs/resnet18w4_digits_seed1")
+    assert "epoch" not in done.stdout and not list(tmp_path.rglob("*.p*th"))
+
+
+def test_models_of_two_originals_are_not_compared(tmp_path):
+    common = [*TINY, "--wandb_mode", "disabled"]
+    succeed(*ORIGINAL, *common, "--num_epochs", 1, cwd=tmp_path)
+    succeed(*UNLEARN, *common, "--num_epochs", 1, cwd=tmp_path)
+    succeed(*ORIGINAL, *common, "--num_epochs", 2, "--overwrite", cwd=tmp_path)
+    fails_in_one_line(run_script(*EVALUATE, cwd=tmp_path), "not from one original", "--overwrite")
+
+
+def picture(path, side=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(path)
+
+
+def test_mistakes_in_image_folders(tmp_path):
+    command = [*ORIGINAL, "--data_name", "image_folder", "--data_dir", "pictures"]
+    for part in ("train", "test"):
+        picture(tmp_path / "pictures" / part / "ant/1.png")
+    fails_in_one_line(run_script(*command, cwd=tmp_path), "one class")
+    (tmp_path / "pictures/train/bee").mkdir()
+    fails_in_one_line(run_script(*command, cwd=tmp_path), "pictures", "bee")
+    picture(tmp_path / "pictures/train/bee/1.png")
+    fails_in_one_line(run_script(*command, cwd=tmp_path), "different classes", "bee")
+    (tmp_path / "pictures/test/bee").mkdir()
+    (tmp_path / "pictures/test/bee/1.png").write_bytes(b"no image")
+    fails_in_one_line(run_script(*command, cwd=tmp_path), "bee/1.png", "not a readable image")
+
+
+def test_training_images_that_changed_are_noticed(tmp_path):
+    command = ["--data_name", "image_folder", "--data_dir", "pictures", "--wandb_mode", "disabled"]
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            for index in range(20):
+                picture(tmp_path / f"pictures/{part}/{name}/{index}.png")
+    succeed(*ORIGINAL, *command, "--num_epochs", 1, cwd=tmp_path)
+    (tmp_path / "pictures/train/ant/3.png").unlink()
+    fails_in_one_line(run_script(*UNLEARN, *command, cwd=tmp_path), "other training images")
+    assert read_json(next(tmp_path.glob("runs/*/original_model.json")))["num_classes"] == 2

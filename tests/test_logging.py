@@ -1,0 +1,93 @@
+"""wandb: curves, table and flags arrive in an offline run; without wandb everything else goes on."""
+
+import json
+import struct
+
+import pytest
+from conftest import TINY, succeed
+
+ORIGINAL = ["main_original_model.py", *TINY, "--num_epochs", 2]
+
+
+def read_offline_run(path):
+    """The records of a .wandb file: a LevelDB log of protobuf messages in blocks of 32 KiB after a 7-byte header."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = path.read_bytes(), 7, []
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            parts = []
+            yield record
+
+
+def history_and_config(folder):
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    history, config = [], {}
+    for record in read_offline_run(path):
+        if record.HasField("history"):
+            rows = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            history.append(rows)
+        for update in (*record.run.config.update, *record.config.update):
+            config[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
+    return history, config
+
+
+def test_curves_and_flags_arrive_in_wandb(pipeline):
+    folder = pipeline.root / "random_0.9/cpu_finetune"
+    history, config = history_and_config(folder)
+    curves = [record for record in history if "epoch" in record]
+    written = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in curves] == [1, 2, 3]
+    for logged, kept in zip(curves, written, strict=True):
+        assert {"loss", "train_acc", "retain_acc", "forget_acc", "test_acc", "q_hat", "images_per_second"} <= set(kept)
+        assert all(logged[key] == pytest.approx(value) for key, value in kept.items())
+    assert config["flags"]["alpha"] == 0.05 and config["forget_set"] == "56d878fd8c3a6704"
+    assert "wandb sync" in pipeline.said["main_unlearn_cpu.py"].stdout
+
+
+def test_the_evaluation_table_arrives_in_wandb(pipeline):
+    folder = pipeline.root / "random_0.9"
+    history, _ = history_and_config(folder)
+    entry = next(record["evaluation"] for record in history if "evaluation" in record)
+    (run,) = folder.glob("wandb/offline-run-*")
+    table = json.loads((run / "files" / entry["path"]).read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len(rows) == 16 and {"UA", "MIACR", "forget_CR"} <= set(rows[0])
+    assert [row["method"] for row in rows[:4]] == ["original", "retrain", "finetune", "cpu_finetune"]
+
+
+STUBS = {
+    "missing": "raise ImportError('No module named wandb')",
+    "broken": "def login(**_): return True\ndef Settings(**_): return None\ndef init(**_): raise OSError('no service')",
+    "dying": (
+        "class Run:\n    def log(self, *_): raise BrokenPipeError('gone')\n    def finish(self, **_): raise OSError\n"
+        "def login(**_): return False\ndef Settings(**_): return None\ndef init(**_): return Run()"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STUBS)
+def test_without_wandb_the_run_goes_on(kind, tmp_path):
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    (stub / "wandb.py").write_text(STUBS[kind])
+    done = succeed(*ORIGINAL, cwd=tmp_path, python_path=stub)
+    said = [line for line in done.stdout.splitlines() if "going on without it" in line]
+    assert len(said) == 1 and said[0].startswith("wandb: ")
+    folder = tmp_path / "runs/resnet18w4_digits_seed1"
+    assert (folder / "original_model.pth").is_file() and len((folder / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_wandb_can_be_switched_off(tmp_path):
+    for way in ({"arguments": ["--wandb_mode", "disabled"]}, {"env": {"WANDB_MODE": "disabled"}}):
+        done = succeed(*ORIGINAL, *way.get("arguments", []), "--overwrite", cwd=tmp_path, env=way.get("env"))
+        assert "wandb" not in done.stdout and not list(tmp_path.rglob("wandb"))

@@ -1,0 +1,303 @@
+"""The four scripts as users run them, from training to the table."""
+
+import csv
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, read_json, run_script, succeed
+from PIL import Image
+
+import models
+import utils
+
+METHODS = ["original", "retrain", "finetune", "cpu_finetune"]
+PUBLISHED = """
+main_original_model.py --model_name resnet18 --data_name cifar10 --data_dir ./data --batch_size 64 --num_epochs 200 --learning_rate 0.1 --num_classes 10
+main_unlearn.py --unlearn_name retrain --unlearn_type random --model_name resnet18 --data_name cifar10 --data_dir ./data --model_dir original_model.pth --num_epochs 200 --num_classes 10 --retain_ratio 0.9 --learning_rate 0.01
+main_unlearn_cpu.py --unlearn_name finetune --unlearn_type random --model_name resnet18 --data_name cifar10 --data_dir ./data --model_dir original_model.pth --num_epochs 20 --num_classes 10 --retain_ratio 0.9 --learning_rate 0.1 --delta 0.01 --alpha 0.05 --lamda 0.5
+main_evaluate.py --unlearn_name retrain --unlearn_type random --model_name resnet18 --data_name cifar10 --data_dir ./data --model_dir unlearning_model.pth --num_classes 10 --retain_ratio 0.9 --alphas 0.05
+""".strip().splitlines()  # noqa: E501 - these lines are public and stay as they were published
+
+
+def table_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- digits
+
+
+def test_the_pipeline_leaves_every_record(pipeline):
+    scenario = pipeline.root / "random_0.9"
+    assert (pipeline.root / "original_model.pth").is_file()
+    original = read_json(pipeline.root / "original_model.json")
+    assert original["flags"]["num_epochs"] == 6 and len(original["history"]) == 6 and original["seconds"] > 0
+    assert original["versions"]["torch"] == torch.__version__ and original["device"].startswith("cpu")
+    for method in METHODS[1:]:
+        assert {path.name for path in (scenario / method).iterdir()} == {
+            "unlearning_model.pth", "history.jsonl", "results.json", "wandb"
+        }  # fmt: skip
+        results = read_json(scenario / method / "results.json")
+        assert results["method"] == method and results["seed"] == 1 and results["seconds"] > 0
+        assert results["forget_set"] == "56d878fd8c3a6704" and results["num_forget"] == 80
+        assert results["recipe"]["num_epochs"] == 3 and results["original_seconds"] == original["seconds"]
+        assert len((scenario / method / "history.jsonl").read_text().splitlines()) == 3
+    assert not list(pipeline.folder.rglob("*.part"))
+
+
+def test_the_table_has_every_model_alpha_and_number(pipeline):
+    rows = table_of(pipeline.root / "random_0.9/results.csv")
+    assert [(row["cal_size"], row["alpha"], row["method"]) for row in rows] == [
+        (size, alpha, method) for size in ("100", "200") for alpha in ("0.05", "0.1") for method in METHODS
+    ]
+    for row in rows:
+        for key in ("UA", "RA", "TA", "MIA", "MIACR", "gap", "forget_coverage", "test_coverage", "test_CR"):
+            assert 0 <= float(row[key]) <= 1, key
+        assert float(row["test_set_size"]) <= 10
+        assert int(row["forget_fake"]) <= int(row["forget_misclassified"]) <= 80
+        assert float(row["UA"]) == pytest.approx(int(row["forget_misclassified"]) / 80)
+        ratio = float(row["test_coverage"]) / float(row["test_set_size"])
+        assert float(row["test_CR"]) == pytest.approx(ratio)
+    reference = next(row for row in rows if row["method"] == "retrain")
+    for row in rows:
+        gap = np.mean([abs(float(row[key]) - float(reference[key])) for key in ("UA", "RA", "TA", "MIA")])
+        assert float(row["gap"]) == pytest.approx(gap)
+    said = pipeline.said["main_evaluate.py"].stdout
+    assert all(heading in said for heading in ("UA %", "MIACR %", "Cov_f %", "CR_t", "fake", "gap %"))
+
+
+def test_results_json_holds_the_same_numbers(pipeline):
+    results = read_json(pipeline.root / "random_0.9/cpu_finetune/results.json")
+    row = next(row for row in table_of(pipeline.root / "random_0.9/results.csv") if row["method"] == "cpu_finetune")
+    assert results["metrics"]["UA"] == float(row["UA"])
+    conformal = results["metrics"]["conformal"][0]
+    assert (conformal["alpha"], conformal["cal_size"]) == (0.05, 100)
+    assert conformal["forget_coverage"] == float(row["forget_coverage"])
+    assert results["evaluation"]["flags"]["alphas"] == [0.05, 0.1] and results["identity"]["alpha"] == 0.05
+
+
+def test_test_coverage_is_near_its_level(pipeline):
+    for row in table_of(pipeline.root / "random_0.9/results.csv"):
+        n, tested, level = int(row["cal_size"]), 700, 1 - float(row["alpha"])
+        spread = (level * (1 - level) * (1 / n + 1 / tested)) ** 0.5
+        assert abs(float(row["test_coverage"]) - level) < 4 * spread + 1 / n
+
+
+def test_what_is_done_is_not_done_again(pipeline):
+    path = pipeline.root / "random_0.9/finetune/unlearning_model.pth"
+    before = path.stat().st_mtime_ns
+    again = succeed(
+        "main_unlearn.py", *TINY, "--unlearn_name", "finetune", "--num_epochs", 3, "--wandb_mode", "disabled",
+        cwd=pipeline.folder,
+    )  # fmt: skip
+    assert "already done" in again.stdout and path.stat().st_mtime_ns == before
+
+
+def test_evaluating_twice_gives_the_same_numbers(pipeline):
+    command = ["main_evaluate.py", *TINY, "--unlearn_name", "all", "--alphas", "0.05,0.1", "--cal_sizes", "100,200"]
+    path = pipeline.root / "random_0.9/results.csv"
+    before = path.read_text()
+    succeed(*command, "--batch_size", 512, "--wandb_mode", "disabled", cwd=pipeline.folder)
+    assert path.read_text() == before
+
+
+def test_a_model_at_a_path_and_a_bare_state_dict_are_scored(pipeline, tmp_path):
+    state, _ = utils.read_checkpoint(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "other.pth")
+    arguments = [*TINY, "--unlearn_name", "retrain", "--alphas", "0.05", "--cal_sizes", "100"]
+    succeed(
+        "main_evaluate.py",
+        *arguments,
+        "--model_dir",
+        tmp_path / "other.pth",
+        "--runs_dir",
+        tmp_path / "runs",
+        cwd=tmp_path,
+    )
+    found = read_json(tmp_path / "other.results.json")["metrics"]
+    known = read_json(pipeline.root / "random_0.9/retrain/results.json")["metrics"]
+    assert {key: found[key] for key in ("UA", "RA", "TA", "MIA")} == {
+        key: known[key] for key in ("UA", "RA", "TA", "MIA")
+    }
+
+
+def test_one_failing_method_does_not_stop_the_others(pipeline):
+    """Retrain starts from NaN; finetune, after it, still runs, and the table says what happened to the first."""
+    command = ["main_unlearn.py", *TINY, "--unlearn_name", "all", "--num_epochs", 1, "--wandb_mode", "disabled"]
+    arguments = ["--runs_dir", "f", "--model_dir", pipeline.root / "original_model.pth"]
+    done = run_script(*command, *arguments, cwd=pipeline.folder, python_path=diverging(pipeline.folder))
+    assert done.returncode == 2 and "retrain diverged in epoch 1" in done.stdout
+    assert (pipeline.folder / "f" / pipeline.root.name / "random_0.9/finetune/unlearning_model.pth").is_file()
+    assert not (pipeline.folder / "f" / pipeline.root.name / "random_0.9/retrain/unlearning_model.pth").exists()
+
+
+def diverging(folder):
+    """A Python path on which the network that retrain starts from is full of NaN."""
+    path = folder / "diverging"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(
+        "import torch\n"
+        "plain = torch.nn.init.kaiming_normal_\n"
+        "built = []\n"
+        "def broken(tensor, *a, **k):\n"
+        "    built.append(1)\n"
+        "    return plain(tensor, *a, **k) if len(built) <= 20 else tensor.data.fill_(float('nan'))\n"
+        "torch.nn.init.kaiming_normal_ = broken\n"
+    )
+    return path
+
+
+def test_class_forgetting_end_to_end(pipeline):
+    scenario = ["--unlearn_type", "class", "--forget_class", 3, "--wandb_mode", "disabled"]
+    succeed("main_unlearn.py", *TINY, *scenario, "--unlearn_name", "finetune", "--num_epochs", 2, cwd=pipeline.folder)
+    cpu = ["main_unlearn_cpu.py", *TINY, *scenario, "--unlearn_name", "retrain", "--num_epochs", 1]
+    succeed(*cpu, cwd=pipeline.folder)
+    done = succeed(
+        "main_evaluate.py", *TINY, *scenario, "--unlearn_name", "all", "--alphas", "0.1", cwd=pipeline.folder
+    )
+    rows = table_of(pipeline.root / "class_3/results.csv")
+    assert [row["method"] for row in rows] == ["original", "finetune", "cpu_retrain"]
+    assert "Cov_f|r %" in done.stdout and all(row["forget_by_retain_coverage"] for row in rows)
+    assert float(rows[1]["UA"]) > 0.9  # two epochs without the class
+
+
+def test_alpha_above_the_error_rate_is_said(tmp_path):
+    common = [*TINY, "--wandb_mode", "disabled"]
+    succeed("main_original_model.py", *common, "--width", 8, "--num_epochs", 20, cwd=tmp_path)
+    unlearned = succeed(
+        "main_unlearn_cpu.py", *common, "--width", 8, "--unlearn_name", "finetune", "--num_epochs", 2, "--alpha", 0.4,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "--alpha 0.4 is above the model's error rate" in unlearned.stdout
+    scored = succeed(
+        "main_evaluate.py", *common, "--width", 8, "--unlearn_name", "all", "--alphas", "0.4,0.01", cwd=tmp_path
+    )
+    line = next(line for line in scored.stdout.splitlines() if line.startswith("alpha above the error rate"))
+    assert "0.4 for all" in line
+
+
+# ---------------------------------------------------------------- other data
+
+
+@pytest.fixture
+def cifar_files(tmp_path):
+    """Files in the format of the CIFAR-10 archive, and a Python path on which their checksums pass."""
+    folder = tmp_path / "data/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, count in [*((f"data_batch_{i}", 30) for i in range(1, 6)), ("test_batch", 200)]:
+        labels = rng.integers(10, size=count)
+        pixels = rng.integers(0, 80, size=(count, 3072)) + 17 * labels[:, None]
+        batch = {"data": pixels.astype(np.uint8), "labels": labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    path = tmp_path / "checksums"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(
+        "import torchvision.datasets.cifar as cifar\n"
+        "cifar.check_integrity = lambda *a, **k: True\n"
+    )  # fmt: skip
+    return tmp_path, path
+
+
+def test_the_published_command_lines_run(cifar_files):
+    folder, python_path = cifar_files
+    for line in PUBLISHED:
+        fewer = [] if line.startswith("main_evaluate") else ["--num_epochs", "1"]
+        succeed(*line.split(), *fewer, cwd=folder, python_path=python_path)
+    root = folder / "runs/resnet18_cifar10_seed1"
+    assert [row["method"] for row in table_of(root / "random_0.9/results.csv")] == ["original", "retrain"]
+    assert read_json(root / "random_0.9/retrain/results.json")["recipe"]["learning_rate"] == 0.01
+    cpu = read_json(root / "random_0.9/cpu_finetune/results.json")
+    assert (cpu["identity"]["alpha"], cpu["identity"]["delta"], cpu["identity"]["lamda"]) == (0.05, 0.01, 0.5)
+
+
+def test_cifar_images_are_read_as_published(cifar_files, monkeypatch):
+    import torchvision.datasets.cifar
+    from conftest import flags
+
+    folder, _ = cifar_files
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    arguments = flags(data_name="cifar10", data_dir=str(folder / "data"))
+    data = utils.load_data(arguments, torch.device("cpu"))
+    batch = pickle.loads((folder / "data/cifar-10-batches-py/data_batch_1").read_bytes())
+    assert data.train.pixels.shape == (150, 3, 32, 32) and data.train.pixels.dtype == torch.uint8
+    assert data.train.pixels[3].flatten().tolist() == batch["data"][3].tolist()
+    assert data.train.labels[:30].tolist() == batch["labels"] and data.classes[9] == "truck"
+
+
+def write_folder(root, train=30, test=40, classes=("ant", "bee", "cat")):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for number, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 100, size=(20, 16 + 4 * (index % 2), 3)).astype(np.uint8)
+                pixels[..., number] += 100
+                Image.fromarray(pixels).save(root / part / name / f"{index:03}.png")
+
+
+def test_an_image_folder_and_a_list_of_file_names(tmp_path):
+    write_folder(tmp_path / "insects")
+    (tmp_path / "request.txt").write_text("ant/003.png\ntrain/bee/007.png\ncat/011.png\n")
+    data = [
+        *TINY,
+        "--data_name",
+        "image_folder",
+        "--data_dir",
+        "insects",
+        "--image_size",
+        12,
+        "--wandb_mode",
+        "disabled",
+    ]
+    scenario = ["--unlearn_type", "list", "--forget_list", "request.txt"]
+    succeed("main_original_model.py", *data, "--num_epochs", 3, "--num_classes", 3, cwd=tmp_path)
+    succeed("main_unlearn.py", *data, *scenario, "--unlearn_name", "retrain", cwd=tmp_path)
+    succeed("main_evaluate.py", *data, *scenario, "--unlearn_name", "all", "--alphas", "0.2", cwd=tmp_path)
+    root = tmp_path / "runs/resnet18w4i12_image_folder-insects_seed1"
+    results = read_json(next(root.glob("list_request_*/retrain/results.json")))
+    assert results["num_forget"] == 3 and results["recipe"]["num_epochs"] == 3  # the original's own recipe
+    assert results["image_size"] == 12 and results["num_classes"] == 3
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_resnet18_keeps_resolution_in_the_stem():
+    model = models.create_model("resnet18", 10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962  # the CIFAR ResNet-18
+    assert model.conv1(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_vit_trains_and_is_scored(tmp_path):
+    """timm's test_vit is a ViT of 0.4 million parameters: the same code path as vit, in seconds."""
+    common = ["--model_name", "test_vit", "--image_size", 32, "--no_pretrained", "--wandb_mode", "disabled"]
+    succeed("main_original_model.py", *common, "--num_epochs", 1, cwd=tmp_path)
+    succeed("main_unlearn_cpu.py", *common, "--unlearn_name", "finetune", "--num_epochs", 1, cwd=tmp_path)
+    succeed("main_evaluate.py", *common, "--unlearn_name", "all", cwd=tmp_path)
+    assert (tmp_path / "runs/test-vit-randomi32_digits_seed1/random_0.9/results.csv").is_file()
+
+
+def test_vit_is_the_papers_network_with_weights_from_disk(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    source = timm.create_model("vit_small_patch16_224")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    model = models.create_model("vit", 10, image_size=32, pretrained_path=tmp_path / "weights.pth")
+    assert model.blocks[11].mlp.fc2.weight.equal(source.blocks[11].mlp.fc2.weight)
+    assert model.head.out_features == 10 and model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert models.input_size("vit", 32) == 224 and models.input_size("resnet18", 32) == 32
+
+
+@pytest.mark.parametrize("script", ["original_model", "unlearn", "unlearn_cpu", "evaluate"])
+def test_help_shows_groups_and_defaults(script, tmp_path):
+    text = " ".join(succeed(f"main_{script}.py", "--help", cwd=tmp_path).stdout.split())
+    assert "model:" in text and "data:" in text and "(default: digits)" in text and "(default: 64)" in text
+    if script.startswith("unlearn"):
+        assert "finetune epochs: 20, learning rate: the original's" in text and "(default: 0.9)" in text

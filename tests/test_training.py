@@ -1,0 +1,262 @@
+"""The data on the device, the training loop and the conformal loss: the known traps of this field's code."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, flags, read_json, succeed
+from torch.nn import functional as F
+
+import unlearn
+import unlearn_cpu
+import utils
+from metrics import CR
+from models.resnet import ResNet18
+
+
+def job(digits, term=None, seed=1, **recipe):
+    torch.manual_seed(0)
+    split = utils.make_split(digits, flags())
+    recipe = {"num_epochs": 2, "learning_rate": 0.01} | recipe
+    return unlearn.Job(
+        "finetune", "finetune", ResNet18(10, 4), digits, split, unlearn.Recipe(**recipe), seed, term=term
+    )
+
+
+def conformal_term(digits, lamda=0.5, alpha=0.05, delta=0.01):
+    split = utils.make_split(digits, flags())
+    return unlearn_cpu.ConformalTerm(digits.held_out, split.train_calibration, alpha, delta, lamda)
+
+
+# ---------------------------------------------------------------- images
+
+
+def test_evaluation_images_are_never_augmented(digits):
+    indices = torch.arange(50)
+    first, second = digits.train.batch(indices), digits.train.batch(indices)
+    assert first.equal(second)
+    expected = (digits.train.pixels[:50].float() / 255 - 0.3053) / 0.3759
+    torch.testing.assert_close(first, expected)
+
+
+def test_augmentation_is_drawn_anew_and_per_image(digits):
+    rng = utils.generator(1, "test")
+    same = torch.zeros(64, dtype=torch.int64)
+    first, second = digits.train.batch(same, rng), digits.train.batch(same, rng)
+    assert not first.equal(second)
+    assert len({image.numpy().tobytes() for image in first}) == 9  # 3 × 3 crops of padding 1; digits are never flipped
+    assert digits.train.batch(same, utils.generator(1, "test")).equal(first)
+
+
+def test_crop_flip_and_grayscale_give_what_torchvision_gives():
+    from torchvision.transforms.v2 import functional as transforms
+
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    augmented = utils.random_augment(
+        image.expand(3000, -1, -1, -1), utils.SPECS["cifar10"], utils.generator(1, "crops")
+    )
+    padded = transforms.pad(image, [4])
+    crops = [transforms.crop(padded, top, left, 32, 32) for top in range(9) for left in range(9)]
+    possible = {}
+    for crop in crops:
+        for flipped in (False, True):
+            for gray in (False, True):
+                made = transforms.horizontal_flip(crop) if flipped else crop
+                made = transforms.rgb_to_grayscale(made, num_output_channels=3) if gray else made
+                possible[made.numpy().tobytes()] = (flipped, gray)
+    found = [possible[made.contiguous().numpy().tobytes()] for made in augmented]
+    flips, grays = (sum(kind[i] for kind in found) / 3000 for i in (0, 1))
+    assert abs(flips - 0.5) < 0.04 and abs(grays - 0.1) < 0.03
+    assert len({made.contiguous().numpy().tobytes() for made in augmented}) > 150
+
+
+def test_images_are_resized_to_what_the_model_takes(digits):
+    images = utils.Images(digits.train.pixels, digits.train.labels, digits.train.spec, 16)
+    assert images.batch(torch.arange(4)).shape == (4, 3, 16, 16)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_leaves_every_modules_mode_as_it_was(digits):
+    model = ResNet18(10, 4).train()
+    model.bn1.eval()  # a method may freeze one layer
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    utils.compute_logits(model, digits.train, torch.arange(20))
+    assert [module.training for module in model.modules()] == modes
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_batch_norm_keeps_learning_after_the_first_epoch(digits):
+    seen = []
+    run = job(digits, conformal_term(digits), num_epochs=3)
+    run.epoch_done = lambda record: seen.append((run.model.bn1.running_mean.clone(), run.model.training))
+    unlearn.train(run, unlearn.retain_cross_entropy)
+    assert all(training for _, training in seen)
+    assert not seen[0][0].equal(seen[1][0]) and not seen[1][0].equal(seen[2][0])
+
+
+def test_logits_do_not_depend_on_the_batch_size(digits):
+    model = ResNet18(10, 4)
+    torch.testing.assert_close(
+        utils.compute_logits(model, digits.train, torch.arange(30), 7)[0],
+        utils.compute_logits(model, digits.train, torch.arange(30), 30)[0],
+    )
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_an_epoch_visits_every_image_once_in_a_new_order(digits):
+    run = job(digits)
+    epochs = [unlearn.index_batches(run, ("retain",), False, epoch) for epoch in (1, 2)]
+    orders = [torch.cat([indices for indices, _ in steps]).tolist() for steps in epochs]
+    assert sorted(orders[0]) == sorted(orders[1]) == run.split.retain.tolist()
+    assert orders[0] != orders[1]
+    assert all(2 < len(indices) <= 64 and count == len(indices) for indices, count in epochs[0])
+
+
+def test_joined_forget_images_are_spread_over_the_same_steps(digits):
+    run = job(digits)
+    plain = unlearn.index_batches(run, ("retain",), False, 1)
+    joined = unlearn.index_batches(run, ("retain",), True, 1)
+    assert len(plain) == len(joined)
+    for (alone, _), (together, num_retain) in zip(plain, joined, strict=True):
+        assert together[:num_retain].equal(alone)  # the base method's batches are untouched
+        assert 6 <= len(together) - num_retain <= 7  # 80 forget images over 12 steps
+    forgotten = torch.cat([indices[count:] for indices, count in joined]).sort().values
+    assert forgotten.equal(run.split.forget)
+
+
+def test_lamda_zero_is_exactly_the_base_method(digits):
+    base, zero, half = job(digits), job(digits, conformal_term(digits, 0.0)), job(digits, conformal_term(digits, 0.5))
+    for run in (base, zero, half):
+        unlearn.train(run, unlearn.retain_cross_entropy)
+    weights = [run.model.state_dict() for run in (base, zero, half)]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+    assert not weights[0]["fc.weight"].equal(weights[2]["fc.weight"])
+
+
+def test_training_ignores_the_global_random_state(digits):
+    first, second = job(digits), job(digits)
+    unlearn.train(first, unlearn.retain_cross_entropy)
+    torch.rand(5)
+    unlearn.train(second, unlearn.retain_cross_entropy)
+    assert all(value.equal(second.model.state_dict()[name]) for name, value in first.model.state_dict().items())
+
+
+def test_divergence_is_an_error_with_epoch_method_and_rate(digits):
+    with pytest.raises(unlearn.Diverged, match=r"finetune diverged in epoch 1 at learning rate 1e\+09"):
+        unlearn.train(job(digits, learning_rate=1e9), unlearn.retain_cross_entropy)
+
+
+# ---------------------------------------------------------------- the conformal loss
+
+
+def test_conformal_loss_by_hand():
+    logits = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
+    labels = torch.tensor([0, 1, 0])
+    # S = 0.3, 0.7, 0.9; max(0.75 − S + 0.05, 0) = 0.5, 0.1, 0
+    assert unlearn_cpu.conformal_loss(logits, labels, 0.75, 0.05).item() == pytest.approx(0.6 / 3)
+
+
+def test_conformal_loss_of_an_image_depends_on_its_own_label_only():
+    """A B×B matrix of all labels' probabilities would spread the gradient over other images' labels."""
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 3])
+    together = unlearn_cpu.conformal_loss(logits, labels, 0.9, 0.1)
+    alone = [unlearn_cpu.conformal_loss(logits[i : i + 1], labels[i : i + 1], 0.9, 0.1) for i in range(4)]
+    assert together.item() == pytest.approx(torch.stack(alone).mean().item())
+
+
+def test_conformal_loss_pushes_the_own_label_down_until_it_is_out():
+    logits = torch.zeros(1, 3, requires_grad=True)
+    unlearn_cpu.conformal_loss(logits, torch.tensor([1]), 0.9, 0.01).backward()
+    assert logits.grad[0, 1] > 0 and logits.grad[0, 0] < 0
+    out = torch.tensor([[9.0, -9.0, 0.0]], requires_grad=True)
+    unlearn_cpu.conformal_loss(out, torch.tensor([1]), 0.9, 0.01).backward()
+    assert not out.grad.any()
+
+
+def test_conformal_loss_of_no_image_is_zero():
+    loss = unlearn_cpu.conformal_loss(
+        torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.int64), 0.9, 0.1
+    )
+    assert loss.item() == 0
+
+
+def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
+    term, records = conformal_term(digits), []
+    run = job(digits, term, num_epochs=3)
+    expected = [utils.compute_logits(run.model, digits.held_out, term.calibration)]
+
+    def epoch_done(record):
+        records.append(record)
+        expected.append(utils.compute_logits(run.model, digits.held_out, term.calibration))
+
+    run.epoch_done = epoch_done
+    unlearn.train(run, unlearn.retain_cross_entropy)
+    q_hats = [CR.conformal_quantile(CR.true_label_scores(*answers), 0.05) for answers in expected]
+    assert [record["q_hat"] for record in records] == q_hats[:3] and len(set(q_hats[:3])) == 3
+    assert type(term.q_hat) is float
+
+
+def test_the_loop_adds_lamda_times_the_term_to_the_method(digits):
+    """One step by hand: gradients of CE on the retained part plus λ × the conformal loss on the forgotten part."""
+    term = conformal_term(digits, lamda=0.7)
+    run = job(digits, term, num_epochs=1, batch_size=1000, learning_rate=0.1)
+    reference = job(digits).model
+    reference.load_state_dict(run.model.state_dict())
+    indices, num_retain = unlearn.index_batches(run, ("retain",), True, 1)[0]
+    term.start_epoch(reference)
+    reference.train()
+    augmentation = utils.generator(run.seed, run.name, "augmentation", 1)
+    logits, labels = reference(digits.train.batch(indices, augmentation)), digits.train.labels[indices]
+    loss = F.cross_entropy(logits[:num_retain], labels[:num_retain])
+    loss = loss + 0.7 * unlearn_cpu.conformal_loss(logits[num_retain:], labels[num_retain:], term.q_hat, 0.01)
+    loss.backward()
+    expected = reference.fc.weight - 0.1 * (reference.fc.weight.grad + 5e-4 * reference.fc.weight)
+    unlearn.train(run, unlearn.retain_cross_entropy)
+    torch.testing.assert_close(run.model.fc.weight, expected)
+
+
+# ---------------------------------------------------------------- scripts
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_another_forget_set(tmp_path):
+    for runs, seed in (("first", 1), ("second", 1), ("third", 2)):
+        common = [*TINY, "--runs_dir", runs, "--seed", seed, "--num_epochs", 2, "--wandb_mode", "disabled"]
+        succeed("main_original_model.py", *common, cwd=tmp_path)
+        succeed("main_unlearn_cpu.py", *common, "--unlearn_name", "finetune", cwd=tmp_path)
+
+    def result(runs, seed, name):
+        return tmp_path / runs / f"resnet18w4_digits_seed{seed}" / name
+
+    for name in ("original_model.pth", "random_0.9/cpu_finetune/unlearning_model.pth"):
+        first, second, third = (
+            utils.read_checkpoint(result(runs, seed, name))[0]
+            for runs, seed in (("first", 1), ("second", 1), ("third", 2))
+        )
+        assert all(first[key].equal(second[key]) for key in first)
+        assert not all(first[key].equal(third[key]) for key in first)
+    records = [
+        read_json(result(runs, seed, "random_0.9/cpu_finetune/results.json"))
+        for runs, seed in (("first", 1), ("third", 2))
+    ]
+    assert records[0]["forget_set"] != records[1]["forget_set"]
+
+
+def test_lamda_zero_through_the_scripts(pipeline):
+    succeed(
+        "main_unlearn_cpu.py", *TINY, "--unlearn_name", "finetune", "retrain", "--num_epochs", 3, "--lamda", 0,
+        "--runs_dir", "zero", "--model_dir", pipeline.root / "original_model.pth", "--wandb_mode", "disabled",
+        cwd=pipeline.folder,
+    )  # fmt: skip
+    zero = pipeline.folder / "zero" / pipeline.root.name / "random_0.9"
+    for method in ("finetune", "retrain"):
+        base = utils.read_checkpoint(pipeline.root / "random_0.9" / method / "unlearning_model.pth")[0]
+        same = utils.read_checkpoint(zero / f"cpu_{method}" / "unlearning_model.pth")[0]
+        assert all(base[name].equal(same[name]) for name in base), method
+        history = [json.loads(line) for line in (zero / f"cpu_{method}" / "history.jsonl").read_text().splitlines()]
+        assert len(history) == 3 and all("q_hat" in record for record in history)
