@@ -12,6 +12,7 @@ import time
 
 import metrics
 import unlearn
+import unlearn_cpu
 import utils
 from metrics import CR
 
@@ -31,10 +32,11 @@ def main():
     data = utils.load_data(args, device)
     cal_sizes = args.cal_sizes or [utils.default_cal_size(data)]
     split = utils.make_split(data, args, max(cal_sizes))
-    checkpoints = find_checkpoints(args, data, split)
+    root = utils.run_folder(args, data)
+    checkpoints = read_models(locate_models(args, root, root / split.folder), args, data, split)
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
 
-    utils.prepare_folder(utils.run_folder(args, data) / split.folder, 2**20)
+    utils.prepare_folder(root / split.folder, 2**20)
     evaluated = {}
     for name, (path, state, _) in checkpoints.items():
         start = time.perf_counter()
@@ -50,38 +52,38 @@ def main():
     save(args, data, split, device, checkpoints, evaluated)
     rows = table_rows(evaluated)
     utils.print_table(shown_columns(rows), rows)
-    for line in flat_alphas(evaluated):
+    if line := advice(evaluated):
         print(line)
     return 0
 
 
-def find_checkpoints(args, data, split):
-    """{name: (path, state_dict, meta)} of the models to score, read and checked before any of them is scored.
-
-    The original comes first where it is at hand. Raises UserError for a model of another forget set, another
-    original, other data or another network.
-    """
-    root = utils.run_folder(args, data)
-    scenario = root / split.folder
-    on_disk = {folder.parent.name: folder for folder in sorted(scenario.glob(f"*/{args.model_dir}"))}
-    original = root / "original_model.pth"
-    is_path = utils.locate(args.model_dir, root) != root / args.model_dir
-    known = ["original", *unlearn.METHODS, *(f"cpu_{name}" for name in unlearn.METHODS)]
-    if is_path:
+def locate_models(args, root, scenario):
+    """{name: path} of the models to score, in the order of the table; the original first, where it is at hand."""
+    known = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
+    path = utils.locate(args.model_dir, root)
+    if path != root / args.model_dir:  # one file anywhere, not a name to look for in every method's folder
         names = utils.method_names(args.unlearn_name, known)
         if len(names) > 1:
             raise utils.UserError(f"--model_dir {args.model_dir} is one file; name one method with --unlearn_name")
-        paths = {names[0]: utils.locate(args.model_dir, root)}
+        paths = {names[0]: path}
     else:
-        every = "all" in args.unlearn_name
-        names = list(on_disk) if every else utils.method_names(args.unlearn_name, known)
+        on_disk = {found.parent.name for found in scenario.glob(f"*/{args.model_dir}")}
+        every = [*(name for name in known if name in on_disk), *sorted(on_disk.difference(known))]
+        names = every if "all" in args.unlearn_name else utils.method_names(args.unlearn_name, known)
         if not names:
             raise utils.UserError(f"{scenario}: no method with a {args.model_dir}; unlearn with the same flags first")
-        names = sorted(names, key=lambda name: known.index(name) if name in known else len(known))
         paths = {name: scenario / name / args.model_dir for name in names if name != "original"}
+    original = root / "original_model.pth"
     if original.exists() or "original" in names:
         paths = {"original": paths.get("original", original)} | paths
+    return paths
 
+
+def read_models(paths, args, data, split):
+    """{name: (path, state_dict, meta)}, all read and checked before any is scored.
+
+    Raises UserError for a model of another forget set, another original, other data or another network.
+    """
     found, originals = {}, {}
     for name, path in paths.items():
         state, meta = utils.read_checkpoint(path, "make it first with the same flags")
@@ -92,14 +94,12 @@ def find_checkpoints(args, data, split):
                 f"({split.fingerprint}); give the --seed and unlearning flags that made it"
             )
         source = utils.weights_hash(state) if name == "original" else meta.get("identity", {}).get("original")
-        originals.setdefault(source, path)
+        if source:
+            originals.setdefault(source, path)
         found[name] = (path, state, meta)
-    originals.pop(None, None)
     if len(originals) > 1:
-        raise utils.UserError(
-            f"{' and '.join(str(path) for path in originals.values())}: not from one original model; "
-            "unlearn again with --overwrite"
-        )
+        first, second, *_ = originals.values()
+        raise utils.UserError(f"{first} and {second}: not from one original model; unlearn again with --overwrite")
     return found
 
 
@@ -153,22 +153,22 @@ def shown_columns(rows):
     return {key: column for key, column in columns.items() if any(key in row for row in rows)}
 
 
-def flat_alphas(evaluated):
-    """One line for the α that are above a model's error rate, where the conformal numbers say nothing."""
+def advice(evaluated):
+    """A line on the α that are above a model's error rate, where the conformal numbers say nothing; else None."""
     flat = {}
     for name, (_, rows, _) in evaluated.items():
         for (_, alpha), row in rows.items():
             if CR.at_most_one_label(row["q_hat"]):
-                flat.setdefault(f"{alpha:g}", {})[name] = None
-    if flat:
-        where = "; ".join(
-            f"{alpha} for {'all' if len(names) == len(evaluated) else ', '.join(names)}"
-            for alpha, names in flat.items()
-        )
-        yield (
-            f"alpha above the error rate ({where}): q̂ < 0.5 there, sets hold one label at most and CR tends to 1 "
-            "whatever was forgotten; read the numbers of a smaller alpha"
-        )
+                flat.setdefault(alpha, {})[name] = None
+    if not flat:
+        return None
+    where = "; ".join(
+        f"{alpha:g} for {'all' if len(names) == len(evaluated) else ', '.join(names)}" for alpha, names in flat.items()
+    )
+    return (
+        f"alpha above the error rate ({where}): q̂ < 0.5 there, sets hold one label at most and CR tends to 1 "
+        "whatever was forgotten; read the numbers of a smaller alpha"
+    )
 
 
 def save(args, data, split, device, checkpoints, evaluated):

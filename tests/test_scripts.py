@@ -221,12 +221,23 @@ def test_cifar_images_are_read_as_published(cifar_files, monkeypatch):
 
     folder, _ = cifar_files
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-    arguments = flags(data_name="cifar10", data_dir=str(folder / "data"))
-    data = utils.load_data(arguments, torch.device("cpu"))
+    data = utils.load_data(flags(data_name="cifar10", data_dir=str(folder / "data")), torch.device("cpu"))
     batch = pickle.loads((folder / "data/cifar-10-batches-py/data_batch_1").read_bytes())
     assert data.train.pixels.shape == (150, 3, 32, 32) and data.train.pixels.dtype == torch.uint8
     assert data.train.pixels[3].flatten().tolist() == batch["data"][3].tolist()
     assert data.train.labels[:30].tolist() == batch["labels"] and data.classes[9] == "truck"
+
+    (folder / "data/cifar-100-python").mkdir()
+    labels = [0, 99, 42, 7] * 10
+    pixels = np.arange(40 * 3072).reshape(40, 3072).astype(np.uint8)
+    for name in ("train", "test"):
+        batch = {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * 40}
+        (folder / "data/cifar-100-python" / name).write_bytes(pickle.dumps(batch))
+    meta = {"fine_label_names": [f"class {number}" for number in range(100)]}
+    (folder / "data/cifar-100-python/meta").write_bytes(pickle.dumps(meta))
+    data = utils.load_data(flags(data_name="cifar100", data_dir=str(folder / "data")), torch.device("cpu"))
+    assert data.train.labels.tolist() == labels and len(data.classes) == 100
+    assert data.held_out.pixels[5].flatten().tolist() == pixels[5].tolist()
 
 
 def write_folder(root, train=30, test=40, classes=("ant", "bee", "cat")):
