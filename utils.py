@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -707,7 +708,8 @@ def read_checkpoint(path, hint=""):
     if not path.is_file():
         raise UserError(f"{path}: no such file{hint and '; ' + hint}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # a foreign file is an error here, not a warning
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a truncated, foreign or unsafe file
         raise UserError(f"{path}: truncated, or not a checkpoint ({type(error).__name__})") from error
     meta = {}
@@ -756,9 +758,9 @@ def load_weights(model, state, path):
 
 def describe_run(args, data, device):
     """What every record carries: flags, seed, data, versions, machine."""
-    packages = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "wandb")
+    packages = ("torchvision", "timm", "numpy", "scikit-learn", "wandb")
     threads = torch.get_num_threads()
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
@@ -786,7 +788,7 @@ class RunLog:
     convenience: where it is missing, logged out or broken, one line says so and the run goes on.
     """
 
-    _announced = False
+    _announced = _failed = False  # each is said once
     _mode = None  # of this process, once it is known
 
     def __init__(self, folder, name, config, args):
@@ -827,9 +829,9 @@ class RunLog:
             call(*arguments)
         except Exception as error:  # whatever the logger does, the training is worth more
             self._run = None
-            if not RunLog._announced:
+            if not RunLog._failed:
                 print(f"wandb: {type(error).__name__}: {error}; going on without it, records are in {self.path.parent}")
-            RunLog._announced = True
+            RunLog._failed = True
 
     def _start(self, folder, name, config, args):
         mode = RunLog._mode or args.wandb_mode or os.environ.get("WANDB_MODE")

@@ -22,6 +22,7 @@ def run_script(script, *arguments, cwd, python_path=None, env=None, limit=300):
         "NETRC": str(Path(cwd) / "none"),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",  # the networks are tiny: threads would only wait for each other
     }
     if python_path:
         environment["PYTHONPATH"] = str(python_path)

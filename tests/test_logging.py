@@ -57,9 +57,9 @@ def test_curves_and_flags_arrive_in_wandb(pipeline):
 def test_the_evaluation_table_arrives_in_wandb(pipeline):
     folder = pipeline.root / "random_0.9"
     history, _ = history_and_config(folder)
-    entry = next(record["evaluation"] for record in history if "evaluation" in record)
+    path = next(record["evaluation/path"] for record in history if "evaluation/path" in record)
     (run,) = folder.glob("wandb/offline-run-*")
-    table = json.loads((run / "files" / entry["path"]).read_text())
+    table = json.loads((run / "files" / path).read_text())
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert len(rows) == 16 and {"UA", "MIACR", "forget_CR"} <= set(rows[0])
     assert [row["method"] for row in rows[:4]] == ["original", "retrain", "finetune", "cpu_finetune"]
