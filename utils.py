@@ -760,7 +760,7 @@ def describe_run(args, data, device):
     """What every record carries: flags, seed, data, versions, machine."""
     packages = ("torchvision", "timm", "numpy", "scikit-learn", "wandb")
     threads = torch.get_num_threads()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in packages:
         try:
             versions[package] = metadata.version(package)
@@ -816,7 +816,7 @@ class RunLog:
     def close(self):
         self._file.close()
         self._part.unlink(missing_ok=True)
-        self._wandb(lambda: self._run and self._run.finish(quiet=True))
+        self._wandb(lambda: self._run and self._run.finish())
 
     def __enter__(self):
         return self
