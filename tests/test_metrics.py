@@ -165,6 +165,21 @@ def random_outputs(generator, forget_class=None):
     )  # fmt: skip
 
 
+def test_the_attack_is_judged_on_the_forget_images_alone():
+    """Confident retain and calibration members, unconfident rest: with the forget images unconfident, MIA is 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def output(n, margin):
+        logits = torch.randn(n, 4, generator=generator)
+        logits[:, 0] += margin
+        return metrics.Output(logits, torch.zeros(n, dtype=torch.int64))
+
+    outputs = metrics.Outputs(output(30, 0), output(300, 12), output(200, 0), {50: output(50, 0)})
+    assert MIACR.report(outputs, [0.2])[0]["MIA"] == 1
+    outputs.forget = output(30, 12)
+    assert MIACR.report(outputs, [0.2])[0]["MIA"] == 0
+
+
 def test_report_is_pure_and_complete():
     outputs = random_outputs(torch.Generator().manual_seed(0))
     scalars, rows = metrics.evaluate(outputs, [0.1, 0.2])
