@@ -20,7 +20,7 @@ def main():
     def conformal_term(data, split):
         return unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda)
 
-    return unlearn.run_methods(args, unlearn_cpu.METHODS, conformal_term)
+    return unlearn.run_methods(args, unlearn_cpu.METHODS, conformal_term, prefix="cpu_")
 
 
 if __name__ == "__main__":

@@ -318,13 +318,14 @@ def execute(job, run, folder, file_name, meta, args):
     return meta | {"history": log.history}
 
 
-def run_methods(args, methods, term_of=lambda data, split: None):
+def run_methods(args, methods, term_of=lambda data, split: None, prefix=""):
     """Unlearn with each of ``args.unlearn_name``, from one original model; print one table. Returns the exit status.
 
-    ``term_of(data, split)`` makes the conformal term. What is already done is not done again; a method that
-    diverges is a row that says so, and the others go on.
+    ``term_of(data, split)`` makes the conformal term; ``prefix`` is what its variants' names have before the base
+    method's. What is already done is not done again; a method that diverges is a row that says so, and the
+    others go on.
     """
-    names = utils.method_names(args.unlearn_name, methods, prefix="cpu_" if "cpu_retrain" in methods else "")
+    names = utils.method_names(args.unlearn_name, methods, prefix)
     if len(names) > 1 and args.learning_rate:
         raise utils.UserError(
             "--learning_rate with several methods: no rate is right for all; leave it out, or run one"
@@ -345,10 +346,10 @@ def run_methods(args, methods, term_of=lambda data, split: None):
         utils.seed_everything(args.seed, purpose, "initialisation")
         return utils.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
 
-    plan = []
+    plan, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
     for label in names:
         recipe, term = method_recipe(methods[label], args, original), term_of(data, split)
-        identity = asdict(recipe) | {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
+        identity = asdict(recipe) | origin
         if term is not None:
             identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
         folder = root / split.folder / label
@@ -360,7 +361,7 @@ def run_methods(args, methods, term_of=lambda data, split: None):
             print(f"{folder / MODEL_FILE}: already done; --overwrite redoes it")
         else:
             model.load_state_dict(state)
-            name = label.removeprefix("cpu_")
+            name = label.removeprefix(prefix)
             job = Job(name, label, copy.deepcopy(model), data, split, recipe, args.seed, partial(new_model, name), term)
             meta = utils.describe_run(args, data, device) | {
                 "method": label,

@@ -48,7 +48,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in every line, line breaks of description and epilog kept."""
+    """Defaults in every line that has one, line breaks of description and epilog kept."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.required else super()._get_help_string(action)
 
 
 def _number(kind, minimum=None, maximum=None, *, exclusive=False):
@@ -635,7 +638,7 @@ def prepare_folder(folder, num_bytes):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(probe, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            file.write(bytes(num_bytes))
     except OSError as error:
         raise UserError(f"{folder}: cannot hold {num_bytes / 1e6:.0f} MB of results ({error.strerror})") from error
     finally:
