@@ -833,7 +833,7 @@ class RunLog:
         except Exception as error:  # whatever the logger does, the training is worth more
             self._run = None
             if not RunLog._failed:
-                print(f"wandb: {type(error).__name__}: {error}; going on without it, records are in {self.path.parent}")
+                print(f"wandb: {_first_line(error)}; going on without it, records are in {self.path.parent}")
             RunLog._failed = True
 
     def _start(self, folder, name, config, args):
@@ -842,18 +842,29 @@ class RunLog:
             return
         import wandb  # takes half a second, and may be missing
 
-        mode = RunLog._mode = mode or ("online" if _logged_in(wandb) else "offline")
-        self._run = wandb.init(
-            project="conformal-prediction-unlearning",
-            name=name,
-            group=folder.parent.name,
-            config=config,
-            dir=folder,
-            mode=mode,
-            reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        if mode == "offline" and not RunLog._announced:
+        RunLog._mode = mode or ("online" if _logged_in(wandb) else "offline")
+
+        def start():
+            self._run = wandb.init(
+                project="conformal-prediction-unlearning",
+                name=name,
+                group=folder.parent.name,
+                config=config,
+                dir=folder,
+                mode=RunLog._mode,
+                reinit="finish_previous",
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            )
+
+        try:
+            start()
+        except Exception as error:  # no connection, a stale key, ...: what cannot be sent now can be synced later
+            if RunLog._mode == "offline":
+                raise
+            print(f"wandb: online failed ({_first_line(error)}); logging offline instead")
+            RunLog._mode = "offline"
+            start()
+        if RunLog._mode == "offline" and not RunLog._announced:
             files = folder / "wandb"
             print(f"wandb: offline; look with: wandb leet {files}; upload with: wandb sync {files}/offline-run-*")
             RunLog._announced = True
@@ -865,6 +876,10 @@ class RunLog:
             columns = list(dict.fromkeys(key for row in rows for key in row))
             cells = [[row.get(key) for key in columns] for row in rows]
             self._run.log({title: wandb.Table(columns=columns, data=cells, allow_mixed_types=True)})
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _logged_in(wandb):

@@ -88,6 +88,24 @@ def test_without_wandb_the_run_goes_on(kind, tmp_path):
     assert (folder / "original_model.pth").is_file() and len((folder / "history.jsonl").read_text().splitlines()) == 2
 
 
+def test_without_a_connection_an_online_run_is_logged_offline(tmp_path):
+    stub = tmp_path / "stub"
+    stub.mkdir()
+    (stub / "wandb.py").write_text(
+        "class Run:\n"
+        "    def log(self, record): open('logged', 'a').write(f'{record}\\n')\n"
+        "    def finish(self): open('logged', 'a').write('finished')\n"
+        "def login(**_): return True\ndef Settings(**_): return None\ndef Table(**_): return 'table'\n"
+        "def init(mode, **_):\n"
+        "    if mode == 'online': raise TimeoutError('no such host\\nand more lines')\n"
+        "    return Run()\n"
+    )
+    done = succeed(*ORIGINAL, cwd=tmp_path, python_path=stub)
+    assert "wandb: online failed (TimeoutError: no such host); logging offline instead" in done.stdout.splitlines()
+    logged = (tmp_path / "logged").read_text()
+    assert logged.count("'epoch': ") == 2 and logged.endswith("finished")
+
+
 def test_wandb_can_be_switched_off(tmp_path):
     for way in ({"arguments": ["--wandb_mode", "disabled"]}, {"env": {"WANDB_MODE": "disabled"}}):
         done = succeed(*ORIGINAL, *way.get("arguments", []), "--overwrite", cwd=tmp_path, env=way.get("env"))
