@@ -1,4 +1,4 @@
-"""Conformal Prediction Unlearning (CPU, arXiv 2501.19403 section 5): the conformal loss, added to any trainable method.
+"""Conformal Prediction Unlearning (CPU, arXiv 2501.19403): the conformal loss, added to any trainable method.
 
     L = L_method + λ · mean over the forget images in the batch of max(q̂ − S(x, y) + Δ, 0)
 
@@ -21,7 +21,7 @@ METHODS = {f"cpu_{name}": entry for name, entry in unlearn.METHODS.items()}
 
 
 def conformal_loss(logits, labels, q_hat, delta):
-    """mean(max(q̂ − S + Δ, 0)), S = 1 − the probability of each image's own label (paper eq. 9).
+    """mean(max(q̂ − S + Δ, 0)), S = 1 − the probability of each image's own label (arXiv 2501.19403, the CPU loss).
 
     Logits M×K of the forget images, labels M, q̂ and Δ floats → a scalar with gradient; 0 where M = 0.
     """

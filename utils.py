@@ -154,7 +154,7 @@ def add_scenario_flags(parser, methods, model_dir):
 
 
 def add_conformal_flags(parser):
-    """Flags of the CPU loss (paper eq. 9 and section 5.1)."""
+    """Flags of the CPU loss (arXiv 2501.19403)."""
     group = parser.add_argument_group("conformal prediction unlearning")
     group.add_argument("--alpha", type=ALPHA, default=0.05, help="miscoverage level of the q̂ in the loss")
     group.add_argument("--delta", type=_number(float, 0), default=0.01, help="margin Δ beyond q̂")

@@ -1,4 +1,4 @@
-"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403, section 3).
+"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403).
 
 Everything here is a pure function of logits and labels. The representation between predictor and metrics
 is the boolean matrix of prediction sets, N images × K labels. Scores are float64.
@@ -77,17 +77,17 @@ def in_set(sets, labels):
 
 
 def coverage(sets, labels):
-    """Share of the images whose own label is in the set (paper eq. 4). Sets N×K, labels N → float in [0, 1]."""
+    """Share of images with their own label in the set (the paper's Coverage). Sets N×K, labels N → float in [0, 1]."""
     return in_set(sets, labels).double().mean().item()
 
 
 def set_size(sets):
-    """Mean number of labels in a set (paper eq. 5). Sets N×K → float in [0, K]."""
+    """Mean number of labels in a set (the paper's Set Size). Sets N×K → float in [0, K]."""
     return sets.sum(dim=1).double().mean().item()
 
 
 def conformal_ratio(sets, labels):
-    """CR = Coverage / Set Size (paper eq. 6); 0 where every set is empty. Low on forgotten images, high on test."""
+    """The paper's CR = Coverage / Set Size; 0 where every set is empty. Low on forgotten images, high on test."""
     size = set_size(sets)
     return coverage(sets, labels) / size if size else 0.0
 
@@ -103,7 +103,7 @@ class FakeForgetting(NamedTuple):
 
 
 def fake_forgetting(logits, sets, labels):
-    """Of the images whose argmax is wrong, how many still have their label in the set (paper, section 3.2).
+    """Of the images whose argmax is wrong, how many still have their label in the set (the paper's fake forgetting).
 
     Logits N×K, sets N×K, labels N.
     """

@@ -1,4 +1,4 @@
-"""Membership inference with an SVM on confidences, and its conformal version MIACR (arXiv 2501.19403, section 3.4).
+"""Membership inference with an SVM on confidences, and its conformal version MIACR (arXiv 2501.19403).
 
 The attack is trained on the confidence in the own label of equally many retain images (members) and test
 images (non-members); the forget images are its target.
