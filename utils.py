@@ -885,7 +885,7 @@ def _first_line(error):
 def _logged_in(wandb):
     try:
         return wandb.login(prompt=False, verify=False)
-    except TypeError:  # before 0.23 login() had no way not to ask
+    except TypeError:  # in older releases, 0.20 among them, login() has no prompt argument
         return bool(wandb.api.api_key)
 
 
