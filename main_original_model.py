@@ -25,6 +25,13 @@ def main():
 
     device = utils.pick_device(args.device)
     data = utils.load_data(args, device)
+    for seed_args in utils.each_seed(args):
+        train_original(seed_args, data, device)
+    return 0
+
+
+def train_original(args, data, device):
+    """Train and save the original model of one seed, unless it is there."""
     split = utils.make_split(data, args, scenario=False)
     recipe = unlearn.original_recipe(args)
     folder = utils.run_folder(args, data)
@@ -33,7 +40,7 @@ def main():
     identity = asdict(recipe) | {"training_images": data.fingerprint}
     if unlearn.already_done(path, identity, args):
         print(f"{path}: already done; --overwrite redoes it")
-        return 0
+        return
 
     utils.seed_everything(args.seed, "original", "initialisation")
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
@@ -44,7 +51,6 @@ def main():
     meta = unlearn.execute(job, train_on_all, folder, path.name, meta, args)
     utils.save_json(path.with_suffix(".json"), meta)
     print(f"{path}: test accuracy {100 * meta['accuracies']['test']:.2f} %, {meta['seconds']:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":

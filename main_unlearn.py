@@ -13,6 +13,7 @@ def main():
     parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods())
     utils.add_scenario_flags(parser, ", ".join(unlearn.METHODS), "original_model.pth")
     utils.add_training_flags(parser, "when left out: the method's own, below")
+    unlearn.add_option_flags(parser, unlearn.METHODS)
     args = parser.parse_args()
     return unlearn.run_methods(args, unlearn.METHODS)
 

@@ -15,9 +15,10 @@ def main():
     utils.add_scenario_flags(parser, ", ".join(unlearn_cpu.METHODS), "original_model.pth")
     utils.add_training_flags(parser, "when left out: the method's own, below")
     utils.add_conformal_flags(parser)
+    unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()
 
-    def conformal_term(data, split):
+    def conformal_term(args, data, split):
         return unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda)
 
     return unlearn.run_methods(args, unlearn_cpu.METHODS, conformal_term, prefix="cpu_")

@@ -8,10 +8,11 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -19,14 +20,17 @@ import utils
 
 MONITORED = 2000  # images of each part whose accuracy is measured after every epoch
 MODEL_FILE = "unlearning_model.pth"
+MASK_FILE = "saliency_mask.pth"
+FAILURE_FILE = "failure.json"
+PARTS = ("retain", "forget")
 RUN_COLUMNS = {
     "method": ("method", "text"),
-    "num_epochs": ("epochs", "count"),
-    "learning_rate": ("rate", "number"),
+    "num_epochs": ("epochs", "text"),
+    "learning_rate": ("rate", "text"),
     "retain": ("retain %", "percent"),
     "forget": ("forget %", "percent"),
     "test": ("test %", "percent"),
-    "seconds": ("seconds", "number"),
+    "seconds": ("time s", "seconds"),
 }
 
 
@@ -51,8 +55,10 @@ class Job:
     """One run: a model, what it trains on, and how.
 
     ``name`` is the base method's and seeds the run, so that a CPU variant draws its base's random numbers; ``label``
-    is what people read. ``term`` is the conformal loss of :mod:`unlearn_cpu`, or None. ``new_model`` builds the
-    network as it was before any training on this data. ``epoch_done`` receives a dict of numbers after every epoch.
+    is what people read. ``options`` are the method's own hyper-parameters. ``term`` is the conformal loss of
+    :mod:`unlearn_cpu`, or None. ``new_model`` builds the network as it was before any training on this data.
+    ``epoch_done`` receives a dict of numbers after every epoch. What a method puts into ``by_products`` (a state_dict
+    by file name) is saved beside the model.
     """
 
     name: str
@@ -60,11 +66,13 @@ class Job:
     model: torch.nn.Module
     data: utils.Data
     split: utils.Split
-    recipe: Recipe
+    recipe: Recipe | None
     seed: int
+    options: dict = field(default_factory=dict)
     new_model: Callable[[], torch.nn.Module] | None = None
     term: object = None
     epoch_done: Callable[[dict], None] = lambda record: None
+    by_products: dict[str, dict] = field(default_factory=dict)
 
     @property
     def device(self):
@@ -73,11 +81,14 @@ class Job:
 
 @dataclass
 class Batch:
-    """One step's images: first the retained ones, then the forgotten ones, with the logits for all of them."""
+    """One step's images, first the retained ones, then the forgotten ones: where they stand among the training
+    images, their labels, the augmented inputs and the model's logits for them."""
 
+    indices: torch.Tensor
     labels: torch.Tensor
     num_retain: int
-    logits: torch.Tensor | None = None
+    inputs: torch.Tensor
+    logits: torch.Tensor
 
     @property
     def retain(self):
@@ -91,13 +102,17 @@ class Batch:
 # ---------------------------------------------------------------- the training loop
 
 
-def train(job, batch_loss, passes_through=("retain",)):
+def train(
+    job, batch_loss, passes_through=("retain",), *, schedule=None, before_step=None, after_step=None, finished=None
+):
     """Train ``job.model`` by ``batch_loss(batch)``, a scalar, over epochs through the named parts of the split.
 
     An epoch visits every image of each part once, freshly shuffled and augmented; each step takes the same share
-    of every part. With a conformal term, the forget images join the steps of a method that would not see them,
-    and λ times the term is added to the loss. The model, BatchNorm included, trains in train mode, which every
-    evaluation leaves as it was. Raises :class:`Diverged` when the loss or a weight is not finite.
+    of every part. Where that is not the method's order, ``schedule(epoch)`` gives the steps as :func:`index_batches`
+    does. ``before_step(batch)`` may change the gradients, ``after_step()`` the weights. With a conformal term, forget
+    images join the steps that have none, and λ times the term is added to the loss of every step. The model,
+    BatchNorm included, trains in train mode, which every evaluation leaves as it was; a step of one image, which
+    has no batch statistics, takes the running ones. Raises :class:`Diverged` when the loss or a weight is not finite.
     """
     model, recipe, term = job.model, job.recipe, job.term
     optimizer = torch.optim.SGD(
@@ -107,31 +122,37 @@ def train(job, batch_loss, passes_through=("retain",)):
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.num_epochs)
-    joined = term is not None and term.lamda > 0 and "forget" not in passes_through
-    images_an_epoch = sum(len(getattr(job.split, part)) for part in (*passes_through, *["forget"] * joined))
-    num_images = recipe.num_epochs * images_an_epoch
-    bar = tqdm(total=num_images, desc=job.label, unit="img", unit_scale=True, disable=None, leave=False)
-    model.train()
+    schedule = schedule or partial(index_batches, job, passes_through)
+    bar = tqdm(desc=job.label, unit="img", unit_scale=True, disable=None, leave=False)
     for epoch in range(1, recipe.num_epochs + 1):
         start = time.perf_counter()
         record = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
+        steps = schedule(epoch)
         if term is not None:
             record |= term.start_epoch(model)
+            if term.lamda > 0:
+                steps = join_forget(job, steps, epoch)
+        bar.reset(recipe.num_epochs * sum(len(indices) for indices, _ in steps))
         utils.seed_everything(job.seed, job.name, "dropout", epoch)
         augmentation = utils.generator(job.seed, job.name, "augmentation", epoch, device=job.device)
         loss_sum = torch.zeros((), device=job.device)
         correct = torch.zeros((), device=job.device)
         seen = 0
-        batches = index_batches(job, passes_through, joined, epoch)
-        for step, (indices, num_retain) in enumerate(batches):
-            batch = Batch(job.data.train.labels[indices], num_retain)
-            batch.logits = model(job.data.train.batch(indices, augmentation))
+        bar.update((epoch - 1) * bar.total // recipe.num_epochs)
+        for step, (indices, num_retain) in enumerate(steps):
+            model.train(len(indices) > 1)
+            inputs, labels = job.data.train.batch(indices, augmentation), job.data.train.labels[indices]
+            batch = Batch(indices, labels, num_retain, inputs, model(inputs))
             loss = batch_loss(batch)
             if term is not None and term.lamda > 0:
                 loss = loss + term.lamda * term.loss(*batch.forget)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if before_step:
+                before_step(batch)
             optimizer.step()
+            if after_step:
+                after_step()
             loss_sum += loss.detach()
             correct += (batch.logits.detach().argmax(dim=1) == batch.labels).sum()
             seen += len(indices)
@@ -139,8 +160,9 @@ def train(job, batch_loss, passes_through=("retain",)):
             if not bar.disable and step % 20 == 0:
                 bar.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", acc=f"{correct.item() / seen:.3f}")
         scheduler.step()
+        model.train()
 
-        record |= {"loss": loss_sum.item() / len(batches), "train_acc": correct.item() / seen}
+        record |= {"loss": loss_sum.item() / len(steps), "train_acc": correct.item() / seen}
         seconds = time.perf_counter() - start
         if not math.isfinite(record["loss"]) or not all(p.isfinite().all() for p in model.parameters()):
             bar.close()
@@ -152,29 +174,41 @@ def train(job, batch_loss, passes_through=("retain",)):
         record |= {"images_per_second": seen / seconds, "seconds": time.perf_counter() - start}
         job.epoch_done(record)
         tqdm.write(_line(job, record))
+        if finished and finished(record):
+            break
     bar.close()
 
 
-def index_batches(job, passes_through, joined, epoch):
-    """The steps of one epoch: pairs of (indices into the training images, how many of them are retained).
+def index_batches(job, parts, epoch):
+    """The steps of one pass through ``parts``: pairs of (indices into the training images, how many are retained).
 
-    As many steps as the method's own parts fill; each takes an equal share of every part, and of the forget
-    images too where they are ``joined`` by the conformal term. Near-equal steps leave no last batch of one
-    image, which BatchNorm could not train on.
+    As many steps as the parts fill; each takes an equal share of every part. Near-equal steps leave no last batch
+    of one image, which BatchNorm could not train on.
     """
-    own = {part: getattr(job.split, part) for part in passes_through}
+    own = {part: getattr(job.split, part) for part in parts}
     steps = math.ceil(sum(len(indices) for indices in own.values()) / job.recipe.batch_size)
-    if joined:
-        own["forget"] = job.split.forget
+    shares = [_shares(job, part, epoch, steps) if part in own else _nothing(job, steps) for part in PARTS]
+    return [(torch.cat([r, f]), len(r)) for r, f in zip(*shares, strict=True)]
 
-    def shares(part):
-        if part not in own:
-            return [torch.empty(0, dtype=torch.int64, device=job.device)] * steps
-        rng = utils.generator(job.seed, job.name, "order", part, epoch)
-        order = torch.randperm(len(own[part]), generator=rng).to(job.device)
-        return own[part][order].tensor_split(steps)
 
-    return [(torch.cat([r, f]), len(r)) for r, f in zip(shares("retain"), shares("forget"), strict=True)]
+def join_forget(job, steps, epoch):
+    """The same steps, with an equal share of the forget images in each that had none."""
+    without = [number for number, (indices, num_retain) in enumerate(steps) if len(indices) == num_retain]
+    joined = list(steps)
+    for number, share in zip(without, _shares(job, "forget", epoch, len(without)), strict=True):
+        joined[number] = torch.cat([steps[number][0], share]), steps[number][1]
+    return joined
+
+
+def _shares(job, part, epoch, steps):
+    """The images of a part, freshly shuffled and divided over ``steps``."""
+    indices = getattr(job.split, part)
+    rng = utils.generator(job.seed, job.name, "order", part, epoch)
+    return indices[torch.randperm(len(indices), generator=rng).to(job.device)].tensor_split(steps) if steps else ()
+
+
+def _nothing(job, steps):
+    return [torch.empty(0, dtype=torch.int64, device=job.device)] * steps
 
 
 def accuracies(job, limit=None):
@@ -204,21 +238,53 @@ def _line(job, record):
 
 @dataclass(frozen=True)
 class Method:
-    """A method and its default hyper-parameters; None stands for the original model's own."""
+    """A method and its default hyper-parameters; None stands for the original model's own.
+
+    ``options`` are the hyper-parameters that only some methods have, ``vit`` the defaults that differ for transformers.
+    A method that is not ``trained`` has no epochs and no rate; one that is not ``extensible`` has no CPU variant.
+    """
 
     run: Callable[[Job], None]
     num_epochs: int | None
     learning_rate: float | None
+    momentum: float
+    options: dict
+    vit: dict
+    trained: bool
+    extensible: bool
 
 
 METHODS: dict[str, Method] = {}
 
+# Hyper-parameters of single methods: how a flag is read, and what it means. The defaults stand at the methods.
+OPTIONS = {
+    "stop_accuracy": (utils.number(float, 0, 1), "accuracy on the forget images at which the ascent ends"),
+    "forget_weight": (utils.number(float, 0), "weight of the ascent on the forget images"),
+    "kd_T": (utils.number(float, 0, exclusive=True), "temperature of the distillation"),
+    "msteps": (utils.number(int, 0), "epochs that begin with a pass of maximisation on the forget images"),
+    "beta": (utils.number(float, 0), "weight of the distance to the original on the retain images"),
+    "gamma": (utils.number(float, 0), "weight of the cross-entropy on the retain images"),
+    "mask_ratio": (utils.number(float, 0, 1), "share of the weights that are salient"),
+    "mask_path": (str, "a saved mask (saliency_mask.pth of an earlier run) instead of one computed on the fly"),
+    "noise": (utils.number(float, 0), "scale of the noise's variance"),
+    "selection_weighting": (utils.number(float, 0), "weights this many times more important for D_f than for D dampen"),
+    "dampening_constant": (utils.number(float, 0), "factor of the dampening"),
+    "ascent": (utils.number(float, 0), "weight of the ascent at the start; it falls to zero as a cosine"),
+    "ascent_every": (utils.number(int, 1), "repair steps from one ascent step to the next"),
+    "adaptivity": (utils.number(float, 0), "exponent of the loss in the weight of a forget image"),
+    "saliency_threshold": (utils.number(float, 0), "weights whose importance ratio D_f / D_r is above are salient"),
+    "max_norm": (utils.number(float, 0, exclusive=True), "largest norm of an ascent step's gradient"),
+}
 
-def method(num_epochs=None, learning_rate=None):
+
+def method(num_epochs=None, learning_rate=None, momentum=0.9, *, vit=None, trained=True, extensible=True, **options):
     """Register the decorated function under its own name, with its default hyper-parameters."""
 
     def register(function):
-        METHODS[function.__name__] = Method(function, num_epochs, learning_rate)
+        entry = Method(
+            function, num_epochs, learning_rate, momentum, options, vit or {}, trained, trained and extensible
+        )
+        METHODS[function.__name__] = entry
         return function
 
     return register
@@ -246,14 +312,394 @@ def finetune(job):
     train(job, retain_cross_entropy)
 
 
+@method(num_epochs=10, learning_rate=0.013)
+def RL(job):
+    """Random labels: the forget images get wrong labels, and the original trains on them and the retain images
+    (Golatkar et al. 2020, 1911.04933).
+
+    The labels are drawn once; augmentation is drawn anew for each batch. Defaults: those published for random
+    labels with SalUn on CIFAR-10 (10 epochs at 0.013).
+    """
+    train(job, random_label_loss(job), PARTS)
+
+
+def random_label_loss(job):
+    """Cross-entropy with the true labels of the retain images and wrong labels, drawn once, of the forget images."""
+    labels, classes = job.data.train.labels, len(job.data.classes)
+    rng = utils.generator(job.seed, "random labels")
+    shift = torch.randint(1, classes, (len(labels),), generator=rng).to(job.device)  # never 0: never the true label
+    targets = labels.clone()
+    targets[job.split.forget] = (labels + shift)[job.split.forget] % classes
+    return lambda batch: F.cross_entropy(batch.logits, targets[batch.indices])
+
+
+@method(num_epochs=50, learning_rate=3e-4, extensible=False, stop_accuracy=None)
+def GA(job):
+    """Gradient ascent on the cross-entropy of the forget images (Thudi et al. 2022, 2109.13398).
+
+    Ascent has no end of its own: it stops after the epoch in which accuracy on the forget images has come down to
+    ``stop_accuracy``; when that is left out, to :func:`ascent_end`. BatchNorm normalises by the batch, and keeps the
+    original's running statistics: those of forget images alone would replace the retained classes' (digits, class 9,
+    five epochs at 0.003: 93 % of the retained training images stay right, with the original's 99 %). Defaults: found
+    on digits; the epochs are the most that are run.
+    """
+    stop = ascent_end(job) if job.options["stop_accuracy"] is None else job.options["stop_accuracy"]
+    for module in job.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+
+    def finished(record):
+        return record["forget_acc"] <= stop
+
+    train(job, lambda batch: -F.cross_entropy(*batch.forget), ("forget",), finished=finished)
+
+
+def ascent_end(job):
+    """The accuracy at which forget images are forgotten: 1 % for a class, else the original's on images it never saw.
+
+    Those are the training-calibration images, which no metric scores.
+    """
+    if job.split.forget_class is not None:
+        return 0.01
+    logits, labels = utils.compute_logits(job.model, job.data.held_out, job.split.train_calibration)
+    return (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+@method(num_epochs=5, learning_rate=0.01, forget_weight=0.02)
+def ga_plus(job):
+    """NegGrad+: descent on the retain images and ascent on the forget images in each step
+    (Kurmanji et al. 2023, 2302.09880)."""
+    weight = job.options["forget_weight"]
+    train(job, lambda batch: F.cross_entropy(*batch.retain) - weight * F.cross_entropy(*batch.forget), PARTS)
+
+
+@method(trained=False, noise=1e-7)
+def FisherForgetting(job):
+    """Gaussian noise on every weight, of variance noise / F with F the diagonal Fisher information of the retain
+    images (Golatkar et al. 2020, 1911.04933)."""
+    fisher = diagonal_fisher(job.model, job.data.train, job.split.retain, expected_scores)
+    rng = utils.generator(job.seed, job.name, "noise", device=job.device)
+    with torch.no_grad():
+        for name, parameter in job.model.named_parameters():
+            deviation = fisher_noise_deviation(fisher[name], job.options["noise"], len(job.data.classes))
+            parameter += deviation * torch.randn(parameter.shape, generator=rng, device=job.device)
+
+
+def fisher_noise_deviation(fisher, noise, num_classes):
+    """Standard deviation of the noise of each weight of a tensor, from its diagonal Fisher information."""
+    variance = (1 / (fisher + 1e-8)).clamp(max=1e2 if len(fisher) == num_classes else 1e3)
+    return (noise * variance).sqrt()
+
+
+@method(num_epochs=5, learning_rate=0.01, kd_T=1.0)
+def teacher(job):
+    """Bad teaching: the student follows the original on the retain images and a network that was never trained
+    on the forget images (Chundawat et al. 2023, 2205.08096)."""
+    competent, incompetent = frozen_copy(job.model), job.new_model().eval().requires_grad_(False)
+    temperature = job.options["kd_T"]
+
+    def loss(batch):
+        targets = torch.cat(
+            [competent(batch.inputs[: batch.num_retain]), incompetent(batch.inputs[batch.num_retain :])]
+        )
+        return distance(batch.logits, targets, temperature)
+
+    train(job, loss, PARTS)
+
+
+def frozen_copy(model):
+    """A copy in eval mode without gradients, to be distilled from."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def distance(logits, targets, temperature):
+    """KL(teacher ‖ student) of two sets of logits N×K, softened by the temperature T: mean over images, times T²."""
+    student, tutor = (F.log_softmax(answers / temperature, dim=1) for answers in (logits, targets))
+    return F.kl_div(student, tutor, log_target=True, reduction="batchmean") * temperature**2
+
+
+@method(trained=False, selection_weighting=5.0, dampening_constant=1.0, vit={"selection_weighting": 2.5})
+def ssd(job):
+    """Selective synaptic dampening: weights that matter more for the forget images than for all training images
+    shrink in proportion (Foster et al. 2024, 2308.07707, equations 4 and 5)."""
+    everything = torch.cat([job.split.retain, job.split.forget])
+    overall = diagonal_fisher(job.model, job.data.train, everything, observed_score)
+    forget = diagonal_fisher(job.model, job.data.train, job.split.forget, observed_score)
+    with torch.no_grad():
+        for name, parameter in job.model.named_parameters():
+            parameter *= dampening(forget[name], overall[name], **job.options)
+
+
+def dampening(forget, overall, selection_weighting, dampening_constant):
+    """The factor of each weight: min(λ·I_D / I_f, 1) where I_f > α·I_D, else 1. Importances in, same shape out."""
+    factor = (dampening_constant * overall / forget).clamp(max=1)
+    return torch.where(forget > selection_weighting * overall, factor, 1.0)
+
+
+@method(num_epochs=10, learning_rate=5e-4, msteps=2, kd_T=4.0, beta=0.001, gamma=0.99)
+def scrub(job):
+    """SCRUB: away from the original on the forget images, back to it and to the labels on the retain images, in turns
+    (Kurmanji et al. 2023, 2302.09880, equation 3)."""
+    original = frozen_copy(job.model)
+    temperature, beta, gamma = (job.options[key] for key in ("kd_T", "beta", "gamma"))
+
+    def schedule(epoch):
+        maximise = index_batches(job, ("forget",), epoch) if epoch <= job.options["msteps"] else []
+        return maximise + index_batches(job, ("retain",), epoch)
+
+    def loss(batch):
+        targets = original(batch.inputs)
+        if not batch.num_retain:
+            return -distance(batch.logits, targets, temperature)
+        logits, labels = batch.retain
+        from_original = distance(logits, targets[: batch.num_retain], temperature)
+        return beta * from_original + gamma * F.cross_entropy(logits, labels)
+
+    train(job, loss, schedule=schedule)
+
+
+@method(num_epochs=10, learning_rate=0.013, mask_ratio=0.5, mask_path=None)
+def salun(job):
+    """SalUn: random labels on the weights with the largest gradient of the forget loss; the others keep the
+    original's values (Fan et al. 2024, 2310.12508, equations 3 and 4).
+
+    Defaults: those published with it for 10 % of CIFAR-10 (10 epochs at 0.013, half of the weights).
+    """
+    path = job.options["mask_path"]
+    masks = read_mask(path, job.model) if path else saliency_mask(job)
+    job.by_products[MASK_FILE] = masks
+    pairs = [(p, p.detach().clone(), masks[name].to(job.device)) for name, p in job.model.named_parameters()]
+
+    @torch.no_grad()
+    def restore():  # weight decay and momentum would move them too
+        for parameter, original, mask in pairs:
+            parameter.copy_(torch.where(mask, parameter, original))
+
+    train(job, random_label_loss(job), PARTS, after_step=restore)
+
+
+def saliency_mask(job):
+    """The ``mask_ratio`` of all weights with the largest |∇ cross-entropy of D_f|: booleans by parameter name."""
+    job.model.eval()
+    total = {name: torch.zeros_like(parameter) for name, parameter in job.model.named_parameters()}
+    for indices in job.split.forget.split(512):
+        loss = F.cross_entropy(
+            job.model(job.data.train.batch(indices)), job.data.train.labels[indices], reduction="sum"
+        )
+        gradients = torch.autograd.grad(loss, list(job.model.parameters()))
+        for name, gradient in zip(total, gradients, strict=True):
+            total[name] += gradient
+    sizes = torch.cat([gradient.abs().flatten() for gradient in total.values()])
+    chosen = torch.zeros(len(sizes), dtype=torch.bool, device=job.device)
+    chosen[sizes.topk(round(job.options["mask_ratio"] * len(sizes))).indices] = True
+    parts = chosen.split([gradient.numel() for gradient in total.values()])
+    return {name: part.view_as(total[name]) for name, part in zip(total, parts, strict=True)}
+
+
+def read_mask(path, model):
+    """A saved mask, booleans by parameter name. Raises UserError for a file that is none, or another network's."""
+    masks, _ = utils.read_checkpoint(path, f"salun saves the mask that it used as {MASK_FILE} beside its model")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    odd = [name for name in shapes.keys() | masks.keys() if getattr(masks.get(name), "shape", None) != shapes.get(name)]
+    if odd:
+        raise utils.UserError(f"--mask_path {path}: not a mask of this network: {min(odd)} differs or is missing")
+    if not all(((mask == 0) | (mask == 1)).all() for mask in masks.values()):
+        raise utils.UserError(f"--mask_path {path}: not a mask: it holds other values than 0 and 1")
+    return {name: masks[name].bool() for name in shapes}
+
+
+@method(
+    num_epochs=5,
+    learning_rate=0.01,
+    ascent=25.0,
+    ascent_every=5,
+    adaptivity=0.5,
+    saliency_threshold=1.0,
+    max_norm=7.0,
+)
+def sfron(job):
+    """SFRon: ascent on the forget images, weighted by image and confined to salient weights, and repair on the retain
+    images, in turns (Huang et al. 2024, 2409.19732)."""
+    options = job.options
+    images, split = job.data.train, job.split
+    forget, retain = (diagonal_fisher(job.model, images, part, observed_score) for part in (split.forget, split.retain))
+    masks = {name: forget[name] >= options["saliency_threshold"] * retain[name] for name in forget}
+    steps = job.recipe.num_epochs * len(index_batches(job, ("retain",), 1))
+    progress = [0]
+
+    def schedule(epoch):
+        turns = []
+        for number, repair in enumerate(index_batches(job, ("retain",), epoch)):
+            if number % options["ascent_every"] == 0:
+                ascents = turns_of_forget(epoch) if number == 0 else ascents
+                turns.append((next(ascents), 0))
+            turns.append(repair)
+        return turns
+
+    def turns_of_forget(epoch):
+        pass_number = 0
+        while True:
+            rng = utils.generator(job.seed, job.name, "order", "ascent", epoch, pass_number)
+            order = torch.randperm(len(split.forget), generator=rng).to(job.device)
+            yield from split.forget[order].split(job.recipe.batch_size)
+            pass_number += 1
+
+    def loss(batch):
+        if batch.num_retain:
+            progress[0] += 1
+            return F.cross_entropy(*batch.retain)
+        strength = options["ascent"] * (1 + math.cos(math.pi * progress[0] / steps)) / 2
+        return -strength * adaptive_cross_entropy(*batch.forget, options["adaptivity"])
+
+    def confine(batch):
+        if not batch.num_retain:
+            for name, parameter in job.model.named_parameters():
+                parameter.grad *= masks[name]
+            nn.utils.clip_grad_norm_(job.model.parameters(), options["max_norm"])
+
+    train(job, loss, schedule=schedule, before_step=confine)
+
+
+def adaptive_cross_entropy(logits, labels, adaptivity):
+    """Mean over images of w·ℓ with w ∝ ℓ^−λ of mean 1: images forgotten already, of large loss, count less.
+
+    Logits M×K, labels M, λ a float → a scalar; the weights have no gradient (Huang et al. 2024, equation 12).
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    weights = losses.detach().clamp(min=torch.finfo(losses.dtype).eps) ** -adaptivity
+    return (weights / weights.mean() * losses).mean()
+
+
+# ---------------------------------------------------------------- importances of weights
+
+
+def observed_score(logits, label):
+    """∂ log p_y / ∂ logits of the true label: one row, for the empirical Fisher information. K → 1×K."""
+    return F.one_hot(label, len(logits))[None] - logits.softmax(0)
+
+
+def expected_scores(logits, label):
+    """√p_c · ∂ log p_c / ∂ logits for every class c: K rows, whose squares sum to the Fisher information. K → K×K."""
+    probabilities = logits.softmax(0)
+    return probabilities.sqrt()[:, None] * (torch.eye(len(logits), device=logits.device) - probabilities)
+
+
+def diagonal_fisher(model, images, indices, scores, chunk=32):
+    """The diagonal of the Fisher information of each weight: mean over images of Σ_c (scores_c · ∂ logits / ∂ w)².
+
+    Eval mode, without augmentation, per image exactly. ``scores`` is :func:`expected_scores` (expectation over the
+    model's own answers, as in Golatkar et al. 2020) or :func:`observed_score` (the true labels, as in Foster et al.
+    2024). Returns tensors like the parameters, by name. Networks of convolutions, linear layers and BatchNorm take
+    one backward pass a row for a whole chunk of images; others go through torch.func, image by image.
+    """
+    model.eval()
+    squares = _layer_squares if _covers(model) else _functional_squares
+    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    with tqdm(total=len(indices), desc="importances", unit="img", disable=None, leave=False) as bar:
+        for part in indices.split(chunk):
+            for name, square in squares(model, images.batch(part), images.labels[part], scores):
+                total[name] += square
+            bar.update(len(part))
+    return {name: tensor / len(indices) for name, tensor in total.items()}
+
+
+def _covers(model):
+    """Whether :func:`_layer_squares` knows every layer that has weights."""
+    layers = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    known = all(isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d) for layer in layers)
+    return known and all(layer.groups == 1 for layer in layers if isinstance(layer, nn.Conv2d))
+
+
+def _functional_squares(model, inputs, labels, scores):
+    """Pairs of (name, sum over images of the squared gradients), one image at a time, for any network."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for image, label in zip(inputs, labels, strict=True):
+        logits, pull = torch.func.vjp(
+            lambda p, x=image[None]: torch.func.functional_call(model, p, (x,))[0], parameters
+        )
+        (gradients,) = torch.func.vmap(pull)(scores(logits, label))
+        for name, gradient in gradients.items():
+            yield name, gradient.square().sum(0)
+
+
+def _layer_squares(model, inputs, labels, scores):
+    """Pairs of (name, sum over images of the squared gradients), from each layer's inputs and output gradients.
+
+    In eval mode images do not meet, so one backward pass gives each image's own gradients at every layer's output.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    taken, given, handles = {}, {}, []
+    for name, layer in layers:
+
+        def keep(_, arguments, output, name=name):
+            taken[name], given[name] = arguments[0].detach(), output
+            return output.clone()  # what follows may work in place
+
+        handles.append(layer.register_forward_hook(keep))
+    try:
+        logits = model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    rows = torch.stack([scores(*pair) for pair in zip(logits.detach(), labels, strict=True)], dim=1)
+    inner = {name: _as_columns(layer, taken[name]) for name, layer in layers}
+    for row in rows:
+        outer = torch.autograd.grad(logits, [given[name] for name, _ in layers], row, retain_graph=True)
+        for (name, layer), gradient in zip(layers, outer, strict=True):
+            gradient = gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]  # image × channel × position
+            if isinstance(layer, nn.BatchNorm2d):
+                yield f"{name}.weight", (gradient * inner[name]).sum(2).square().sum(0)
+            elif gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
+                square = gradient.flatten(1).square().T @ inner[name].flatten(1).square()
+                yield f"{name}.weight", square.view_as(layer.weight)
+            else:
+                square = torch.bmm(gradient, inner[name].transpose(1, 2)).square().sum(0)
+                yield f"{name}.weight", square.view_as(layer.weight)
+            if layer.bias is not None:
+                yield f"{name}.bias", gradient.sum(2).square().sum(0)
+
+
+def _as_columns(layer, inputs):
+    """What each weight of a layer is multiplied with: image × weight × position."""
+    if isinstance(layer, nn.Conv2d):
+        return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    if isinstance(layer, nn.BatchNorm2d):
+        spread = (layer.running_var + layer.eps).sqrt()
+        return ((inputs - layer.running_mean[:, None, None]) / spread[:, None, None]).flatten(2)
+    return inputs[:, :, None]
+
+
 def describe_methods(names=None):
     """The methods with their defaults, for ``--help``."""
     lines = ["methods and their defaults:"]
     for name in names or METHODS:
         entry = METHODS[name.removeprefix("cpu_")]
         epochs, rate = entry.num_epochs or "the original's", entry.learning_rate or "the original's"
-        lines.append(f"  {name:<14} epochs: {epochs}, learning rate: {rate}")
+        parts = [f"epochs: {epochs}", f"learning rate: {rate}"] if entry.trained else ["not trained"]
+        parts += [f"{key}: {value}" for key, value in entry.options.items() if value is not None]
+        parts += [f"{key} of vit: {value}" for key, value in entry.vit.items()]
+        lines.append(f"  {name:<16} {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def add_option_flags(parser, names):
+    """The flags of ``OPTIONS`` that the named methods have."""
+    group = parser.add_argument_group("single methods", "when left out: the method's own, below")
+    for option, (kind, text) in OPTIONS.items():
+        owners = [name for name in names if option in METHODS[name.removeprefix("cpu_")].options]
+        if owners:
+            group.add_argument(f"--{option}", type=kind, help=f"{', '.join(owners)}: {text}")
+
+
+def method_options(entry, args):
+    """A method's own hyper-parameters: flags where given, else its defaults."""
+    defaults = entry.options | {key: value for key, value in _vit(entry, args).items() if key in entry.options}
+    given = {key: getattr(args, key, None) for key in entry.options}
+    return defaults | {key: value for key, value in given.items() if value is not None}
+
+
+def _vit(entry, args):
+    return entry.vit if args.model_name != "resnet18" else {}
 
 
 # ---------------------------------------------------------------- runs
@@ -271,14 +717,21 @@ def original_recipe(args):
 
 
 def method_recipe(entry, args, original_meta):
-    """A method's recipe: flags where given, else its own defaults, else the original model's recipe."""
+    """A method's recipe: flags where given, else its own defaults, else the original model's recipe.
+
+    None for a method that is not trained.
+    """
+    if not entry.trained:
+        return None
     original = original_meta.get("recipe") or asdict(original_recipe(args))
     follows_original = entry.num_epochs is None
+    defaults = {"num_epochs": entry.num_epochs, "learning_rate": entry.learning_rate} | _vit(entry, args)
     return Recipe(
-        num_epochs=args.num_epochs or entry.num_epochs or original["num_epochs"],
-        learning_rate=args.learning_rate or entry.learning_rate or original["learning_rate"],
+        num_epochs=args.num_epochs or defaults["num_epochs"] or original["num_epochs"],
+        learning_rate=args.learning_rate or defaults["learning_rate"] or original["learning_rate"],
         batch_size=args.batch_size or (original["batch_size"] if follows_original else Recipe.batch_size),
         milestones=args.milestones or (original["milestones"] if follows_original else None),
+        momentum=entry.momentum,
     )
 
 
@@ -312,29 +765,65 @@ def execute(job, run, folder, file_name, meta, args):
         start = time.perf_counter()
         run(job)
         meta = meta | {"seconds": time.perf_counter() - start, "accuracies": accuracies(job)}
-        utils.save_checkpoint(folder / file_name, job.model, meta)
+        for name, state in job.by_products.items():
+            utils.save_tensors(folder / name, state, meta)
+        utils.save_tensors(folder / file_name, job.model.state_dict(), meta)
         log.keep()
         log.table("run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]])
     return meta | {"history": log.history}
 
 
-def run_methods(args, methods, term_of=lambda data, split: None, prefix=""):
-    """Unlearn with each of ``args.unlearn_name``, from one original model; print one table. Returns the exit status.
+def run_methods(args, methods, term_of=lambda args, data, split: None, prefix=""):
+    """Unlearn with each of ``args.unlearn_name``, for each seed, and print one table. Returns the exit status.
 
-    ``term_of(data, split)`` makes the conformal term; ``prefix`` is what its variants' names have before the base
-    method's. What is already done is not done again; a method that diverges is a row that says so, and the
+    ``term_of(args, data, split)`` makes the conformal term; ``prefix`` is what its variants' names have before the
+    base method's. What is already done is not done again; a method that fails is a row that says why, and the
     others go on.
     """
     names = utils.method_names(args.unlearn_name, methods, prefix)
+    check_flags(args, [methods[name] for name in names], names)
+    device = utils.pick_device(args.device)
+    data = utils.load_data(args, device)
+    plans = [plan_runs(seed_args, names, methods, data, device, term_of) for seed_args in utils.each_seed(args)]
+    rows = [row for plan in plans for row in run_plan(plan, methods, data, device, prefix)]
+    failures = [row for row in rows if "note" in row]
+    columns = RUN_COLUMNS | {"note": ("note", "text")} if failures else RUN_COLUMNS
+    utils.print_table(columns, utils.summarise(rows, columns, ["method"]))
+    return 2 if failures else 0
+
+
+def check_flags(args, entries, names):
+    """Raise UserError for a flag that the chosen methods have no use for, or that cannot be right for all of them."""
     if len(names) > 1 and args.learning_rate:
         raise utils.UserError(
             "--learning_rate with several methods: no rate is right for all; leave it out, or run one"
         )
-    device = utils.pick_device(args.device)
-    data = utils.load_data(args, device)
+    if not any(entry.trained for entry in entries):
+        for flag in ("num_epochs", "learning_rate", "batch_size", "milestones"):
+            if getattr(args, flag) is not None:
+                raise utils.UserError(f"--{flag}: {', '.join(names)} is not trained; leave it out")
+    for option in OPTIONS:
+        if getattr(args, option, None) is not None and not any(option in entry.options for entry in entries):
+            owners = ", ".join(name for name, entry in METHODS.items() if option in entry.options)
+            raise utils.UserError(f"--{option} belongs to {owners}, not to {', '.join(names)}; leave it out")
+
+
+@dataclass
+class Plan:
+    """What is to be done for one seed: the original model, the split, and one entry for each method."""
+
+    args: object
+    split: utils.Split
+    state: dict
+    original: dict
+    folder: object
+    runs: list[tuple]
+
+
+def plan_runs(args, names, methods, data, device, term_of):
+    """Read and check everything that the runs of one seed need, before any of them begins."""
     split = utils.make_split(data, args)
     root = utils.run_folder(args, data)
-
     path = utils.locate(args.model_dir, root)
     state, original = utils.read_checkpoint(path, "train it first with main_original_model.py and the same flags")
     utils.check_meta(path, original, args, data)
@@ -342,47 +831,60 @@ def run_methods(args, methods, term_of=lambda data, split: None, prefix=""):
     utils.load_weights(model, state, path)
     print(f"{path}: forget {len(split.forget)} of {len(data.train)} images ({split.folder}, {split.fingerprint})")
 
-    def new_model(purpose):
-        utils.seed_everything(args.seed, purpose, "initialisation")
-        return utils.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
-
-    plan, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
+    runs, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
     for label in names:
-        recipe, term = method_recipe(methods[label], args, original), term_of(data, split)
-        identity = asdict(recipe) | origin
+        entry, term = methods[label], term_of(args, data, split)
+        recipe, options = method_recipe(entry, args, original), method_options(entry, args)
+        identity = (asdict(recipe) if recipe else {}) | options | origin
+        if options.get("mask_path"):
+            identity["mask_path"] = utils.weights_hash(read_mask(options["mask_path"], model))
         if term is not None:
             identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
-        folder = root / split.folder / label
-        plan.append((label, recipe, term, identity, folder, already_done(folder / MODEL_FILE, identity, args)))
+        done = already_done(root / split.folder / label / MODEL_FILE, identity, args)
+        runs.append((label, recipe, options, term, identity, done))
+    return Plan(args, split, state, original, root / split.folder, runs)
 
-    rows, failures = [], 0
-    for label, recipe, term, identity, folder, meta in plan:
+
+def run_plan(plan, methods, data, device, prefix):
+    """The runs of one seed, one after the other. Yields a row of the table for each."""
+    args, split = plan.args, plan.split
+
+    def build(pretrained):
+        return utils.build_model(args, len(data.classes), data.train.size, device, pretrained=pretrained)
+
+    def new_model(purpose):
+        utils.seed_everything(args.seed, purpose, "initialisation")
+        return build(pretrained=True)
+
+    for label, recipe, options, term, identity, meta in plan.runs:
+        folder, name = plan.folder / label, label.removeprefix(prefix)
         if meta:
             print(f"{folder / MODEL_FILE}: already done; --overwrite redoes it")
         else:
-            model.load_state_dict(state)
-            name = label.removeprefix(prefix)
-            job = Job(name, label, copy.deepcopy(model), data, split, recipe, args.seed, partial(new_model, name), term)
+            model = build(pretrained=False)
+            model.load_state_dict(plan.state)
+            job = Job(name, label, model, data, split, recipe, args.seed, options, partial(new_model, name), term)
             meta = utils.describe_run(args, data, device) | {
                 "method": label,
                 "identity": identity,
-                "recipe": asdict(recipe),
+                "recipe": asdict(recipe) if recipe else None,
+                "options": options,
                 "unlearn_type": args.unlearn_type,
                 "forget_set": split.fingerprint,
                 "num_forget": len(split.forget),
-                "original_seconds": original.get("seconds"),
+                "original_seconds": plan.original.get("seconds"),
             }
             try:
                 meta = execute(job, methods[label].run, folder, MODEL_FILE, meta, args)
-            except Diverged as error:
-                if len(plan) == 1:
+            except utils.UserError as error:
+                if len(plan.runs) == 1 and not args.seeds:
                     raise
-                rows.append({"method": label, "note": str(error)})
-                failures += 1
+                utils.save_json(folder / FAILURE_FILE, {"forget_set": split.fingerprint, "error": str(error)})
+                print(f"{label} (seed {args.seed}) failed: {error}")
+                yield {"method": label, "note": f"seed {args.seed}: {error}" if args.seeds else str(error)}
                 continue
+            (folder / FAILURE_FILE).unlink(missing_ok=True)
             if term is not None and (advice := term.advice()):
                 print(f"{label}: {advice}")
             utils.save_json(folder / "results.json", {key: meta[key] for key in meta if key != "history"})
-        rows.append({"method": label, "seconds": meta["seconds"]} | meta["recipe"] | meta["accuracies"])
-    utils.print_table(RUN_COLUMNS if not failures else RUN_COLUMNS | {"note": ("note", "text")}, rows)
-    return 2 if failures else 0
+        yield {"method": label, "seconds": meta["seconds"]} | (meta["recipe"] or {}) | meta["accuracies"]

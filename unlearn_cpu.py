@@ -17,7 +17,7 @@ import utils
 from metrics import CR
 
 # Every method of unlearn.py that is trained by gradient steps.
-METHODS = {f"cpu_{name}": entry for name, entry in unlearn.METHODS.items()}
+METHODS = {f"cpu_{name}": entry for name, entry in unlearn.METHODS.items() if entry.extensible}
 
 
 def conformal_loss(logits, labels, q_hat, delta):

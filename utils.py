@@ -5,14 +5,17 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import platform
 import sys
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +57,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default is None or action.required else super()._get_help_string(action)
 
 
-def _number(kind, minimum=None, maximum=None, *, exclusive=False):
+def number(kind, minimum=None, maximum=None, *, exclusive=False):
     """An argparse type: a finite number within bounds, which ``exclusive`` leaves out themselves."""
 
     def parse(text):
@@ -85,7 +88,7 @@ def _list_of(parse_item):
     return parse
 
 
-ALPHA = _number(float, 0, 1, exclusive=True)
+ALPHA = number(float, 0, 1, exclusive=True)
 
 
 def make_parser(description, epilog=None):
@@ -93,10 +96,10 @@ def make_parser(description, epilog=None):
     parser = _Parser(description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("model")
     group.add_argument("--model_name", default="resnet18", help="resnet18 (for small images), vit, or a timm model")
-    group.add_argument("--width", type=_number(int, 1), default=64, help="channels of resnet18's first stage")
+    group.add_argument("--width", type=number(int, 1), default=64, help="channels of resnet18's first stage")
     group.add_argument(
         "--image_size",
-        type=_number(int, 1),
+        type=number(int, 1),
         help="side in pixels that images are resized to; when left out, the data's own (resnet18) or 224 (vit)",
     )
     group.add_argument("--pretrained_path", help="ImageNet weights of vit or a timm model on disk, not downloaded")
@@ -104,9 +107,12 @@ def make_parser(description, epilog=None):
     group = parser.add_argument_group("data")
     group.add_argument("--data_name", choices=DATA_NAMES, default="digits", help="which images")
     group.add_argument("--data_dir", default="./data", help="where the data lies or is downloaded to")
-    group.add_argument("--num_classes", type=_number(int, 2), help="checked against the data; inferred when left out")
+    group.add_argument("--num_classes", type=number(int, 2), help="checked against the data; inferred when left out")
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=_number(int, 0, 2**32 - 1), default=1, help="of the split and the training")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of the split and the training")
+    group.add_argument(
+        "--seeds", type=_list_of(number(int, 0, 2**32 - 1)), help="several, as 1,2,3, in the place of --seed"
+    )
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     group.add_argument("--runs_dir", default="./runs", help="where all results go")
     group.add_argument(
@@ -120,12 +126,12 @@ def make_parser(description, epilog=None):
 def add_training_flags(parser, defaults):
     """Flags of the training loop. ``defaults`` says in words what a flag left out means."""
     group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=_number(int, 3), help=f"images a step; {defaults}")
-    group.add_argument("--num_epochs", type=_number(int, 1), help=defaults)
-    group.add_argument("--learning_rate", type=_number(float, 0, exclusive=True), help=defaults)
+    group.add_argument("--batch_size", type=number(int, 3), help=f"images a step; {defaults}")
+    group.add_argument("--num_epochs", type=number(int, 1), help=defaults)
+    group.add_argument("--learning_rate", type=number(float, 0, exclusive=True), help=defaults)
     group.add_argument(
         "--milestones",
-        type=_list_of(_number(int, 1)),
+        type=_list_of(number(int, 1)),
         help="epochs at which the rate falls to a tenth, as 91,136; when left out a cosine falls to zero",
     )
     group.add_argument("--overwrite", action="store_true", help="redo what the run folder already holds")
@@ -137,11 +143,11 @@ def add_scenario_flags(parser, methods, model_dir):
     group.add_argument(
         "--unlearn_name", nargs="+", required=True, metavar="METHOD", help=f"one or more of {methods}, or all"
     )
-    group.add_argument("--unlearn_type", choices=["random", "class", "list"], default="random", help="what to forget")
+    group.add_argument("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
     group.add_argument(
         "--retain_ratio", type=float, default=0.9, help="random: share of the training images that stays"
     )
-    group.add_argument("--forget_class", help="class: its name or number; drawn from the seed when left out")
+    group.add_argument("--forget_class", help="class, subclass: its name or number; drawn from the seed when left out")
     group.add_argument(
         "--forget_list",
         help="list: a text file with one training index a line, or one file name (class/image.jpg) for image_folder",
@@ -157,24 +163,29 @@ def add_conformal_flags(parser):
     """Flags of the CPU loss (arXiv 2501.19403)."""
     group = parser.add_argument_group("conformal prediction unlearning")
     group.add_argument("--alpha", type=ALPHA, default=0.05, help="miscoverage level of the q̂ in the loss")
-    group.add_argument("--delta", type=_number(float, 0), default=0.01, help="margin Δ beyond q̂")
-    group.add_argument("--lamda", type=_number(float, 0), default=0.5, help="weight λ; 0 is the base method")
+    group.add_argument("--delta", type=number(float, 0), default=0.01, help="margin Δ beyond q̂")
+    group.add_argument("--lamda", type=number(float, 0), default=0.5, help="weight λ; 0 is the base method")
 
 
 def add_evaluation_flags(parser):
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--batch_size", type=_number(int, 1), default=512, help="images a forward pass")
+    group.add_argument("--batch_size", type=number(int, 1), default=512, help="images a forward pass")
     group.add_argument("--alphas", type=_list_of(ALPHA), default="0.05,0.1,0.15,0.2", help="miscoverage levels")
     group.add_argument(
         "--cal_sizes",
-        type=_list_of(_number(int, 1)),
+        type=_list_of(number(int, 1)),
         help="calibration images; when left out 2000, or a fifth of the held-out images where that is less",
     )
 
 
+def given_names(given):
+    """The names in ``--unlearn_name``, which blanks or commas divide."""
+    return [name for item in given for name in item.split(",") if name]
+
+
 def method_names(given, known, prefix=""):
     """``--unlearn_name``: several names, with blanks or commas, and ``all``. Raises UserError for unknown ones."""
-    names = [name for item in given for name in item.split(",") if name]
+    names = given_names(given)
     if "all" in names:
         names = list(known)
     names = list(dict.fromkeys(name if name in known else prefix + name for name in names))
@@ -200,6 +211,12 @@ def generator(seed, *purpose, device="cpu"):
 def seed_everything(seed, *purpose):
     """Seed torch's global state, which initialisation and dropout draw from."""
     torch.manual_seed(_derive(seed, purpose))
+
+
+def each_seed(args):
+    """The flags once for every seed: those of --seeds, else --seed."""
+    for seed in args.seeds or [args.seed]:
+        yield argparse.Namespace(**vars(args) | {"seed": seed})
 
 
 def permutation(seed, purpose, n):
@@ -242,21 +259,31 @@ SPECS = {
     ),
     "cifar10": DataSpec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": DataSpec((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cifar20": DataSpec((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny_imagenet": DataSpec((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     # Constants, not statistics of the folder: a statistic would remember the images to be forgotten.
     "image_folder": DataSpec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 DATA_NAMES = tuple(SPECS)
+SCENARIOS = ("random", "class", "subclass", "list")
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 @dataclass
 class Images:
-    """Images as one uint8 tensor N×3×H×W with int64 labels N, on the training device."""
+    """Images as one uint8 tensor N×3×H×W with int64 labels N, on the training device.
+
+    ``names`` are file names, ``subclasses`` the int64 numbers N of the fine classes inside the labels, where
+    the data has such.
+    """
 
     pixels: torch.Tensor
     labels: torch.Tensor
     spec: DataSpec
     size: int
     names: list[str] | None = None
+    subclasses: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.labels)
@@ -300,12 +327,16 @@ def random_augment(pixels, spec, rng):
 
 @dataclass
 class Data:
-    """A data set: training images, held-out images, class names, a tag for folder names, a fingerprint."""
+    """A data set: training images, held-out images, class names, a tag for folder names, a fingerprint.
+
+    ``subclass_names`` name the fine classes inside the classes, where there are any.
+    """
 
     train: Images
     held_out: Images
     classes: list[str]
     tag: str
+    subclass_names: list[str] | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self):
@@ -316,12 +347,11 @@ class Data:
 
 def load_data(args, device):
     """The data set that the flags name, on ``device``. Raises UserError for missing or contradictory data."""
-    loaders = {"digits": _load_digits, "cifar10": _load_cifar, "cifar100": _load_cifar, "image_folder": _load_folder}
-    parts, classes, tag = loaders[args.data_name](args)
-    if args.num_classes not in (None, len(classes)):
-        raise UserError(
-            f"--num_classes {args.num_classes}: {args.data_name} has {len(classes)} classes; leave the flag out"
-        )
+    loaders = {"digits": _load_digits, "image_folder": _load_folder, "tiny_imagenet": _load_tiny_imagenet}
+    parts, classes, tag = loaders.get(args.data_name, _load_cifar)(args)
+    num_classes = 20 if args.data_name == "cifar20" else len(classes)
+    if args.num_classes not in (None, num_classes):
+        raise UserError(f"--num_classes {args.num_classes}: {args.data_name} has {num_classes} classes; leave it out")
     native = parts[0][0].shape[-1]
     try:
         size = args.image_size or models.input_size(args.model_name, native)
@@ -331,7 +361,10 @@ def load_data(args, device):
         Images(pixels.to(device), labels.to(device), SPECS[args.data_name], size, names)
         for pixels, labels, names in parts
     )
-    return Data(train, held_out, classes, tag)
+    subclass_names = None
+    if args.data_name == "cifar20":
+        subclass_names, classes = classes, _group_by_superclass((train, held_out), args)
+    return Data(train, held_out, classes, tag, subclass_names)
 
 
 def _load_digits(args):
@@ -350,7 +383,7 @@ def _load_digits(args):
 def _load_cifar(args):
     from torchvision import datasets
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[args.data_name]
+    kind = datasets.CIFAR10 if args.data_name == "cifar10" else datasets.CIFAR100
     try:
         parts = [kind(args.data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -366,6 +399,62 @@ def _load_cifar(args):
         list(parts[0].classes),
         args.data_name,
     )
+
+
+def _group_by_superclass(parts, args):
+    """Turn CIFAR-100 into CIFAR-20: the archive's coarse labels become the labels. Returns their names.
+
+    The files are those whose checksums torchvision has just tested.
+    """
+    folder = Path(args.data_dir) / "cifar-100-python"
+    for images, name in zip(parts, ("train", "test"), strict=True):
+        with open(folder / name, "rb") as file:
+            coarse = pickle.load(file, encoding="latin1")["coarse_labels"]
+        images.subclasses, images.labels = images.labels, torch.tensor(coarse).to(images.labels.device)
+    with open(folder / "meta", "rb") as file:
+        return pickle.load(file, encoding="latin1")["coarse_label_names"]
+
+
+def _load_tiny_imagenet(args):
+    """Tiny ImageNet as published: train/<wnid>/images/, and val/images/ with the labels in val_annotations.txt."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    root = Path(args.data_dir) / "tiny-imagenet-200"
+    if not (root / "val" / "val_annotations.txt").is_file():
+        try:
+            download_and_extract_archive(TINY_IMAGENET_URL, args.data_dir, md5=TINY_IMAGENET_MD5)
+        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"--data_name tiny_imagenet: not in {args.data_dir}, and the download failed ({error}); "
+                f"put tiny-imagenet-200.zip there by hand, or check the network"
+            ) from error
+    try:
+        wnids = sorted((root / "wnids.txt").read_text().split())
+        words = dict(line.split("\t")[:2] for line in (root / "words.txt").read_text().splitlines() if "\t" in line)
+        rows = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+        held_out = sorted((f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root}: incomplete ({error}); remove it, so that it is made anew") from error
+    train = [
+        (path.relative_to(root).as_posix(), number)
+        for number, wnid in enumerate(wnids)
+        for path in sorted((root / "train" / wnid / "images").glob("*.JPEG"))
+    ]
+    if not train or not held_out:
+        raise UserError(f"{root}: incomplete (no images); remove it, so that it is made anew")
+    first = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    classes = [name if first.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(first, wnids, strict=True)]
+    parts = []
+    for samples in (train, held_out):
+        pixels = _read_images([root / name for name, _ in samples], 64)
+        names = [name.removeprefix("train/") for name, _ in samples]
+        parts.append((pixels, torch.tensor([number for _, number in samples]), names))
+    return parts, classes, "tiny_imagenet"
+
+
+def _read_images(paths, side):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return torch.stack(list(pool.map(lambda path: _read_image(path, side), paths)))
 
 
 def _load_folder(args):
@@ -391,8 +480,7 @@ def _load_folder(args):
     side = args.image_size or _common_side([path for folder in folders for path, _ in folder.samples], args)
     parts = []
     for folder in folders:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            pixels = torch.stack(list(pool.map(lambda sample: _read_image(sample[0], side), folder.samples)))
+        pixels = _read_images([path for path, _ in folder.samples], side)
         names = [Path(path).relative_to(folder.root).as_posix() for path, _ in folder.samples]
         parts.append((pixels, torch.tensor(folder.targets), names))
     return parts, train.classes, f"image_folder-{root.resolve().name}"
@@ -439,8 +527,9 @@ def _read_image(path, side):
 class Split:
     """Which images are what: int64 indices into the training images and into the held-out images.
 
-    ``train_calibration`` is for the CPU loss alone. Where a class is forgotten it and ``test`` hold the retained
-    classes, and ``forget_test`` the forgotten one's test images. ``calibration`` holds all classes.
+    ``train_calibration`` is for the CPU loss alone. Where a class or subclass is forgotten it and ``test`` hold the
+    retained ones, and ``forget_test`` the forgotten one's test images. ``calibration`` holds all; ``is_forgotten``
+    says of each of its images whether it is of the forgotten class. ``forget_class`` is its number, or None.
     """
 
     retain: torch.Tensor
@@ -449,6 +538,7 @@ class Split:
     train_calibration: torch.Tensor
     test: torch.Tensor
     forget_test: torch.Tensor
+    is_forgotten: torch.Tensor
     folder: str = ""
     forget_class: int | None = None
 
@@ -488,8 +578,8 @@ def make_split(data, args, cal_size=None, *, scenario=True):
             f"test image; choose at most {len(order) - first - 1}"
         )
     train_calibration, calibration, test = np.split(order, [first, first + cal_size])
-    held_out_labels = data.held_out.labels.cpu().numpy()
-    of_forget_class = held_out_labels == forget_class  # nowhere, unless a class is forgotten
+    groups = data.held_out.subclasses if scenario and args.unlearn_type == "subclass" else data.held_out.labels
+    of_forget_class = groups.cpu().numpy() == (-1 if forget_class is None else forget_class)
 
     def indices(array):
         return torch.from_numpy(array).to(data.train.labels.device)
@@ -501,6 +591,7 @@ def make_split(data, args, cal_size=None, *, scenario=True):
         train_calibration=indices(train_calibration[~of_forget_class[train_calibration]]),
         test=indices(test[~of_forget_class[test]]),
         forget_test=indices(test[of_forget_class[test]]),
+        is_forgotten=torch.from_numpy(of_forget_class[calibration]),
         folder=folder,
         forget_class=forget_class,
     )
@@ -510,8 +601,8 @@ def _forget_set(data, args, labels):
     """Which training images are forgotten, the scenario's folder name, and the class if it is one."""
     if args.forget_list and args.unlearn_type != "list":
         raise UserError(f"--forget_list goes with --unlearn_type list, not {args.unlearn_type}")
-    if args.forget_class is not None and args.unlearn_type != "class":
-        raise UserError(f"--forget_class goes with --unlearn_type class, not {args.unlearn_type}")
+    if args.forget_class is not None and args.unlearn_type not in ("class", "subclass"):
+        raise UserError(f"--forget_class goes with --unlearn_type class or subclass, not {args.unlearn_type}")
     forgotten = np.zeros(len(labels), bool)
     if args.unlearn_type == "random":
         if not 0 < args.retain_ratio < 1:
@@ -528,6 +619,13 @@ def _forget_set(data, args, labels):
     forgotten[chosen] = True
     digest = hashlib.sha256(np.sort(chosen).astype("<i8").tobytes()).hexdigest()[:8]
     return forgotten, f"list_{Path(args.forget_list).stem}_{digest}", None
+
+
+def scenario_folder(args, data):
+    """The scenario's folder for several seeds together: a class that each seed draws for itself has no number."""
+    if args.unlearn_type in ("class", "subclass") and args.forget_class is None:
+        return args.unlearn_type
+    return _forget_set(data, args, data.train.labels.cpu().numpy())[1]
 
 
 def _class_number(args, classes):
@@ -620,8 +718,9 @@ def model_tag(args):
     return tag + (f"i{args.image_size}" if args.image_size else "")
 
 
-def run_folder(args, data):
-    return Path(args.runs_dir) / f"{model_tag(args)}_{data.tag}_seed{args.seed}"
+def run_folder(args, data, seeds=None):
+    """Where the results of one seed go; with ``seeds`` (as 1,2,3) what is said of several together."""
+    return Path(args.runs_dir) / f"{model_tag(args)}_{data.tag}_{f'seeds{seeds}' if seeds else f'seed{args.seed}'}"
 
 
 def locate(model_dir, folder):
@@ -683,9 +782,9 @@ def save_text(path, text):
     _write(path, lambda file: file.write(text.encode()))
 
 
-def save_checkpoint(path, model, meta):
+def save_tensors(path, state, meta):
     """``{"model": state_dict, "meta": meta}``; a file that is already there is replaced whole or not at all."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     _write(path, lambda file: torch.save({"model": state, "meta": meta}, file))
 
 
@@ -889,18 +988,58 @@ def _logged_in(wandb):
         return bool(wandb.api.api_key)
 
 
+class Spread(NamedTuple):
+    """Mean and standard deviation (of a sample) over seeds."""
+
+    mean: float
+    std: float
+
+
+def summarise(rows, columns, keys):
+    """One row for all those that agree in ``keys``: a :class:`Spread` of each number; texts joined.
+
+    Rows that are alone in this stay as they are, and so do counts and texts that all agree in.
+    """
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    summary = []
+    for group in groups.values():
+        merged = dict(group[0])
+        for name in {name: None for row in group for name in row if len(group) > 1}:
+            found = [row[name] for row in group if not _missing(row.get(name))]
+            kind = columns[name][1] if name in columns else "text"
+            if kind == "text" or (kind == "count" and len(set(found)) == 1):
+                merged[name] = (
+                    "; ".join(dict.fromkeys(map(str, found))) if len(set(found)) > 1 else (found or [None])[0]
+                )
+            elif found:
+                merged[name] = Spread(float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0)
+        summary.append(merged)
+    return summary
+
+
+def _missing(value):
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def print_table(columns, rows):
-    """Rows (dicts) under their headings; ``columns`` maps a key to (heading, percent | number | count | text)."""
+    """Rows (dicts) under their headings; ``columns`` maps a key to (heading, kind).
+
+    The kind is percent, number, count, seconds or text; a :class:`Spread` is shown as mean±standard deviation.
+    """
     formats = {
         "percent": lambda value: f"{100 * value:.1f}",
         "number": lambda value: f"{value:.3f}",
-        "count": lambda value: f"{value:d}",
+        "count": lambda value: f"{value:.1f}" if isinstance(value, float) else f"{value:d}",
+        "seconds": lambda value: f"{value:.1f}",
         "text": str,
     }
 
     def cell(value, kind):
-        missing = value is None or (isinstance(value, float) and math.isnan(value))
-        return "–" if missing else formats[kind](value)
+        if isinstance(value, Spread):
+            return "±".join(formats[kind](part) for part in value)
+        return "–" if _missing(value) else formats[kind](value)
 
     lines = [[heading for heading, _ in columns.values()]]
     lines += [[cell(row.get(key), kind) for key, (_, kind) in columns.items()] for row in rows]
