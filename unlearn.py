@@ -528,15 +528,14 @@ def sfron(job):
     progress = [0]
 
     def schedule(epoch):
-        turns = []
+        turns, ascents = [], endless_passes(epoch)
         for number, repair in enumerate(index_batches(job, ("retain",), epoch)):
             if number % options["ascent_every"] == 0:
-                ascents = turns_of_forget(epoch) if number == 0 else ascents
                 turns.append((next(ascents), 0))
             turns.append(repair)
         return turns
 
-    def turns_of_forget(epoch):
+    def endless_passes(epoch):
         pass_number = 0
         while True:
             rng = utils.generator(job.seed, job.name, "order", "ascent", epoch, pass_number)
