@@ -370,7 +370,13 @@ def ga_plus(job):
     """NegGrad+: descent on the retain images and ascent on the forget images in each step
     (Kurmanji et al. 2023, 2302.09880)."""
     weight = job.options["forget_weight"]
-    train(job, lambda batch: F.cross_entropy(*batch.retain) - weight * F.cross_entropy(*batch.forget), PARTS)
+
+    def loss(batch):
+        logits, labels = batch.forget
+        forget_loss = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)  # a step may have none
+        return F.cross_entropy(*batch.retain) - weight * forget_loss
+
+    train(job, loss, PARTS)
 
 
 @method(trained=False, noise=1e-7)
@@ -436,7 +442,7 @@ def dampening(forget, overall, selection_weighting, dampening_constant):
     return torch.where(forget > selection_weighting * overall, factor, 1.0)
 
 
-@method(num_epochs=10, learning_rate=5e-4, msteps=2, kd_T=4.0, beta=0.001, gamma=0.99)
+@method(num_epochs=10, learning_rate=2e-3, msteps=2, kd_T=4.0, beta=0.001, gamma=0.99)
 def scrub(job):
     """SCRUB: away from the original on the forget images, back to it and to the labels on the retain images, in turns
     (Kurmanji et al. 2023, 2302.09880, equation 3)."""
@@ -626,7 +632,8 @@ def _layer_squares(model, inputs, labels, scores):
 
     In eval mode images do not meet, so one backward pass gives each image's own gradients at every layer's output.
     """
-    layers = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    modules = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    layers = [(f"{name}." if name else "", module) for name, module in modules]
     taken, given, handles = {}, {}, []
     for name, layer in layers:
 
@@ -647,15 +654,15 @@ def _layer_squares(model, inputs, labels, scores):
         for (name, layer), gradient in zip(layers, outer, strict=True):
             gradient = gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]  # image × channel × position
             if isinstance(layer, nn.BatchNorm2d):
-                yield f"{name}.weight", (gradient * inner[name]).sum(2).square().sum(0)
+                yield f"{name}weight", (gradient * inner[name]).sum(2).square().sum(0)
             elif gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
                 square = gradient.flatten(1).square().T @ inner[name].flatten(1).square()
-                yield f"{name}.weight", square.view_as(layer.weight)
+                yield f"{name}weight", square.view_as(layer.weight)
             else:
                 square = torch.bmm(gradient, inner[name].transpose(1, 2)).square().sum(0)
-                yield f"{name}.weight", square.view_as(layer.weight)
+                yield f"{name}weight", square.view_as(layer.weight)
             if layer.bias is not None:
-                yield f"{name}.bias", gradient.sum(2).square().sum(0)
+                yield f"{name}bias", gradient.sum(2).square().sum(0)
 
 
 def _as_columns(layer, inputs):

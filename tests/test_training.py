@@ -110,7 +110,7 @@ def test_logits_do_not_depend_on_the_batch_size(digits):
 
 def test_an_epoch_visits_every_image_once_in_a_new_order(digits):
     run = job(digits)
-    epochs = [unlearn.index_batches(run, ("retain",), False, epoch) for epoch in (1, 2)]
+    epochs = [unlearn.index_batches(run, ("retain",), epoch) for epoch in (1, 2)]
     orders = [torch.cat([indices for indices, _ in steps]).tolist() for steps in epochs]
     assert sorted(orders[0]) == sorted(orders[1]) == run.split.retain.tolist()
     assert orders[0] != orders[1]
@@ -119,8 +119,8 @@ def test_an_epoch_visits_every_image_once_in_a_new_order(digits):
 
 def test_joined_forget_images_are_spread_over_the_same_steps(digits):
     run = job(digits)
-    plain = unlearn.index_batches(run, ("retain",), False, 1)
-    joined = unlearn.index_batches(run, ("retain",), True, 1)
+    plain = unlearn.index_batches(run, ("retain",), 1)
+    joined = unlearn.join_forget(run, plain, 1)
     assert len(plain) == len(joined)
     for (alone, _), (together, num_retain) in zip(plain, joined, strict=True):
         assert together[:num_retain].equal(alone)  # the base method's batches are untouched
@@ -208,7 +208,7 @@ def test_the_loop_adds_lamda_times_the_term_to_the_method(digits):
     run = job(digits, term, num_epochs=1, batch_size=1000, learning_rate=0.1)
     reference = job(digits).model
     reference.load_state_dict(run.model.state_dict())
-    indices, num_retain = unlearn.index_batches(run, ("retain",), True, 1)[0]
+    indices, num_retain = unlearn.join_forget(run, unlearn.index_batches(run, ("retain",), 1), 1)[0]
     term.start_epoch(reference)
     reference.train()
     augmentation = utils.generator(run.seed, run.name, "augmentation", 1)
