@@ -613,6 +613,11 @@ def _forget_set(data, args, labels):
     if args.unlearn_type == "class":
         number = _class_number(args, data.classes)
         return labels == number, f"class_{number}", number
+    if args.unlearn_type == "subclass":
+        if data.subclass_names is None:
+            raise UserError(f"--unlearn_type subclass: {args.data_name} has no subclasses; use --data_name cifar20")
+        number = _class_number(args, data.subclass_names)
+        return data.train.subclasses.cpu().numpy() == number, f"subclass_{number}", number
     if not args.forget_list:
         raise UserError("--unlearn_type list: name the file of the images to forget with --forget_list FILE")
     chosen = _read_forget_list(Path(args.forget_list), data)

@@ -337,9 +337,7 @@ def test_random_labels_are_wrong_drawn_once_and_even(digits):
     for number in range(10):
         logits = torch.full((len(indices), 10), -50.0)
         logits[:, number] = 50
-        each = [
-            loss(unlearn.Batch(indices[i : i + 1], None, 0, None, logits[i : i + 1])) for i in range(len(indices))
-        ]
+        each = [loss(unlearn.Batch(indices[i : i + 1], None, 0, None, logits[i : i + 1])) for i in range(len(indices))]
         targets[torch.stack(each) < 1] = number
     labels = digits.train.labels[indices]
     assert not (targets == labels).any()

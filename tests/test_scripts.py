@@ -1,15 +1,21 @@
 """The four scripts as users run them, from training to the table."""
 
 import csv
+import hashlib
+import io
 import pickle
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, read_json, run_script, succeed
+from conftest import TINY, fails_in_one_line, flags, read_json, run_script, succeed
 from PIL import Image
 
 import models
+import unlearn
+import unlearn_cpu
 import utils
 
 METHODS = ["original", "retrain", "finetune", "cpu_finetune"]
@@ -115,28 +121,84 @@ def test_a_model_at_a_path_and_a_bare_state_dict_are_scored(pipeline, tmp_path):
     }
 
 
-def test_one_failing_method_does_not_stop_the_others(pipeline):
-    """Retrain starts from NaN; finetune, after it, still runs, and the table says what happened to the first."""
-    command = ["main_unlearn.py", *TINY, "--unlearn_name", "all", "--num_epochs", 1, "--wandb_mode", "disabled"]
-    arguments = ["--runs_dir", "f", "--model_dir", pipeline.root / "original_model.pth"]
-    done = run_script(*command, *arguments, cwd=pipeline.folder, python_path=diverging(pipeline.folder))
-    assert done.returncode == 2 and "retrain diverged in epoch 1" in done.stdout
-    assert (pipeline.folder / "f" / pipeline.root.name / "random_0.9/finetune/unlearning_model.pth").is_file()
-    assert not (pipeline.folder / "f" / pipeline.root.name / "random_0.9/retrain/unlearning_model.pth").exists()
+def test_all_methods_and_variants_in_one_table_over_seeds(tmp_path):
+    """One command for each table; Retrain starts from NaN, and is a row that says so while the others go on."""
+    common = [*TINY, "--seeds", "1,2", "--wandb_mode", "disabled", "--runs_dir", "r"]
+    succeed("main_original_model.py", *common, "--num_epochs", 4, cwd=tmp_path)
+    every = [*common, "--unlearn_name", "all"]
+    done = run_script("main_unlearn.py", *every, "--num_epochs", 1, cwd=tmp_path, python_path=diverging(tmp_path))
+    assert done.returncode == 2 and "seed 1: retrain diverged in epoch 1" in done.stdout, done.stdout + done.stderr
+    table = done.stdout[done.stdout.index(" method ") :]
+    assert [line.split()[0] for line in table.splitlines()[1:]] == list(unlearn.METHODS)
+    assert "±" in table and "seed 2: retrain diverged" in table
+    succeed("main_unlearn_cpu.py", *every, "--num_epochs", 1, "--alpha", "0.1", cwd=tmp_path)
+
+    failing = succeed("main_evaluate.py", *every, "--alphas", "0.2", cwd=tmp_path).stdout
+    row = next(line for line in failing.splitlines() if " retrain " in line)
+    assert "seed 1: retrain diverged in epoch 1" in row and "seed 2: retrain" in row
+    again = succeed("main_unlearn.py", *every, "--num_epochs", 1, cwd=tmp_path)
+    assert again.stdout.count("already done") == 2 * (len(unlearn.METHODS) - 1)
+
+    said = succeed("main_evaluate.py", *every, "--alphas", "0.2", cwd=tmp_path).stdout
+    assert "RTE" in said and "±" in said and "diverged" not in said
+    seeds = [table_of(tmp_path / f"r/resnet18w4_digits_seed{seed}/random_0.9/results.csv") for seed in (1, 2)]
+    summary = table_of(tmp_path / "r/resnet18w4_digits_seeds1,2/random_0.9/results.csv")
+    assert [row["method"] for row in summary] == ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
+    for first, second, both in zip(*seeds, summary, strict=True):
+        for key in ("UA", "TA", "gap", "forget_CR", "seconds"):
+            pair = [float(first[key]), float(second[key])]
+            assert float(both[key]) == pytest.approx(np.mean(pair)), key
+            assert float(both[f"{key}_std"]) == pytest.approx(np.std(pair, ddof=1)), key
+    retrain = next(row for row in seeds[0] if row["method"] == "retrain")
+    for row in seeds[0][1:]:
+        assert float(row["RTE"]) == pytest.approx(float(row["seconds"]) / float(retrain["seconds"]))
+
+
+def test_a_saved_mask_is_reused(pipeline, tmp_path):
+    common = [*TINY, "--runs_dir", "m", "--model_dir", pipeline.root / "original_model.pth"]
+    common += ["--wandb_mode", "disabled", "--num_epochs", 1, "--unlearn_name", "salun"]
+    scenario = tmp_path / "m" / pipeline.root.name / "random_0.9"
+    succeed("main_unlearn.py", *common, "--mask_ratio", "0.25", cwd=tmp_path)
+    mask, _ = utils.read_checkpoint(scenario / "salun/saliency_mask.pth")
+    share = sum(part.sum().item() for part in mask.values()) / sum(part.numel() for part in mask.values())
+    assert share == pytest.approx(0.25, abs=1e-4)
+    saved = scenario / "salun/saliency_mask.pth"
+    first = utils.read_checkpoint(scenario / "salun/unlearning_model.pth")[0]
+    (tmp_path / "mask.pth").write_bytes(saved.read_bytes())
+    succeed("main_unlearn.py", *common, "--mask_path", "mask.pth", "--overwrite", cwd=tmp_path)
+    second = utils.read_checkpoint(scenario / "salun/unlearning_model.pth")[0]
+    assert all(first[name].equal(second[name]) for name in first)
+    other = run_script("main_unlearn.py", *common, "--mask_path", scenario / "salun/unlearning_model.pth", cwd=tmp_path)
+    fails_in_one_line(other, "--mask_path", "not a mask")
+
+
+def test_classes_are_forgotten(tmp_path):
+    """The defaults, on a narrower network: the class below 5 %, the others within 3 points of the original."""
+    common = ["--width", 16, "--device", "cpu", "--wandb_mode", "disabled"]
+    succeed("main_original_model.py", *common, cwd=tmp_path)
+    methods = ["retrain", "GA", "salun", "sfron"]
+    succeed("main_unlearn.py", *common, "--unlearn_type", "class", "--unlearn_name", *methods, cwd=tmp_path)
+    root = tmp_path / "runs/resnet18w16_digits_seed1"
+    original = read_json(root / "original_model.json")["accuracies"]["retain"]
+    for method in methods:
+        found = read_json(root / "class_9" / method / "results.json")["accuracies"]
+        assert found["forget"] < 0.05 and found["retain"] > original - 0.03, (method, found)
 
 
 def diverging(folder):
-    """A Python path on which the network that retrain starts from is full of NaN."""
+    """A Python path on which the network that retrain starts from, of seeds 1 and 2, is full of NaN."""
     path = folder / "diverging"
     path.mkdir()
+    seeds = [utils.generator(seed, "retrain", "initialisation").initial_seed() for seed in (1, 2)]
     (path / "sitecustomize.py").write_text(
         "import torch\n"
-        "plain = torch.nn.init.kaiming_normal_\n"
-        "built = []\n"
+        "plain, seed, last = torch.nn.init.kaiming_normal_, torch.manual_seed, []\n"
+        "def remember(number):\n"
+        "    last[:] = [number]\n"
+        "    return seed(number)\n"
         "def broken(tensor, *a, **k):\n"
-        "    built.append(1)\n"
-        "    return plain(tensor, *a, **k) if len(built) <= 20 else tensor.data.fill_(float('nan'))\n"
-        "torch.nn.init.kaiming_normal_ = broken\n"
+        f"    return tensor.data.fill_(float('nan')) if last and last[0] in {seeds} else plain(tensor, *a, **k)\n"
+        "torch.manual_seed, torch.nn.init.kaiming_normal_ = remember, broken\n"
     )
     return path
 
@@ -209,7 +271,6 @@ def test_the_published_command_lines_run(cifar_files):
 
 def test_cifar_images_are_read_as_published(cifar_files, monkeypatch):
     import torchvision.datasets.cifar
-    from conftest import flags
 
     folder, _ = cifar_files
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
@@ -230,6 +291,84 @@ def test_cifar_images_are_read_as_published(cifar_files, monkeypatch):
     data = utils.load_data(flags(data_name="cifar100", data_dir=str(folder / "data")), torch.device("cpu"))
     assert data.train.labels.tolist() == labels and len(data.classes) == 100
     assert data.held_out.pixels[5].flatten().tolist() == pixels[5].tolist()
+
+
+def test_cifar20_has_the_archives_own_superclasses_and_forgets_a_subclass(tmp_path, monkeypatch):
+    import torchvision.datasets.cifar
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    fine = np.arange(400) % 100
+    coarse = (fine * 7) % 20
+    pixels = np.arange(400 * 3072).reshape(400, 3072).astype(np.uint8)
+    for name in ("train", "test"):
+        batch = {"data": pixels, "fine_labels": fine.tolist(), "coarse_labels": coarse.tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = {key: [f"{key[:4]} {number}" for number in range(count)] for key, count in
+             (("fine_label_names", 100), ("coarse_label_names", 20))}  # fmt: skip
+    (folder / "meta").write_bytes(pickle.dumps(names))
+    args = flags(data_name="cifar20", data_dir=str(tmp_path), unlearn_type="subclass", forget_class="fine 42")
+    data = utils.load_data(args, torch.device("cpu"))
+    assert data.classes == names["coarse_label_names"] and data.train.labels.tolist() == coarse.tolist()
+    split = utils.make_split(data, args)
+    assert split.folder == "subclass_42" and split.forget.tolist() == np.flatnonzero(fine == 42).tolist()
+    assert data.held_out.subclasses[split.forget_test].eq(42).all()
+    assert (
+        data.held_out.subclasses[split.test].ne(42).all() and data.held_out.subclasses[split.calibration].numel() == 80
+    )
+    assert split.is_forgotten.equal(data.held_out.subclasses[split.calibration] == 42)
+    by_number = utils.make_split(data, flags(**vars(args) | {"forget_class": "42"}))
+    assert by_number.fingerprint == split.fingerprint
+    with pytest.raises(utils.UserError, match="--num_classes 100: cifar20 has 20"):
+        utils.load_data(flags(**vars(args) | {"num_classes": 100}), torch.device("cpu"))
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path, monkeypatch):
+    """An archive like Tiny ImageNet's: three classes, the validation labels in val_annotations.txt alone."""
+    wnids, rng = ["n03", "n01", "n02"], np.random.default_rng(0)
+    published = tmp_path / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(published, "w") as archive:
+        root = "tiny-imagenet-200"
+        archive.writestr(f"{root}/wnids.txt", "\n".join(wnids))
+        archive.writestr(f"{root}/words.txt", "n01\tcrane, a bird\nn02\tcrane, a machine\nn03\tgoldfish\nn09\tnone")
+        rows = []
+        for index in range(90):
+            wnid, part = wnids[index % 3], "train" if index < 60 else "val"
+            picture = io.BytesIO()
+            pixels = rng.integers(0, 99, size=(64, 64, 3)) + 70 * int(wnid[-1]) - 70
+            Image.fromarray(pixels.astype(np.uint8)).convert("L" if index == 3 else "RGB").save(picture, "JPEG")
+            name = f"{wnid}_{index}.JPEG" if part == "train" else f"val_{index}.JPEG"
+            where = f"{root}/train/{wnid}/images/{name}" if part == "train" else f"{root}/val/images/{name}"
+            archive.writestr(where, picture.getvalue())
+            if part == "val":
+                rows.append(f"{name}\t{wnid}\t0\t0\t62\t62")
+        archive.writestr(f"{root}/val/val_annotations.txt", "\n".join(rows))
+    published = tmp_path / "published.zip"
+    monkeypatch.setattr(utils, "TINY_IMAGENET_URL", published.as_uri())
+    monkeypatch.setattr(utils, "TINY_IMAGENET_MD5", hashlib.md5(published.read_bytes()).hexdigest())
+    return flags(data_name="tiny_imagenet", data_dir=str(tmp_path / "data"))
+
+
+def test_tiny_imagenet_is_downloaded_and_read_as_published(tiny_imagenet):
+    data = utils.load_data(tiny_imagenet, torch.device("cpu"))
+    assert data.classes == ["crane (n01)", "crane (n02)", "goldfish"]
+    assert data.train.pixels.shape == (60, 3, 64, 64) and len(data.held_out) == 30 and data.train.size == 64
+    brightness = data.held_out.pixels.float().mean((1, 2, 3))
+    for number in range(3):  # brighter pictures in each class: the labels are those of the annotations
+        assert (brightness[data.held_out.labels == number] - (50 + 70 * number)).abs().max() < 10
+    assert data.train.names[0] == "n01/images/n01_1.JPEG"
+    listed = Path(tiny_imagenet.data_dir) / "request.txt"
+    listed.write_text("train/n03/images/n03_6.JPEG\nn02/images/n02_5.JPEG\n")
+    split = utils.make_split(data, flags(unlearn_type="list", forget_list=str(listed)))
+    assert {data.train.names[index] for index in split.forget} == {"n03/images/n03_6.JPEG", "n02/images/n02_5.JPEG"}
+
+
+def test_a_wrong_tiny_imagenet_archive_is_refused(tiny_imagenet, monkeypatch):
+    monkeypatch.setattr(utils, "TINY_IMAGENET_MD5", "0" * 32)
+    with pytest.raises(utils.UserError, match="tiny_imagenet: not in .* the download failed"):
+        utils.load_data(tiny_imagenet, torch.device("cpu"))
 
 
 def write_folder(root, train=30, test=40, classes=("ant", "bee", "cat")):
