@@ -368,7 +368,11 @@ def ascent_end(job):
 @method(num_epochs=5, learning_rate=0.01, forget_weight=0.02)
 def ga_plus(job):
     """NegGrad+: descent on the retain images and ascent on the forget images in each step
-    (Kurmanji et al. 2023, 2302.09880)."""
+    (Kurmanji et al. 2023, 2302.09880).
+
+    The weight is relative to 1 for the retain images. Defaults: found on digits and 5,000 CIFAR-10 images. A weight of
+    0.05, about what that paper's 0.95 : 0.05 comes to, leaves the retained classes of the latter at 31 % when one is forgotten.
+    """
     weight = job.options["forget_weight"]
 
     def loss(batch):
@@ -382,7 +386,11 @@ def ga_plus(job):
 @method(trained=False, noise=1e-7)
 def FisherForgetting(job):
     """Gaussian noise on every weight, of variance noise / F with F the diagonal Fisher information of the retain
-    images (Golatkar et al. 2020, 1911.04933)."""
+    images (Golatkar et al. 2020, 1911.04933).
+
+    The information is exact: expected over the model's own answers, image by image. 1 / F is bounded as usual, by 1000,
+    and by 100 in the last layer. Default: ten times as much noise leaves 10 % accuracy on digits, chance.
+    """
     fisher = diagonal_fisher(job.model, job.data.train, job.split.retain, expected_scores)
     rng = utils.generator(job.seed, job.name, "noise", device=job.device)
     with torch.no_grad():
@@ -400,7 +408,11 @@ def fisher_noise_deviation(fisher, noise, num_classes):
 @method(num_epochs=5, learning_rate=0.01, kd_T=1.0)
 def teacher(job):
     """Bad teaching: the student follows the original on the retain images and a network that was never trained
-    on the forget images (Chundawat et al. 2023, 2205.08096)."""
+    on the forget images (Chundawat et al. 2023, 2205.08096).
+
+    Departs from the paper in the optimiser (theirs is Adam at 1e-4), and takes all retain images, not a share. A
+    pre-trained network starts from its pre-trained weights with a new head. Default temperature: the authors'.
+    """
     competent, incompetent = frozen_copy(job.model), job.new_model().eval().requires_grad_(False)
     temperature = job.options["kd_T"]
 
@@ -424,10 +436,17 @@ def distance(logits, targets, temperature):
     return F.kl_div(student, tutor, log_target=True, reduction="batchmean") * temperature**2
 
 
-@method(trained=False, selection_weighting=5.0, dampening_constant=1.0, vit={"selection_weighting": 2.5})
+@method(trained=False, selection_weighting=8.0, dampening_constant=1.0, vit={"selection_weighting": 4.0})
 def ssd(job):
     """Selective synaptic dampening: weights that matter more for the forget images than for all training images
-    shrink in proportion (Foster et al. 2024, 2308.07707, equations 4 and 5)."""
+    shrink in proportion (Foster et al. 2024, 2308.07707).
+
+    Importances are the mean squared gradients of single images, the empirical Fisher information; the authors' code
+    squares the gradients of whole batches, whose ratios are larger. As D holds D_f, I_f / I_D cannot exceed
+    |D| / |D_f|, which is 10 for a tenth of the images: their α of 10 would then never select a weight. Defaults:
+    λ theirs; α = 8 is where digits models stay whole; half of it for transformers, as the authors do. 4 forgets a
+    class of 5,000 CIFAR-10 images, 8 leaves it.
+    """
     everything = torch.cat([job.split.retain, job.split.forget])
     overall = diagonal_fisher(job.model, job.data.train, everything, observed_score)
     forget = diagonal_fisher(job.model, job.data.train, job.split.forget, observed_score)
@@ -445,7 +464,12 @@ def dampening(forget, overall, selection_weighting, dampening_constant):
 @method(num_epochs=10, learning_rate=2e-3, msteps=2, kd_T=4.0, beta=0.001, gamma=0.99)
 def scrub(job):
     """SCRUB: away from the original on the forget images, back to it and to the labels on the retain images, in turns
-    (Kurmanji et al. 2023, 2302.09880, equation 3)."""
+    (Kurmanji et al. 2023, 2302.09880).
+
+    The first ``msteps`` epochs begin with a pass through the forget images. Defaults: weights and temperature are
+    those of the authors' code; its rate of 5e-4 leaves two thirds of a class of 5,000 CIFAR-10 images
+    remembered after 5 epochs, 2e-3 none after 4.
+    """
     original = frozen_copy(job.model)
     temperature, beta, gamma = (job.options[key] for key in ("kd_T", "beta", "gamma"))
 
@@ -467,7 +491,7 @@ def scrub(job):
 @method(num_epochs=10, learning_rate=0.013, mask_ratio=0.5, mask_path=None)
 def salun(job):
     """SalUn: random labels on the weights with the largest gradient of the forget loss; the others keep the
-    original's values (Fan et al. 2024, 2310.12508, equations 3 and 4).
+    original's values (Fan et al. 2024, 2310.12508).
 
     Defaults: those published with it for 10 % of CIFAR-10 (10 epochs at 0.013, half of the weights).
     """
@@ -525,7 +549,12 @@ def read_mask(path, model):
 )
 def sfron(job):
     """SFRon: ascent on the forget images, weighted by image and confined to salient weights, and repair on the retain
-    images, in turns (Huang et al. 2024, 2409.19732)."""
+    images, in turns (Huang et al. 2024, 2409.19732).
+
+    Defaults: the authors' for 10 % of CIFAR-10; their 1,500 steps of 128 images are five epochs. BatchNorm is in train
+    mode in both turns, as theirs. A weight is salient where its empirical Fisher information, image by image, is
+    at least ``saliency_threshold`` times as large on the forget as on the retain images.
+    """
     options = job.options
     images, split = job.data.train, job.split
     forget, retain = (diagonal_fisher(job.model, images, part, observed_score) for part in (split.forget, split.retain))
@@ -568,7 +597,7 @@ def sfron(job):
 def adaptive_cross_entropy(logits, labels, adaptivity):
     """Mean over images of w·ℓ with w ∝ ℓ^−λ of mean 1: images forgotten already, of large loss, count less.
 
-    Logits M×K, labels M, λ a float → a scalar; the weights have no gradient (Huang et al. 2024, equation 12).
+    Logits M×K, labels M, λ a float → a scalar; the weights have no gradient (Huang et al. 2024).
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
     weights = losses.detach().clamp(min=torch.finfo(losses.dtype).eps) ** -adaptivity
