@@ -371,7 +371,8 @@ def ga_plus(job):
     (Kurmanji et al. 2023, 2302.09880).
 
     The weight is relative to 1 for the retain images. Defaults: found on digits and 5,000 CIFAR-10 images. A weight of
-    0.05, about what that paper's 0.95 : 0.05 comes to, leaves the retained classes of the latter at 31 % when one is forgotten.
+    0.05, about what that paper's 0.95 : 0.05 comes to, leaves the retained classes of the latter at 31 % when one is
+    forgotten.
     """
     weight = job.options["forget_weight"]
 
