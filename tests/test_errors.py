@@ -49,7 +49,7 @@ FLAG_MISTAKES = [
     (["main_unlearn.py", *TINY, "--unlearn_name", "ssd", "--num_epochs", 3], ["--num_epochs", "ssd is not trained"]),
     (["main_unlearn_cpu.py", *TINY, "--unlearn_name", "GA"], ["--unlearn_name GA", "cpu_scrub"]),
     ([*UNLEARN, "--seeds", "1,1"], ["--seeds", "twice"]),
-    ([*UNLEARN, "--seeds", "1,9"], ["seed9", "no such file"]),
+    ([*UNLEARN, "--num_epochs", 3, "--seeds", "1,9"], ["seed9", "no such file"]),
     ([*UNLEARN, "--runs_dir", "empty"], ["original_model.pth: no such file", "main_original_model.py"]),
     ([*CPU, "--alpha", "0"], ["--alpha", "above 0"]),
     ([*CPU, "--alpha", "0.005", "--num_epochs", 1], ["--alpha 0.005", "199", "100"]),
