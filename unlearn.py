@@ -109,7 +109,8 @@ def train(
 
     An epoch visits every image of each part once, freshly shuffled and augmented; each step takes the same share
     of every part. Where that is not the method's order, ``schedule(epoch)`` gives the steps as :func:`index_batches`
-    does. ``before_step(batch)`` may change the gradients, ``after_step()`` the weights. With a conformal term, forget
+    does. ``before_step(batch)`` may change the gradients, ``after_step()`` the weights, and ``finished(record)`` end
+    the training after an epoch. With a conformal term, forget
     images join the steps that have none, and λ times the term is added to the loss of every step. The model,
     BatchNorm included, trains in train mode, which every evaluation leaves as it was; a step of one image, which
     has no batch statistics, takes the running ones. Raises :class:`Diverged` when the loss or a weight is not finite.
@@ -448,12 +449,13 @@ def ssd(job):
     λ theirs; α = 8 is where digits models stay whole; half of it for transformers, as the authors do. 4 forgets a
     class of 5,000 CIFAR-10 images, 8 leaves it.
     """
-    everything = torch.cat([job.split.retain, job.split.forget])
-    overall = diagonal_fisher(job.model, job.data.train, everything, observed_score)
-    forget = diagonal_fisher(job.model, job.data.train, job.split.forget, observed_score)
+    images, parts = job.data.train, (job.split.retain, job.split.forget)
+    retain, forget = (diagonal_fisher(job.model, images, part, observed_score) for part in parts)
+    share = len(job.split.forget) / sum(map(len, parts))
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
-            parameter *= dampening(forget[name], overall[name], **job.options)
+            overall = (1 - share) * retain[name] + share * forget[name]
+            parameter *= dampening(forget[name], overall, **job.options)
 
 
 def dampening(forget, overall, selection_weighting, dampening_constant):
@@ -479,11 +481,10 @@ def scrub(job):
         return maximise + index_batches(job, ("retain",), epoch)
 
     def loss(batch):
-        targets = original(batch.inputs)
         if not batch.num_retain:
-            return -distance(batch.logits, targets, temperature)
+            return -distance(batch.logits, original(batch.inputs), temperature)
         logits, labels = batch.retain
-        from_original = distance(logits, targets[: batch.num_retain], temperature)
+        from_original = distance(logits, original(batch.inputs[: batch.num_retain]), temperature)
         return beta * from_original + gamma * F.cross_entropy(logits, labels)
 
     train(job, loss, schedule=schedule)
@@ -639,10 +640,13 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
 
 
 def _covers(model):
-    """Whether :func:`_layer_squares` knows every layer that has weights."""
+    """Whether :func:`_layer_squares` knows every layer that has weights, by its exact type: subclasses do more."""
     layers = [module for module in model.modules() if list(module.parameters(recurse=False))]
-    known = all(isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d) for layer in layers)
-    return known and all(layer.groups == 1 for layer in layers if isinstance(layer, nn.Conv2d))
+    convolutions = [layer for layer in layers if type(layer) is nn.Conv2d]
+    return all(type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d) for layer in layers) and all(
+        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        for layer in convolutions
+    )
 
 
 def _functional_squares(model, inputs, labels, scores):

@@ -1011,9 +1011,10 @@ def summarise(rows, columns, keys):
     summary = []
     for group in groups.values():
         merged = dict(group[0])
-        for name in {name: None for row in group for name in row if len(group) > 1}:
+        for name in {name: None for row in group for name in row if len(group) > 1 and name not in keys}:
             found = [row[name] for row in group if not _missing(row.get(name))]
-            kind = columns[name][1] if name in columns else "text"
+            numeric = all(isinstance(value, int | float) for value in found)
+            kind = columns[name][1] if name in columns else "number" if numeric else "text"
             if kind == "text" or (kind == "count" and len(set(found)) == 1):
                 merged[name] = (
                     "; ".join(dict.fromkeys(map(str, found))) if len(set(found)) > 1 else (found or [None])[0]

@@ -233,7 +233,19 @@ def per_sample(model, images, labels, expected):
     return {name: square / len(labels) for name, square in total.items()}
 
 
-@pytest.mark.parametrize("network", [partial(ResNet18, 10, 4), Tokens])
+class ActivatedNorm(nn.BatchNorm2d):
+    """A BatchNorm that does more than its class says, as timm has them."""
+
+    def forward(self, images):
+        return super().forward(images).relu() ** 2
+
+
+class Activated(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), ActivatedNorm(4), nn.Flatten(), nn.Linear(144, 10))
+
+
+@pytest.mark.parametrize("network", [partial(ResNet18, 10, 4), Tokens, Activated])
 @pytest.mark.parametrize("expected", [False, True])
 def test_the_diagonal_of_fisher_is_that_of_autograd_per_sample(network, expected, digits):
     torch.manual_seed(0)

@@ -145,7 +145,7 @@ def test_all_methods_and_variants_in_one_table_over_seeds(tmp_path):
     summary = table_of(tmp_path / "r/resnet18w4_digits_seeds1,2/random_0.9/results.csv")
     assert [row["method"] for row in summary] == ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
     for first, second, both in zip(*seeds, summary, strict=True):
-        for key in ("UA", "TA", "gap", "forget_CR", "seconds"):
+        for key in ("UA", "TA", "gap", "forget_CR", "seconds", "q_hat"):
             pair = [float(first[key]), float(second[key])]
             assert float(both[key]) == pytest.approx(np.mean(pair)), key
             assert float(both[f"{key}_std"]) == pytest.approx(np.std(pair, ddof=1)), key
