@@ -1,34 +1,46 @@
-"""Score models: UA, RA, TA, MIA, MIACR, and Coverage, Set Size, CR and fake forgetting at each α.
+"""Score models: UA, RA, TA, membership attacks, and Coverage, Set Size, CR, fake forgetting and MIACR at each α.
 
     python main_evaluate.py --data_name digits --unlearn_name all --alphas 0.01,0.02,0.05
 
-compares the methods whose models lie in the run folder, beside the original, and measures the gap to Retrain. Each
-image goes through a model once. Writes results.json beside each model, and results.csv for all of them; with
---seeds 1,2,3 a table of mean±standard deviation too.
+compares the methods whose models lie in the run folder, beside the original, and measures how far they are from
+Retrain. Each image goes through a model once. Writes results.json and samples.csv beside each model; results.csv,
+classes.csv, pictures and report.html for all of them; with --seeds 1,2,3 a table of mean±standard deviation too.
 """
 
 import csv
 import io
 import json
+import math
 import time
+from functools import partial
+
+import numpy as np
+import torch
 
 import metrics
 import unlearn
 import unlearn_cpu
 import utils
-from metrics import CR
+from metrics import CR, classwise, comparison, figures, html_report, probe, samples, scores
 
-COLUMNS = {"alpha": ("alpha", "text"), "method": ("method", "text")}
-COLUMNS |= {key: column for module in metrics.MODULES for key, column in module.COLUMNS.items()}
-COLUMNS |= {"gap": ("gap %", "percent"), "seconds": ("time s", "seconds"), "RTE": ("RTE", "number")}
-COLUMNS["note"] = ("note", "text")
-GAP_OVER = ("UA", "RA", "TA", "MIA")
+KEYS = ("score", "cal_size", "alpha", "method")
+MODEL_COLUMNS = {"method": ("method", "text")}
+MODEL_COLUMNS |= {
+    key: column
+    for module in metrics.MODULES
+    if module not in (CR, metrics.MIACR)
+    for key, column in module.COLUMNS.items()
+}
+MODEL_COLUMNS |= {"gap": ("gap %", "percent"), "UA_word": ("by UA", "text")} | probe.COLUMNS
+MODEL_COLUMNS |= {"seconds": ("time s", "seconds"), "RTE": ("RTE", "number"), "note": ("note", "text")}
+SET_COLUMNS = {"score": ("score", "text"), "cal_size": ("n_cal", "text"), "alpha": ("alpha", "text")}
+SET_COLUMNS |= {"method": ("method", "text")} | CR.COLUMNS | metrics.MIACR.COLUMNS | {"CR_word": ("by CR", "text")}
 
 
 def main():
     parser = utils.make_parser(__doc__)
     utils.add_scenario_flags(parser, "original and the methods in the run folder", unlearn.MODEL_FILE)
-    utils.add_evaluation_flags(parser)
+    add_evaluation_flags(parser)
     args = parser.parse_args()
 
     device = utils.pick_device(args.device)
@@ -36,37 +48,133 @@ def main():
     tables = [evaluate_seed(seed_args, data, device) for seed_args in utils.each_seed(args)]
     rows = [row for table in tables for row in table]
     if args.seeds:
-        rows = utils.summarise(rows, COLUMNS, ["cal_size", "alpha", "method"])
-        save_summary(args, data, rows)
-    utils.print_table(shown_columns(rows), rows)
-    if line := advice(tables):
+        rows = summarise(rows)
+        save_summary(args, data, device, rows)
+    print_tables(rows)
+    for line in advice(tables):
         print(line)
     return 0
 
 
+def add_evaluation_flags(parser):
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--batch_size", type=utils.number(int, 1), default=512, help="images a forward pass")
+    group.add_argument(
+        "--alphas", type=utils.list_of(utils.ALPHA), default="0.05,0.1,0.15,0.2", help="miscoverage levels"
+    )
+    group.add_argument(
+        "--cal_sizes",
+        type=utils.list_of(utils.number(int, 1)),
+        help="calibration images; when left out 2000, or a fifth of the held-out images where that is less",
+    )
+    group.add_argument(
+        "--resplits",
+        type=utils.number(int, 1),
+        default=100,
+        help="how often calibration and test images are divided anew for mean±standard deviation; 1: the split alone",
+    )
+    group.add_argument(
+        "--score",
+        type=utils.list_of(utils.one_of(scores.NAMES)),
+        default="thr",
+        help=f"one or more of {', '.join(scores.NAMES)}",
+    )
+    group.add_argument("--not_randomized", action="store_true", help="aps, raps, saps without their random part")
+    group.add_argument(
+        "--raps_penalty", type=utils.number(float, 0), default=0.01, help="raps: added for each rank beyond"
+    )
+    group.add_argument("--raps_k", type=utils.number(int, 0), default=5, help="raps: ranks that cost nothing")
+    group.add_argument(
+        "--saps_weight", type=utils.number(float, 0, exclusive=True), default=0.2, help="saps: cost of a rank"
+    )
+    group.add_argument(
+        "--set_sizes",
+        type=utils.list_of(utils.number(int, 0)),
+        default="1,5",
+        help="c of ECF@c and d of EuCF@d, in labels",
+    )
+    group.add_argument(
+        "--relearn",
+        type=utils.number(int, 0),
+        default=0,
+        metavar="K",
+        help="train each model K steps on a tenth of the forget images, and score the other nine tenths",
+    )
+    group.add_argument(
+        "--relearn_rate",
+        type=utils.number(float, 0, exclusive=True),
+        default=0.001,
+        help="learning rate of those steps",
+    )
+    group.add_argument("--no_pictures", action="store_true", help="numbers only: no PNGs and no report.html")
+
+
+def beside(path, name, folder, file):
+    """Where ``file`` about the model at ``path`` goes: the method's folder, or next to a model from elsewhere."""
+    return folder / name / file if path.parent in (folder / name, folder.parent) else path.with_suffix(f".{file}")
+
+
+def settings_of(args):
+    """What the metrics are computed for, from the flags."""
+    chosen = [
+        scores.Score(name, not args.not_randomized, args.raps_penalty, args.raps_k, args.saps_weight, args.seed)
+        for name in args.score
+    ]
+    return metrics.Settings(tuple(args.alphas), tuple(chosen), tuple(args.set_sizes), args.seed)
+
+
 def evaluate_seed(args, data, device):
     """Score the models of one seed and save what was found. Returns the rows of the table."""
-    cal_sizes = args.cal_sizes or [utils.default_cal_size(data)]
-    split = utils.make_split(data, args, max(cal_sizes))
+    args.cal_sizes = args.cal_sizes or [utils.default_cal_size(data)]
+    split = utils.make_split(data, args, max(args.cal_sizes))
     root = utils.run_folder(args, data)
-    checkpoints = read_models(locate_models(args, root, root / split.folder), args, data, split)
+    folder = root / split.folder
+    checkpoints = read_models(locate_models(args, root, folder), args, data, split)
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
+    settings = settings_of(args)
 
-    utils.prepare_folder(root / split.folder, 2**20)
-    evaluated = {}
+    utils.prepare_folder(folder, 2**24)
+    evaluated, histograms, class_rows, pictures = {}, {}, [], {}
     for name, (path, state, meta) in checkpoints.items():
         start = time.perf_counter()
         utils.load_weights(model, state, path)
-        outputs = collect_outputs(model, data, split, cal_sizes, args)
+        outputs, scalars = collect_outputs(model, data, split, args)
         try:
-            scalars, rows = metrics.evaluate(outputs, args.alphas, args.seed)
+            more, rows = metrics.evaluate(outputs, settings)
         except ValueError as error:
             raise utils.UserError(f"{path}: too few images to score: {error}") from error
-        scalars["seconds"] = meta.get("seconds")
+        scalars |= more | {"seconds": meta.get("seconds"), "num_forget": len(split.forget)}
+        if args.relearn:
+            scalars["relearn"] = relearn(model, data, split, settings, args)
         evaluated[name] = (scalars, rows, time.perf_counter() - start)
+
+        class_rows += [{"method": name} | row for row in classwise.class_rows(outputs, settings, data.classes)]
+        names = data.train.names and [data.train.names[index] for index in split.forget.tolist()]
+        utils.prepare_folder(beside(path, name, folder, "samples.csv").parent, 2**20)
+        audit = [
+            row | {"label": data.classes[row["label"]], "prediction": data.classes[row["prediction"]]}
+            for row in samples.sample_rows(outputs, settings, split.forget, names)
+        ]
+        utils.save_text(beside(path, name, folder, "samples.csv"), as_csv(audit))
+        if not args.no_pictures:
+            histograms[name] = figures.histogram_data(outputs, settings)
+            pictures[beside(path, name, folder, "fake_forgotten.png")] = fake_sheet(
+                outputs, settings, data, split, name
+            )
+
     compare_to_retrain(evaluated)
-    rows = table_rows(evaluated, failures(args, root / split.folder, split, evaluated))
-    save(args, data, split, device, checkpoints, evaluated, rows)
+    rows = table_rows(evaluated, failures(args, folder, split, evaluated))
+    utils.save_text(folder / "classes.csv", as_csv(class_rows))
+    if not args.no_pictures:
+        shown = figures.overview(rows, args.score[0], max(args.cal_sizes))
+        if args.score[0] == "thr":
+            histogram = figures.score_histograms(histograms, args.alphas[0])
+            shown["scores.png"] = ("Non-conformity scores", histogram)
+        if args.relearn:
+            curves = {name: scalars["relearn"] for name, (scalars, *_) in evaluated.items()}
+            shown["relearn.png"] = ("Do they come back?", figures.relearn_curves(curves, args.alphas[0]))
+        pictures = {folder / file: found for file, found in shown.items()} | pictures
+    save(args, data, split, device, checkpoints, evaluated, rows, pictures)
     return rows
 
 
@@ -116,41 +224,92 @@ def read_models(paths, args, data, split):
     return found
 
 
-def collect_outputs(model, data, split, cal_sizes, args):
-    """One pass of every scored image through the model, divided into the parts that the metrics ask for."""
+def collect_outputs(model, data, split, args):
+    """One pass of every scored image through the model. Returns (Outputs, numbers of the linear probe).
+
+    The probe sees the input of the last layer, caught on the way, where a class is forgotten."""
+    held_out = [split.calibration, split.test]
+    forgotten = None
+    if split.forget_class is not None:
+        held_out.append(split.forget_test)
+        is_forgotten = [split.is_forgotten, torch.zeros(len(split.test)), torch.ones(len(split.forget_test))]
+        forgotten = torch.cat([part.bool() for part in is_forgotten])
     parts = {
         "retain": (data.train, split.retain),
         "forget": (data.train, split.forget),
-        "test": (data.held_out, split.test),
-        "calibration": (data.held_out, split.calibration),
+        "held_out": (data.held_out, torch.cat(held_out)),
     }
-    if split.forget_class is not None:
-        parts["forget_test"] = (data.held_out, split.forget_test)
-    found = {
-        part: metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
-        for part, (images, indices) in parts.items()
-    }
-    calibration, forgotten = found.pop("calibration"), split.is_forgotten
+    found, features = {}, {}
+    for part, (images, indices) in parts.items():
+        with utils.penultimate_features(model, split.forget_class is not None) as seen:
+            found[part] = metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
+        features[part] = seen
+    draws = metrics.draw_splits(len(found["held_out"].labels), args.resplits, args.seed)
+    outputs = metrics.Outputs(**found, cal_sizes=args.cal_sizes, draws=draws, forgotten=forgotten)
+    if split.forget_class is None:
+        return outputs, {}
+    features = {part: torch.cat(seen).numpy() for part, seen in features.items()}
+    labels = {part: output.labels.numpy() for part, output in found.items()}
+    tests = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
+    return outputs, probe.linear_probe(
+        np.concatenate([features["retain"], features["forget"]]),
+        np.concatenate([labels["retain"], labels["forget"]]),
+        {key: (features["held_out"][chosen], labels["held_out"][chosen]) for key, chosen in tests.items()},
+        args.seed,
+    )
 
-    def of_size(wanted):
-        return {
-            size: metrics.Output(calibration.logits[:size][wanted[:size]], calibration.labels[:size][wanted[:size]])
-            for size in cal_sizes
-        }
 
-    found["forget_calibration"] = of_size(forgotten) if split.forget_class is not None else None
-    return metrics.Outputs(calibration=of_size(~forgotten), **found)
+def relearn(model, data, split, settings, args):
+    """How accuracy and coverage of forget images come back while a tenth of them is learnt again (--relearn K).
+
+    Coverage is at the first α, under the first score, with q̂ taken anew from the retained classes' calibration images.
+    """
+    score, size = settings.scores[0], max(args.cal_sizes)
+    calibration = split.calibration[:size][~split.is_forgotten[:size].to(split.calibration.device)]
+    curve = {"step": [], "accuracy": [], "coverage": []}
+
+    def measure(step, others):
+        logits = partial(utils.compute_logits, model, batch_size=args.batch_size)
+        held_out = CR.score_part(metrics.Output(*logits(data.held_out, calibration)), score, "held_out")
+        forget = CR.score_part(metrics.Output(*logits(data.train, others)), score, "forget")
+        q_hat = CR.conformal_quantile(held_out.own, settings.alphas[0])
+        curve["step"].append(step)
+        curve["accuracy"].append(1 - forget.wrong.double().mean().item())
+        curve["coverage"].append((forget.own <= q_hat).double().mean().item())
+
+    unlearn.relearn(model, data, split, args.seed, args.relearn, args.relearn_rate, measure)
+    return curve
 
 
 def compare_to_retrain(evaluated):
-    """Where Retrain was scored too: the mean absolute difference over UA, RA, TA and MIA, and RTE, the ratio of the
-    methods' running times."""
-    if "retrain" in evaluated:
-        reference = evaluated["retrain"][0]
-        for name, (scalars, _, _) in evaluated.items():
-            scalars["gap"] = sum(abs(scalars[key] - reference[key]) for key in GAP_OVER) / len(GAP_OVER)
-            if name != "original" and scalars["seconds"] and reference["seconds"]:
-                scalars["RTE"] = scalars["seconds"] / reference["seconds"]
+    """Where Retrain was scored too: the gap, signed differences, a plain word for them, and RTE, the ratio of running
+    times.
+
+    The words' tolerance is two standard errors over the images; several seeds have Retrain's spread
+    (:func:`summarise`).
+    """
+    if "retrain" not in evaluated:
+        return
+    reference, reference_rows, _ = evaluated["retrain"]
+    shown = {*MODEL_COLUMNS, *SET_COLUMNS}
+    for name, (scalars, rows, _) in evaluated.items():
+        scalars |= comparison.differences({key: scalars[key] for key in scalars if key in shown}, reference)
+        for at, row in rows.items():
+            row |= comparison.differences({key: row[key] for key in row if key in shown}, reference_rows[at])
+            key = cr_key(row)
+            tolerance = 2 * 2**0.5 * reference_rows[at][f"{key}_error"]
+            row["CR_word"] = comparison.verdict(reference_rows[at][key] - row[key], tolerance)
+        scalars["gap"] = comparison.gap(scalars, reference)
+        tolerance = comparison.share_tolerance(reference["UA"], scalars["num_forget"])
+        scalars["UA_word"] = comparison.verdict(scalars["UA"] - reference["UA"], tolerance)
+        if name != "original" and scalars["seconds"] and reference["seconds"]:
+            scalars["RTE"] = scalars["seconds"] / reference["seconds"]
+
+
+def cr_key(row):
+    """Which CR says how much was forgotten: where a class is, the one under the retained classes' calibration. The
+    forgotten class's own images make a model that has forgotten it answer with every label."""
+    return "forget_by_retain_CR" if "forget_by_retain_CR" in row else "forget_CR"
 
 
 def failures(args, scenario, split, evaluated):
@@ -166,72 +325,170 @@ def failures(args, scenario, split, evaluated):
 
 
 def table_rows(evaluated, failed):
-    """One flat row per calibration size, α and model; the methods that failed at the end of each block."""
+    """One flat row per score, calibration size, α and model; the methods that failed at the end of each block."""
     rows = []
-    for size, alpha in next(iter(evaluated.values()))[1]:
-        for name, (scalars, per_alpha, _) in evaluated.items():
-            rows.append({"alpha": alpha, "cal_size": size, "method": name} | scalars | per_alpha[size, alpha])
-        rows += [{"alpha": alpha, "cal_size": size, "method": name, "note": why} for name, why in failed.items()]
+    for key in next(iter(evaluated.values()))[1]:
+        at = dict(zip(KEYS, key, strict=False))
+        for name, (scalars, per_key, _) in evaluated.items():
+            flat = {name: value for name, value in scalars.items() if not isinstance(value, dict)}
+            rows.append(at | {"method": name} | flat | per_key[key])
+        rows += [at | {"method": name, "note": why} for name, why in failed.items()]
     return rows
 
 
-def shown_columns(rows):
-    """The columns that some row fills; the calibration size where there are several."""
-    columns = {"cal_size": ("n_cal", "text")} | COLUMNS if len({row["cal_size"] for row in rows}) > 1 else COLUMNS
-    return {key: column for key, column in columns.items() if any(key in row for row in rows)}
+def summarise(rows):
+    """The rows of several seeds as one for each (score, calibration size, α, method), with :class:`utils.Spread` of
+    each number, and words that take Retrain's spread over the seeds (two standard deviations) for the tolerance."""
+    found = utils.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
+    retrain = {tuple(row[key] for key in KEYS[:-1]): row for row in found if row["method"] == "retrain"}
+    for row in found:
+        reference = retrain.get(tuple(row[key] for key in KEYS[:-1]), {})
+        if "UA" in row and isinstance(reference.get("UA"), utils.Spread):
+            key = cr_key(row)
+            row["UA_word"] = comparison.verdict(row["UA"].mean - reference["UA"].mean, 2 * reference["UA"].std)
+            row["CR_word"] = comparison.verdict(reference[key].mean - row[key].mean, 2 * reference[key].std)
+    return found
+
+
+def print_tables(rows):
+    """The models in one table, and their prediction sets at every α in another."""
+    for _, columns, shown in shown_tables(rows):
+        utils.print_table(columns, shown)
+        print()
+
+
+def shown_tables(rows):
+    """[(heading, columns, rows)] of the two tables, with the columns that some row fills; numbers with a spread over
+    the draws of calibration and test images become :class:`utils.Spread`."""
+    models = list({row["method"]: row for row in rows}.values())
+    sets = [
+        {
+            key: utils.Spread(value, row[key + CR.SPREAD])
+            if isinstance(value, float) and math.isfinite(row.get(key + CR.SPREAD, math.nan))
+            else value
+            for key, value in row.items()
+        }
+        for row in rows
+        if "q_hat" in row
+    ]
+    tables = []
+    for heading, columns, shown in [("Models", MODEL_COLUMNS, models), ("Prediction sets", SET_COLUMNS, sets)]:
+        filled = {key: column for key, column in columns.items() if any(key in row for row in shown)}
+        if filled.keys() == KEYS[:1] or not shown:
+            continue
+        constant = [key for key in ("score", "cal_size") if len({row[key] for row in shown}) == 1]
+        tables.append((heading, {key: column for key, column in filled.items() if key not in constant}, shown))
+    return tables
 
 
 def advice(tables):
-    """A line on the α that are above a model's error rate, where the conformal numbers say nothing; else None.
+    """Lines on what the numbers cannot say: α above a model's error rate, and test coverage that the theory excludes.
 
     ``tables`` are the rows of each seed."""
-    flat, every = {}, {}
+    flat, every, outside = {}, {}, {}
     for row in (row for table in tables for row in table if "q_hat" in row):
         every[row["method"]] = None
-        if CR.at_most_one_label(row["q_hat"]):
+        if row["score"] == "thr" and CR.at_most_one_label(row["q_hat"]):
             flat.setdefault(row["alpha"], {})[row["method"]] = None
-    if not flat:
-        return None
-    where = "; ".join(
-        f"{alpha:g} for {'all' if len(names) == len(every) else ', '.join(names)}" for alpha, names in flat.items()
-    )
-    return (
-        f"alpha above the error rate ({where}{'; in a seed at least' if len(tables) > 1 else ''}): q̂ < 0.5 there, sets "
-        "hold one label at most and CR tends to 1 whatever was forgotten; read the numbers of a smaller alpha"
-    )
+        if row["coverage_outside"]:
+            found, law = row["test_coverage"], row["theory_coverage"]
+            outside.setdefault(f"{row['method']} at {row['alpha']:g} ({row['score']}: {found:.3f}, {law:.3f})")
+    lines = []
+    if flat:
+        where = "; ".join(
+            f"{alpha:g} for {'all' if len(names) == len(every) else ', '.join(names)}" for alpha, names in flat.items()
+        )
+        lines.append(
+            f"alpha above the error rate ({where}{'; in a seed at least' if len(tables) > 1 else ''}): q̂ < 0.5 there, "
+            "sets hold one label at most and CR tends to 1 whatever was forgotten; read the numbers of a smaller alpha"
+        )
+    if outside:
+        lines.append(
+            "test coverage outside what exchangeable images give (found, theory): "
+            f"{'; '.join(outside)}; tied scores, as of a model that answers all images alike, are the usual cause"
+        )
+    return lines
 
 
-def save(args, data, split, device, checkpoints, evaluated, rows):
-    """results.json per model and results.csv for all, and the same table in wandb."""
-    root = utils.run_folder(args, data)
+def fake_sheet(outputs, settings, data, split, name):
+    """(caption, Figure) of the images of one model that are fake-forgotten most."""
+    entries = []
+    for place, prediction, inside in samples.most_fake(outputs, settings, 18):
+        index = split.forget[place]
+        pixels = data.train.pixels[index].permute(1, 2, 0).cpu().numpy()
+        entries.append((pixels, int(outputs.forget.labels[place]), prediction, inside))
+    title = f"{name}: misclassified forget images nearest to their label (label → answer, {{set}})"
+    return f"Most fake-forgotten images of {name}", figures.fake_sheet(entries, data.classes, title)
+
+
+def save(args, data, split, device, checkpoints, evaluated, rows, pictures):
+    """results.json per model; results.csv, pictures and report.html for all; and the same in wandb."""
+    folder = utils.run_folder(args, data) / split.folder
     evaluation = utils.describe_run(args, data, device) | {"forget_set": split.fingerprint}
     for name, (path, _, meta) in checkpoints.items():
-        scalars, per_alpha, seconds = evaluated[name]
-        folder = root / split.folder / name
-        target = folder / "results.json" if path.parent in (folder, root) else path.with_suffix(".results.json")
-        utils.prepare_folder(target.parent, 2**20)
-        conformal = [{"cal_size": size, "alpha": alpha} | row for (size, alpha), row in per_alpha.items()]
+        scalars, per_key, seconds = evaluated[name]
+        target = beside(path, name, folder, "results.json")
+        conformal = [dict(zip(KEYS, key, strict=False)) | row for key, row in per_key.items()]
         record = {"metrics": scalars | {"conformal": conformal}, "evaluation": evaluation | {"seconds": seconds}}
         utils.save_json(target, meta | {"method": name} | record)
-    folder = root / split.folder
     utils.save_text(folder / "results.csv", as_csv(rows))
+    paths = save_report(args, data, folder, split.folder, evaluation, rows, pictures)
     with utils.RunLog(folder, "evaluation", evaluation, args) as log:
         log.table("evaluation", rows)
+        log.pictures(paths)
     print(f"{folder / 'results.csv'}: {len(evaluated)} models, forget set {split.fingerprint}")
 
 
-def save_summary(args, data, rows):
-    """results.csv over the seeds: each number's mean, and its standard deviation in a column of its own."""
+def save_report(args, data, folder, scenario, evaluation, rows, pictures):
+    """The pictures ({path: (caption, Figure)}) as PNG files, and report.html with all. Returns {caption: path}."""
+    if not pictures:
+        return {}
+    paths, shown = {}, {}
+    for path, (caption, figure) in pictures.items():
+        shown[caption] = html_report.png(figure)
+        paths[caption] = path
+        utils.save_bytes(path, shown[caption])
+    facts = {
+        "model": args.model_name,
+        "data": f"{data.tag}: {len(data.train)} training images, {len(data.classes)} classes",
+        "forgotten": f"{scenario}, forget set {evaluation['forget_set']}",
+        "seed": ", ".join(map(str, args.seeds or [args.seed])),
+        "device": evaluation["device"],
+        "date": evaluation["date"],
+    }
+
+    def cell(row, key, kind):
+        value = row.get(key)
+        return utils.format_cell(value, kind), value.mean if isinstance(value, utils.Spread) else value
+
+    tables = [(*table, cell) for table in shown_tables(rows)]
+    details = {"Flags": evaluation["flags"], "Versions": evaluation["versions"]}
+    text = html_report.page(f"Unlearning on {data.tag}: {scenario}", facts, tables, shown, details)
+    utils.save_text(folder / "report.html", text)
+    print(f"{folder / 'report.html'}: tables and pictures in one file")
+    return paths
+
+
+def save_summary(args, data, device, rows):
+    """results.csv over the seeds: each number's mean, and its standard deviation in a column of its own; pictures of
+    the means and report.html."""
     scenario = utils.scenario_folder(args, data)
     folder = utils.run_folder(args, data, ",".join(map(str, args.seeds))) / scenario
     utils.prepare_folder(folder, 2**20)
-    flat = []
+    flat, means = [], []
     for row in rows:
         flat.append({})
         for key, value in row.items():
             spread = isinstance(value, utils.Spread)
             flat[-1] |= {key: value.mean, f"{key}_std": value.std} if spread else {key: value}
+        means.append({key: value.mean if isinstance(value, utils.Spread) else value for key, value in row.items()})
     utils.save_text(folder / "results.csv", as_csv(flat))
+    if not args.no_pictures:
+        pictures = figures.overview(means, args.score[0], max(row["cal_size"] for row in rows))
+        prints = "; ".join(dict.fromkeys(str(row["forget_set"]) for row in rows if row.get("forget_set")))
+        evaluation = utils.describe_run(args, data, device) | {"forget_set": prints or "one for each seed"}
+        pictures = {folder / file: found for file, found in pictures.items()}
+        save_report(args, data, folder, scenario, evaluation, rows, pictures)
     print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {', '.join(map(str, args.seeds))}")
 
 

@@ -57,8 +57,8 @@ class Job:
     ``name`` is the base method's and seeds the run, so that a CPU variant draws its base's random numbers; ``label``
     is what people read. ``options`` are the method's own hyper-parameters. ``term`` is the conformal loss of
     :mod:`unlearn_cpu`, or None. ``new_model`` builds the network as it was before any training on this data.
-    ``epoch_done`` receives a dict of numbers after every epoch. What a method puts into ``by_products`` (a state_dict
-    by file name) is saved beside the model.
+    ``epoch_done`` receives a dict of numbers after every epoch; a ``quiet`` run measures and prints no accuracies.
+    What a method puts into ``by_products`` (a state_dict by file name) is saved beside the model.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Job:
     new_model: Callable[[], torch.nn.Module] | None = None
     term: object = None
     epoch_done: Callable[[dict], None] = lambda record: None
+    quiet: bool = False
     by_products: dict[str, dict] = field(default_factory=dict)
 
     @property
@@ -171,13 +172,48 @@ def train(
                 f"{job.label} diverged in epoch {epoch} at learning rate {recipe.learning_rate:g}: the loss is "
                 f"{record['loss']}; lower --learning_rate. What was saved before is unchanged"
             )
-        record |= {f"{part}_acc": accuracy for part, accuracy in accuracies(job, MONITORED).items()}
+        if not job.quiet:
+            record |= {f"{part}_acc": accuracy for part, accuracy in accuracies(job, MONITORED).items()}
         record |= {"images_per_second": seen / seconds, "seconds": time.perf_counter() - start}
         job.epoch_done(record)
-        tqdm.write(_line(job, record))
+        if not job.quiet:
+            tqdm.write(_line(job, record))
         if finished and finished(record):
             break
     bar.close()
+
+
+def relearn(model, data, split, seed, num_steps, learning_rate, measure):
+    """Train ``model`` on a tenth of the forget images and see whether the others come back.
+
+    SGD at a constant rate, batches of at most 64 images of the tenth, which every step augments anew. ``measure(step,
+    others)`` is called before the first step and after 1, 2, 4, ... and ``num_steps`` of them, with the indices of
+    the nine tenths that are not trained on. Raises UserError for fewer than two forget images, and :class:`Diverged`
+    as :func:`train` does.
+    """
+    if len(split.forget) < 2:
+        raise utils.UserError("--relearn: one forget image cannot be divided; leave it out, or forget more")
+    shuffled = torch.from_numpy(utils.permutation(seed, "relearn", len(split.forget)))
+    order, tenth = split.forget[shuffled.to(split.forget.device)], max(1, len(split.forget) // 10)
+    again, others = order[:tenth], order[tenth:]
+    stops = sorted({2**power for power in range(num_steps.bit_length()) if 2**power < num_steps} | {num_steps})
+    batches = _endless_batches(again, utils.generator(seed, "relearn", "order"))
+    recipe = Recipe(len(stops), learning_rate, milestones=[len(stops) + 1])
+    job = Job("relearn", "relearn", model, data, split, recipe, seed, quiet=True)
+    job.epoch_done = lambda record: measure(stops[record["epoch"] - 1], others)
+
+    def schedule(epoch):
+        before = stops[epoch - 2] if epoch > 1 else 0
+        return [(next(batches), 0) for _ in range(stops[epoch - 1] - before)]
+
+    measure(0, others)
+    train(job, lambda batch: F.cross_entropy(*batch.forget), schedule=schedule)
+
+
+def _endless_batches(indices, rng):
+    while True:
+        order = indices[torch.randperm(len(indices), generator=rng).to(indices.device)]
+        yield from order.tensor_split(math.ceil(len(order) / Recipe.batch_size))
 
 
 def index_batches(job, parts, epoch):

@@ -14,7 +14,7 @@ import torch
 
 import unlearn
 import utils
-from metrics import CR
+from metrics import CR, scores
 
 # Every method of unlearn.py that is trained by gradient steps.
 METHODS = {f"cpu_{name}": entry for name, entry in unlearn.METHODS.items() if entry.extensible}
@@ -52,7 +52,7 @@ class ConformalTerm:
     def start_epoch(self, model):
         """q̂ on the training-calibration images: eval mode, no gradient, the model's mode left as it was."""
         logits, labels = utils.compute_logits(model, self.images, self.calibration)
-        self.q_hat = CR.conformal_quantile(CR.true_label_scores(logits, labels), self.alpha)
+        self.q_hat = CR.conformal_quantile(scores.true_label_scores(logits, labels), self.alpha)
         self.q_hats.append(self.q_hat)
         return {"q_hat": self.q_hat}
 

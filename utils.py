@@ -12,6 +12,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -76,7 +77,9 @@ def number(kind, minimum=None, maximum=None, *, exclusive=False):
     return parse
 
 
-def _list_of(parse_item):
+def list_of(parse_item):
+    """An argparse type: several values with commas between, each at most once."""
+
     def parse(text):
         items = [parse_item(item) for item in text.split(",") if item.strip()]
         if not items:
@@ -84,6 +87,17 @@ def _list_of(parse_item):
         if len(set(items)) < len(items):
             raise argparse.ArgumentTypeError(f"{text} names a value twice")
         return items
+
+    return parse
+
+
+def one_of(names):
+    """An argparse type: one of ``names``."""
+
+    def parse(text):
+        if text.strip() not in names:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(names)}")
+        return text.strip()
 
     return parse
 
@@ -111,7 +125,7 @@ def make_parser(description, epilog=None):
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of the split and the training")
     group.add_argument(
-        "--seeds", type=_list_of(number(int, 0, 2**32 - 1)), help="several, as 1,2,3, in the place of --seed"
+        "--seeds", type=list_of(number(int, 0, 2**32 - 1)), help="several, as 1,2,3, in the place of --seed"
     )
     group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     group.add_argument("--runs_dir", default="./runs", help="where all results go")
@@ -131,7 +145,7 @@ def add_training_flags(parser, defaults):
     group.add_argument("--learning_rate", type=number(float, 0, exclusive=True), help=defaults)
     group.add_argument(
         "--milestones",
-        type=_list_of(number(int, 1)),
+        type=list_of(number(int, 1)),
         help="epochs at which the rate falls to a tenth, as 91,136; when left out a cosine falls to zero",
     )
     group.add_argument("--overwrite", action="store_true", help="redo what the run folder already holds")
@@ -165,17 +179,6 @@ def add_conformal_flags(parser):
     group.add_argument("--alpha", type=ALPHA, default=0.05, help="miscoverage level of the q̂ in the loss")
     group.add_argument("--delta", type=number(float, 0), default=0.01, help="margin Δ beyond q̂")
     group.add_argument("--lamda", type=number(float, 0), default=0.5, help="weight λ; 0 is the base method")
-
-
-def add_evaluation_flags(parser):
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--batch_size", type=number(int, 1), default=512, help="images a forward pass")
-    group.add_argument("--alphas", type=_list_of(ALPHA), default="0.05,0.1,0.15,0.2", help="miscoverage levels")
-    group.add_argument(
-        "--cal_sizes",
-        type=_list_of(number(int, 1)),
-        help="calibration images; when left out 2000, or a fifth of the held-out images where that is less",
-    )
 
 
 def given_names(given):
@@ -708,6 +711,19 @@ def compute_logits(model, images, indices, batch_size=512):
     return torch.cat(logits).cpu(), images.labels[indices].cpu()
 
 
+@contextmanager
+def penultimate_features(model, wanted=True):
+    """Within it, what reaches the model's last linear layer is kept: a list of a float32 tensor B×F for each batch."""
+    seen = []
+    *_, last = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    keep = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu())) if wanted else None
+    try:
+        yield seen
+    finally:
+        if keep:
+            keep.remove()
+
+
 # ---------------------------------------------------------------- checkpoints and run folders
 
 
@@ -784,7 +800,11 @@ def save_json(path, content):
 
 
 def save_text(path, text):
-    _write(path, lambda file: file.write(text.encode()))
+    save_bytes(path, text.encode())
+
+
+def save_bytes(path, content):
+    _write(path, lambda file: file.write(content))
 
 
 def save_tensors(path, state, meta):
@@ -916,6 +936,10 @@ class RunLog:
         """A table in wandb, from rows (dicts)."""
         self._wandb(self._log_table, title, rows)
 
+    def pictures(self, paths):
+        """Pictures in wandb, from {name: file}."""
+        self._wandb(self._log_pictures, paths)
+
     def keep(self):
         self._file.close()
         os.replace(self._part, self.path)
@@ -981,6 +1005,12 @@ class RunLog:
             cells = [[row.get(key) for key in columns] for row in rows]
             self._run.log({title: wandb.Table(columns=columns, data=cells, allow_mixed_types=True)})
 
+    def _log_pictures(self, paths):
+        if self._run:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path)) for name, path in paths.items()})
+
 
 def _first_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -1029,26 +1059,27 @@ def _missing(value):
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+FORMATS = {
+    "percent": lambda value: f"{100 * value:.1f}",
+    "number": lambda value: f"{value:.3f}",
+    "count": lambda value: f"{value:.1f}" if isinstance(value, float) else f"{value:d}",
+    "seconds": lambda value: f"{value:.1f}",
+    "text": str,
+}
+
+
+def format_cell(value, kind):
+    """A value as tables show it; the kind is percent, number, count, seconds or text, and a :class:`Spread` is
+    mean±standard deviation."""
+    if isinstance(value, Spread):
+        return "±".join(FORMATS[kind](part) for part in value)
+    return "–" if _missing(value) else FORMATS[kind](value)
+
+
 def print_table(columns, rows):
-    """Rows (dicts) under their headings; ``columns`` maps a key to (heading, kind).
-
-    The kind is percent, number, count, seconds or text; a :class:`Spread` is shown as mean±standard deviation.
-    """
-    formats = {
-        "percent": lambda value: f"{100 * value:.1f}",
-        "number": lambda value: f"{value:.3f}",
-        "count": lambda value: f"{value:.1f}" if isinstance(value, float) else f"{value:d}",
-        "seconds": lambda value: f"{value:.1f}",
-        "text": str,
-    }
-
-    def cell(value, kind):
-        if isinstance(value, Spread):
-            return "±".join(formats[kind](part) for part in value)
-        return "–" if _missing(value) else formats[kind](value)
-
+    """Rows (dicts) under their headings; ``columns`` maps a key to (heading, kind), as :func:`format_cell` has them."""
     lines = [[heading for heading, _ in columns.values()]]
-    lines += [[cell(row.get(key), kind) for key, (_, kind) in columns.items()] for row in rows]
+    lines += [[format_cell(row.get(key), kind) for key, (_, kind) in columns.items()] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))

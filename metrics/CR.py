@@ -1,7 +1,8 @@
-"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403).
+"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403), ECF and EuCF (2508.03245).
 
-Everything here is a pure function of logits and labels. The representation between predictor and metrics
-is the boolean matrix of prediction sets, N images × K labels. Scores are float64.
+Everything here is a pure function of logits and labels. Prediction sets are booleans N×K; what the metrics need of them
+is for each image whether its own label is inside, and how many labels are. Both may have leading dimensions, one for
+each q̂. Scores are float64.
 """
 
 import math
@@ -15,50 +16,42 @@ COLUMNS = {
     "forget_set_size": ("Size_f", "number"),
     "forget_CR": ("CR_f", "number"),
     "test_coverage": ("Cov_t %", "percent"),
+    "theory_coverage": ("theory %", "percent"),
     "test_set_size": ("Size_t", "number"),
     "test_CR": ("CR_t", "number"),
     "forget_misclassified": ("wrong", "count"),
     "forget_fake": ("fake", "count"),
     "forget_fake_ratio": ("fake %", "percent"),
+    "forget_wrong_CR": ("CR_wrong", "number"),
     "forget_by_retain_coverage": ("Cov_f|r %", "percent"),
     "forget_by_retain_set_size": ("Size_f|r", "number"),
     "forget_by_retain_CR": ("CR_f|r", "number"),
 }
-
-
-def non_conformity_scores(logits):
-    """S(x, y) = 1 − p_y(x) of every label. Logits N×K (any float type) → scores N×K, float64 in [0, 1].
-
-    The score of the top label is summed from the other labels' probabilities: 1 − p rounds to 0 for a
-    confident model, and the order of the confident scores, which is all that q̂ looks at, would be lost.
-    """
-    probabilities = torch.softmax(logits.double(), dim=1)
-    top = probabilities.argmax(dim=1, keepdim=True)
-    others = probabilities.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
-    return (1 - probabilities).scatter(1, top, others)
-
-
-def true_label_scores(logits, labels):
-    """S(x, y) of each image's own label. Logits N×K, labels N → scores N, float64."""
-    return non_conformity_scores(logits).gather(1, labels[:, None]).squeeze(1)
+SPREAD = "_resplit_std"  # ending of the keys that hold the standard deviation over the draws of calibration and test
+TOGETHER = 16  # thresholds that are applied to a part at a time
 
 
 def conformal_quantile(scores, alpha):
     """q̂: the k-th smallest of n calibration scores, k = ⌈(n+1)(1−α)⌉; infinity where k > n.
 
-    ``scores`` is a tensor of n values, α lies in (0, 1). An exact order statistic: α is read as the decimal
-    number that was typed, so (n+1)(1−α) has no rounding error. Raises ValueError for an α outside (0, 1).
+    ``scores`` is a tensor of n values, α lies in (0, 1). An exact order statistic. Raises ValueError for an α outside
+    (0, 1).
     """
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha must lie strictly between 0 and 1, found {alpha}")
-    k = math.ceil((scores.numel() + 1) * (1 - Fraction(str(float(alpha)))))
+    k = quantile_rank(scores.numel(), alpha)
     if k > scores.numel():
         return math.inf
     return scores.kthvalue(k).values.item()
 
 
+def quantile_rank(n, alpha):
+    """k = ⌈(n+1)(1−α)⌉, with α read as the decimal number that was typed, so that nothing is rounded."""
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie strictly between 0 and 1, found {alpha}")
+    return math.ceil((n + 1) * (1 - Fraction(str(float(alpha)))))
+
+
 def at_most_one_label(q_hat):
-    """Whether no set can hold two labels: q̂ < 1/2, which is where α lies above the model's error rate.
+    """Whether no set of 1 − p can hold two labels: q̂ < 1/2, which is where α lies above the model's error rate.
 
     S ≤ q̂ then means a probability above 1/2. Coverage and Set Size fall together and CR tends to 1 on
     forgotten and other images alike: such an α says nothing about forgetting.
@@ -76,80 +69,200 @@ def in_set(sets, labels):
     return sets.gather(1, labels[:, None]).squeeze(1)
 
 
-def coverage(sets, labels):
-    """Share of images with their own label in the set (the paper's Coverage). Sets N×K, labels N → float in [0, 1]."""
-    return in_set(sets, labels).double().mean().item()
+def coverage(inside):
+    """Share of images with their own label in the set (the paper's Coverage). Booleans …×N → …, float64 in [0, 1]."""
+    return inside.double().mean(dim=-1)
 
 
-def set_size(sets):
-    """Mean number of labels in a set (the paper's Set Size). Sets N×K → float in [0, K]."""
-    return sets.sum(dim=1).double().mean().item()
+def set_size(sizes):
+    """Mean number of labels in a set (the paper's Set Size). Numbers …×N → …, float64 in [0, K]."""
+    return sizes.double().mean(dim=-1)
 
 
-def conformal_ratio(sets, labels):
-    """The paper's CR = Coverage / Set Size; 0 where every set is empty. Low on forgotten images, high on test."""
-    size = set_size(sets)
-    return coverage(sets, labels) / size if size else 0.0
+def conformal_ratio(inside, sizes):
+    """The paper's CR = Coverage / Set Size; 0 where every set is empty. Low on forgotten images, high on test.
 
-
-class FakeForgetting(NamedTuple):
-    misclassified: int
-    in_set: int
-
-    @property
-    def ratio(self):
-        """Share of the misclassified images that keep their label in the set; NaN where none is misclassified."""
-        return self.in_set / self.misclassified if self.misclassified else math.nan
-
-
-def fake_forgetting(logits, sets, labels):
-    """Of the images whose argmax is wrong, how many still have their label in the set (the paper's fake forgetting).
-
-    Logits N×K, sets N×K, labels N.
+    Booleans and numbers …×N → …, float64.
     """
-    wrong = logits.argmax(dim=1) != labels
-    return FakeForgetting(int(wrong.sum()), int((wrong & in_set(sets, labels)).sum()))
+    return coverage(inside) / set_size(sizes).where(sizes.sum(dim=-1) > 0, math.inf)
 
 
-def report(outputs, alphas, seed=0):
-    """All conformal numbers of one model, per (calibration size, α).
+def ratio_error(inside, sizes):
+    """Standard error of CR over the images, to first order in the two means. Booleans and numbers …×N → …, float64."""
+    residuals = inside.double() - conformal_ratio(inside, sizes)[..., None] * sizes
+    error = residuals.std(dim=-1, correction=0) / math.sqrt(max(sizes.shape[-1], 1))
+    return error / set_size(sizes).where(sizes.sum(dim=-1) > 0, math.inf)
 
-    Returns ``({}, rows)``. Each part of the data (forget, retain, test) is judged with the q̂ of the
-    calibration images. Where classes are forgotten, ``outputs.forget_calibration`` holds the forgotten class's
-    own held-out images: forget and forget_test are judged with its q̂ as the paper does, and the keys
-    ``…_by_retain`` judge them with the q̂ of the retained classes.
+
+def fake_forgetting(inside, wrong):
+    """Of the images whose argmax is ``wrong`` (booleans N), how many still have their label in the set (the paper's
+    fake forgetting). Booleans …×N → …, int64."""
+    return (inside & wrong).sum(dim=-1)
+
+
+def efficient_coverage(inside, sizes, c):
+    """ECF@c (Alkhatib & Tay 2025, 2508.03245): share of the images covered by a set of at most c labels. …×N → …"""
+    return coverage(inside & (sizes <= c))
+
+
+def efficient_miscoverage(inside, sizes, d):
+    """EuCF@d (the same paper): share of the images not covered by a set of at most d labels. …×N → …"""
+    return coverage(~inside & (sizes <= d))
+
+
+def coverage_law(n, m, alpha):
+    """The exact law of how many of m test images n calibration images cover, for exchangeable scores without ties:
+    beta-binomial(m; k, n + 1 − k), the beta law of split conformal prediction seen through m images (Vovk 2012,
+    1209.2673). Returns a frozen scipy distribution, or None where q̂ is infinite and all are covered."""
+    from scipy import stats  # takes a second
+
+    k = quantile_rank(n, alpha)
+    return stats.betabinom(m, k, n + 1 - k) if k <= n else None
+
+
+class Scored(NamedTuple):
+    """A part of the data, ready for any number of thresholds: its own labels' scores N, every label's scores N×K in
+    ascending order, whether the argmax is wrong N."""
+
+    own: torch.Tensor
+    ranked: torch.Tensor
+    wrong: torch.Tensor
+
+    def of(self, indices):
+        return Scored(*(values[indices] for values in self))
+
+
+def score_part(output, score, part):
+    """:class:`Scored` for logits N×K and labels N; ``part`` names which random numbers a randomised score takes."""
+    found = score(output.logits, part)
+    own = found.gather(1, output.labels[:, None]).squeeze(1)
+    return Scored(own, found.sort(dim=1).values, output.logits.argmax(dim=1) != output.labels)
+
+
+def apply_thresholds(scored, q_hats):
+    """For each q̂ and image: is the own label in the set, and how many labels are? Q thresholds → Q×N booleans, Q×N."""
+    q_hats = torch.as_tensor(q_hats, dtype=torch.float64)
+    sizes = torch.searchsorted(scored.ranked, q_hats.expand(len(scored.own), -1).contiguous(), right=True)
+    return scored.own <= q_hats[:, None], sizes.T.contiguous()
+
+
+def describe(scored, q_hats, set_sizes=()):
+    """Every metric of one part of the data under each of Q thresholds: a dict of tensors Q, float64."""
+    parts = [
+        _describe(scored, part, set_sizes) for part in torch.as_tensor(q_hats, dtype=torch.float64).split(TOGETHER)
+    ]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _describe(scored, q_hats, set_sizes):
+    inside, sizes = apply_thresholds(scored, q_hats)
+    wrong = scored.wrong
+    fake = fake_forgetting(inside, wrong).double()
+    found = {
+        "coverage": coverage(inside),
+        "set_size": set_size(sizes),
+        "CR": conformal_ratio(inside, sizes),
+        "CR_error": ratio_error(inside, sizes),
+        "misclassified": wrong.sum().double().expand(len(q_hats)),
+        "fake": fake,
+        "fake_ratio": fake / wrong.sum(),
+        "wrong_set_size": set_size(sizes[:, wrong]),
+        "wrong_CR": conformal_ratio(inside[:, wrong], sizes[:, wrong]),
+    }
+    for size in set_sizes:
+        found[f"ECF@{size}"] = efficient_coverage(inside, sizes, size)
+        found[f"EuCF@{size}"] = efficient_miscoverage(inside, sizes, size)
+    return found
+
+
+def over_draws(found):
+    """Mean and standard deviation over the draws: {key: tensor R} → {key: mean, key_resplit_std: std}, floats.
+
+    One draw has no spread. Counts that no draw changes stay whole numbers.
     """
-    by_retain = {"retain": outputs.retain, "test": outputs.test}
-    by_forget = {"forget": outputs.forget}
-    if outputs.forget_calibration:
-        by_forget["forget_test"] = outputs.forget_test
-        by_retain |= {f"{name}_by_retain": part for name, part in by_forget.items()}
-    else:
-        by_retain |= by_forget
-        by_forget = {}
-    scores = {id(part): non_conformity_scores(part.logits) for part in (*by_retain.values(), *by_forget.values())}
+    row = {}
+    for key, values in found.items():
+        same = bool((values == values[0]).all())
+        row[key] = values[0].item() if same else values.mean().item()
+        if key.endswith("misclassified") or (key.endswith("_fake") and len(values) == 1):
+            row[key] = int(row[key]) if same else row[key]
+        elif len(values) > 1:
+            row[key + SPREAD] = 0.0 if same else values.std().item()
+    return row
 
+
+def report(outputs, settings):
+    """All conformal numbers of one model, per (score, calibration size, α), each the mean over the draws of
+    calibration and test images, with its standard deviation.
+
+    Returns ``({}, rows)``. Each part of the data (forget, retain, test) is judged with the q̂ of the calibration
+    images. Where classes are forgotten, forget and forget_test are judged with the q̂ of the forgotten class's own
+    held-out images as the paper does, and the keys ``…_by_retain`` judge them with that of the retained classes.
+    ``theory_coverage`` is the mean that exchangeability gives, and ``coverage_outside`` says that test coverage is
+    not what the theory allows.
+    """
     rows = {}
-    for size, calibration in outputs.calibration.items():
-        for alpha in alphas:
-            q_hat = conformal_quantile(true_label_scores(*calibration), alpha)
-            row = rows[size, alpha] = {"q_hat": q_hat}
-            judged = [(name, part, q_hat) for name, part in by_retain.items()]
-            if by_forget:
-                row["q_hat_forget"] = conformal_quantile(true_label_scores(*outputs.forget_calibration[size]), alpha)
-                judged += [(name, part, row["q_hat_forget"]) for name, part in by_forget.items()]
-            for name, part, threshold in judged:
-                row |= _describe(name, part, prediction_sets(scores[id(part)], threshold))
+    for score in settings.scores:
+        parts = {name: score_part(getattr(outputs, name), score, name) for name in ("forget", "retain", "held_out")}
+        for size in outputs.cal_sizes:
+            found = _over_thresholds(outputs, parts, size, settings)
+            for number, alpha in enumerate(settings.alphas):
+                row = over_draws({key: values[:, number] for key, values in found.items()})
+                row |= _against_theory(outputs, size, alpha, found["test_coverage"][:, number])
+                rows[score.name, size, alpha] = row
     return {}, rows
 
 
-def _describe(name, part, sets):
-    fake = fake_forgetting(part.logits, sets, part.labels)
-    return {
-        f"{name}_coverage": coverage(sets, part.labels),
-        f"{name}_set_size": set_size(sets),
-        f"{name}_CR": conformal_ratio(sets, part.labels),
-        f"{name}_misclassified": fake.misclassified,
-        f"{name}_fake": fake.in_set,
-        f"{name}_fake_ratio": fake.ratio,
-    }
+def _over_thresholds(outputs, parts, size, settings):
+    """{key: draws × alphas} for one score and calibration size."""
+    draws, alphas = range(outputs.num_draws), settings.alphas
+    classes = outputs.forgotten is not None
+    own = parts["held_out"].own
+
+    def q_hats(indices_of):
+        return torch.tensor(
+            [[conformal_quantile(own[indices_of(size, draw)], alpha) for alpha in alphas] for draw in draws],
+            dtype=torch.float64,
+        )
+
+    def fixed(name, thresholds):
+        found = describe(parts[name], thresholds.flatten(), settings.set_sizes)
+        return {key: values.view(thresholds.shape) for key, values in found.items()}
+
+    def drawn(indices_of, thresholds):
+        found = [
+            describe(parts["held_out"].of(indices_of(draw)), thresholds[draw], settings.set_sizes) for draw in draws
+        ]
+        return {key: torch.stack([one[key] for one in found]) for key in found[0]}
+
+    retained = q_hats(outputs.calibration)
+    judged = {"retain": fixed("retain", retained), "test": drawn(outputs.test, retained)}
+    own_q_hats = q_hats(outputs.forget_calibration) if classes else retained
+    judged["forget"] = fixed("forget", own_q_hats)
+    if classes:
+        judged["forget_test"] = drawn(outputs.forget_test, own_q_hats)
+        judged["forget_by_retain"] = fixed("forget", retained)
+        judged["forget_test_by_retain"] = drawn(outputs.forget_test, retained)
+    found = {"q_hat": retained} | ({"q_hat_forget": own_q_hats} if classes else {})
+    return found | {f"{name}_{key}": values for name, part in judged.items() for key, values in part.items()}
+
+
+def _against_theory(outputs, size, alpha, found):
+    """Mean and standard deviation of test coverage by the theory, and whether what was found lies outside.
+
+    One draw lies outside when it is not among the central 99.9 %, many when their mean is four standard errors off.
+    Where classes are forgotten the draws differ in how many retained images they calibrate on, and the theory is the
+    mixture.
+    """
+    sizes = [(len(outputs.calibration(size, draw)), len(outputs.test(draw))) for draw in range(len(found))]
+    laws = {(n, m): coverage_law(n, m, alpha) for n, m in set(sizes)}
+    moments = {(n, m): (law.mean() / m, law.var() / m**2) if law else (1.0, 0.0) for (n, m), law in laws.items()}
+    means, variances = torch.tensor([moments[one] for one in sizes], dtype=torch.float64).unbind(dim=1)
+    mean, std = means.mean().item(), math.sqrt(variances.mean().item() + means.var(correction=0).item())
+    if len(found) == 1:
+        law, m = laws[sizes[0]], sizes[0][1]
+        low, high = law.interval(0.999) if law else (m, m)
+        outside = not low <= round(found.item() * m) <= high
+    else:
+        outside = abs(found.mean().item() - mean) > 4 * std / math.sqrt(len(found)) + 1e-12
+    return {"theory_coverage": mean, "theory_coverage" + SPREAD: std, "coverage_outside": outside}

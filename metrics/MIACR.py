@@ -1,50 +1,55 @@
-"""Membership inference with an SVM on confidences, and its conformal version MIACR (arXiv 2501.19403).
+"""MIACR: the conformal version of the membership attack (arXiv 2501.19403).
 
-The attack is trained on the confidence in the own label of equally many retain images (members) and test
-images (non-members); the forget images are its target.
+The attack is the SVM on the confidence in the own label; its probabilities make a score over {non-member, member},
+which held-out members and non-members calibrate.
 """
 
 import numpy as np
 import torch
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.svm import SVC
 
-from . import CR
+from . import CR, MIA, svm
 
-COLUMNS = {"MIA": ("MIA %", "percent"), "MIACR": ("MIACR %", "percent")}
+COLUMNS = {"MIACR": ("MIACR %", "percent")}
 NON_MEMBER, MEMBER = 0, 1
 
 
-def confidences(logits, labels):
-    """p_y(x) of each image's own label. Logits N×K, labels N → N, float64."""
-    return 1 - CR.true_label_scores(logits, labels)
+def attack_probabilities(members, non_members, points, step=svm.FINE):
+    """P(member) by attacks on confidence, one for each pair of training sets, all at the same ``points``.
 
-
-def fit_attack(members, non_members):
-    """The attack: an RBF SVM (C = 3, γ = 1) on one feature, with Platt-scaled probabilities (5-fold).
-
-    ``members`` and ``non_members`` are equally long tensors of at least five confidences each. Raises
-    ValueError for fewer, or for unequal numbers.
+    ``members`` and ``non_members`` are lists of equally long tensors of confidences, ``points`` a tensor of M
+    → (number of attacks)×M, float64. Each is an RBF SVM (C = 3, γ = 1) with Platt-scaled probabilities: the sigmoid is
+    fitted to decisions of five SVMs, each trained without the fifth of the images that it decides on, as scikit-learn's
+    ``CalibratedClassifierCV(SVC(...), ensemble=False)`` does. Raises ValueError for unequal or too few images.
     """
-    if len(members) != len(non_members) or len(members) < 5:
-        raise ValueError(
-            f"the attack trains on equally many, at least 5, members and non-members; "
-            f"found {len(members)} and {len(non_members)}"
+    for one, other in zip(members, non_members, strict=True):
+        MIA.check_sizes(len(one), len(other))
+    grid = svm.Grid(0.0, 1.0, step)
+    feature_map = svm.FeatureMap(grid.nodes[:, None])
+    nodes = feature_map(grid.nodes[:, None]).repeat(2, 1)
+    signs = torch.cat([torch.ones(grid.size), -torch.ones(grid.size)]).double()
+    counts = torch.from_numpy(
+        np.stack(
+            [
+                [
+                    np.concatenate([grid.histogram(fold) for fold in folds])
+                    for folds in zip(one.tensor_split(MIA.FOLDS), other.tensor_split(MIA.FOLDS), strict=True)
+                ]
+                for one, other in zip(members, non_members, strict=True)
+            ]
         )
-    features = torch.cat([members, non_members])[:, None].numpy()
-    membership = np.repeat([MEMBER, NON_MEMBER], [len(members), len(non_members)])
-    return CalibratedClassifierCV(SVC(C=3, gamma="auto"), ensemble=False).fit(features, membership)
+    )  # attacks × folds × nodes
+    whole = counts.sum(dim=1, keepdim=True)
+    weights = svm.solve(nodes, signs, MIA.C * torch.cat([whole - counts, whole], dim=1).flatten(0, 1))
+    weights = weights.view(len(members), MIA.FOLDS + 1, -1)
+    crossed = svm.decision(nodes, weights[:, :-1].flatten(0, 1)).view_as(counts)
+    sigmoids = svm.platt(crossed.flatten(1), signs.repeat(MIA.FOLDS), counts.flatten(1))
+    decisions = svm.decision(feature_map(points[:, None].numpy()), weights[:, -1])
+    return torch.sigmoid(-(sigmoids[:, :1] * decisions + sigmoids[:, 1:]))
 
 
-def mia_efficacy(attack, targets):
-    """Share of the targets that the SVM itself calls non-members. Confidences N → float in [0, 1]."""
-    svm = attack.calibrated_classifiers_[0].estimator
-    return float(np.mean(svm.predict(targets[:, None].numpy()) == NON_MEMBER))
-
-
-def membership_scores(attack, targets):
-    """S(x, {non-member, member}) = 1 − probability. Confidences N → N×2, float64."""
-    return 1 - torch.from_numpy(attack.predict_proba(targets[:, None].numpy()))
+def membership_scores(probabilities):
+    """S(x, {non-member, member}) = 1 − probability. P(member) N → N×2, float64."""
+    return torch.stack([probabilities, 1 - probabilities], dim=1)
 
 
 def miacr(target_scores, member_scores, non_member_scores, alpha):
@@ -58,27 +63,34 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
     return (sets[:, NON_MEMBER] & ~sets[:, MEMBER]).double().mean().item()
 
 
-def report(outputs, alphas, seed=0):
-    """MIA efficacy once, MIACR per (calibration size, α). Returns ``(scalars, rows)``.
+def report(outputs, settings):
+    """MIACR per (score, calibration size, α): the same for every score. Returns ``({}, rows)``.
 
-    The retain images are shuffled with ``seed``: as many as the largest calibration set (at most half) are held
-    out as calibration members, and as many as there are test images of the rest train the attack.
+    Each draw of the held-out images trains an attack of its own, so that no image trains and calibrates one.
     """
-    shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(outputs.retain.labels)))
-    members = confidences(*outputs.retain)[shuffled]
-    non_members = confidences(*outputs.test)
-    held_out = min(len(members) // 2, max(len(part.labels) for part in outputs.calibration.values()))
-    trained = min(len(members) - held_out, len(non_members))
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(non_members)))
-    attack = fit_attack(members[held_out : held_out + trained], non_members[order[:trained]])
-
-    targets = confidences(*outputs.forget)
-    target_scores = membership_scores(attack, targets)
+    confidence = {name: MIA.confidences(*getattr(outputs, name)) for name in ("retain", "held_out", "forget")}
+    parts = [MIA.divide(outputs, settings.seed, draw) for draw in range(outputs.num_draws)]
+    points = torch.cat(list(confidence.values()))
+    probabilities = attack_probabilities(
+        [confidence["retain"][members] for _, members, _, _ in parts],
+        [confidence["held_out"][non_members] for *_, non_members in parts],
+        points,
+        svm.FINE if len(parts) == 1 else svm.COARSE,
+    )
     rows = {}
-    for size, calibration in outputs.calibration.items():
-        n = min(held_out, len(calibration.labels))
-        member_scores = membership_scores(attack, members[:n])
-        non_member_scores = membership_scores(attack, confidences(*calibration)[:n])
-        for alpha in alphas:
-            rows[size, alpha] = {"MIACR": miacr(target_scores, member_scores, non_member_scores, alpha)}
-    return {"MIA": mia_efficacy(attack, targets)}, rows
+    for size in outputs.cal_sizes:
+        found = {alpha: [] for alpha in settings.alphas}
+        for draw, (held_members, *_) in enumerate(parts):
+            retain, held_out, forget = probabilities[draw].split([len(part) for part in confidence.values()])
+            non_members = outputs.calibration(size, draw)
+            n = min(len(held_members), len(non_members))
+            targets = membership_scores(forget)
+            members, non_members = (
+                membership_scores(part) for part in (retain[held_members[:n]], held_out[non_members[:n]])
+            )
+            for alpha, values in found.items():
+                values.append(miacr(targets, members, non_members, alpha))
+        for alpha, values in found.items():
+            row = CR.over_draws({"MIACR": torch.tensor(values, dtype=torch.float64)})
+            rows |= {(score.name, size, alpha): dict(row) for score in settings.scores}
+    return {}, rows

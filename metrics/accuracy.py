@@ -18,13 +18,13 @@ def unlearning_accuracy(logits, labels):
     return 1 - accuracy(logits, labels)
 
 
-def report(outputs, alphas, seed=0):
-    """UA on the forget set, RA on the retain set, TA on the test images. Returns ``(scalars, {})``."""
+def report(outputs, settings):
+    """UA on the forget set, RA on the retain set, TA on the split's own test images. Returns ``(scalars, {})``."""
     scalars = {
         "UA": unlearning_accuracy(*outputs.forget),
         "RA": accuracy(*outputs.retain),
-        "TA": accuracy(*outputs.test),
+        "TA": accuracy(*outputs.held_out.of(outputs.test())),
     }
-    if outputs.forget_test:
-        scalars["UA_test"] = unlearning_accuracy(*outputs.forget_test)
+    if outputs.forgotten is not None and len(outputs.forget_test()):
+        scalars["UA_test"] = unlearning_accuracy(*outputs.held_out.of(outputs.forget_test()))
     return scalars, {}

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 TINY = ["--width", "4", "--device", "cpu"]
+PIPELINE_EVALUATION = ["--alphas", "0.05,0.1", "--cal_sizes", "100,200", "--resplits", "10"]
 
 
 def run_script(script, *arguments, cwd, python_path=None, env=None, limit=300):
@@ -83,7 +84,7 @@ def pipeline(tmp_path_factory):
         "main_original_model.py": ["--num_epochs", 6],
         "main_unlearn.py": ["--num_epochs", 3],
         "main_unlearn_cpu.py": ["--num_epochs", 3, "--alpha", 0.05],
-        "main_evaluate.py": ["--alphas", "0.05,0.1", "--cal_sizes", "100,200"],
+        "main_evaluate.py": PIPELINE_EVALUATION,
     }
     commands = [part.split()[1:] for part in readme_block("main job").split("&&") if "main_" in part]
     assert [script for script, *_ in commands] == list(fewer)

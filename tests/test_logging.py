@@ -64,6 +64,7 @@ def test_the_evaluation_table_arrives_in_wandb(pipeline):
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert len(rows) == 16 and {"UA", "MIACR", "forget_CR"} <= set(rows[0])
     assert [row["method"] for row in rows[:4]] == ["original", "retrain", "finetune", "cpu_finetune"]
+    assert len(list((run / "files/media/images").rglob("*.png"))) == 8
 
 
 STUBS = {

@@ -1,4 +1,5 @@
-"""Metrics against numbers worked out by hand, and against the theory of split conformal prediction."""
+"""Metrics against numbers worked out by hand, against the theory of split conformal prediction, and against MAPIE,
+torchcp and scikit-learn."""
 
 import math
 
@@ -6,31 +7,63 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import beta
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.metrics import roc_auc_score
+from sklearn.svm import SVC
 
 import metrics
-from metrics import CR, MIACR, accuracy
+from metrics import CR, MIA, MIACR, accuracy, classwise, comparison, probe, samples, scores
 
 
 def logits_of(probabilities):
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
 
+# ---------------------------------------------------------------- scores
+
+
 def test_scores_are_one_minus_the_probability():
-    scores = CR.non_conformity_scores(logits_of([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]))
+    found = scores.thr(logits_of([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]))
     expected = torch.tensor([[0.3, 0.8, 0.9], [0.75, 0.75, 0.5]], dtype=torch.float64)
-    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(found, expected)
 
 
 def test_each_image_is_scored_by_its_own_label():
     logits = logits_of([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
-    found = CR.true_label_scores(logits, torch.tensor([1, 0]))
+    found = scores.true_label_scores(logits, torch.tensor([1, 0]))
     torch.testing.assert_close(found, torch.tensor([0.8, 0.4], dtype=torch.float64))
 
 
 def test_scores_keep_the_order_of_very_confident_images():
     logits = torch.tensor([[40.0, 0.0], [50.0, 0.0], [60.0, 0.0]])  # in float32, 1 − p is 0 for all three
-    scores = CR.true_label_scores(logits, torch.zeros(3, dtype=torch.int64))
-    torch.testing.assert_close(scores.log(), torch.tensor([-40.0, -50.0, -60.0], dtype=torch.float64))
+    found = scores.true_label_scores(logits, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(found.log(), torch.tensor([-40.0, -50.0, -60.0], dtype=torch.float64))
+
+
+def test_adaptive_scores_by_hand():
+    logits, u = logits_of([[0.2, 0.5, 0.3], [0.9, 0.04, 0.06]]), torch.tensor([0.4, 1.0]).double()
+    # First image: ranks 1, 2, 3 are labels 1, 2, 0.
+    expected = [[0.8 + 0.4 * 0.2, 0.4 * 0.5, 0.5 + 0.4 * 0.3], [0.9, 1.0, 0.96]]
+    assert scores.aps(logits, u).flatten().tolist() == pytest.approx(sum(expected, []))
+    penalties = [[0.2, 0.0, 0.1], [0.0, 0.2, 0.1]]  # 0.1 for each rank beyond the first
+    found = scores.raps(logits, u, 0.1, 1) - torch.tensor(penalties).double()
+    assert found.flatten().tolist() == pytest.approx(sum(expected, []))
+    # p_max + (rank − 2 + u) · weight, and u · p_max for the top label
+    expected = [[0.5 + 1.4 * 0.2, 0.4 * 0.5, 0.5 + 0.4 * 0.2], [0.9, 0.9 + 2 * 0.2, 0.9 + 1 * 0.2]]
+    assert scores.saps(logits, u, 0.2).flatten().tolist() == pytest.approx(sum(expected, []))
+
+
+def test_randomised_scores_are_drawn_from_the_seed_and_the_part():
+    logits = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    for name in ("aps", "raps", "saps"):
+        first, again, other = scores.Score(name, seed=1), scores.Score(name, seed=1), scores.Score(name, seed=2)
+        assert torch.equal(first(logits), again(logits)) and not torch.equal(first(logits), other(logits))
+        assert not torch.equal(first(logits, "forget"), first(logits, "held_out"))
+        assert torch.equal(scores.Score(name, False, seed=1)(logits), scores.Score(name, False, seed=2)(logits))
+
+
+# ---------------------------------------------------------------- sets
 
 
 @pytest.mark.parametrize(
@@ -39,16 +72,15 @@ def test_scores_keep_the_order_of_very_confident_images():
 )
 def test_q_hat_is_the_kth_smallest_score(n, alpha, k):
     order = torch.from_numpy(np.random.default_rng(0).permutation(n))
-    scores = torch.arange(1, n + 1, dtype=torch.float64)[order] / n
-    assert CR.conformal_quantile(scores, alpha) == k / n
+    assert CR.conformal_quantile(torch.arange(1, n + 1, dtype=torch.float64)[order] / n, alpha) == k / n
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.05), (8, 0.1), (18, 0.05), (98, 0.01)])
 def test_too_few_scores_give_an_infinite_q_hat_and_full_sets(n, alpha):
     q_hat = CR.conformal_quantile(torch.rand(n, dtype=torch.float64), alpha)
     assert q_hat == math.inf
-    sets = CR.prediction_sets(CR.non_conformity_scores(torch.randn(5, 4)), q_hat)
-    assert CR.set_size(sets) == 4 and CR.coverage(sets, torch.arange(4).repeat(2)[:5]) == 1
+    sets = CR.prediction_sets(scores.thr(torch.randn(5, 4)), q_hat)
+    assert sets.all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, math.nan])
@@ -60,27 +92,56 @@ def test_alpha_outside_the_open_interval_is_refused(alpha):
 def test_sets_coverage_size_and_ratio_by_hand():
     logits = logits_of([[0.70, 0.20, 0.10], [0.45, 0.40, 0.15], [0.25, 0.25, 0.50], [0.90, 0.05, 0.05]])
     labels = torch.tensor([0, 1, 0, 2])
-    sets = CR.prediction_sets(CR.non_conformity_scores(logits), 0.75)  # p ≥ 0.25, and a tie counts as inside
+    sets = CR.prediction_sets(scores.thr(logits), 0.75)  # p ≥ 0.25, and a tie counts as inside
     assert sets.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
-    assert CR.coverage(sets, labels) == 3 / 4
-    assert CR.set_size(sets) == 7 / 4
-    assert CR.conformal_ratio(sets, labels) == pytest.approx(3 / 7)
+    inside, sizes = CR.in_set(sets, labels), sets.sum(dim=1)
+    assert CR.coverage(inside) == 3 / 4
+    assert CR.set_size(sizes) == 7 / 4
+    assert CR.conformal_ratio(inside, sizes).item() == pytest.approx(3 / 7)
     # Images 1, 2 and 3 are misclassified; the labels of 1 and 2 are in their sets.
-    assert CR.fake_forgetting(logits, sets, labels) == (3, 2)
-    assert CR.fake_forgetting(logits, sets, labels).ratio == pytest.approx(2 / 3)
+    wrong = logits.argmax(dim=1) != labels
+    assert wrong.sum() == 3 and CR.fake_forgetting(inside, wrong) == 2
+    assert CR.efficient_coverage(inside, sizes, 1) == 1 / 4 and CR.efficient_coverage(inside, sizes, 2) == 2 / 4
+    assert CR.efficient_miscoverage(inside, sizes, 0) == 0 and CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
+    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), [0.75, 2.0], [1])
+    assert found["coverage"].tolist() == [3 / 4, 1] and found["set_size"].tolist() == [7 / 4, 3]
+    assert found["fake"].tolist() == [2, 3] and found["fake_ratio"].tolist() == pytest.approx([2 / 3, 1])
+    assert found["wrong_set_size"].tolist() == [2, 3] and found["wrong_CR"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert found["ECF@1"].tolist() == [1 / 4, 0] and found["EuCF@1"].tolist() == [1 / 4, 0]
+
+
+def test_thresholds_give_the_same_as_the_sets_themselves():
+    generator = torch.Generator().manual_seed(0)
+    output = metrics.Output(torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator))
+    for name in scores.NAMES:
+        score = scores.Score(name, seed=3)
+        scored = CR.score_part(output, score, "test")
+        q_hats = [*scored.own[:20].tolist(), 0.0, math.inf]  # ties among them
+        inside, sizes = CR.apply_thresholds(scored, q_hats)
+        for number, q_hat in enumerate(q_hats):
+            sets = CR.prediction_sets(score(output.logits, "test"), q_hat)
+            assert torch.equal(inside[number], CR.in_set(sets, output.labels))
+            assert torch.equal(sizes[number], sets.sum(dim=1))
+
+
+def test_the_error_of_CR_is_that_of_many_samples():
+    rng = np.random.default_rng(0)
+    inside, sizes = torch.from_numpy(rng.random((4000, 200)) < 0.8), torch.from_numpy(rng.integers(1, 4, (4000, 200)))
+    spread = CR.conformal_ratio(inside, sizes).std()
+    assert CR.ratio_error(inside, sizes).mean().item() == pytest.approx(spread.item(), rel=0.05)
 
 
 def test_empty_sets():
-    sets = CR.prediction_sets(CR.non_conformity_scores(torch.zeros(3, 4)), 0.1)
-    labels = torch.zeros(3, dtype=torch.int64)
-    assert (CR.coverage(sets, labels), CR.set_size(sets), CR.conformal_ratio(sets, labels)) == (0, 0, 0)
-    assert math.isnan(CR.fake_forgetting(torch.zeros(3, 4), sets, labels).ratio)  # argmax of a tie is label 0
+    logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), [0.1])
+    assert [found[key].item() for key in ("coverage", "set_size", "CR", "CR_error")] == [0, 0, 0, 0]
+    assert math.isnan(found["fake_ratio"].item())  # argmax of a tie is label 0: none is wrong
 
 
 def test_tied_scores_are_all_inside():
-    scores = torch.tensor([0.2, 0.5, 0.5, 0.5, 0.9], dtype=torch.float64)
-    q_hat = CR.conformal_quantile(scores, 0.5)  # k = 3
-    assert q_hat == 0.5 and (scores <= q_hat).sum() == 4
+    tied = torch.tensor([0.2, 0.5, 0.5, 0.5, 0.9], dtype=torch.float64)
+    q_hat = CR.conformal_quantile(tied, 0.5)  # k = 3
+    assert q_hat == 0.5 and (tied <= q_hat).sum() == 4
 
 
 def test_coverage_over_random_splits_follows_the_theory():
@@ -89,8 +150,8 @@ def test_coverage_over_random_splits_follows_the_theory():
     k = math.ceil((n + 1) * (1 - alpha))
     covered = []
     for _ in range(trials):
-        scores = torch.from_numpy(rng.standard_normal(n + tested))
-        covered.append((scores[n:] <= CR.conformal_quantile(scores[:n], alpha)).double().mean().item())
+        drawn = torch.from_numpy(rng.standard_normal(n + tested))
+        covered.append((drawn[n:] <= CR.conformal_quantile(drawn[:n], alpha)).double().mean().item())
     law = beta(k, n + 1 - k)
     variance = law.var() + law.expect(lambda c: c * (1 - c)) / tested
     error = math.sqrt(variance / trials)
@@ -102,10 +163,12 @@ def test_coverage_over_random_splits_follows_the_theory():
 def test_sets_grow_as_alpha_falls():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(500, 10, generator=generator), torch.randint(10, (500,), generator=generator)
-    scores = CR.non_conformity_scores(logits)
     alphas = [0.4, 0.2, 0.1, 0.05, 0.01]
-    sets = [CR.prediction_sets(scores, CR.conformal_quantile(CR.true_label_scores(logits, labels), a)) for a in alphas]
-    assert all((small <= large).all() for small, large in zip(sets, sets[1:], strict=False))
+    for name in scores.NAMES:
+        found = scores.Score(name)(logits)
+        own = found.gather(1, labels[:, None]).squeeze(1)
+        sets = [CR.prediction_sets(found, CR.conformal_quantile(own, alpha)) for alpha in alphas]
+        assert all((small <= large).all() for small, large in zip(sets, sets[1:], strict=False))
 
 
 def test_accuracies_by_hand():
@@ -114,16 +177,88 @@ def test_accuracies_by_hand():
     assert accuracy.unlearning_accuracy(logits, labels) == pytest.approx(1 / 3)
 
 
+# ---------------------------------------------------------------- membership
+
+
+def column(values):
+    return np.asarray(values, dtype=np.float64)[:, None]
+
+
 def test_membership_attack_on_separable_confidences():
     """Members above 0.9, non-members below 0.5: the SVM separates them, and the targets' share is known."""
-    generator = torch.Generator().manual_seed(0)
-    members = 0.9 + 0.1 * torch.rand(200, dtype=torch.float64, generator=generator)
-    non_members = 0.5 * torch.rand(200, dtype=torch.float64, generator=generator)
-    attack = MIACR.fit_attack(members[:100], non_members[:100])
-    targets = torch.tensor([0.95, 0.97, 0.2, 0.3, 0.1], dtype=torch.float64)
-    assert MIACR.mia_efficacy(attack, targets) == 3 / 5
-    held_out = [MIACR.membership_scores(attack, part[100:]) for part in (members, non_members)]
-    assert MIACR.miacr(MIACR.membership_scores(attack, targets), *held_out, 0.05) == 3 / 5
+    rng = np.random.default_rng(0)
+    members, non_members = 0.9 + 0.1 * rng.random(200), 0.5 * rng.random(200)
+    targets = np.array([0.95, 0.97, 0.2, 0.3, 0.1])
+    attack = MIA.Attack(column(members[:100]), column(non_members[:100]))
+    assert attack.says_member(column(targets)).tolist() == [True, True, False, False, False]
+    points = torch.from_numpy(np.concatenate([targets, members[100:], non_members[100:]]))
+    found = MIACR.attack_probabilities(
+        [torch.from_numpy(members[:100])], [torch.from_numpy(non_members[:100])], points
+    )[0]
+    scored = [MIACR.membership_scores(part) for part in found.split([5, 100, 100])]
+    assert MIACR.miacr(*scored, 0.05) == 3 / 5
+
+
+CONFIDENCES = {
+    "one is surer": lambda rng, n: (rng.beta(5, 1, n), rng.beta(2, 1, n), rng.beta(3, 1, 3000)),
+    "nearly certain": lambda rng, n: tuple(1 - 10 ** -rng.exponential(s, m) for s, m in ((5, n), (2, n), (3, 3000))),
+    "no difference": lambda rng, n: (rng.beta(5, 1, n), rng.beta(5, 1, n), rng.beta(5, 1, 3000)),
+    "few": lambda rng, n: (rng.beta(5, 1, 40), rng.beta(2, 1, 40), rng.beta(3, 1, 3000)),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_the_attack_decides_as_scikit_learns(kind):
+    members, non_members, targets = (column(part) for part in CONFIDENCES[kind](np.random.default_rng(1), 2000))
+    points = np.concatenate([members, non_members])
+    membership = np.repeat([1, 0], [len(members), len(non_members)])
+    expected = SVC(C=3, gamma="auto", tol=1e-6).fit(points, membership).predict(targets)
+    assert np.mean(MIA.Attack(members, non_members).says_member(targets) == expected) >= 0.999
+
+
+def test_the_attack_on_several_features_decides_as_scikit_learns():
+    rng = np.random.default_rng(2)
+    members, non_members, targets = (rng.dirichlet(np.full(10, a), 1000) for a in (0.1, 0.14, 0.12))
+    points, membership = np.concatenate([members, non_members]), np.repeat([1, 0], 1000)
+    expected = SVC(C=3, gamma="auto", tol=1e-6).fit(points, membership).predict(targets)
+    assert np.mean(MIA.Attack(members, non_members).says_member(targets) == expected) >= 0.999
+
+
+def test_the_attacks_probabilities_are_those_of_scikit_learn():
+    rng = np.random.default_rng(3)
+    pairs = [(rng.beta(5, 1, 500), rng.beta(b, 1, 500)) for b in (2, 3)]
+    targets = rng.beta(3, 1, 1000)
+    found = MIACR.attack_probabilities(
+        *([torch.from_numpy(pair[side]) for pair in pairs] for side in (0, 1)), torch.from_numpy(targets)
+    )
+    for (members, non_members), probabilities in zip(pairs, found, strict=True):
+        model = CalibratedClassifierCV(SVC(C=3, gamma="auto", tol=1e-6), ensemble=False)
+        model.fit(column(np.concatenate([members, non_members])), np.repeat([1, 0], 500))
+        expected = model.predict_proba(column(targets))[:, 1]
+        assert np.abs(probabilities.numpy() - expected).max() < 2e-3
+
+
+def test_entropies_by_hand():
+    logits, labels = logits_of([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]), torch.tensor([0, 1])
+    expected = [0.5 * math.log(2) + 0.5 * math.log(4), -(0.8 * math.log(0.8) + 0.2 * math.log(0.1))]
+    assert MIA.entropy(logits).tolist() == pytest.approx(expected)
+    # −(1 − p_y) log p_y − Σ p_i log(1 − p_i), each image with its own label.
+    expected = [
+        0.5 * math.log(2) - 2 * 0.25 * math.log(0.75),
+        -0.9 * math.log(0.1) - 0.8 * math.log(0.2) - 0.1 * math.log(0.9),
+    ]
+    assert MIA.modified_entropy(logits, labels).tolist() == pytest.approx(expected)
+    sure = torch.tensor([[200.0, 0.0], [200.0, 0.0]])
+    assert MIA.modified_entropy(sure, torch.tensor([0, 1])).tolist() == pytest.approx([0, 400], abs=1e-6)
+
+
+def test_the_ranking_attack_by_hand():
+    # Scores 1 − p: members .1 .2 .6, non-members .3 .5 .7 .9: of 12 pairs 10 are in order.
+    members, non_members = torch.tensor([0.1, 0.2, 0.6]).double(), torch.tensor([0.3, 0.5, 0.7, 0.9]).double()
+    area, rates = MIA.ranking_attack(members, non_members)
+    assert area == pytest.approx(10 / 12) and rates == pytest.approx([2 / 3, 2 / 3])
+    sure = torch.tensor([1e-30, 1e-25]).double()  # p rounds to 1 for both: the order is still known
+    assert MIA.ranking_attack(sure[:1], sure[1:])[0] == 1
 
 
 def test_miacr_counts_sets_that_are_exactly_non_member():
@@ -135,14 +270,17 @@ def test_miacr_counts_sets_that_are_exactly_non_member():
     assert MIACR.miacr(targets, members, non_members, 0.1) == 0  # q̂ = ∞: every set is {non, member}
 
 
-def test_attack_refuses_unequal_or_too_few_images():
+def test_attacks_refuse_unequal_or_too_few_images():
     with pytest.raises(ValueError, match="equally many"):
-        MIACR.fit_attack(torch.rand(10), torch.rand(9))
+        MIA.Attack(column(range(10)), column(range(9)))
     with pytest.raises(ValueError, match="at least 5"):
-        MIACR.fit_attack(torch.rand(3), torch.rand(3))
+        MIACR.attack_probabilities([torch.rand(3)], [torch.rand(3)], torch.rand(2))
 
 
-def random_outputs(generator, forget_class=None):
+# ---------------------------------------------------------------- whole reports
+
+
+def random_outputs(generator, forget_class=None, num_draws=1, cal_sizes=(50, 100)):
     def output(n, wanted=lambda labels: torch.ones(len(labels), dtype=torch.bool)):
         labels = torch.randint(4, (n,), generator=generator)
         logits = torch.randn(n, 4, generator=generator)
@@ -150,23 +288,21 @@ def random_outputs(generator, forget_class=None):
         keep = wanted(labels)
         return metrics.Output(logits[keep], labels[keep])
 
+    held_out = output(300)
+    draws = metrics.draw_splits(300, num_draws, seed=1)
     if forget_class is None:
-        return metrics.Outputs(output(60), output(300), output(200), {50: output(50), 100: output(100)})
+        return metrics.Outputs(output(60), output(300), held_out, list(cal_sizes), draws)
+    forget = output(200, lambda labels: labels == forget_class)
+    retain = output(300, lambda labels: labels != forget_class)
+    return metrics.Outputs(forget, retain, held_out, list(cal_sizes), draws, held_out.labels == forget_class)
 
-    def of_class(labels):
-        return labels == forget_class
 
-    def others(labels):
-        return labels != forget_class
-
-    return metrics.Outputs(
-        output(200, of_class), output(300, others), output(200, others), {100: output(100, others)},
-        output(200, of_class), {100: output(100, of_class)},
-    )  # fmt: skip
+def settings(*alphas, **given):
+    return metrics.Settings(alphas, **given)
 
 
 def test_the_attack_is_judged_on_the_forget_images_alone():
-    """Confident retain and calibration members, unconfident rest: with the forget images unconfident, MIA is 1."""
+    """Confident retain images, unconfident rest: with the forget images unconfident, MIA is 1."""
     generator = torch.Generator().manual_seed(0)
 
     def output(n, margin):
@@ -174,32 +310,238 @@ def test_the_attack_is_judged_on_the_forget_images_alone():
         logits[:, 0] += margin
         return metrics.Output(logits, torch.zeros(n, dtype=torch.int64))
 
-    outputs = metrics.Outputs(output(30, 0), output(300, 12), output(200, 0), {50: output(50, 0)})
-    assert MIACR.report(outputs, [0.2])[0]["MIA"] == 1
+    outputs = metrics.Outputs(output(30, 0), output(300, 12), output(250, 0), [50], metrics.draw_splits(250, 1))
+    found = MIA.report(outputs, settings(0.2))[0]
+    assert found["MIA"] == 1 and found["MIA_privacy"] > 0.95 and found["AUC"] == pytest.approx(0.5, abs=0.15)
     outputs.forget = output(30, 12)
-    assert MIACR.report(outputs, [0.2])[0]["MIA"] == 0
+    found = MIA.report(outputs, settings(0.2))[0]
+    assert found["MIA"] == 0 and found["AUC"] > 0.95 and found["TPR@1%"] > 0.9
+    confidence = torch.cat([MIA.confidences(*outputs.forget), MIA.confidences(*outputs.held_out.of(outputs.test()))])
+    expected = roc_auc_score([1] * 30 + [0] * 200, confidence)
+    assert found["AUC"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_report_is_pure_and_complete():
     outputs = random_outputs(torch.Generator().manual_seed(0))
-    scalars, rows = metrics.evaluate(outputs, [0.1, 0.2])
-    assert (scalars, rows) == metrics.evaluate(outputs, [0.1, 0.2])
-    assert set(rows) == {(50, 0.1), (50, 0.2), (100, 0.1), (100, 0.2)}
-    q_hat = CR.conformal_quantile(CR.true_label_scores(*outputs.calibration[50]), 0.2)
-    sets = CR.prediction_sets(CR.non_conformity_scores(outputs.forget.logits), q_hat)
-    assert rows[50, 0.2]["q_hat"] == q_hat
-    assert rows[50, 0.2]["forget_coverage"] == CR.coverage(sets, outputs.forget.labels)
-    assert {"UA", "RA", "TA", "MIA"} <= set(scalars) and all("MIACR" in row for row in rows.values())
+    chosen = settings(0.1, 0.2, scores=tuple(scores.Score(name) for name in ("thr", "aps")))
+    scalars, rows = metrics.evaluate(outputs, chosen)
+    assert (scalars, rows) == metrics.evaluate(outputs, chosen)
+    assert set(rows) == {(name, size, alpha) for name in ("thr", "aps") for size in (50, 100) for alpha in (0.1, 0.2)}
+    calibration = outputs.held_out.of(torch.arange(50))
+    q_hat = CR.conformal_quantile(scores.true_label_scores(*calibration), 0.2)
+    sets = CR.prediction_sets(scores.thr(outputs.forget.logits), q_hat)
+    row = rows["thr", 50, 0.2]
+    assert row["q_hat"] == q_hat
+    assert row["forget_coverage"] == CR.coverage(CR.in_set(sets, outputs.forget.labels))
+    test = outputs.held_out.of(torch.arange(100, 300))  # what no calibration size uses
+    sets = CR.prediction_sets(scores.thr(test.logits), q_hat)
+    assert row["test_coverage"] == CR.coverage(CR.in_set(sets, test.labels))
+    assert {"UA", "RA", "TA", "MIA", "AUC"} <= set(scalars) and all("MIACR" in row for row in rows.values())
+    assert row != rows["aps", 50, 0.2] and row["MIACR"] == rows["aps", 50, 0.2]["MIACR"]
+
+
+def test_resplits_give_the_mean_and_spread_over_draws():
+    outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=30, cal_sizes=(100,))
+    assert outputs.draws[0].tolist() == list(range(300)) and len({tuple(draw.tolist()) for draw in outputs.draws}) == 30
+    scalars, rows = metrics.evaluate(outputs, settings(0.1))
+    row = rows["thr", 100, 0.1]
+    own, found = scores.true_label_scores(*outputs.held_out), {"test": [], "forget": [], "q_hat": []}
+    for draw in outputs.draws:
+        q_hat = CR.conformal_quantile(own[draw[:100]], 0.1)
+        found["q_hat"].append(q_hat)
+        found["test"].append((own[draw[100:]] <= q_hat).double().mean().item())
+        found["forget"].append((scores.true_label_scores(*outputs.forget) <= q_hat).double().mean().item())
+    assert row["q_hat"] == pytest.approx(np.mean(found["q_hat"]))
+    for part in ("test", "forget"):
+        assert row[f"{part}_coverage"] == pytest.approx(np.mean(found[part]))
+        assert row[f"{part}_coverage_resplit_std"] == pytest.approx(np.std(found[part], ddof=1))
+    law = CR.coverage_law(100, 200, 0.1)
+    assert row["theory_coverage"] == pytest.approx(law.mean() / 200) == pytest.approx(91 / 101)
+    assert row["theory_coverage_resplit_std"] == pytest.approx(law.std() / 200) and not row["coverage_outside"]
+    assert 0 < row["MIACR_resplit_std"] < 0.5 and isinstance(row["forget_misclassified"], int)
+    one = metrics.evaluate(random_outputs(torch.Generator().manual_seed(0)), settings(0.1))
+    assert one[0] == scalars and not any(
+        key.endswith(CR.SPREAD) for key in one[1]["thr", 100, 0.1] if "theory" not in key
+    )
+
+
+@pytest.mark.parametrize("forget_class", [None, 2])
+def test_coverage_over_a_thousand_random_splits_has_the_theorys_mean_and_spread(forget_class):
+    outputs = random_outputs(torch.Generator().manual_seed(1), forget_class, num_draws=1000, cal_sizes=(100,))
+    row = CR.report(outputs, settings(0.1))[1]["thr", 100, 0.1]
+    error = row["theory_coverage_resplit_std"] / math.sqrt(1000)
+    assert abs(row["test_coverage"] - row["theory_coverage"]) < 4 * error and not row["coverage_outside"]
+    assert row["test_coverage_resplit_std"] == pytest.approx(row["theory_coverage_resplit_std"], rel=0.1)
+
+
+@pytest.mark.parametrize("num_draws", [1, 50])
+def test_coverage_that_the_theory_excludes_is_told(num_draws):
+    """A model that answers all images alike ties all scores: every set holds the label or none does."""
+    outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=num_draws)
+    outputs.held_out.logits[:] = 0
+    assert CR.report(outputs, settings(0.1))[1]["thr", 100, 0.1]["coverage_outside"]
 
 
 def test_class_forgetting_reports_both_calibrations():
     outputs = random_outputs(torch.Generator().manual_seed(0), forget_class=2)
-    scalars, rows = metrics.evaluate(outputs, [0.1])
-    row = rows[100, 0.1]
-    own = CR.conformal_quantile(CR.true_label_scores(*outputs.forget_calibration[100]), 0.1)
-    retained = CR.conformal_quantile(CR.true_label_scores(*outputs.calibration[100]), 0.1)
-    scores = CR.non_conformity_scores(outputs.forget.logits)
+    scalars, rows = metrics.evaluate(outputs, settings(0.1))
+    row = rows["thr", 100, 0.1]
+    first, labels = torch.arange(100), outputs.held_out.labels[:100]
+    own, retained = (
+        CR.conformal_quantile(scores.true_label_scores(*outputs.held_out.of(first[mask])), 0.1)
+        for mask in (labels == 2, labels != 2)
+    )
     assert (row["q_hat_forget"], row["q_hat"]) == (own, retained)
-    assert row["forget_set_size"] == CR.set_size(CR.prediction_sets(scores, own))
-    assert row["forget_by_retain_set_size"] == CR.set_size(CR.prediction_sets(scores, retained))
+    found = scores.thr(outputs.forget.logits)
+    assert row["forget_set_size"] == CR.set_size(CR.prediction_sets(found, own).sum(dim=1))
+    assert row["forget_by_retain_set_size"] == CR.set_size(CR.prediction_sets(found, retained).sum(dim=1))
     assert row["forget_test_coverage"] >= 0 and "UA_test" in scalars
+    assert (outputs.held_out.labels[outputs.test()] != 2).all() and (
+        outputs.held_out.labels[outputs.forget_test()] == 2
+    ).all()
+
+
+def test_class_rows_give_coverage_under_the_common_and_the_own_calibration():
+    outputs = random_outputs(torch.Generator().manual_seed(0), cal_sizes=(200,))
+    rows = classwise.class_rows(outputs, settings(0.1), ["a", "b", "c", "d"])
+    assert [row["class"] for row in rows] == ["a", "b", "c", "d"]
+    own, labels = scores.true_label_scores(*outputs.held_out), outputs.held_out.labels
+    for number, row in enumerate(rows):
+        mine = torch.arange(300)[labels == number]
+        expected = CR.conformal_quantile(own[mine[mine < 200]], 0.1)
+        tested = own[mine[mine >= 200]]
+        assert row["own_q_hat"] == expected and row["test_images"] == len(tested)
+        assert row["own_test_coverage"] == (tested <= expected).double().mean()
+        assert row["test_coverage"] == (tested <= row["q_hat"]).double().mean()
+    assert sum(row["forget_images"] for row in rows) == 60
+    assert sum(row["test_images"] * row["test_coverage"] for row in rows) / 100 == pytest.approx(
+        CR.report(outputs, settings(0.1))[1]["thr", 200, 0.1]["test_coverage"]
+    )
+
+
+def test_sample_rows_add_up_to_the_metrics():
+    outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=20)
+    indices = torch.arange(1000, 1060)
+    rows = samples.sample_rows(outputs, settings(0.1), indices, [f"{i}.png" for i in range(60)])
+    assert [row["index"] for row in rows] == indices.tolist() and rows[3]["file"] == "3.png"
+    alone = random_outputs(torch.Generator().manual_seed(0))
+    row = CR.report(alone, settings(0.1))[1]["thr", 100, 0.1]
+    assert np.mean([one["in_set@0.1"] for one in rows]) == row["forget_coverage"]
+    assert np.mean([one["set_size@0.1"] for one in rows]) == row["forget_set_size"]
+    assert sum(one["fake@0.1"] for one in rows) == row["forget_fake"]
+    assert sum(one["label"] != one["prediction"] for one in rows) == row["forget_misclassified"]
+    every = CR.report(outputs, settings(0.1))[1]["thr", 100, 0.1]
+    assert np.mean([one["in_set_share@0.1"] for one in rows]) == pytest.approx(every["forget_coverage"])
+    fake = samples.most_fake(outputs, settings(0.1), 3)
+    assert 0 < len(fake) <= 3
+    for place, prediction, inside in fake:
+        assert rows[place]["fake@0.1"] and rows[place]["prediction"] == prediction == inside[0]
+        assert len(inside) == rows[place]["set_size@0.1"] and rows[place]["label"] in inside
+
+
+def test_a_linear_probe_finds_a_class_that_the_features_separate():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 600)
+    features = rng.standard_normal((600, 5)) + 8 * np.eye(5)[labels]
+    mixed = np.where((labels == 2)[:, None], rng.standard_normal((600, 5)), features)
+    mixed[labels == 1] -= 8 * np.eye(5)[1]  # classes 1 and 2 look alike now
+    masks = {"probe_forget": labels > 0, "probe_retain": labels == 0}
+    for seen, expected in ((features, 1.0), (mixed, 0.5)):  # between two that look alike, half is chance
+        tests = {key: (seen[mask], labels[mask]) for key, mask in masks.items()}
+        found = probe.linear_probe(seen, labels, tests)
+        assert found["probe_forget"] == pytest.approx(expected, abs=0.1) and found["probe_retain"] > 0.95
+
+
+def test_comparison_with_retrain_by_hand():
+    reference = {"UA": 0.30, "RA": 1.0, "TA": 0.70, "MIA": 0.40, "q": math.inf, "word": "x"}
+    found = {"UA": 0.10, "RA": 1.0, "TA": 0.72, "MIA": 0.36, "q": 1.0, "word": "y"}
+    assert comparison.gap(found, reference) == pytest.approx((0.2 + 0 + 0.02 + 0.04) / 4)
+    signed = comparison.differences(found, reference)
+    assert signed == {
+        f"{key}_minus_retrain": pytest.approx(found[key] - reference[key]) for key in ("UA", "RA", "TA", "MIA")
+    }
+    tolerance = comparison.share_tolerance(0.3, 500)
+    assert tolerance == pytest.approx(2 * math.sqrt(2 * 0.3 * 0.7 / 500))
+    words = [comparison.verdict(difference, tolerance) for difference in (-0.2, 0.01, 0.2)]
+    assert words == ["under-forgets", "matches", "over-forgets"]
+    assert comparison.share_tolerance(0.0, 80) == 1 / 80
+
+
+# ---------------------------------------------------------------- other implementations
+
+
+def conformal_data():
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(2 * rng.standard_normal((600, 8)))
+    probabilities = torch.softmax(logits, dim=1).numpy()
+    return logits, torch.from_numpy(np.array([rng.choice(8, p=p) for p in probabilities])), probabilities
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["thr", "aps", "raps"])
+def test_q_hat_and_sets_are_those_of_mapie(name):
+    """Image by image, with the same random numbers (MAPIE takes 1 − u where we take u). MAPIE chooses raps'
+    parameters from a part of the calibration images; sets are compared with what it chose."""
+    from mapie.classification import SplitConformalClassifier
+
+    logits, labels, probabilities = conformal_data()
+
+    class Answers(ClassifierMixin, BaseEstimator):
+        classes_ = np.arange(8)
+
+        def fit(self, images, labels):
+            return self
+
+        def __sklearn_is_fitted__(self):
+            return True
+
+        def predict_proba(self, images):
+            return probabilities[images[:, 0]]
+
+        def predict(self, images):
+            return self.predict_proba(images).argmax(axis=1)
+
+    images, kind = np.arange(600)[:, None], {"thr": "lac"}.get(name, name)
+    other = SplitConformalClassifier(Answers(), 0.9, conformity_score=kind, random_state=7)
+    other.conformalize(images[:300], labels[:300].numpy())
+    options = {} if name == "thr" else {"conformity_score_params": {"include_last_label": "randomized"}}
+    expected = other.predict_set(images[300:], **options)[1][:, :, 0]
+    u = 1 - torch.from_numpy(np.random.RandomState(7).uniform(size=300))
+    if name == "raps":
+        chosen = other._mapie_classifier.conformity_score_function_
+        found, q_hat = (
+            scores.raps(logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0])),
+            chosen.quantiles_[0],
+        )
+    else:
+        score = scores.thr if name == "thr" else lambda part: scores.aps(part, u)
+        own = score(logits[:300]).gather(1, labels[:300, None]).squeeze(1)
+        found, q_hat = score(logits[300:]), CR.conformal_quantile(own, 0.1)
+    sets = CR.prediction_sets(found, q_hat)
+    assert (sets.numpy() == expected).all() and 0 < expected.mean() < 1
+    own = sets.gather(1, labels[300:, None]).double().mean().item()
+    assert CR.coverage(CR.in_set(sets, labels[300:])) == own and abs(own - 0.9) < 0.08
+
+
+@pytest.mark.parametrize("name", scores.NAMES)
+def test_scores_and_sets_are_those_of_torchcp(name):
+    """Without the random part; torchcp then takes u = 1 for all. It is not installed with the rest."""
+    pytest.importorskip("torchcp")
+    from torchcp.classification import score as theirs
+    from torchcp.classification.predictor import SplitPredictor
+
+    logits, labels, _ = conformal_data()
+    made = {
+        "thr": lambda: theirs.LAC(),
+        "aps": lambda: theirs.APS(randomized=False),
+        "raps": lambda: theirs.RAPS(randomized=False, penalty=0.1, kreg=2),
+        "saps": lambda: theirs.SAPS(randomized=False, weight=0.2),
+    }[name]()
+    score = scores.Score(name, randomized=False, penalty=0.1, k_reg=2, weight=0.2)
+    torch.testing.assert_close(made(logits), score(logits))
+    predictor = SplitPredictor(made)
+    predictor.calculate_threshold(logits[:300], labels[:300], 0.1)
+    q_hat = CR.conformal_quantile(score(logits[:300]).gather(1, labels[:300, None]).squeeze(1), 0.1)
+    assert float(predictor.q_hat) == pytest.approx(q_hat)
+    expected = predictor.predict_with_logits(logits[300:])
+    assert (CR.prediction_sets(score(logits[300:]), q_hat) == expected.bool()).double().mean() > 0.9995

@@ -19,8 +19,10 @@ def test_a_method_and_a_metric_are_added_as_the_readme_says(tmp_path, monkeypatc
     methods.write_text(methods.read_text().replace(before, f"{readme_block('method')}\n\n{before}"))
     (project / "metrics/confidence.py").write_text(readme_block("metric"))
     package = project / "metrics/__init__.py"
-    text = package.read_text().replace("import CR, MIACR, accuracy", "import CR, MIACR, accuracy, confidence")
-    package.write_text(text.replace("MODULES = (accuracy, MIACR, CR)", "MODULES = (accuracy, MIACR, CR, confidence)"))
+    text = package.read_text().replace("import CR, MIA, MIACR, accuracy", "import CR, MIA, MIACR, accuracy, confidence")
+    package.write_text(
+        text.replace("MODULES = (accuracy, MIA, MIACR, CR)", "MODULES = (accuracy, MIA, MIACR, CR, confidence)")
+    )
     monkeypatch.setattr("conftest.ROOT", project)
 
     common = [*TINY, "--wandb_mode", "disabled"]
@@ -28,7 +30,7 @@ def test_a_method_and_a_metric_are_added_as_the_readme_says(tmp_path, monkeypatc
     assert "catastrophic" in run_script("main_unlearn.py", "--help", cwd=tmp_path).stdout
     succeed("main_unlearn.py", *common, "--unlearn_name", "catastrophic", cwd=tmp_path)
     succeed("main_unlearn_cpu.py", *common, "--unlearn_name", "catastrophic", cwd=tmp_path)
-    done = succeed("main_evaluate.py", *common, "--unlearn_name", "all", cwd=tmp_path)
+    done = succeed("main_evaluate.py", *common, "--unlearn_name", "all", "--resplits", 2, cwd=tmp_path)
     rows = table_of(tmp_path / "runs/resnet18w4_digits_seed1/random_0.9/results.csv")
     assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}
     assert "p_f" in done.stdout and all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import unlearn
 import unlearn_cpu
 import utils
-from metrics import CR
+from metrics import CR, scores
 from models.resnet import ResNet18
 
 
@@ -197,7 +197,7 @@ def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
 
     run.epoch_done = epoch_done
     unlearn.train(run, unlearn.retain_cross_entropy)
-    q_hats = [CR.conformal_quantile(CR.true_label_scores(*answers), 0.05) for answers in expected]
+    q_hats = [CR.conformal_quantile(scores.true_label_scores(*answers), 0.05) for answers in expected]
     assert [record["q_hat"] for record in records] == q_hats[:3] and len(set(q_hats[:3])) == 3
     assert type(term.q_hat) is float
 

@@ -1,0 +1,144 @@
+"""Membership inference: the SVM attacks on five features, and the ranking attack on confidence.
+
+An attack is trained on equally many retain images (members) and test images (non-members); its target is the forget
+images. The features are those of Song & Mittal 2021 (2003.10595), the SVM (RBF, C = 3, γ = 1 / number of features)
+that of the unlearning literature.
+"""
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from . import scores, svm
+
+COLUMNS = {
+    "MIA": ("MIA %", "percent"),
+    "MIA_privacy": ("privacy %", "percent"),
+    "AUC": ("AUC", "number"),
+    "TPR@1%": ("TPR@1%", "percent"),
+    "TPR@0.1%": ("TPR@.1%", "percent"),
+}
+C = 3.0
+FOLDS = 5
+FALSE_POSITIVES = (0.01, 0.001)
+
+
+def confidences(logits, labels):
+    """p_y(x) of each image's own label. Logits N×K, labels N → N, float64."""
+    return 1 - scores.true_label_scores(logits, labels)
+
+
+def entropy(logits):
+    """−Σ p log p of the model's answer. Logits N×K → N, float64 in [0, log K]."""
+    log_p = torch.log_softmax(logits.double(), dim=1)
+    return torch.special.entr(log_p.exp()).sum(dim=1)
+
+
+def modified_entropy(logits, labels):
+    """−(1 − p_y) log p_y − Σ over the other labels i of p_i log(1 − p_i) (Song & Mittal 2021, eq. 8): 0 for a model
+    that is right and sure, unbounded for one that is wrong and sure. Each image with its own label. → N, float64."""
+    log_p = torch.log_softmax(logits.double(), dim=1)
+    log_rest = scores.thr(logits).clamp(min=1e-300).log()  # log(1 − p)
+    terms = -log_p.exp() * log_rest
+    own = labels[:, None]
+    terms = terms.scatter(1, own, -log_rest.gather(1, own).exp() * log_p.gather(1, own))
+    return terms.sum(dim=1)
+
+
+def attack_features(logits, labels):
+    """What each attack looks at. Logits N×K, labels N → a dict of N×d arrays, float64."""
+    found = {
+        "correctness": (logits.argmax(dim=1) == labels).double(),
+        "confidence": confidences(logits, labels),
+        "entropy": entropy(logits),
+        "modified entropy": modified_entropy(logits, labels),
+        "probabilities": torch.softmax(logits.double(), dim=1),
+    }
+    return {name: values.reshape(len(labels), -1).numpy() for name, values in found.items()}
+
+
+def check_sizes(members, non_members):
+    """Raises ValueError for unequal numbers of members and non-members, or fewer than five."""
+    if members != non_members or members < FOLDS:
+        raise ValueError(
+            f"the attack trains on equally many, at least {FOLDS}, members and non-members; "
+            f"found {members} and {non_members}"
+        )
+
+
+class Attack:
+    """An RBF SVM that tells members from non-members by features N×d (equally many of each, at least five).
+
+    What scikit-learn's ``SVC(C=3, gamma="auto")`` decides, found by :mod:`metrics.svm`. On one feature the points enter
+    as histograms where the grid is shorter than they are. Raises ValueError as :func:`check_sizes` does.
+    """
+
+    def __init__(self, members, non_members):
+        check_sizes(len(members), len(non_members))
+        points = np.concatenate([members, non_members])
+        self._map = svm.FeatureMap(points)
+        if points.shape[1] == 1 and 2 * (np.ptp(points) / svm.FINE) < len(points):
+            grid = svm.Grid(points.min(), points.max())
+            nodes = np.tile(grid.nodes, 2)[:, None]
+            counts = np.concatenate([grid.histogram(members[:, 0]), grid.histogram(non_members[:, 0])])
+            sizes = (grid.size, grid.size)
+        else:
+            nodes, counts, sizes = points, np.ones(len(points)), (len(members), len(non_members))
+        signs = torch.from_numpy(np.repeat([1.0, -1.0], sizes))
+        self._weights = svm.solve(self._map(nodes), signs, C * torch.from_numpy(counts)[None])
+
+    def says_member(self, points):
+        """Booleans N for features N×d."""
+        return (svm.decision(self._map(points), self._weights)[0] > 0).numpy()
+
+
+def ranking_attack(member_scores, non_member_scores):
+    """How well confidence ranks members before non-members: area under the ROC curve, and the true-positive rates at
+    1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
+
+    Both are the scores 1 − p_y, float64, which keep apart what is nearly certain. → (AUC, [TPR, ...]).
+    """
+    confidence = -torch.cat([member_scores, non_member_scores]).numpy()
+    membership = np.repeat([1, 0], [len(member_scores), len(non_member_scores)])
+    false_positives, true_positives, _ = roc_curve(membership, confidence, drop_intermediate=False)
+    rates = [float(true_positives[false_positives <= most].max()) for most in FALSE_POSITIVES]
+    return float(roc_auc_score(membership, confidence)), rates
+
+
+def divide(outputs, seed, draw=0):
+    """The images of an attack: members held out and trained on (indices into retain), non-members held out and
+    trained on (indices into held_out), for one draw of the held-out images.
+
+    As many retain images as the largest calibration set (at most half) are held out, and as many as there are test
+    images of the rest train the attack.
+    """
+    rng = np.random.default_rng([seed, draw])
+    members = torch.from_numpy(rng.permutation(len(outputs.retain.labels)))
+    calibration, test = outputs.calibration(max(outputs.cal_sizes), draw), outputs.test(draw)
+    held_out = min(len(members) // 2, len(calibration))
+    trained = min(len(members) - held_out, len(test))
+    test = test[torch.from_numpy(rng.permutation(len(test)))]
+    return members[:held_out], members[held_out : held_out + trained], calibration, test[:trained]
+
+
+def report(outputs, settings):
+    """For each attack its efficacy on the forget images (``MIA`` is the one on confidence) and its accuracy on
+    members and non-members that it was not trained on (privacy: a half is best); AUC and true-positive rates of
+    telling the forget images from test images by confidence. Returns ``(scalars, {})``."""
+    held_members, members, held_non_members, non_members = divide(outputs, settings.seed)
+    retain = attack_features(*outputs.retain)
+    held_out = attack_features(*outputs.held_out)
+    forget = attack_features(*outputs.forget)
+    scalars = {}
+    for name, features in retain.items():
+        attack = Attack(features[members], held_out[name][non_members])
+        key = "MIA" if name == "confidence" else f"MIA_{name.replace(' ', '_')}"
+        scalars[key] = float(1 - attack.says_member(forget[name]).mean())
+        right = attack.says_member(features[held_members]).mean()
+        scalars[f"{key}_privacy"] = float((right + 1 - attack.says_member(held_out[name][held_non_members]).mean()) / 2)
+    test = outputs.test()
+    scalars["AUC"], rates = ranking_attack(
+        scores.true_label_scores(*outputs.forget),
+        scores.true_label_scores(outputs.held_out.logits[test], outputs.held_out.labels[test]),
+    )
+    return scalars | dict(zip(("TPR@1%", "TPR@0.1%"), rates, strict=True)), {}
