@@ -24,17 +24,11 @@ import utils
 from metrics import CR, classwise, comparison, figures, html_report, probe, samples, scores
 
 KEYS = ("score", "cal_size", "alpha", "method")
-MODEL_COLUMNS = {"method": ("method", "text")}
-MODEL_COLUMNS |= {
-    key: column
-    for module in metrics.MODULES
-    if module not in (CR, metrics.MIACR)
-    for key, column in module.COLUMNS.items()
-}
+MODEL_COLUMNS = {"method": ("method", "text")} | metrics.columns("COLUMNS")
 MODEL_COLUMNS |= {"gap": ("gap %", "percent"), "UA_word": ("by UA", "text")} | probe.COLUMNS
 MODEL_COLUMNS |= {"seconds": ("time s", "seconds"), "RTE": ("RTE", "number"), "note": ("note", "text")}
 SET_COLUMNS = {"score": ("score", "text"), "cal_size": ("n_cal", "text"), "alpha": ("alpha", "text")}
-SET_COLUMNS |= {"method": ("method", "text")} | CR.COLUMNS | metrics.MIACR.COLUMNS | {"CR_word": ("by CR", "text")}
+SET_COLUMNS |= {"method": ("method", "text")} | metrics.columns("ROW_COLUMNS") | {"CR_word": ("by CR", "text")}
 
 
 def main():

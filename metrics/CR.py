@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-COLUMNS = {
+ROW_COLUMNS = {
     "forget_coverage": ("Cov_f %", "percent"),
     "forget_set_size": ("Size_f", "number"),
     "forget_CR": ("CR_f", "number"),

@@ -9,7 +9,7 @@ import torch
 
 from . import CR, MIA, svm
 
-COLUMNS = {"MIACR": ("MIACR %", "percent")}
+ROW_COLUMNS = {"MIACR": ("MIACR %", "percent")}
 NON_MEMBER, MEMBER = 0, 1
 
 

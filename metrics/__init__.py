@@ -1,8 +1,9 @@
 """Metrics: pure functions on logits and labels; no model, no loader, no printing.
 
 A metric is a file with ``report(outputs, settings)``, which returns ``(scalars, rows)``: numbers of the
-model as a whole, and numbers per (score, calibration size, α); and ``COLUMNS``, the heading and kind (percent, number,
-count) of those that the printed tables show. To add one, write the file and name it in ``MODULES``.
+model as a whole, and numbers per (score, calibration size, α); and ``COLUMNS`` or ``ROW_COLUMNS``, the heading and kind
+(percent, number, count) of those of either sort that the printed tables show. To add one, write the file and name it in
+``MODULES``.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,12 @@ import torch
 from . import CR, MIA, MIACR, accuracy
 from .scores import Score
 
-MODULES = (accuracy, MIA, MIACR, CR)
+MODULES = (accuracy, MIA, CR, MIACR)
+
+
+def columns(kind):
+    """The headings that the modules have under the name ``kind``, in one dict."""
+    return {key: column for module in MODULES for key, column in getattr(module, kind, {}).items()}
 
 
 class Output(NamedTuple):

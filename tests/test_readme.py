@@ -21,7 +21,7 @@ def test_a_method_and_a_metric_are_added_as_the_readme_says(tmp_path, monkeypatc
     package = project / "metrics/__init__.py"
     text = package.read_text().replace("import CR, MIA, MIACR, accuracy", "import CR, MIA, MIACR, accuracy, confidence")
     package.write_text(
-        text.replace("MODULES = (accuracy, MIA, MIACR, CR)", "MODULES = (accuracy, MIA, MIACR, CR, confidence)")
+        text.replace("MODULES = (accuracy, MIA, CR, MIACR)", "MODULES = (accuracy, MIA, CR, MIACR, confidence)")
     )
     monkeypatch.setattr("conftest.ROOT", project)
 
