@@ -90,7 +90,7 @@ def conformal_ratio(inside, sizes):
 def ratio_error(inside, sizes):
     """Standard error of CR over the images, to first order in the two means. Booleans and numbers …×N → …, float64."""
     residuals = inside.double() - conformal_ratio(inside, sizes)[..., None] * sizes
-    error = residuals.std(dim=-1, correction=0) / math.sqrt(max(sizes.shape[-1], 1))
+    error = residuals.square().mean(dim=-1).sqrt() / math.sqrt(max(sizes.shape[-1], 1))
     return error / set_size(sizes).where(sizes.sum(dim=-1) > 0, math.inf)
 
 
