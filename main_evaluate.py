@@ -291,7 +291,8 @@ def compare_to_retrain(evaluated):
         for at, row in rows.items():
             row |= comparison.differences({key: row[key] for key in row if key in shown}, reference_rows[at])
             key = cr_key(row)
-            tolerance = 2 * 2**0.5 * reference_rows[at][f"{key}_error"]
+            error = math.hypot(row[f"{key}_error"], reference_rows[at][f"{key}_error"])
+            tolerance = max(2 * error, 1 / scalars["num_forget"])
             row["CR_word"] = comparison.verdict(reference_rows[at][key] - row[key], tolerance)
         scalars["gap"] = comparison.gap(scalars, reference)
         tolerance = comparison.share_tolerance(reference["UA"], scalars["num_forget"])
