@@ -12,7 +12,6 @@ import io
 import json
 import math
 import time
-from functools import partial
 
 import numpy as np
 import torch
@@ -139,7 +138,7 @@ def evaluate_seed(args, data, device):
             raise utils.UserError(f"{path}: too few images to score: {error}") from error
         scalars |= more | {"seconds": meta.get("seconds"), "num_forget": len(split.forget)}
         if args.relearn:
-            scalars["relearn"] = relearn(model, data, split, settings, args)
+            scalars["relearn"] = relearn(model, outputs, data, split, settings, args)
         evaluated[name] = (scalars, rows, time.perf_counter() - start)
 
         class_rows += [{"method": name} | row for row in classwise.class_rows(outputs, settings, data.classes)]
@@ -253,7 +252,7 @@ def collect_outputs(model, data, split, args):
     )
 
 
-def relearn(model, data, split, settings, args):
+def relearn(model, outputs, data, split, settings, args):
     """How accuracy and coverage of forget images come back while a tenth of them is learnt again (--relearn K).
 
     Coverage is at the first α, under the first score, with q̂ taken anew from the retained classes' calibration images.
@@ -263,9 +262,15 @@ def relearn(model, data, split, settings, args):
     curve = {"step": [], "accuracy": [], "coverage": []}
 
     def measure(step, others):
-        logits = partial(utils.compute_logits, model, batch_size=args.batch_size)
-        held_out = CR.score_part(metrics.Output(*logits(data.held_out, calibration)), score, "held_out")
-        forget = CR.score_part(metrics.Output(*logits(data.train, others)), score, "forget")
+        if step:
+            held_out, forget = (
+                metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
+                for images, indices in ((data.held_out, calibration), (data.train, others))
+            )
+        else:  # these have passed through the model
+            held_out = outputs.held_out.of(outputs.calibration(size))
+            forget = outputs.forget.of(torch.searchsorted(split.forget, others).cpu())
+        held_out, forget = CR.score_part(held_out, score, "held_out"), CR.score_part(forget, score, "forget")
         q_hat = CR.conformal_quantile(held_out.own, settings.alphas[0])
         curve["step"].append(step)
         curve["accuracy"].append(1 - forget.wrong.double().mean().item())
@@ -290,7 +295,7 @@ def compare_to_retrain(evaluated):
         scalars |= comparison.differences({key: scalars[key] for key in scalars if key in shown}, reference)
         for at, row in rows.items():
             row |= comparison.differences({key: row[key] for key in row if key in shown}, reference_rows[at])
-            key = cr_key(row)
+            key = f"{CR.judged_forget_images(row)}_CR"
             error = math.hypot(row[f"{key}_error"], reference_rows[at][f"{key}_error"])
             tolerance = max(2 * error, 1 / scalars["num_forget"])
             row["CR_word"] = comparison.verdict(reference_rows[at][key] - row[key], tolerance)
@@ -299,12 +304,6 @@ def compare_to_retrain(evaluated):
         scalars["UA_word"] = comparison.verdict(scalars["UA"] - reference["UA"], tolerance)
         if name != "original" and scalars["seconds"] and reference["seconds"]:
             scalars["RTE"] = scalars["seconds"] / reference["seconds"]
-
-
-def cr_key(row):
-    """Which CR says how much was forgotten: where a class is, the one under the retained classes' calibration. The
-    forgotten class's own images make a model that has forgotten it answer with every label."""
-    return "forget_by_retain_CR" if "forget_by_retain_CR" in row else "forget_CR"
 
 
 def failures(args, scenario, split, evaluated):
@@ -339,7 +338,7 @@ def summarise(rows):
     for row in found:
         reference = retrain.get(tuple(row[key] for key in KEYS[:-1]), {})
         if "UA" in row and isinstance(reference.get("UA"), utils.Spread):
-            key = cr_key(row)
+            key = f"{CR.judged_forget_images(row)}_CR"
             row["UA_word"] = comparison.verdict(row["UA"].mean - reference["UA"].mean, 2 * reference["UA"].std)
             row["CR_word"] = comparison.verdict(reference[key].mean - row[key].mean, 2 * reference[key].std)
     return found

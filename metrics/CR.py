@@ -59,6 +59,12 @@ def at_most_one_label(q_hat):
     return q_hat < 0.5
 
 
+def judged_forget_images(row):
+    """Under which name a row says how much was forgotten: where a class is, by the retained classes' calibration. The
+    forgotten class's own images make a model that has forgotten it answer with every label."""
+    return "forget_by_retain" if "forget_by_retain_CR" in row else "forget"
+
+
 def prediction_sets(scores, q_hat):
     """C(x) = {y : S(x, y) ≤ q̂} as booleans. Scores N×K → sets N×K."""
     return scores <= q_hat

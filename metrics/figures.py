@@ -73,11 +73,16 @@ def overview(rows, score, cal_size):
     rows = [row for row in rows if (row["score"], row["cal_size"]) == (score, cal_size) and "test_CR" in row]
     alpha = min(row["alpha"] for row in rows)
     at_alpha = {row["method"]: row for row in rows if row["alpha"] == alpha}
-    keys = ("alpha", "forget_coverage", "test_coverage", "forget_CR", "test_CR")
-    curves = {name: {key: [row[key] for row in rows if row["method"] == name] for key in keys} for name in at_alpha}
-    points = {name: (row["test_CR"], row["forget_CR"]) for name, row in at_alpha.items()}
+    forget = CR.judged_forget_images(rows[0])
+    keys = {"alpha": "alpha", "test_coverage": "test_coverage", "test_CR": "test_CR"}
+    keys |= {"forget_coverage": f"{forget}_coverage", "forget_CR": f"{forget}_CR"}
+    curves = {
+        name: {key: [row[at] for row in rows if row["method"] == name] for key, at in keys.items()} for name in at_alpha
+    }
+    points = {name: (row["test_CR"], row[f"{forget}_CR"]) for name, row in at_alpha.items()}
     counts = {
-        name: (row["forget_misclassified"], row["forget_fake"], row["num_forget"]) for name, row in at_alpha.items()
+        name: (row[f"{forget}_misclassified"], row[f"{forget}_fake"], row["num_forget"])
+        for name, row in at_alpha.items()
     }
     return {
         "fake_forgetting.png": ("Fake forgetting", fake_bars(counts, alpha)),

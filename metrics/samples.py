@@ -1,4 +1,7 @@
-"""What became of each forget image: the rows of an audit."""
+"""What became of each forget image: the rows of an audit.
+
+Where a class is forgotten its images are judged as a user of the model would, by the q̂ of the retained classes.
+"""
 
 import math
 
@@ -28,10 +31,10 @@ def sample_rows(outputs, settings, indices, names=None):
         "p_true": own.tolist(),
         "score": forget.own.tolist(),
     }
-    calibration = outputs.calibration if outputs.forgotten is None else outputs.forget_calibration
     for alpha in settings.alphas:
         q_hats = [
-            CR.conformal_quantile(held_out.own[calibration(size, draw)], alpha) for draw in range(outputs.num_draws)
+            CR.conformal_quantile(held_out.own[outputs.calibration(size, draw)], alpha)
+            for draw in range(outputs.num_draws)
         ]
         inside, sizes = CR.apply_thresholds(forget, q_hats[:1])
         often = (forget.own[:, None] <= torch.tensor(q_hats, dtype=torch.float64)).double().mean(dim=1)
@@ -50,8 +53,7 @@ def most_fake(outputs, settings, count):
     score, size, alpha = settings.scores[0], max(outputs.cal_sizes), settings.alphas[0]
     forget = CR.score_part(outputs.forget, score, "forget")
     held_out = CR.score_part(outputs.held_out, score, "held_out")
-    calibration = outputs.calibration(size) if outputs.forgotten is None else outputs.forget_calibration(size)
-    q_hat = CR.conformal_quantile(held_out.own[calibration], alpha)
+    q_hat = CR.conformal_quantile(held_out.own[outputs.calibration(size)], alpha)
     fake = torch.where(forget.wrong & (forget.own <= q_hat), forget.own, math.inf)
     found = []
     for place in fake.argsort()[:count].tolist():

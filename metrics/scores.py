@@ -7,6 +7,7 @@ Labels of equal probability rank in the order of their numbers.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 NAMES = ("thr", "aps", "raps", "saps")
@@ -76,8 +77,7 @@ class Score:
             return thr(logits)
         u = torch.ones(len(logits), dtype=torch.float64)
         if self.randomized:
-            generator = torch.Generator().manual_seed(1000 * self.seed + sum(part.encode()))
-            u = torch.rand(len(logits), dtype=torch.float64, generator=generator)
+            u = torch.from_numpy(np.random.default_rng([self.seed, *part.encode()]).random(len(logits)))
         u = u.to(logits.device)
         if self.name == "aps":
             return aps(logits, u)

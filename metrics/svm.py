@@ -131,6 +131,8 @@ def _interior_point(extended, signs, bounds):
         step = torch.where(going_on, 0.995 * longest(d_alpha, d_slack, d_xi), 0.0)
         weights = weights + step * d_weights
         alpha, slack, xi = alpha + step * d_alpha, slack + step * d_slack, xi + step * d_xi
+    if not weights.isfinite().all():
+        raise ArithmeticError("the SVM of a membership attack has no finite solution")
     return weights
 
 

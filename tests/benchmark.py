@@ -88,8 +88,8 @@ def evaluation(args):
         parts.append(utils.Images(pixels.to(args.device), labels.to(args.device), utils.SPECS["cifar10"], 32, None))
     data = utils.Data(*parts, [str(number) for number in range(10)], "random")
     flags = Namespace(unlearn_type="random", retain_ratio=0.9, forget_class=None, forget_list=None, seed=1)
-    flags = Namespace(**vars(flags), cal_sizes=[2000], resplits=100, batch_size=512)
-    split = utils.make_split(data, flags, 2000)
+    flags = Namespace(**vars(flags), cal_sizes=[utils.default_cal_size(data)], resplits=100, batch_size=512)
+    split = utils.make_split(data, flags)
     model = models.create_model("resnet18", 10, width=args.width).to(args.device)
     settings = metrics.Settings((0.05, 0.1, 0.15, 0.2))
 
