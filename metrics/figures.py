@@ -315,7 +315,7 @@ def relearn_curves(curves, alpha):
 
     ``curves`` is {method: {"step": [...], "accuracy": [...], "coverage": [...]}}.
     """
-    figure = Figure(figsize=(8.2, 3.4))
+    figure = Figure(figsize=(8.2, max(3.4, 0.19 * len(curves) + 0.8)))
     axes = figure.subplots(1, 2, sharex=True)
     style = looks(curves)
     for axis, (key, title) in zip(
@@ -327,8 +327,9 @@ def relearn_curves(curves, alpha):
                 curve["step"], curve[key], color=colour, marker=marker, linestyle=line, markersize=4, label=name,
                 markerfacecolor="white" if line == "--" else colour, linewidth=2.2 if name == "retrain" else 1.1,
             )  # fmt: skip
-        axis.set_title(f"{title} on nine tenths of the forget images")
-        axis.set_xlabel("steps of training on the other tenth")
+        axis.set_title(title)
+        axis.set_xlabel("steps of training on a tenth")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
+    figure.suptitle("Do they come back? Nine tenths of the forget images while the other tenth is learnt again")
     return figure
