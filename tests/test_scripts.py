@@ -234,6 +234,28 @@ def test_class_forgetting_end_to_end(pipeline):
     assert len(classes) == 30 and {row["class"] for row in classes if row["forget_images"] != "0"} == {"3"}
 
 
+def test_coverage_that_ties_drive_off_its_level_is_said(pipeline, tmp_path):
+    state, _ = utils.read_checkpoint(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
+    state["fc.weight"].zero_()  # every image gets the same logits, those of the bias
+    torch.save(state, tmp_path / "same.pth")
+    arguments = [
+        *TINY,
+        "--unlearn_name",
+        "retrain",
+        "--alphas",
+        "0.05",
+        "--cal_sizes",
+        "200",
+        "--wandb_mode",
+        "disabled",
+    ]
+    said = succeed("main_evaluate.py", *arguments, "--model_dir", tmp_path / "same.pth", cwd=tmp_path).stdout
+    line = next(line for line in said.splitlines() if line.startswith("test coverage outside"))
+    found, theory = (float(number) for number in line.split("(thr: ")[1].split(")")[0].split(", "))
+    assert "retrain at 0.05" in line and found > 0.98 and theory == pytest.approx(0.95, abs=0.01)
+    assert "test coverage outside" not in pipeline.said["main_evaluate.py"].stdout
+
+
 def test_alpha_above_the_error_rate_is_said(tmp_path):
     common = [*TINY, "--wandb_mode", "disabled"]
     succeed("main_original_model.py", *common, "--width", 8, "--num_epochs", 20, cwd=tmp_path)
