@@ -22,6 +22,7 @@ MONITORED = 2000  # images of each part whose accuracy is measured after every e
 MODEL_FILE = "unlearning_model.pth"
 MASK_FILE = "saliency_mask.pth"
 FAILURE_FILE = "failure.json"
+RESUME_FILE = "resume.pth"
 PARTS = ("retain", "forget")
 RUN_COLUMNS = {
     "method": ("method", "text"),
@@ -73,11 +74,64 @@ class Job:
     term: object = None
     epoch_done: Callable[[dict], None] = lambda record: None
     quiet: bool = False
+    progress: "Progress | None" = None
     by_products: dict[str, dict] = field(default_factory=dict)
 
     @property
     def device(self):
         return self.data.train.labels.device
+
+
+class Progress:
+    """Where a run stands after each epoch, so that a killed one goes on (``--resume``).
+
+    The state lies in ``path`` until the run is done. All that is random is drawn from the seed and the epoch, so that
+    model, optimiser, schedule and records are the whole state. Raises UserError where ``resume`` finds the state of
+    another run.
+    """
+
+    def __init__(self, path, identity, resume, save_every):
+        self.path, self.identity, self.found, self._every = path, identity, None, save_every
+        self._state, self._saved, self._started = None, time.perf_counter(), time.perf_counter()
+        if resume and path.exists():
+            self.found = utils.read_state(path)
+            if self.found.get("identity") != identity:
+                raise utils.UserError(f"--resume: {path} is of a run with other flags; leave it out to begin anew")
+
+    @property
+    def seconds(self):
+        """What the run has taken so far, before it was killed and since."""
+        return time.perf_counter() - self._started + (self.found["seconds"] if self.found else 0)
+
+    def restore(self, model, optimizer, scheduler, term):
+        """Bring everything to the state that was saved. Returns (epochs done, records, whether the run had ended)."""
+        if not self.found:
+            return 0, [], False
+        model.load_state_dict(self.found["model"])
+        optimizer.load_state_dict(self.found["optimizer"])
+        scheduler.load_state_dict(self.found["scheduler"])
+        if term is not None:
+            term.q_hats[:] = self.found["q_hats"]
+        return self.found["epoch"], self.found["records"], self.found["ended"]
+
+    def epoch_done(self, model, optimizer, scheduler, term, epoch, records, ended):
+        """Remember the state after an epoch, and save it when the last saving is ``save_every`` seconds ago."""
+        copied = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        copied = copy.deepcopy(utils.on_cpu(copied))
+        copied |= {"identity": self.identity, "epoch": epoch, "records": list(records), "ended": ended}
+        self._state = copied | {"q_hats": list(term.q_hats) if term is not None else [], "seconds": self.seconds}
+        if time.perf_counter() - self._saved >= self._every:
+            self.save()
+
+    def save(self):
+        """Write the last epoch's state; returns whether there is one."""
+        if self._state is not None:
+            utils.save_state(self.path, self._state)
+            self._saved = time.perf_counter()
+        return self._state is not None or self.found is not None
+
+    def done(self):
+        self.path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -125,8 +179,13 @@ def train(
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.num_epochs)
     schedule = schedule or partial(index_batches, job, passes_through)
+    done, records, ended = 0, [], False
+    if job.progress:
+        done, records, ended = job.progress.restore(model, optimizer, scheduler, term)
+        for record in records:
+            job.epoch_done(record)
     bar = tqdm(desc=job.label, unit="img", unit_scale=True, disable=None, leave=False)
-    for epoch in range(1, recipe.num_epochs + 1):
+    for epoch in range(recipe.num_epochs + 1 if ended else done + 1, recipe.num_epochs + 1):
         start = time.perf_counter()
         record = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
         steps = schedule(epoch)
@@ -178,7 +237,11 @@ def train(
         job.epoch_done(record)
         if not job.quiet:
             tqdm.write(_line(job, record))
-        if finished and finished(record):
+        records.append(record)
+        ended = bool(finished and finished(record))
+        if job.progress:
+            job.progress.epoch_done(model, optimizer, scheduler, term, epoch, records, ended)
+        if ended:
             break
     bar.close()
 
@@ -601,6 +664,7 @@ def sfron(job):
     progress = [0]
 
     def schedule(epoch):
+        progress[0] = (epoch - 1) * steps // job.recipe.num_epochs
         turns, ascents = [], endless_passes(epoch)
         for number, repair in enumerate(index_batches(job, ("retain",), epoch)):
             if number % options["ascent_every"] == 0:
@@ -836,15 +900,23 @@ def execute(job, run, folder, file_name, meta, args):
     Returns the meta with the wall time in seconds and the final accuracies added. A run that fails saves nothing.
     """
     utils.prepare_folder(folder, utils.checkpoint_size(job.model))
+    job.progress = Progress(folder / RESUME_FILE, meta["identity"], args.resume, args.save_every)
+    if job.progress.found:
+        print(f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})")
     with utils.RunLog(folder, job.label, meta, args) as log:
         job.epoch_done = log.epoch
-        start = time.perf_counter()
-        run(job)
-        meta = meta | {"seconds": time.perf_counter() - start, "accuracies": accuracies(job)}
+        try:
+            run(job)
+        except KeyboardInterrupt:
+            if job.progress.save():
+                raise utils.Interrupted(f"{job.label} is saved; the same command with --resume goes on") from None
+            raise
+        meta = meta | {"seconds": job.progress.seconds, "accuracies": accuracies(job)}
         for name, state in job.by_products.items():
             utils.save_tensors(folder / name, state, meta)
         utils.save_tensors(folder / file_name, job.model.state_dict(), meta)
         log.keep()
+        job.progress.done()
         log.table("run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]])
     return meta | {"history": log.history}
 

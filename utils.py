@@ -31,6 +31,10 @@ class UserError(Exception):
     """A mistake in the flags or files that a script was given: one line, exit status 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in a run whose state is saved; the message says how to go on."""
+
+
 def run_script(main):
     """Run a script's ``main``; a user's mistake ends it with one line on stderr and status 2."""
     try:
@@ -38,8 +42,9 @@ def run_script(main):
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; finished results are kept", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        said = str(error) or "finished results are kept"
+        print(f"{Path(sys.argv[0]).name}: interrupted; {said}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -149,6 +154,16 @@ def add_training_flags(parser, defaults):
         help="epochs at which the rate falls to a tenth, as 91,136; when left out a cosine falls to zero",
     )
     group.add_argument("--overwrite", action="store_true", help="redo what the run folder already holds")
+    group.add_argument(
+        "--resume", action="store_true", help="go on with a run that was killed; the weights are as if it had not been"
+    )
+    group.add_argument(
+        "--save_every",
+        type=number(float, 0),
+        default=30.0,
+        metavar="SECONDS",
+        help="how often at most the state that --resume needs is saved, after an epoch",
+    )
 
 
 def add_scenario_flags(parser, methods, model_dir):
@@ -813,6 +828,38 @@ def save_tensors(path, state, meta):
     _write(path, lambda file: torch.save({"model": state, "meta": meta}, file))
 
 
+def save_state(path, state):
+    """Any nest of dicts, lists, plain values and tensors; a file that is there is replaced whole or not at all."""
+    _write(path, lambda file: torch.save(state, file))
+
+
+def read_state(path):
+    """What :func:`save_state` wrote. Only tensors and plain values are unpickled, and every byte's checksum is tested.
+
+    Raises UserError for a file that is truncated, damaged or something else.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f"{path}: damaged: the checksum of {damaged} is wrong")
+        with warnings.catch_warnings(action="ignore"):  # a foreign file is an error here, not a warning
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises many kinds for a truncated, foreign or unsafe file
+        raise UserError(f"{path}: truncated, or not a checkpoint ({type(error).__name__})") from error
+
+
+def on_cpu(nest):
+    """The same nest of dicts and lists with every tensor on the CPU."""
+    if torch.is_tensor(nest):
+        return nest.detach().cpu()
+    if isinstance(nest, dict):
+        return {key: on_cpu(value) for key, value in nest.items()}
+    return [on_cpu(value) for value in nest] if isinstance(nest, list) else nest
+
+
 def weights_hash(state):
     """A hash of a state_dict's names, shapes and bytes: which weights these are."""
     digest = hashlib.sha256()
@@ -834,11 +881,7 @@ def read_checkpoint(path, hint=""):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file{hint and '; ' + hint}")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # a foreign file is an error here, not a warning
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a truncated, foreign or unsafe file
-        raise UserError(f"{path}: truncated, or not a checkpoint ({type(error).__name__})") from error
+    content = read_state(path)
     meta = {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content, meta = content["model"], content.get("meta") or {}
