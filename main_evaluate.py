@@ -36,7 +36,7 @@ def main():
     add_evaluation_flags(parser)
     args = parser.parse_args()
 
-    device = utils.pick_device(args.device)
+    device = utils.pick_device(args)
     data = utils.load_data(args, device)
     tables = [evaluate_seed(seed_args, data, device) for seed_args in utils.each_seed(args)]
     rows = [row for table in tables for row in table]
@@ -51,7 +51,9 @@ def main():
 
 def add_evaluation_flags(parser):
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--batch_size", type=utils.number(int, 1), default=512, help="images a forward pass")
+    group.add_argument(
+        "--batch_size", type=utils.number(int, 1), help="images a forward pass; when left out 512, on a GPU what fits"
+    )
     group.add_argument(
         "--alphas", type=utils.list_of(utils.ALPHA), default="0.05,0.1,0.15,0.2", help="miscoverage levels"
     )
@@ -234,14 +236,16 @@ def collect_outputs(model, data, split, args):
     }
     found, features = {}, {}
     for part, (images, indices) in parts.items():
-        with utils.penultimate_features(model, split.forget_class is not None) as seen:
+        if split.forget_class is None:
             found[part] = metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
-        features[part] = seen
+        else:
+            *logits_labels, features[part] = utils.compute_features(model, images, indices, args.batch_size)
+            found[part] = metrics.Output(*logits_labels)
     draws = metrics.draw_splits(len(found["held_out"].labels), args.resplits, args.seed)
     outputs = metrics.Outputs(**found, cal_sizes=args.cal_sizes, draws=draws, forgotten=forgotten)
     if split.forget_class is None:
         return outputs, {}
-    features = {part: torch.cat(seen).numpy() for part, seen in features.items()}
+    features = {part: tensor.numpy() for part, tensor in features.items()}
     labels = {part: output.labels.numpy() for part, output in found.items()}
     tests = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
     return outputs, probe.linear_probe(

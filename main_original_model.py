@@ -23,7 +23,7 @@ def main():
     )
     args = parser.parse_args()
 
-    device = utils.pick_device(args.device)
+    device = utils.pick_device(args)
     data = utils.load_data(args, device)
     for seed_args in utils.each_seed(args):
         train_original(seed_args, data, device)
@@ -33,7 +33,7 @@ def main():
 def train_original(args, data, device):
     """Train and save the original model of one seed, unless it is there."""
     split = utils.make_split(data, args, scenario=False)
-    recipe = unlearn.original_recipe(args)
+    recipe = unlearn.original_recipe(args, device)
     folder = utils.run_folder(args, data)
     path = folder / "original_model.pth"
 

@@ -7,16 +7,20 @@ only which images an epoch passes through and what the loss of a batch is, and l
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
+from models import batch_norm
 
 MONITORED = 2000  # images of each part whose accuracy is measured after every epoch
 MODEL_FILE = "unlearning_model.pth"
@@ -41,7 +45,11 @@ class Diverged(utils.UserError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of the training loop; SGD with momentum 0.9 and weight decay 5e-4 throughout."""
+    """Hyper-parameters of the training loop; SGD with momentum 0.9 and weight decay 5e-4 throughout.
+
+    ``precision`` is that of the network's forward and backward pass: fp32, tf32 or bf16 (autocast; the weights and
+    what is computed from the logits are float32).
+    """
 
     num_epochs: int
     learning_rate: float
@@ -49,6 +57,7 @@ class Recipe:
     milestones: list[int] | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    precision: str = "fp32"
 
 
 @dataclass
@@ -74,6 +83,7 @@ class Job:
     term: object = None
     epoch_done: Callable[[dict], None] = lambda record: None
     quiet: bool = False
+    compile: bool = False
     progress: "Progress | None" = None
     by_products: dict[str, dict] = field(default_factory=dict)
 
@@ -116,6 +126,8 @@ class Progress:
 
     def epoch_done(self, model, optimizer, scheduler, term, epoch, records, ended):
         """Remember the state after an epoch, and save it when the last saving is ``save_every`` seconds ago."""
+        if utils.rank():
+            return
         copied = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         copied = copy.deepcopy(utils.on_cpu(copied))
         copied |= {"identity": self.identity, "epoch": epoch, "records": list(records), "ended": ended}
@@ -131,13 +143,14 @@ class Progress:
         return self._state is not None or self.found is not None
 
     def done(self):
-        self.path.unlink(missing_ok=True)
+        if not utils.rank():
+            self.path.unlink(missing_ok=True)
 
 
 @dataclass
 class Batch:
     """One step's images, first the retained ones, then the forgotten ones: where they stand among the training
-    images, their labels, the augmented inputs and the model's logits for them."""
+    images, their labels, and the model's logits for them. ``inputs`` are the augmented images of this process alone."""
 
     indices: torch.Tensor
     labels: torch.Tensor
@@ -152,6 +165,16 @@ class Batch:
     @property
     def forget(self):
         return self.logits[self.num_retain :], self.labels[self.num_retain :]
+
+    def answers(self, network, part):
+        """Logits of another network, without gradient, for the ``retain`` or the ``forget`` images."""
+        retained = len(utils.own(self.labels[: self.num_retain]))
+        places = slice(retained) if part == "retain" else slice(retained, None)
+        own = self.logits.new_zeros(len(self.inputs), self.logits.shape[1])
+        with torch.no_grad():
+            own[places] = network(self.inputs[places]).float()
+        every = utils.gather(own, len(self.labels))
+        return every[: self.num_retain] if part == "retain" else every[self.num_retain :]
 
 
 # ---------------------------------------------------------------- the training loop
@@ -168,11 +191,19 @@ def train(
     the training after an epoch. With a conformal term, forget
     images join the steps that have none, and λ times the term is added to the loss of every step. The model,
     BatchNorm included, trains in train mode, which every evaluation leaves as it was; a step of one image, which
-    has no batch statistics, takes the running ones. Raises :class:`Diverged` when the loss or a weight is not finite.
+    has no batch statistics, takes the running ones. Nothing in an epoch waits for the device. Raises
+    :class:`Diverged` when the loss or a weight is not finite.
+
+    Several processes divide each step's images: the logits of all come together on every process, which takes the
+    loss of the whole step, so that any loss of a method gives the gradient that one process would give.
     """
     model, recipe, term = job.model, job.recipe, job.term
     optimizer = torch.optim.SGD(
-        model.parameters(), recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        model.parameters(),
+        recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=job.device.type == "cuda",
     )
     if recipe.milestones:
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones)
@@ -184,7 +215,8 @@ def train(
         done, records, ended = job.progress.restore(model, optimizer, scheduler, term)
         for record in records:
             job.epoch_done(record)
-    bar = tqdm(desc=job.label, unit="img", unit_scale=True, disable=None, leave=False)
+    forward = _forward_pass(job)
+    bar = utils.progress_bar(desc=job.label, unit="img", unit_scale=True)
     for epoch in range(recipe.num_epochs + 1 if ended else done + 1, recipe.num_epochs + 1):
         start = time.perf_counter()
         record = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
@@ -200,15 +232,16 @@ def train(
         correct = torch.zeros((), device=job.device)
         seen = 0
         bar.update((epoch - 1) * bar.total // recipe.num_epochs)
-        for step, (indices, num_retain) in enumerate(steps):
+        batches = job.data.train.batches((indices for indices, _ in steps), augmentation)
+        for (indices, num_retain), inputs in zip(steps, batches, strict=True):
             model.train(len(indices) > 1)
-            inputs, labels = job.data.train.batch(indices, augmentation), job.data.train.labels[indices]
-            batch = Batch(indices, labels, num_retain, inputs, model(inputs))
+            logits = forward(inputs, len(indices))
+            batch = Batch(indices, job.data.train.labels[indices], num_retain, inputs, logits)
             loss = batch_loss(batch)
             if term is not None and term.lamda > 0:
                 loss = loss + term.lamda * term.loss(*batch.forget)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss * utils.world_size()).backward()  # of which each process has its images' part, and the mean is taken
             if before_step:
                 before_step(batch)
             optimizer.step()
@@ -218,21 +251,22 @@ def train(
             correct += (batch.logits.detach().argmax(dim=1) == batch.labels).sum()
             seen += len(indices)
             bar.update(len(indices))
-            if not bar.disable and step % 20 == 0:
-                bar.set_postfix(epoch=epoch, loss=f"{loss.item():.3f}", acc=f"{correct.item() / seen:.3f}")
         scheduler.step()
         model.train()
 
         record |= {"loss": loss_sum.item() / len(steps), "train_acc": correct.item() / seen}
+        bar.set_postfix(epoch=epoch, loss=f"{record['loss']:.3f}", acc=f"{record['train_acc']:.3f}")
         seconds = time.perf_counter() - start
-        if not math.isfinite(record["loss"]) or not all(p.isfinite().all() for p in model.parameters()):
+        finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
+        if not math.isfinite(record["loss"]) or not finite:
             bar.close()
             raise Diverged(
                 f"{job.label} diverged in epoch {epoch} at learning rate {recipe.learning_rate:g}: the loss is "
                 f"{record['loss']}; lower --learning_rate. What was saved before is unchanged"
             )
         if not job.quiet:
-            record |= {f"{part}_acc": accuracy for part, accuracy in accuracies(job, MONITORED).items()}
+            with _autocast(job):
+                record |= {f"{part}_acc": accuracy for part, accuracy in accuracies(job, MONITORED).items()}
         record |= {"images_per_second": seen / seconds, "seconds": time.perf_counter() - start}
         job.epoch_done(record)
         if not job.quiet:
@@ -244,6 +278,48 @@ def train(
         if ended:
             break
     bar.close()
+
+
+def _forward_pass(job):
+    """``forward(inputs, count)`` of :func:`train`: from a process's own augmented images the float32 logits of all
+    ``count`` images of the step, with the gradient of its own."""
+    device, network = job.device, job.model
+    if utils.world_size() > 1:
+        batch_norm.synchronise(network)
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1×1 convolutions; only speed is at stake
+        with warnings.catch_warnings(action="ignore"):  # newer torch has another name for this argument
+            network = DistributedDataParallel(network, broadcast_buffers=False)
+    if job.compile:
+        network = _compiled(network, device)
+
+    def forward(inputs, count):
+        with _autocast(job):
+            logits = network(inputs).float()
+        if utils.world_size() == 1:
+            return logits
+        every = utils.gather(logits, count)
+        utils.own(every).copy_(logits)
+        return every
+
+    return forward
+
+
+def _autocast(job):
+    return torch.autocast(job.device.type, torch.bfloat16, enabled=job.recipe.precision == "bf16")
+
+
+def _compiled(network, device):
+    """``torch.compile``, anew for each batch size, with CUDA graphs on a GPU. Raises UserError where it cannot."""
+    compiled = torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+
+    def forward(inputs):
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return compiled(inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise utils.UserError(f"--compile: {str(error).strip().splitlines()[0]}; leave it out") from error
+
+    return forward
 
 
 def relearn(model, data, split, seed, num_steps, learning_rate, measure):
@@ -518,9 +594,7 @@ def teacher(job):
     temperature = job.options["kd_T"]
 
     def loss(batch):
-        targets = torch.cat(
-            [competent(batch.inputs[: batch.num_retain]), incompetent(batch.inputs[batch.num_retain :])]
-        )
+        targets = torch.cat([batch.answers(competent, "retain"), batch.answers(incompetent, "forget")])
         return distance(batch.logits, targets, temperature)
 
     train(job, loss, PARTS)
@@ -581,9 +655,9 @@ def scrub(job):
 
     def loss(batch):
         if not batch.num_retain:
-            return -distance(batch.logits, original(batch.inputs), temperature)
+            return -distance(batch.logits, batch.answers(original, "forget"), temperature)
         logits, labels = batch.retain
-        from_original = distance(logits, original(batch.inputs[: batch.num_retain]), temperature)
+        from_original = distance(logits, batch.answers(original, "retain"), temperature)
         return beta * from_original + gamma * F.cross_entropy(logits, labels)
 
     train(job, loss, schedule=schedule)
@@ -613,13 +687,13 @@ def saliency_mask(job):
     """The ``mask_ratio`` of all weights with the largest |∇ cross-entropy of D_f|: booleans by parameter name."""
     job.model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in job.model.named_parameters()}
-    for indices in job.split.forget.split(512):
-        loss = F.cross_entropy(
-            job.model(job.data.train.batch(indices)), job.data.train.labels[indices], reduction="sum"
-        )
+    parts = job.split.forget.split(512 * utils.world_size())
+    for indices, inputs in zip(parts, job.data.train.batches(parts), strict=True):
+        loss = F.cross_entropy(job.model(inputs), job.data.train.labels[utils.own(indices)], reduction="sum")
         gradients = torch.autograd.grad(loss, list(job.model.parameters()))
         for name, gradient in zip(total, gradients, strict=True):
             total[name] += gradient
+    utils.add_up(total.values())
     sizes = torch.cat([gradient.abs().flatten() for gradient in total.values()])
     chosen = torch.zeros(len(sizes), dtype=torch.bool, device=job.device)
     chosen[sizes.topk(round(job.options["mask_ratio"] * len(sizes))).indices] = True
@@ -731,11 +805,13 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
     model.eval()
     squares = _layer_squares if _covers(model) else _functional_squares
     total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    with tqdm(total=len(indices), desc="importances", unit="img", disable=None, leave=False) as bar:
-        for part in indices.split(chunk):
-            for name, square in squares(model, images.batch(part), images.labels[part], scores):
+    parts = indices.split(chunk * utils.world_size())
+    with utils.progress_bar(total=len(indices), desc="importances", unit="img") as bar:
+        for part, inputs in zip(parts, images.batches(parts), strict=True):
+            for name, square in squares(model, inputs, images.labels[utils.own(part)], scores):
                 total[name] += square
             bar.update(len(part))
+    utils.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
 
 
@@ -845,7 +921,7 @@ def _vit(entry, args):
 # ---------------------------------------------------------------- runs
 
 
-def original_recipe(args):
+def original_recipe(args, device):
     """The recipe of an original model where flags are left out: from scratch, or from ImageNet weights."""
     spec, from_scratch = utils.SPECS[args.data_name], args.model_name == "resnet18"
     return Recipe(
@@ -853,17 +929,18 @@ def original_recipe(args):
         learning_rate=args.learning_rate or (spec.learning_rate if from_scratch else 0.01),
         batch_size=args.batch_size or Recipe.batch_size,
         milestones=args.milestones,
+        precision=utils.pick_precision(args, device),
     )
 
 
-def method_recipe(entry, args, original_meta):
+def method_recipe(entry, args, original_meta, device):
     """A method's recipe: flags where given, else its own defaults, else the original model's recipe.
 
     None for a method that is not trained.
     """
     if not entry.trained:
         return None
-    original = original_meta.get("recipe") or asdict(original_recipe(args))
+    original = original_meta.get("recipe") or asdict(original_recipe(args, device))
     follows_original = entry.num_epochs is None
     defaults = {"num_epochs": entry.num_epochs, "learning_rate": entry.learning_rate} | _vit(entry, args)
     return Recipe(
@@ -872,13 +949,15 @@ def method_recipe(entry, args, original_meta):
         batch_size=args.batch_size or (original["batch_size"] if follows_original else Recipe.batch_size),
         milestones=args.milestones or (original["milestones"] if follows_original else None),
         momentum=entry.momentum,
+        precision=utils.pick_precision(args, device),
     )
 
 
 def already_done(path, identity, args):
     """The meta of an equal run at ``path``, or None where there is none (or --overwrite redoes it).
 
-    ``identity`` is everything that determines the weights. Raises UserError where another run's result is there.
+    ``identity`` is everything that determines the weights. A precision that no flag asks for may be another device's.
+    Raises UserError where another run's result is there.
     """
     if args.overwrite or not path.exists():
         return None
@@ -887,10 +966,12 @@ def already_done(path, identity, args):
     except utils.UserError as error:
         raise utils.UserError(f"{error}; --overwrite replaces it") from error
     found = meta.get("identity", {})
-    if found == identity:
+    different = [key for key in identity | found if found.get(key) != identity.get(key)]
+    if args.precision == "auto" and "precision" in different:
+        different.remove("precision")
+    if not different:
         return meta
-    different = [key for key in identity if found.get(key) != identity[key]]
-    differences = ", ".join(f"{key} {found.get(key)} there, {identity[key]} now" for key in different)
+    differences = ", ".join(f"{key} {found.get(key)} there, {identity.get(key)} now" for key in different)
     raise utils.UserError(f"{path} exists and is another run's ({differences}); --overwrite replaces it")
 
 
@@ -900,6 +981,7 @@ def execute(job, run, folder, file_name, meta, args):
     Returns the meta with the wall time in seconds and the final accuracies added. A run that fails saves nothing.
     """
     utils.prepare_folder(folder, utils.checkpoint_size(job.model))
+    job.compile = args.compile
     job.progress = Progress(folder / RESUME_FILE, meta["identity"], args.resume, args.save_every)
     if job.progress.found:
         print(f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})")
@@ -910,6 +992,12 @@ def execute(job, run, folder, file_name, meta, args):
         except KeyboardInterrupt:
             if job.progress.save():
                 raise utils.Interrupted(f"{job.label} is saved; the same command with --resume goes on") from None
+            raise
+        except Diverged:
+            raise
+        except Exception:  # a full disk, an unreadable image, a process that died: the epochs done are worth keeping
+            with suppress(utils.UserError):
+                job.progress.save()
             raise
         meta = meta | {"seconds": job.progress.seconds, "accuracies": accuracies(job)}
         for name, state in job.by_products.items():
@@ -930,7 +1018,7 @@ def run_methods(args, methods, term_of=lambda args, data, split: None, prefix=""
     """
     names = utils.method_names(args.unlearn_name, methods, prefix)
     check_flags(args, [methods[name] for name in names], names)
-    device = utils.pick_device(args.device)
+    device = utils.pick_device(args)
     data = utils.load_data(args, device)
     plans = [plan_runs(seed_args, names, methods, data, device, term_of) for seed_args in utils.each_seed(args)]
     rows = [row for plan in plans for row in run_plan(plan, methods, data, device, prefix)]
@@ -982,7 +1070,7 @@ def plan_runs(args, names, methods, data, device, term_of):
     runs, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
     for label in names:
         entry, term = methods[label], term_of(args, data, split)
-        recipe, options = method_recipe(entry, args, original), method_options(entry, args)
+        recipe, options = method_recipe(entry, args, original, device), method_options(entry, args)
         identity = (asdict(recipe) if recipe else {}) | options | origin
         if options.get("mask_path"):
             identity["mask_path"] = utils.weights_hash(read_mask(options["mask_path"], model))
@@ -1025,13 +1113,15 @@ def run_plan(plan, methods, data, device, prefix):
             try:
                 meta = execute(job, methods[label].run, folder, MODEL_FILE, meta, args)
             except utils.UserError as error:
-                if len(plan.runs) == 1 and not args.seeds:
-                    raise
+                alone = len(plan.runs) == 1 and not args.seeds
+                if alone or (utils.world_size() > 1 and not isinstance(error, Diverged)):
+                    raise  # of several processes, perhaps one alone has met it: they would not go on together
                 utils.save_json(folder / FAILURE_FILE, {"forget_set": split.fingerprint, "error": str(error)})
                 print(f"{label} (seed {args.seed}) failed: {error}")
                 yield {"method": label, "note": f"seed {args.seed}: {error}" if args.seeds else str(error)}
                 continue
-            (folder / FAILURE_FILE).unlink(missing_ok=True)
+            if not utils.rank():
+                (folder / FAILURE_FILE).unlink(missing_ok=True)
             if term is not None and (advice := term.advice()):
                 print(f"{label}: {advice}")
             utils.save_json(folder / "results.json", {key: meta[key] for key in meta if key != "history"})

@@ -7,20 +7,24 @@ import math
 import os
 import pickle
 import platform
+import signal
 import sys
 import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
 
 import models
 
@@ -36,16 +40,46 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_script(main):
-    """Run a script's ``main``; a user's mistake ends it with one line on stderr and status 2."""
+    """Run a script's ``main``; a user's mistake ends it with one line on stderr and status 2, Ctrl-C and SIGTERM with
+    130. Where torchrun started several processes, the first speaks for all."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    name = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        with redirect_stdout(None) if rank() else nullcontext():
+            status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = _ends(f"{name}: error: {error}", 2)
     except KeyboardInterrupt as error:
-        said = str(error) or "finished results are kept"
-        print(f"{Path(sys.argv[0]).name}: interrupted; {said}", file=sys.stderr)
-        sys.exit(130)
+        status = _ends(f"{name}: interrupted; {str(error) or 'finished results are kept'}", 130)
+    except (RuntimeError, ConnectionError) as error:
+        if world_size() == 1 or not _of_processes(error):
+            raise
+        why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
+        status = _ends(f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1)
+    sys.exit(status)
+
+
+def _ends(line, status):
+    """Say why a script ends. All processes meet the same mistake: the others wait for the first one to say it, after
+    which torchrun ends them, and speak only of what the first one does not know."""
+    if rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+        line = f"[process {rank()}] {line}"
+    print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def _of_processes(error):
+    """Whether an error is about the connection to the other processes."""
+    return isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).lower()
+
+
+def progress_bar(**options):
+    """tqdm's, where the first process has a terminal."""
+    return tqdm(disable=True if rank() else None, leave=False, **options)
 
 
 # ---------------------------------------------------------------- flags
@@ -153,6 +187,13 @@ def add_training_flags(parser, defaults):
         type=list_of(number(int, 1)),
         help="epochs at which the rate falls to a tenth, as 91,136; when left out a cosine falls to zero",
     )
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "tf32", "bf16"],
+        default="auto",
+        help="of the network while it trains; auto: bf16 on a GPU that has it, else fp32; losses and scores are fp32",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the network, with CUDA graphs on a GPU")
     group.add_argument("--overwrite", action="store_true", help="redo what the run folder already holds")
     group.add_argument(
         "--resume", action="store_true", help="go on with a run that was killed; the weights are as if it had not been"
@@ -242,15 +283,89 @@ def permutation(seed, purpose, n):
     return np.random.RandomState(_derive(seed, (purpose,)) % 2**32).permutation(n)
 
 
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(args):
+    """The device of ``--device``, set to ``--precision``; joins the processes where torchrun started several.
+
+    Raises UserError for a device that is not there.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if world_size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; say --device cuda")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or auto") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        tf32 = getattr(args, "precision", None) == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    join_processes(device)
     return device
+
+
+def pick_precision(args, device):
+    """``--precision``, of which ``auto`` is bf16 on a GPU that has it, else fp32."""
+    if args.precision != "auto":
+        return args.precision
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast else "fp32"
+
+
+# ---------------------------------------------------------------- processes (torchrun)
+
+
+def rank():
+    """This process's number among those that torchrun started; 0 without it."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def world_size():
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def join_processes(device):
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def own(rows):
+    """The rows that are this process's: every world-th from its rank on, so that all get alike of every part."""
+    return rows[rank() :: world_size()]
+
+
+def gather(rows, count):
+    """From the :func:`own` rows of each process all ``count`` of them in order, on every process; no gradient."""
+    if world_size() == 1:
+        return rows
+    padded = rows.new_zeros(math.ceil(count / world_size()), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+
+def add_up(tensors):
+    """Replace each tensor by its sum over the processes."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def in_turn(call):
+    """``call()`` on the first process alone, then on the first of every other machine, then on the others: what one
+    has downloaded the next ones find."""
+    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for number in range(3 if world_size() > 1 else 1):
+        if number == turn:
+            found = call()
+        if world_size() > 1:
+            dist.barrier()
+    return found
 
 
 # ---------------------------------------------------------------- data
@@ -306,39 +421,63 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
+    def batches(self, parts, augment=None):
+        """For each of ``parts`` (indices) normalised float images B×3×size×size, channels last, of which each process
+        gets its :func:`own`; random augmentation only with a generator in ``augment``."""
+        parts, device = list(parts), self.labels.device
+        source = self._pixels([own(part) for part in parts])
+        # A GPU takes as long to start the work on 64 images as on 1,024.
+        together = max(1, 1024 // max(1, len(parts[0]))) if augment is not None and device.type == "cuda" else 1
+        for start in range(0, len(parts), together):
+            group = parts[start : start + together]
+            pixels = torch.cat([next(source) for _ in group]) if together > 1 else next(source)
+            if pixels.shape[-2:] != (self.size, self.size):
+                pixels = transforms.resize(pixels, [self.size, self.size], antialias=True)
+            if augment is not None:
+                pixels = random_augment(pixels, self.spec, augment, [len(part) for part in group])
+            mean, std = _constants(self.spec, device)
+            images = transforms.to_dtype(pixels, torch.float32, scale=True).sub_(mean).div_(std)
+            images = images.contiguous(memory_format=torch.channels_last)
+            yield from images.split([len(own(part)) for part in group])
+
     def batch(self, indices, augment=None):
-        """Normalised float images B×3×size×size; random augmentation only with a generator in ``augment``."""
-        pixels = self.pixels[indices]
-        if pixels.shape[-2:] != (self.size, self.size):
-            pixels = transforms.resize(pixels, [self.size, self.size], antialias=True)
-        if augment is not None:
-            pixels = random_augment(pixels, self.spec, augment)
-        return transforms.normalize(
-            transforms.to_dtype(pixels, torch.float32, scale=True), self.spec.mean, self.spec.std
-        )
+        """:meth:`batches` of one part."""
+        return next(self.batches([indices], augment))
+
+    def _pixels(self, parts):
+        return (self.pixels[part] for part in parts)
 
 
-def random_augment(pixels, spec, rng):
+@cache
+def _constants(spec, device):
+    """Mean and standard deviation, brought to the device once: doing so for every batch would wait for it."""
+    return [torch.tensor(values, device=device)[:, None, None] for values in (spec.mean, spec.std)]
+
+
+def random_augment(pixels, spec, rng, parts=None):
     """Random crop after zero padding, horizontal flip (p = 0.5) and grayscale, drawn anew for each image.
 
-    Pixels B×3×S×S uint8 in and out; ``rng`` is a generator on their device. Crop and flip are one gather.
+    Pixels B×3×S×S uint8 in and out; ``rng`` is a generator on their device. Where they are this process's :func:`own`
+    of several parts, of the sizes in ``parts``, every process draws for all. Crop and flip are one gather.
     """
-    count, _, _, side = pixels.shape
-    device = pixels.device
+    (count, channels, side, _), device = pixels.shape, pixels.device
+    sizes = [count] if parts is None else parts
+    padded_side = side + 2 * spec.crop_padding
+
+    def drawn(draw, *bounds):
+        numbers = draw(*bounds, (sum(sizes), 1), generator=rng, device=device)
+        return numbers if parts is None else torch.cat([own(part) for part in numbers.split(sizes)])
 
     def offsets():
-        start = torch.randint(2 * spec.crop_padding + 1, (count, 1), generator=rng, device=device)
-        return start + torch.arange(side, device=device)
+        return drawn(torch.randint, 2 * spec.crop_padding + 1) + torch.arange(side, device=device)
 
     rows, columns = offsets(), offsets()
     if spec.flip:
-        flipped = torch.rand(count, 1, generator=rng, device=device) < 0.5
-        columns = torch.where(flipped, columns.flip(1), columns)
-    padded = transforms.pad(pixels, [spec.crop_padding])
-    which = torch.arange(count, device=device)[:, None, None]
-    pixels = padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        columns = torch.where(drawn(torch.rand) < 0.5, columns.flip(1), columns)
+    places = (rows[:, :, None] * padded_side + columns[:, None, :]).flatten(1)[:, None].expand(-1, channels, -1)
+    pixels = transforms.pad(pixels, [spec.crop_padding]).flatten(2).gather(2, places).unflatten(2, (side, side))
     if spec.grayscale:
-        gray = torch.rand(count, 1, 1, 1, generator=rng, device=device) < spec.grayscale
+        gray = drawn(torch.rand)[:, :, None, None] < spec.grayscale
         pixels = torch.where(gray, transforms.rgb_to_grayscale(pixels, num_output_channels=3), pixels)
     return pixels
 
@@ -366,7 +505,7 @@ class Data:
 def load_data(args, device):
     """The data set that the flags name, on ``device``. Raises UserError for missing or contradictory data."""
     loaders = {"digits": _load_digits, "image_folder": _load_folder, "tiny_imagenet": _load_tiny_imagenet}
-    parts, classes, tag = loaders.get(args.data_name, _load_cifar)(args)
+    parts, classes, tag = in_turn(lambda: loaders.get(args.data_name, _load_cifar)(args))
     num_classes = 20 if args.data_name == "cifar20" else len(classes)
     if args.num_classes not in (None, num_classes):
         raise UserError(f"--num_classes {args.num_classes}: {args.data_name} has {num_classes} classes; leave it out")
@@ -707,36 +846,46 @@ def build_model(args, num_classes, size, device, *, pretrained):
         )
     except ValueError as error:
         raise UserError(error) from error
-    return model.to(device)
+    return model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
 
 
 @torch.no_grad()
-def compute_logits(model, images, indices, batch_size=512):
+def compute_logits(model, images, indices, batch_size=None):
     """Logits (float32, on the CPU) and labels of the images at ``indices``: eval mode, no augmentation, one pass.
 
-    Every module's mode is left as it was found. Returns (M×K, M).
+    Every process passes its :func:`own` images and gets the logits of all. ``batch_size`` left out is 512, on a GPU
+    what fits. Every module's mode is left as it was found. Returns (M×K, M).
     """
+    device = images.labels.device
+    size = batch_size or (16_384 if device.type == "cuda" else 512)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        logits = [model(images.batch(part)).float() for part in indices.split(batch_size)]
+        while True:
+            try:
+                found = [model(inputs).float() for inputs in images.batches(indices.split(size * world_size()))]
+                break
+            except torch.OutOfMemoryError:
+                if batch_size or size == 1:
+                    raise
+            size = max(1, size // 4)  # outside the handler, which keeps what filled the memory
     finally:
         for module, mode in modes:
             module.training = mode
-    return torch.cat(logits).cpu(), images.labels[indices].cpu()
+    return gather(torch.cat(found), len(indices)).cpu(), images.labels[indices].cpu()
 
 
-@contextmanager
-def penultimate_features(model, wanted=True):
-    """Within it, what reaches the model's last linear layer is kept: a list of a float32 tensor B×F for each batch."""
+@torch.no_grad()
+def compute_features(model, images, indices, batch_size=None):
+    """:func:`compute_logits`, and what reaches the model's last linear layer on the way: (M×K, M, M×F float32)."""
     seen = []
     *_, last = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    keep = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float().cpu())) if wanted else None
+    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     try:
-        yield seen
+        logits, labels = compute_logits(model, images, indices, batch_size)
     finally:
-        if keep:
-            keep.remove()
+        hook.remove()
+    return logits, labels, gather(torch.cat(seen)[-len(own(indices)) :], len(indices)).cpu()
 
 
 # ---------------------------------------------------------------- checkpoints and run folders
@@ -769,6 +918,8 @@ def prepare_folder(folder, num_bytes):
 
     Raises UserError where a folder cannot be made, written to, or is full.
     """
+    if rank():
+        return
     probe = folder / f".space-{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -787,7 +938,9 @@ def checkpoint_size(model):
 
 
 def _write(path, write):
-    """``write(file)`` to a temporary file beside ``path``, synced, then renamed over it."""
+    """``write(file)`` to a temporary file beside ``path``, synced, then renamed over it; the first process alone."""
+    if rank():
+        return
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -824,7 +977,7 @@ def save_bytes(path, content):
 
 def save_tensors(path, state, meta):
     """``{"model": state_dict, "meta": meta}``; a file that is already there is replaced whole or not at all."""
-    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     _write(path, lambda file: torch.save({"model": state, "meta": meta}, file))
 
 
@@ -947,6 +1100,7 @@ def describe_run(args, data, device):
         "data_fingerprint": data.fingerprint,
         "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads",
+        "processes": world_size(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -964,10 +1118,11 @@ class RunLog:
     def __init__(self, folder, name, config, args):
         self.path = folder / "history.jsonl"
         self._part = self.path.with_name(f"history.jsonl.{os.getpid()}.part")
-        self._file = open(self._part, "w")  # noqa: SIM115 - keep() or close() closes it
+        self._file = open(os.devnull if rank() else self._part, "w")  # noqa: SIM115 - keep() or close() closes it
         self.history = []
         self._run = None
-        self._wandb(self._start, folder, name, config, args)
+        if not rank():
+            self._wandb(self._start, folder, name, config, args)
 
     def epoch(self, record):
         self.history.append(record)
@@ -985,7 +1140,8 @@ class RunLog:
 
     def keep(self):
         self._file.close()
-        os.replace(self._part, self.path)
+        if not rank():
+            os.replace(self._part, self.path)
 
     def close(self):
         self._file.close()

@@ -25,8 +25,8 @@ class Vectors:
     def __init__(self, inputs, labels):
         self.inputs, self.labels = torch.tensor(inputs), torch.tensor(labels)
 
-    def batch(self, indices, augment=None):
-        return self.inputs[indices]
+    def batches(self, parts, augment=None):
+        return (self.inputs[part] for part in parts)
 
 
 def linear_job(name, weights, *, inputs=((1.0, 0.0), (0.0, 1.0)), labels=(0, 0), weight_decay=0.0, **given):
@@ -62,7 +62,7 @@ def caught(job, monkeypatch):
 def batch(job, logits, indices, num_retain):
     indices = torch.tensor(indices)
     return unlearn.Batch(
-        indices, job.data.train.labels[indices], num_retain, job.data.train.batch(indices), torch.tensor(logits)
+        indices, job.data.train.labels[indices], num_retain, job.data.train.inputs[indices], torch.tensor(logits)
     )
 
 
