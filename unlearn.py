@@ -869,10 +869,20 @@ def _layer_squares(model, inputs, labels, scores):
                 square = gradient.flatten(1).square().T @ inner[name].flatten(1).square()
                 yield f"{name}weight", square.view_as(layer.weight)
             else:
-                square = torch.bmm(gradient, inner[name].transpose(1, 2)).square().sum(0)
-                yield f"{name}weight", square.view_as(layer.weight)
+                yield f"{name}weight", _squared_products(gradient, inner[name]).view_as(layer.weight)
             if layer.bias is not None:
                 yield f"{name}bias", gradient.sum(2).square().sum(0)
+
+
+def _squared_products(gradient, columns):
+    """Σ over images of (gradient · columnsᵀ)², element by element. B×C×P, B×W×P → C×W."""
+    if gradient.is_cuda:
+        return torch.bmm(gradient, columns.mT).square_().sum(0)
+    total = gradient.new_zeros(gradient.shape[1], columns.shape[1])
+    for pair in zip(gradient, columns.mT, strict=True):  # one image's weights fit a CPU's cache, a chunk's do not
+        product = torch.mm(*pair)
+        total.addcmul_(product, product)
+    return total
 
 
 def _as_columns(layer, inputs):
