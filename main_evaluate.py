@@ -413,7 +413,7 @@ def fake_sheet(outputs, settings, data, split, name):
     entries = []
     for place, prediction, inside in samples.most_fake(outputs, settings, 18):
         index = split.forget[place]
-        pixels = data.train.pixels[index].permute(1, 2, 0).cpu().numpy()
+        pixels = data.train.pixels[int(index)].permute(1, 2, 0).cpu().numpy()
         entries.append((pixels, int(outputs.forget.labels[place]), prediction, inside))
     title = f"{name}: misclassified forget images nearest to their label (label → answer, {{set}})"
     return f"Most fake-forgotten images of {name}", figures.fake_sheet(entries, data.classes, title)

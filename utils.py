@@ -53,7 +53,10 @@ def run_script(main):
         status = _ends(f"{name}: error: {error}", 2)
     except KeyboardInterrupt as error:
         status = _ends(f"{name}: interrupted; {str(error) or 'finished results are kept'}", 130)
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, MemoryError) as error:
+        if _out_of_memory(error):
+            remedy = "lower --batch_size, --memory_gb or --workers; --resume goes on with a training"
+            sys.exit(_ends(f"{name}: error: out of memory ({_first_line(error)}); {remedy}", 2))
         if world_size() == 1 or not _of_processes(error):
             raise
         why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
@@ -75,6 +78,10 @@ def _ends(line, status):
 def _of_processes(error):
     """Whether an error is about the connection to the other processes."""
     return isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).lower()
+
+
+def _out_of_memory(error):
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def progress_bar(**options):
@@ -161,6 +168,22 @@ def make_parser(description, epilog=None):
     group.add_argument("--data_name", choices=DATA_NAMES, default="digits", help="which images")
     group.add_argument("--data_dir", default="./data", help="where the data lies or is downloaded to")
     group.add_argument("--num_classes", type=number(int, 2), help="checked against the data; inferred when left out")
+    group.add_argument(
+        "--memory_gb",
+        type=number(float, 0),
+        default=8.0,
+        metavar="GB",
+        help="image_folder, tiny_imagenet: more pixels than this stay on disk and are read anew for every batch",
+    )
+    group.add_argument(
+        "--workers",
+        type=number(int, 0, 1024),
+        default=os.cpu_count(),
+        help="processes that read images which stay on disk; any number gives the same results",
+    )
+    group.add_argument(
+        "--skip_corrupt", action="store_true", help="image_folder, tiny_imagenet: leave out images that cannot be read"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of the split and the training")
     group.add_argument(
@@ -403,15 +426,63 @@ TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
+class ImageFiles(torch.utils.data.Dataset):
+    """Images on disk: ``files[indices]`` reads them, as uint8 M×3×side×side."""
+
+    def __init__(self, paths, side, workers):
+        self.paths, self.side, self.workers = paths, side, workers
+
+    @property
+    def shape(self):
+        return len(self.paths), 3, self.side, self.side
+
+    def __getitem__(self, index):
+        return _read_image(self.paths[index], self.side)
+
+    def __getitems__(self, indices):
+        """A NumPy array: unlike tensors, it needs no shared memory, of which containers have little. An error comes
+        as a value, since a worker would bury its line in a traceback."""
+        try:
+            found = [self[index].numpy() for index in indices]
+        except UserError as error:
+            return error
+        return np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
+
+    def batches(self, parts):
+        """The images of each of ``parts`` (index tensors), read ahead by worker processes. Raises UserError for an
+        image that cannot be read."""
+        loader = torch.utils.data.DataLoader(
+            self,
+            batch_sampler=[part.tolist() for part in parts],
+            num_workers=min(self.workers, len(parts)),
+            collate_fn=_as_it_is,
+        )
+        try:
+            for found in loader:
+                if isinstance(found, UserError):
+                    raise found
+                yield torch.from_numpy(found)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads images has died ({_first_line(error)}); try fewer --workers"
+            ) from error
+
+
+def _as_it_is(found):
+    return found
+
+
 @dataclass
 class Images:
-    """Images as one uint8 tensor N×3×H×W with int64 labels N, on the training device.
+    """Images as one uint8 tensor N×3×H×W with int64 labels N, on the training device, or :class:`ImageFiles`.
 
     ``names`` are file names, ``subclasses`` the int64 numbers N of the fine classes inside the labels, where
     the data has such.
     """
 
-    pixels: torch.Tensor
+    pixels: torch.Tensor | ImageFiles
     labels: torch.Tensor
     spec: DataSpec
     size: int
@@ -445,7 +516,9 @@ class Images:
         return next(self.batches([indices], augment))
 
     def _pixels(self, parts):
-        return (self.pixels[part] for part in parts)
+        if torch.is_tensor(self.pixels):
+            return (self.pixels[part] for part in parts)
+        return (pixels.to(self.labels.device, non_blocking=True) for pixels in self.pixels.batches(parts))
 
 
 @cache
@@ -509,15 +582,18 @@ def load_data(args, device):
     num_classes = 20 if args.data_name == "cifar20" else len(classes)
     if args.num_classes not in (None, num_classes):
         raise UserError(f"--num_classes {args.num_classes}: {args.data_name} has {num_classes} classes; leave it out")
-    native = parts[0][0].shape[-1]
+    native, spec = parts[0][0].shape[-1], SPECS[args.data_name]
     try:
         size = args.image_size or models.input_size(args.model_name, native)
     except ValueError as error:
         raise UserError(error) from error
-    train, held_out = (
-        Images(pixels.to(device), labels.to(device), SPECS[args.data_name], size, names)
-        for pixels, labels, names in parts
-    )
+    try:
+        train, held_out = (
+            Images(pixels.to(device) if torch.is_tensor(pixels) else pixels, labels.to(device), spec, size, names)
+            for pixels, labels, names in parts
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--memory_gb {args.memory_gb:g}: the images do not fit on {device}; lower it") from error
     subclass_names = None
     if args.data_name == "cifar20":
         subclass_names, classes = classes, _group_by_superclass((train, held_out), args)
@@ -601,17 +677,71 @@ def _load_tiny_imagenet(args):
         raise UserError(f"{root}: incomplete (no images); remove it, so that it is made anew")
     first = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     classes = [name if first.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(first, wnids, strict=True)]
-    parts = []
-    for samples in (train, held_out):
-        pixels = _read_images([root / name for name, _ in samples], 64)
-        names = [name.removeprefix("train/") for name, _ in samples]
-        parts.append((pixels, torch.tensor([number for _, number in samples]), names))
-    return parts, classes, "tiny_imagenet"
+    parts = [
+        [(root / name, name.removeprefix("train/"), number) for name, number in samples]
+        for samples in (train, held_out)
+    ]
+    return _read_parts(parts, 64, args), classes, "tiny_imagenet"
 
 
-def _read_images(paths, side):
+def _read_parts(parts, side, args):
+    """[(pixels, labels, names)] of parts, each a list of (path, name, label): in memory, or as :class:`ImageFiles`
+    where they are more than --memory_gb. Raises UserError for an image that cannot be read, unless --skip_corrupt."""
+    gigabytes = sum(map(len, parts)) * 3 * side**2 / 1e9
+    streamed = gigabytes > args.memory_gb
+    if streamed:
+        print(f"{args.data_dir}: {gigabytes:.2f} GB of pixels, more than --memory_gb {args.memory_gb:g}, stay on disk")
+    found, corrupt = [], []
+    for samples in parts:
+        files = ImageFiles([path for path, *_ in samples], side, args.workers)
+        if streamed:
+            bad = _unreadable(files) if args.skip_corrupt else {}
+        else:
+            pixels, bad = _read_all(files, args)
+        if bad and not args.skip_corrupt:
+            raise next(iter(bad.values()))
+        good = [number for number in range(len(samples)) if number not in bad]
+        if not good:
+            raise UserError(f"--skip_corrupt: none of {len(samples)} images in {args.data_dir} can be read")
+        corrupt += [samples[number][1] for number in bad]
+        if bad and streamed:
+            files.paths = [files.paths[number] for number in good]
+        elif bad:
+            pixels = pixels[good]
+        labels = torch.tensor([samples[number][2] for number in good])
+        found.append((files if streamed else pixels, labels, [samples[number][1] for number in good]))
+    if corrupt:
+        some = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
+        print(f"--skip_corrupt: {len(corrupt)} images cannot be read and are left out: {some}")
+    return found
+
+
+def _read_all(files, args):
+    """All pixels in memory, and {number: UserError} of those that cannot be read, which are black."""
+    try:
+        pixels = torch.zeros(files.shape, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise UserError(f"--memory_gb {args.memory_gb:g}: more than this machine has to spare; lower it") from error
+    bad = {}
+
+    def read(number):
+        try:
+            pixels[number] = files[number]
+        except UserError as error:
+            bad[number] = error
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return torch.stack(list(pool.map(lambda path: _read_image(path, side), paths)))
+        list(pool.map(read, range(len(files.paths))))
+    return pixels, dict(sorted(bad.items()))
+
+
+def _unreadable(files):
+    """{number: UserError} of the files that cannot be read, found by reading them all."""
+    loader = torch.utils.data.DataLoader(
+        files, batch_sampler=[[number] for number in range(len(files.paths))], num_workers=files.workers,
+        collate_fn=_as_it_is,
+    )  # fmt: skip
+    return {number: found for number, found in enumerate(loader) if isinstance(found, UserError)}
 
 
 def _load_folder(args):
@@ -635,25 +765,27 @@ def _load_folder(args):
     if len(train.classes) < 2:
         raise UserError(f"--data_dir {root}: train/ has one class; a classifier needs at least two")
     side = args.image_size or _common_side([path for folder in folders for path, _ in folder.samples], args)
-    parts = []
-    for folder in folders:
-        pixels = _read_images([path for path, _ in folder.samples], side)
-        names = [Path(path).relative_to(folder.root).as_posix() for path, _ in folder.samples]
-        parts.append((pixels, torch.tensor(folder.targets), names))
-    return parts, train.classes, f"image_folder-{root.resolve().name}"
+    parts = [
+        [(path, Path(path).relative_to(folder.root).as_posix(), label) for path, label in folder.samples]
+        for folder in folders
+    ]
+    return _read_parts(parts, side, args), train.classes, f"image_folder-{root.resolve().name}"
 
 
 def _common_side(paths, args):
     """The side that all images share, else what the model was made for: 64 for resnet18."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    sizes = set()
-    for path in paths:
+    def size(path):
         try:
             with Image.open(path) as image:
-                sizes.add(image.size)
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from error
+                return image.size
+        except Exception as error:  # PIL's readers raise many kinds
+            if not args.skip_corrupt:
+                raise _not_readable(path, error) from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sizes = set(pool.map(size, paths)) - {None}
     if len(sizes) == 1 and len(set(*sizes)) == 1:
         return sizes.pop()[0]
     side = models.input_size(args.model_name, 64)
@@ -670,11 +802,15 @@ def _read_image(path, side):
     try:
         with Image.open(path) as image:
             pixels = transforms.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); mend or remove it") from error
+    except Exception as error:  # PIL's readers raise many kinds
+        raise _not_readable(path, error) from error
     if pixels.shape[-2:] != (side, side):
         pixels = transforms.center_crop(transforms.resize(pixels, [side], antialias=True), [side])
     return pixels
+
+
+def _not_readable(path, error):
+    return UserError(f"{path}: not a readable image ({error}); mend or remove it, or leave it out with --skip_corrupt")
 
 
 # ---------------------------------------------------------------- splits
@@ -853,11 +989,11 @@ def build_model(args, num_classes, size, device, *, pretrained):
 def compute_logits(model, images, indices, batch_size=None):
     """Logits (float32, on the CPU) and labels of the images at ``indices``: eval mode, no augmentation, one pass.
 
-    Every process passes its :func:`own` images and gets the logits of all. ``batch_size`` left out is 512, on a GPU
-    what fits. Every module's mode is left as it was found. Returns (M×K, M).
+    Every process passes its :func:`own` images and gets the logits of all. ``batch_size`` left out is 512 (fewer of
+    large images), on a GPU what fits. Every module's mode is left as it was found. Returns (M×K, M).
     """
     device = images.labels.device
-    size = batch_size or (16_384 if device.type == "cuda" else 512)
+    size = batch_size or (16_384 if device.type == "cuda" else min(512, max(32, 2**21 // images.size**2)))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import timm
+import torch
 
 PAPER_VIT = "vit_small_patch16_224"
 
@@ -43,6 +44,8 @@ def create(model_name, num_classes, image_size=None, pretrained=True, pretrained
     elif pretrained and timm.models.is_model_pretrained(name):
         options["pretrained"] = True
     try:
+        if pretrained and pretrained_path and Path(pretrained_path).suffix not in (".safetensors", ".npz"):
+            torch.load(pretrained_path, map_location="cpu", weights_only=True)  # older timm would run code in a pickle
         try:
             return timm.create_model(name, img_size=image_size, **options)
         except TypeError:  # networks without a fixed input size have no img_size argument
