@@ -315,8 +315,13 @@ def failures(args, scenario, split, evaluated):
     wanted = utils.given_names(args.unlearn_name)
     found = {}
     for path in sorted(scenario.glob(f"*/{unlearn.FAILURE_FILE}")):
-        record = json.loads(path.read_text())
         name = path.parent.name
+        try:
+            record = json.loads(path.read_text())
+            record["forget_set"], record["error"]  # noqa: B018 - are they there?
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"{path}: damaged, and left out")
+            continue
         if record["forget_set"] == split.fingerprint and name not in evaluated and {"all", name} & set(wanted):
             found[name] = f"seed {args.seed}: {record['error']}" if args.seeds else record["error"]
     return found

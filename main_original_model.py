@@ -48,8 +48,7 @@ def train_original(args, data, device):
     meta = utils.describe_run(args, data, device)
     meta |= {"method": "original", "identity": identity, "recipe": asdict(recipe)}
     print(f"{args.model_name} on {data.tag}: {len(data.train)} images, {len(data.classes)} classes, {meta['device']}")
-    meta = unlearn.execute(job, train_on_all, folder, path.name, meta, args)
-    utils.save_json(path.with_suffix(".json"), meta)
+    meta = unlearn.execute(job, train_on_all, folder, path.name, "original_model.json", meta, args)
     print(f"{path}: test accuracy {100 * meta['accuracies']['test']:.2f} %, {meta['seconds']:.0f} s")
 
 

@@ -105,7 +105,7 @@ class Progress:
         self._state, self._saved, self._started = None, time.perf_counter(), time.perf_counter()
         if resume and path.exists():
             self.found = utils.read_state(path)
-            if self.found.get("identity") != identity:
+            if not isinstance(self.found, dict) or self.found.get("identity") != identity:
                 raise utils.UserError(f"--resume: {path} is of a run with other flags; leave it out to begin anew")
 
     @property
@@ -985,38 +985,52 @@ def already_done(path, identity, args):
     raise utils.UserError(f"{path} exists and is another run's ({differences}); --overwrite replaces it")
 
 
-def execute(job, run, folder, file_name, meta, args):
+def execute(job, run, folder, file_name, record_name, meta, args):
     """Run ``run(job)``, record it, and save the model with its ``meta`` as ``folder/file_name``.
 
-    Returns the meta with the wall time in seconds and the final accuracies added. A run that fails saves nothing.
+    Returns the meta with the wall time in seconds and the final accuracies added. A run that fails saves nothing. The
+    model takes its name last, so that a run which is killed at any moment is either done or goes on.
     """
     utils.prepare_folder(folder, utils.checkpoint_size(job.model))
-    job.compile = args.compile
-    job.progress = Progress(folder / RESUME_FILE, meta["identity"], args.resume, args.save_every)
-    if job.progress.found:
-        print(f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})")
-    with utils.RunLog(folder, job.label, meta, args) as log:
-        job.epoch_done = log.epoch
-        try:
-            run(job)
-        except KeyboardInterrupt:
-            if job.progress.save():
-                raise utils.Interrupted(f"{job.label} is saved; the same command with --resume goes on") from None
-            raise
-        except Diverged:
-            raise
-        except Exception:  # a full disk, an unreadable image, a process that died: the epochs done are worth keeping
-            with suppress(utils.UserError):
-                job.progress.save()
-            raise
-        meta = meta | {"seconds": job.progress.seconds, "accuracies": accuracies(job)}
-        for name, state in job.by_products.items():
-            utils.save_tensors(folder / name, state, meta)
-        utils.save_tensors(folder / file_name, job.model.state_dict(), meta)
-        log.keep()
-        job.progress.done()
-        log.table("run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]])
-    return meta | {"history": log.history}
+    with utils.sole_writer(folder):
+        if done := already_done(folder / file_name, meta["identity"], args):  # since the flags were checked
+            return done
+        job.compile = args.compile
+        job.progress = Progress(folder / RESUME_FILE, meta["identity"], args.resume, args.save_every)
+        if job.progress.found:
+            print(f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})")
+        with utils.RunLog(folder, job.label, meta, args) as log:
+            job.epoch_done = log.epoch
+            _run_and_keep_what_is_done(run, job)
+            meta = meta | {"seconds": job.progress.seconds, "accuracies": accuracies(job)}
+            for name, state in job.by_products.items():
+                utils.save_tensors(folder / name, state, meta)
+
+            def records():
+                history = {"history": log.history} if record_name == "original_model.json" else {}
+                utils.save_json(folder / record_name, meta | history)
+                log.keep()
+
+            utils.save_tensors(folder / file_name, job.model.state_dict(), meta, records)
+            job.progress.done()
+            log.table("run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]])
+    return meta
+
+
+def _run_and_keep_what_is_done(run, job):
+    """``run(job)``; where something stops it, the state of the last epoch is saved for --resume."""
+    try:
+        run(job)
+    except Diverged:
+        raise
+    except KeyboardInterrupt:
+        if job.progress.save():
+            raise utils.Interrupted(f"{job.label} is saved; the same command with --resume goes on") from None
+        raise
+    except Exception:  # a full disk, an unreadable image, a process that died
+        with suppress(utils.UserError):
+            job.progress.save()
+        raise
 
 
 def run_methods(args, methods, term_of=lambda args, data, split: None, prefix=""):
@@ -1121,7 +1135,7 @@ def run_plan(plan, methods, data, device, prefix):
                 "original_seconds": plan.original.get("seconds"),
             }
             try:
-                meta = execute(job, methods[label].run, folder, MODEL_FILE, meta, args)
+                meta = execute(job, methods[label].run, folder, MODEL_FILE, "results.json", meta, args)
             except utils.UserError as error:
                 alone = len(plan.runs) == 1 and not args.seeds
                 if alone or (utils.world_size() > 1 and not isinstance(error, Diverged)):
@@ -1134,5 +1148,4 @@ def run_plan(plan, methods, data, device, prefix):
                 (folder / FAILURE_FILE).unlink(missing_ok=True)
             if term is not None and (advice := term.advice()):
                 print(f"{label}: {advice}")
-            utils.save_json(folder / "results.json", {key: meta[key] for key in meta if key != "history"})
         yield {"method": label, "seconds": meta["seconds"]} | (meta["recipe"] or {}) | meta["accuracies"]

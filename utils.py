@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import pickle
 import platform
 import signal
 import sys
+import tempfile
+import threading
 import time
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stdout
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -23,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
@@ -56,11 +60,16 @@ def run_script(main):
     except (RuntimeError, ConnectionError, MemoryError) as error:
         if _out_of_memory(error):
             remedy = "lower --batch_size, --memory_gb or --workers; --resume goes on with a training"
-            sys.exit(_ends(f"{name}: error: out of memory ({_first_line(error)}); {remedy}", 2))
-        if world_size() == 1 or not _of_processes(error):
+            status = _ends(f"{name}: error: out of memory ({_first_line(error)}); {remedy}", 2)
+        elif world_size() > 1 and _of_processes(error):
+            why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
+            status = _ends(f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1)
+        else:
             raise
-        why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
-        status = _ends(f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1)
+    if RunLog.hangs:  # wandb's own clean-up at the exit would wait for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -319,6 +328,8 @@ def pick_device(args):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("meta tensors hold no numbers")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or auto") from error
     if device.type == "cuda":
@@ -653,9 +664,12 @@ def _load_tiny_imagenet(args):
     from torchvision.datasets.utils import download_and_extract_archive
 
     root = Path(args.data_dir) / "tiny-imagenet-200"
-    if not (root / "val" / "val_annotations.txt").is_file():
+    if not root.is_dir():
         try:
-            download_and_extract_archive(TINY_IMAGENET_URL, args.data_dir, md5=TINY_IMAGENET_MD5)
+            Path(args.data_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=args.data_dir, suffix=".part") as part:  # whole, or not at all
+                download_and_extract_archive(TINY_IMAGENET_URL, args.data_dir, part, md5=TINY_IMAGENET_MD5)
+                (Path(part) / root.name).rename(root)
         except (OSError, RuntimeError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"--data_name tiny_imagenet: not in {args.data_dir}, and the download failed ({error}); "
@@ -1068,21 +1082,51 @@ def prepare_folder(folder, num_bytes):
             probe.unlink()
 
 
+@contextmanager
+def sole_writer(folder):
+    """Within it no other run may write to ``folder``, and what runs that were killed left half written is removed.
+
+    Raises UserError where another run is at work. The lock ends with the process, however that ends.
+    """
+    if rank():
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder}: another run is writing there; wait for its end, or choose another --runs_dir"
+        ) from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    try:
+        for name in ("*.pth.*.part", "history.jsonl.*.part", ".space-*.part"):
+            for path in folder.glob(name):
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
 def checkpoint_size(model):
-    """About how many bytes a checkpoint of ``model`` and its records take."""
-    return sum(tensor.nbytes for tensor in model.state_dict().values()) + 2**20
+    """About how many bytes a checkpoint of ``model``, its records and the state for --resume take."""
+    return 3 * sum(tensor.nbytes for tensor in model.state_dict().values()) + 2**20
 
 
-def _write(path, write):
+def _write(path, write, before=lambda: None):
     """``write(file)`` to a temporary file beside ``path``, synced, then renamed over it; the first process alone."""
     if rank():
         return
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    content = io.BytesIO()
+    write(content)  # in memory first: torch reports a full disk in words of its own
     try:
         with open(part, "wb") as file:
-            write(file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
+        before()
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); the previous file is unchanged") from error
@@ -1111,10 +1155,11 @@ def save_bytes(path, content):
     _write(path, lambda file: file.write(content))
 
 
-def save_tensors(path, state, meta):
-    """``{"model": state_dict, "meta": meta}``; a file that is already there is replaced whole or not at all."""
+def save_tensors(path, state, meta, before=lambda: None):
+    """``{"model": state_dict, "meta": meta}``; a file that is already there is replaced whole or not at all, after
+    ``before()``, when all of the new one is on the disk."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    _write(path, lambda file: torch.save({"model": state, "meta": meta}, file))
+    _write(path, lambda file: torch.save({"model": state, "meta": meta}, file), before)
 
 
 def save_state(path, state):
@@ -1174,6 +1219,10 @@ def read_checkpoint(path, hint=""):
     meta = {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         content, meta = content["model"], content.get("meta") or {}
+        if not isinstance(meta, dict) or not all(
+            isinstance(meta.get(key) or {}, dict) for key in ("identity", "recipe")
+        ):
+            raise UserError(f"{path}: not a checkpoint of this project: its meta is no record")
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(item) for item in content.values()):
         raise UserError(f"{path}: not a checkpoint: no state_dict of tensors in it")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, meta
@@ -1245,16 +1294,19 @@ class RunLog:
     """The record of one run: history.jsonl as it goes, and the same numbers in wandb.
 
     The file takes its final name in :meth:`keep`, so a run that fails leaves the previous history. wandb is a
-    convenience: where it is missing, logged out or broken, one line says so and the run goes on.
+    convenience: where it is missing, logged out, broken or silent, one line says so and the run goes on.
     """
 
+    patience = 60.0  # seconds for wandb to answer
+    hangs = False  # whether it did not
     _announced = _failed = False  # each is said once
     _mode = None  # of this process, once it is known
 
     def __init__(self, folder, name, config, args):
         self.path = folder / "history.jsonl"
         self._part = self.path.with_name(f"history.jsonl.{os.getpid()}.part")
-        self._file = open(os.devnull if rank() else self._part, "w")  # noqa: SIM115 - keep() or close() closes it
+        with self._writing():
+            self._file = open(os.devnull if rank() else self._part, "w")  # noqa: SIM115 - keep() or close() closes it
         self.history = []
         self._run = None
         if not rank():
@@ -1262,8 +1314,9 @@ class RunLog:
 
     def epoch(self, record):
         self.history.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with self._writing():
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         self._wandb(lambda: self._run and self._run.log(record))
 
     def table(self, title, rows):
@@ -1279,8 +1332,16 @@ class RunLog:
         if not rank():
             os.replace(self._part, self.path)
 
+    @contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+
     def close(self):
-        self._file.close()
+        with suppress(OSError):  # of what a full disk did not take
+            self._file.close()
         self._part.unlink(missing_ok=True)
         self._wandb(lambda: self._run and self._run.finish())
 
@@ -1291,10 +1352,13 @@ class RunLog:
         self.close()
 
     def _wandb(self, call, *arguments):
+        if RunLog.hangs:
+            return
         try:
-            call(*arguments)
+            _answer(call, arguments, self.patience)
         except Exception as error:  # whatever the logger does, the training is worth more
             self._run = None
+            RunLog.hangs = isinstance(error, _NoAnswer)
             if not RunLog._failed:
                 print(f"wandb: {_first_line(error)}; going on without it, records are in {self.path.parent}")
             RunLog._failed = True
@@ -1345,6 +1409,26 @@ class RunLog:
             import wandb
 
             self._run.log({name: wandb.Image(str(path)) for name, path in paths.items()})
+
+
+class _NoAnswer(Exception):
+    """A call has not come back in time."""
+
+
+def _answer(call, arguments, patience):
+    """``call(*arguments)``, which is left alone where it takes longer than ``patience`` seconds."""
+    outcome = Future()
+
+    def run():
+        try:
+            outcome.set_result(call(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([outcome], patience).done:
+        raise _NoAnswer(f"no answer for {patience:g} s")
+    return outcome.result()
 
 
 def _first_line(error):

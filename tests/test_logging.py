@@ -77,6 +77,20 @@ STUBS = {
 }
 
 
+HANGING = (
+    "import atexit, threading\nhang = threading.Event().wait\n"
+    "atexit.register(hang)\n"  # as wandb's own end does
+    "class Run:\n    def log(self, *_): {log}\n    def finish(self): hang()\n"
+    "def login(**_):\n    import utils\n    utils.RunLog.patience = 2\n"
+    "def Settings(**_): return None\ndef Table(**_): return None\ndef init(**_): {init}"
+)
+STUBS |= {
+    "silent from the start": HANGING.format(log="hang()", init="hang()"),
+    "silent in the middle": HANGING.format(log="hang()", init="return Run()"),
+    "silent at the end": HANGING.format(log="pass", init="return Run()"),
+}
+
+
 @pytest.mark.parametrize("kind", STUBS)
 def test_without_wandb_the_run_goes_on(kind, tmp_path):
     stub = tmp_path / "stub"
