@@ -80,6 +80,7 @@ def _ends(line, status):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         line = f"[process {rank()}] {line}"
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)  # one line, whatever it cites
     print(line, file=sys.stderr, flush=True)
     return status
 
@@ -165,10 +166,10 @@ def make_parser(description, epilog=None):
     parser = _Parser(description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
     group = parser.add_argument_group("model")
     group.add_argument("--model_name", default="resnet18", help="resnet18 (for small images), vit, or a timm model")
-    group.add_argument("--width", type=number(int, 1), default=64, help="channels of resnet18's first stage")
+    group.add_argument("--width", type=number(int, 1, 512), default=64, help="channels of resnet18's first stage")
     group.add_argument(
         "--image_size",
-        type=number(int, 1),
+        type=number(int, 1, 4096),
         help="side in pixels that images are resized to; when left out, the data's own (resnet18) or 224 (vit)",
     )
     group.add_argument("--pretrained_path", help="ImageNet weights of vit or a timm model on disk, not downloaded")
@@ -1159,6 +1160,7 @@ def save_tensors(path, state, meta, before=lambda: None):
     """``{"model": state_dict, "meta": meta}``; a file that is already there is replaced whole or not at all, after
     ``before()``, when all of the new one is on the disk."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    meta = meta | {"weights": weights_hash(state)}
     _write(path, lambda file: torch.save({"model": state, "meta": meta}, file), before)
 
 
@@ -1175,8 +1177,10 @@ def read_state(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise UserError(f"{path}: damaged: the checksum of {damaged} is wrong")
+                # torch reads an entry that is marked as a folder as whatever the memory holds.
+                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+                if folders or archive.testzip():
+                    raise UserError(f"{path}: damaged: a checksum in it is wrong")
         with warnings.catch_warnings(action="ignore"):  # a foreign file is an error here, not a warning
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -1225,6 +1229,10 @@ def read_checkpoint(path, hint=""):
             raise UserError(f"{path}: not a checkpoint of this project: its meta is no record")
     if not isinstance(content, dict) or not content or not all(torch.is_tensor(item) for item in content.values()):
         raise UserError(f"{path}: not a checkpoint: no state_dict of tensors in it")
+    if odd := [name for name, tensor in content.items() if tensor.layout != torch.strided or tensor.is_meta]:
+        raise UserError(f"{path}: not a checkpoint: {odd[0]} is no plain tensor")
+    if "weights" in meta and meta["weights"] != weights_hash(content):
+        raise UserError(f"{path}: damaged: its weights are not those that were saved")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, meta
 
 
@@ -1256,6 +1264,12 @@ def load_weights(model, state, path):
             f"{path}: of another width or number of classes: {name} is {tuple(state[name].shape)}, "
             f"not {tuple(own[name].shape)}"
         )
+    odd = [
+        name for name, tensor in state.items()
+        if tensor.is_quantized or tensor.is_complex() or tensor.is_floating_point() != own[name].is_floating_point()
+    ]  # fmt: skip
+    if odd:
+        raise UserError(f"{path}: {odd[0]} is no plain tensor of numbers such as {own[odd[0]].dtype}")
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{path}: its weights are not finite: the training that made it diverged")
     model.load_state_dict(state)

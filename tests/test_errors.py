@@ -179,7 +179,7 @@ def test_a_full_disk_is_found_before_training(tmp_path):
         "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
     )
     done = run_script(*ORIGINAL, "--wandb_mode", "disabled", cwd=tmp_path, python_path=path)
-    fails_in_one_line(done, "cannot hold 1 MB", "runs/resnet18w4_digits_seed1")
+    fails_in_one_line(done, "cannot hold 2 MB", "runs/resnet18w4_digits_seed1")
     assert "epoch" not in done.stdout and not list(tmp_path.rglob("*.p*th"))
 
 
