@@ -438,6 +438,14 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures):
     paths = save_report(args, data, folder, split.folder, evaluation, rows, pictures)
     with utils.RunLog(folder, "evaluation", evaluation, args) as log:
         log.table("evaluation", rows)
+        log.numbers(
+            {
+                f"{name}/{key}": value
+                for name, (scalars, *_) in evaluated.items()
+                for key, value in scalars.items()
+                if isinstance(value, int | float) and math.isfinite(value)
+            }
+        )
         log.pictures(paths)
     print(f"{folder / 'results.csv'}: {len(evaluated)} models, forget set {split.fingerprint}")
 

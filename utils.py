@@ -1333,6 +1333,10 @@ class RunLog:
             self._file.flush()
         self._wandb(lambda: self._run and self._run.log(record))
 
+    def numbers(self, found):
+        """Numbers by name in wandb, where a sweep or a plot finds them."""
+        self._wandb(lambda: self._run and self._run.log(found))
+
     def table(self, title, rows):
         """A table in wandb, from rows (dicts)."""
         self._wandb(self._log_table, title, rows)

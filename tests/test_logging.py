@@ -1,10 +1,15 @@
 """wandb: curves, table and flags arrive in an offline run; without wandb everything else goes on."""
 
 import json
+import os
+import shutil
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import TINY, succeed
+from conftest import ROOT, TINY, read_json, succeed
 
 ORIGINAL = ["main_original_model.py", *TINY, "--num_epochs", 2]
 
@@ -65,6 +70,32 @@ def test_the_evaluation_table_arrives_in_wandb(pipeline):
     assert len(rows) == 16 and {"UA", "MIACR", "forget_CR"} <= set(rows[0])
     assert [row["method"] for row in rows[:4]] == ["original", "retrain", "finetune", "cpu_finetune"]
     assert len(list((run / "files/media/images").rglob("*.png"))) == 8
+
+
+def test_a_sweep_run_logs_the_gap_to_retrain(pipeline, tmp_path):
+    """The sweep file's command as wandb's agent would run it, with the narrow network of the tests."""
+    yaml = pytest.importorskip("yaml")
+    sweeps = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    sweep = yaml.safe_load((ROOT / ".sweeps/learning_rate.yaml").read_text())
+    assert sweep["parameters"].keys() == {"learning_rate"}
+    arguments = sweeps.create_sweep_command_args({"args": {"learning_rate": {"value": 0.004}}})["args"]
+    command = sweeps.create_sweep_command(sweep["command"])
+    command = [part for each in command for part in (arguments if each == "${args}" else [each])]
+    command[2] = command[2].replace("--data_name digits", "--data_name digits --width 4 --device cpu")
+    command[2] = command[2].replace("resnet18_digits", "resnet18w4_digits")
+    for name in ("main_unlearn.py", "main_evaluate.py"):
+        command[2] = command[2].replace(f"python {name}", f"python {ROOT / name}")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"WANDB_MODE": "offline", "WANDB_RUN_ID": "abc123", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    shutil.copytree(pipeline.folder / "runs", tmp_path / "runs")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/sweep/abc123/resnet18w4_digits_seed1/random_0.9"
+    numbers = [record for record in history_and_config(folder)[0] if sweep["metric"]["name"] in record]
+    results = read_json(folder / "finetune/results.json")
+    assert results["recipe"]["learning_rate"] == 0.004
+    assert numbers[0]["finetune/gap"] == pytest.approx(results["metrics"]["gap"]) and numbers[0]["retrain/gap"] == 0
 
 
 STUBS = {
