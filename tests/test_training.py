@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, flags, read_json, succeed
+from conftest import TINY, fails_in_one_line, flags, read_json, run_script, succeed
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import unlearn
 import unlearn_cpu
@@ -260,3 +261,68 @@ def test_lamda_zero_through_the_scripts(pipeline):
         assert all(base[name].equal(same[name]) for name in base), method
         history = [json.loads(line) for line in (zero / f"cpu_{method}" / "history.jsonl").read_text().splitlines()]
         assert len(history) == 3 and all("q_hat" in record for record in history)
+
+
+# ---------------------------------------------------------------- speed that may not be lost, precision
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: numbers and shapes that depend on what a tensor holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", ["finetune", "RL", "ga_plus", "teacher", "scrub", "salun", "sfron", "cpu_finetune"])
+def test_no_step_waits_for_the_device(name, digits):
+    """However many steps an epoch has, nothing in them asks for a number."""
+
+    def waits(batch_size):
+        run = job(digits, conformal_term(digits) if name.startswith("cpu_") else None, batch_size=batch_size)
+        run.quiet, run.options = True, unlearn.METHODS[name.removeprefix("cpu_")].options
+        run.new_model = lambda: ResNet18(10, 4)
+        with Waits() as counter:
+            unlearn.METHODS[name.removeprefix("cpu_")].run(run)
+        return counter.count
+
+    assert waits(400) == waits(100) > 0
+
+
+def test_bf16_trains_float32_weights_by_a_float32_loss(digits):
+    losses = []
+
+    def loss(batch):
+        losses.append((batch.logits.dtype, unlearn.retain_cross_entropy(batch)))
+        return losses[-1][1]
+
+    half, full = job(digits, precision="bf16"), job(digits)
+    unlearn.train(half, loss)
+    unlearn.train(full, unlearn.retain_cross_entropy)
+    assert all(dtype == loss.dtype == torch.float32 for dtype, loss in losses)
+    assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
+    apart = (half.model.fc.weight - full.model.fc.weight).abs().max().item()
+    assert 0 < apart < 0.05
+
+
+def test_a_compiled_network_gives_the_same_weights_within_rounding(tmp_path):
+    common = [*TINY, "--num_epochs", 1, "--wandb_mode", "disabled", "--batch_size", 400]
+    for runs, more in (("plain", []), ("compiled", ["--compile"])):
+        succeed("main_original_model.py", *common, *more, "--runs_dir", runs, cwd=tmp_path, limit=600)
+    one, two = (
+        utils.read_checkpoint(tmp_path / runs / "resnet18w4_digits_seed1/original_model.pth")[0]
+        for runs in ("plain", "compiled")
+    )
+    assert all(torch.allclose(one[name].double(), two[name].double(), atol=1e-3) for name in one)
+
+
+def test_a_compiler_that_is_missing_is_an_error_of_one_line(tmp_path):
+    environment = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/nowhere"}
+    done = run_script(
+        "main_original_model.py", *TINY, "--wandb_mode", "disabled", "--compile", cwd=tmp_path, env=environment
+    )
+    fails_in_one_line(done, "--compile", "leave it out")
