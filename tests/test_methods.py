@@ -22,6 +22,8 @@ LN3 = math.log(3)
 class Vectors:
     """Stands for Images: plain vectors that nothing augments."""
 
+    size = 1
+
     def __init__(self, inputs, labels):
         self.inputs, self.labels = torch.tensor(inputs), torch.tensor(labels)
 
