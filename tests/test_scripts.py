@@ -47,7 +47,8 @@ def test_the_pipeline_leaves_every_record(pipeline):
     assert original["versions"]["torch"] == torch.__version__ and original["device"].startswith("cpu")
     for method in METHODS[1:]:
         assert {path.name for path in (scenario / method).iterdir()} == {
-            "unlearning_model.pth", "history.jsonl", "results.json", "samples.csv", "fake_forgotten.png", "wandb", ".lock"
+            "unlearning_model.pth", "history.jsonl", "results.json", "samples.csv", "fake_forgotten.png", "wandb",
+            ".lock",
         }  # fmt: skip
         results = read_json(scenario / method / "results.json")
         assert results["method"] == method and results["seed"] == 1 and results["seconds"] > 0
