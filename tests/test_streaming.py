@@ -72,8 +72,8 @@ def test_images_on_disk_give_the_same_results_with_any_number_of_workers(workers
 
 
 def test_data_larger_than_memory(tmp_path):
-    """400 MB of pixels (160×160 from small files) where 350 MB are left at the start."""
-    make_pictures(tmp_path / "pictures", 40, 5200)
+    """570 MB of pixels (160×160 from small files) where 530 MB are left at the start."""
+    make_pictures(tmp_path / "pictures", 40, 7400)
     limit = tmp_path / "limit"
     limit.mkdir()
     (limit / "sitecustomize.py").write_text(
@@ -82,7 +82,7 @@ def test_data_larger_than_memory(tmp_path):
         "    import torch, timm, sklearn.datasets, torchvision.transforms.v2, tqdm\n"
         "    torch.nn.Conv2d(3, 8, 3)(torch.zeros(64, 3, 160, 160)).sum().backward()\n"
         "    (line,) = (line for line in open('/proc/self/status') if line.startswith('VmSize'))\n"
-        "    most = int(line.split()[1]) * 1024 + 350_000_000\n"
+        "    most = int(line.split()[1]) * 1024 + 530_000_000\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
     )
     arguments = [
@@ -104,7 +104,7 @@ def test_data_larger_than_memory(tmp_path):
     )
     done = run_script(*command, "--memory_gb", 0.1, cwd=tmp_path, python_path=limit, env={"MALLOC_ARENA_MAX": "1"})
     assert done.returncode == 0, done.stderr
-    assert "0.40 GB of pixels, more than --memory_gb 0.1" in done.stdout
+    assert "0.57 GB of pixels, more than --memory_gb 0.1" in done.stdout
 
 
 @pytest.fixture
