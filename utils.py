@@ -1099,10 +1099,11 @@ def sole_writer(folder):
         raise UserError(
             f"{folder}: another run is writing there; wait for its end, or choose another --runs_dir"
         ) from None
-    except (OSError, NotImplementedError):  # a file system without locks
-        pass
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks: the run is worth more
+        print(f"{folder}: cannot be locked ({_first_line(error)}); see that no other run writes there")
     try:
-        for name in ("*.pth.*.part", "history.jsonl.*.part", ".space-*.part"):
+        # Without the lock these may be another run's.
+        for name in ("*.pth.*.part", "history.jsonl.*.part", ".space-*.part") if lock.is_locked else ():
             for path in folder.glob(name):
                 path.unlink(missing_ok=True)
         yield
