@@ -326,3 +326,19 @@ def test_a_download_that_breaks_off(name, broken_download, tmp_path):
         assert done.returncode == 2 and len(lines) == 1, done.stderr
         assert f"--data_name {name}" in lines[0] and "download failed" in lines[0] and "data" in lines[0]
         assert not list((tmp_path / "data").glob("*/")) and not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_used_and_said_so(tmp_path, monkeypatch, capsys):
+    """Some network file systems have no locks; what another run may be writing there stays."""
+
+    def no_locks(*_, **__):
+        raise NotImplementedError("flock")
+
+    part = tmp_path / "original_model.pth.1.part"
+    part.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.FileLock, "acquire", no_locks)
+        with utils.sole_writer(tmp_path):
+            assert part.exists() and "cannot be locked" in capsys.readouterr().out
+    with utils.sole_writer(tmp_path):
+        assert not part.exists()
