@@ -52,7 +52,9 @@ def main():
 def add_evaluation_flags(parser):
     group = parser.add_argument_group("evaluation")
     group.add_argument(
-        "--batch_size", type=utils.number(int, 1), help="images a forward pass; when left out 512, on a GPU what fits"
+        "--batch_size",
+        type=utils.number(int, 1),
+        help="images a forward pass; when left out what fits a CPU's cache or a GPU's memory",
     )
     group.add_argument(
         "--alphas", type=utils.list_of(utils.ALPHA), default="0.05,0.1,0.15,0.2", help="miscoverage levels"

@@ -312,7 +312,7 @@ def evaluation(args):
         model.eval()
         with torch.no_grad():
             for images, indices in sets:
-                for part in indices.split(512):
+                for part in indices.split(args.batch_size):
                     model(images.batch(part)).cpu()
 
     def plain_pass(images, indices):

@@ -469,6 +469,32 @@ def test_tiny_imagenet_is_unpacked_and_read_as_published(tiny_imagenet):
     assert {data.train.names[index] for index in split.forget} == {"n03/images/n03_6.JPEG", "n02/images/n02_5.JPEG"}
 
 
+def test_tiny_imagenet_beyond_memory_is_read_from_disk(tiny_imagenet, capsys):
+    in_memory = utils.load_data(tiny_imagenet, torch.device("cpu"))
+    assert "stay on disk" not in capsys.readouterr().out
+    on_disk = utils.load_data(flags(**vars(tiny_imagenet) | {"memory_gb": 0, "workers": 2}), torch.device("cpu"))
+    assert "stay on disk" in capsys.readouterr().out and not torch.is_tensor(on_disk.train.pixels)
+    assert (on_disk.fingerprint, on_disk.train.names) == (in_memory.fingerprint, in_memory.train.names)
+    for part in ("train", "held_out"):
+        from_disk, kept = getattr(on_disk, part), getattr(in_memory, part)
+        orders = torch.randperm(len(kept), generator=utils.generator(1, "order")).split(16)
+        augmented = (images.batches(orders, utils.generator(1, "augmentation")) for images in (from_disk, kept))
+        assert from_disk.labels.equal(kept.labels)
+        assert all(one.equal(other) for one, other in zip(*augmented, strict=True))
+
+
+def test_a_broken_picture_of_tiny_imagenet_is_left_out(tiny_imagenet, capsys):
+    whole = utils.load_data(tiny_imagenet, torch.device("cpu"))
+    broken = Path(tiny_imagenet.data_dir) / "tiny-imagenet-200/val/images/val_61.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    for memory_gb in (8, 0):
+        found = flags(**vars(tiny_imagenet) | {"memory_gb": memory_gb, "skip_corrupt": True})
+        data = utils.load_data(found, torch.device("cpu"))
+        assert "1 image cannot be read and is left out: val/images/val_61.JPEG" in capsys.readouterr().out
+        left = [name for name in whole.held_out.names if not name.endswith("val_61.JPEG")]
+        assert data.held_out.names == left and len(data.held_out.labels) == 29
+
+
 def test_a_wrong_tiny_imagenet_archive_is_refused(tiny_imagenet, monkeypatch):
     monkeypatch.setattr(utils, "TINY_IMAGENET_MD5", "0" * 32)
     with pytest.raises(utils.UserError, match="tiny_imagenet: not in .* the download failed"):

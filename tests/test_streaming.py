@@ -160,4 +160,6 @@ def test_a_picture_on_disk_is_the_one_in_memory(pictures):
         for size in (8, 0)
     ]
     assert both[0].train.pixels[7].equal(both[1].train.pixels[7]) and both[0].fingerprint == both[1].fingerprint
+    state = torch.get_rng_state()
     assert both[1].train.batch(torch.tensor([3, 1])).equal(both[0].train.batch(torch.tensor([3, 1])))
+    assert torch.get_rng_state().equal(state)  # of dropout

@@ -55,7 +55,7 @@ def test_crop_flip_and_grayscale_give_what_torchvision_gives():
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     augmented = utils.random_augment(
         image.expand(3000, -1, -1, -1), utils.SPECS["cifar10"], utils.generator(1, "crops")
-    )
+    ).to(torch.uint8)
     padded = transforms.pad(image, [4])
     crops = [transforms.crop(padded, top, left, 32, 32) for top in range(9) for left in range(9)]
     possible = {}
