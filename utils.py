@@ -519,8 +519,10 @@ class Images:
         gets its :func:`own`; random augmentation only with a generator in ``augment``."""
         parts, device = list(parts), self.labels.device
         source = self._pixels([own(part) for part in parts])
-        # A GPU takes as long to start the work on 64 images as on 1,024.
-        together = max(1, 1024 // max(1, len(parts[0]))) if augment is not None and device.type == "cuda" else 1
+        # A GPU takes as long to start the work on 64 small images as on 4,096.
+        together = 1
+        if augment is not None and device.type == "cuda":
+            together = max(1, 2**22 // (self.size**2 * max(1, len(parts[0]))))
         for start in range(0, len(parts), together):
             group = parts[start : start + together]
             pixels = torch.cat([next(source) for _ in group]) if together > 1 else next(source)
