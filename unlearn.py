@@ -789,9 +789,17 @@ def observed_score(logits, label):
 
 
 def expected_scores(logits, label):
-    """√p_c · ∂ log p_c / ∂ logits for every class c: K rows, whose squares sum to the Fisher information. K → K×K."""
-    probabilities = logits.softmax(0)
-    return probabilities.sqrt()[:, None] * (torch.eye(len(logits), device=logits.device) - probabilities)
+    """Rows whose squares sum to the expected Fisher information: RᵀR = diag(p) − ppᵀ. K → (K−1)×K.
+
+    √p_c · ∂ log p_c / ∂ logits of every class c would be K such rows. Reflected so that √p becomes an axis
+    (Householder), one of them is zero: with the likeliest class's axis without cancellation.
+    """
+    order = logits.argsort(descending=True)
+    root = logits.softmax(0).sqrt()[order]
+    normal = root.clone()
+    normal[0] += 1
+    reflection = torch.eye(len(root), device=root.device) - normal[:, None] * normal / normal[0]
+    return (reflection[1:] * root)[:, order.argsort()]
 
 
 def diagonal_fisher(model, images, indices, scores, chunk=32):
@@ -859,30 +867,42 @@ def _layer_squares(model, inputs, labels, scores):
             handle.remove()
     rows = torch.stack([scores(*pair) for pair in zip(logits.detach(), labels, strict=True)], dim=1)
     inner = {name: _as_columns(layer, taken[name]) for name, layer in layers}
+    squares = {name: _SquaredProducts() for name, _ in layers}
     for row in rows:
         outer = torch.autograd.grad(logits, [given[name] for name, _ in layers], row, retain_graph=True)
         for (name, layer), gradient in zip(layers, outer, strict=True):
             gradient = gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]  # image × channel × position
             if isinstance(layer, nn.BatchNorm2d):
                 yield f"{name}weight", (gradient * inner[name]).sum(2).square().sum(0)
-            elif gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
-                square = gradient.flatten(1).square().T @ inner[name].flatten(1).square()
-                yield f"{name}weight", square.view_as(layer.weight)
             else:
-                yield f"{name}weight", _squared_products(gradient, inner[name]).view_as(layer.weight)
+                squares[name].add(gradient, inner[name])
             if layer.bias is not None:
                 yield f"{name}bias", gradient.sum(2).square().sum(0)
+    for name, layer in layers:
+        if not isinstance(layer, nn.BatchNorm2d):
+            yield f"{name}weight", squares[name].sum.T.reshape(layer.weight.shape)
 
 
-def _squared_products(gradient, columns):
-    """Σ over images of (gradient · columnsᵀ)², element by element. B×C×P, B×W×P → C×W."""
-    if gradient.is_cuda:
-        return torch.bmm(gradient, columns.mT).square_().sum(0)
-    total = gradient.new_zeros(gradient.shape[1], columns.shape[1])
-    for pair in zip(gradient, columns.mT, strict=True):  # one image's weights fit a CPU's cache, a chunk's do not
-        product = torch.mm(*pair)
-        total.addcmul_(product, product)
-    return total
+class _SquaredProducts:
+    """``sum``: Σ over all images added of (columns · gradientᵀ)², element by element; W×C."""
+
+    sum = None
+
+    def add(self, gradient, columns):
+        """Add a chunk of images: B×C×P, B×W×P."""
+        if self.sum is None:
+            self.sum = gradient.new_zeros(columns.shape[1], gradient.shape[1])
+            self._product = torch.empty_like(self.sum)
+        if gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
+            self.sum.addmm_(columns.flatten(1).square().T, gradient.flatten(1).square())
+        elif gradient.is_cuda:
+            self.sum += torch.bmm(columns, gradient.mT).square_().sum(0)
+        else:
+            # One image after the other, in one buffer: a product fits a CPU's cache, those of a chunk do not. The
+            # longer side comes first, which matrix products on CPUs prefer.
+            for pair in zip(columns, gradient.mT, strict=True):
+                torch.mm(*pair, out=self._product)
+                self.sum.addcmul_(self._product, self._product)
 
 
 def _as_columns(layer, inputs):
