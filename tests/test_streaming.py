@@ -133,7 +133,8 @@ def test_a_folder_without_one_readable_image(damaged):
     fails_in_one_line(run_script(*command, cwd=damaged), "none of 60 images")
 
 
-def test_a_reader_that_dies_is_an_error_of_one_line(pictures, tmp_path):
+@pytest.mark.parametrize("how", [[], ["--skip_corrupt"]])
+def test_a_reader_that_dies_is_an_error_of_one_line(how, pictures, tmp_path):
     """As when the system runs out of memory and kills it."""
     stub = tmp_path / "stub"
     stub.mkdir()
@@ -148,7 +149,7 @@ def test_a_reader_that_dies_is_an_error_of_one_line(pictures, tmp_path):
         "Image.open = dies\n"
     )
     command = ["main_original_model.py", *TINY, *COMMON, "--data_dir", pictures, "--memory_gb", 0, "--num_epochs", 1]
-    done = run_script(*command, cwd=tmp_path, python_path=stub)
+    done = run_script(*command, *how, cwd=tmp_path, python_path=stub)
     fails_in_one_line(done, "a process that reads images has died", "--workers")
 
 
