@@ -867,7 +867,11 @@ def _layer_squares(model, inputs, labels, scores):
             handle.remove()
     rows = torch.stack([scores(*pair) for pair in zip(logits.detach(), labels, strict=True)], dim=1)
     inner = {name: _as_columns(layer, taken[name]) for name, layer in layers}
-    squares = {name: _SquaredProducts() for name, _ in layers}
+    squares = {  # of weights × channels
+        name: layer.weight.new_zeros(layer.weight.flatten(1).shape[::-1])
+        for name, layer in layers
+        if not isinstance(layer, nn.BatchNorm2d)
+    }
     for row in rows:
         outer = torch.autograd.grad(logits, [given[name] for name, _ in layers], row, retain_graph=True)
         for (name, layer), gradient in zip(layers, outer, strict=True):
@@ -875,34 +879,26 @@ def _layer_squares(model, inputs, labels, scores):
             if isinstance(layer, nn.BatchNorm2d):
                 yield f"{name}weight", (gradient * inner[name]).sum(2).square().sum(0)
             else:
-                squares[name].add(gradient, inner[name])
+                _add_squared_products(squares[name], inner[name], gradient)
             if layer.bias is not None:
                 yield f"{name}bias", gradient.sum(2).square().sum(0)
-    for name, layer in layers:
-        if not isinstance(layer, nn.BatchNorm2d):
-            yield f"{name}weight", squares[name].sum.T.reshape(layer.weight.shape)
+    for name, square in squares.items():
+        yield f"{name}weight", square.T.reshape(model.get_parameter(f"{name}weight").shape)
 
 
-class _SquaredProducts:
-    """``sum``: Σ over all images added of (columns · gradientᵀ)², element by element; W×C."""
-
-    sum = None
-
-    def add(self, gradient, columns):
-        """Add a chunk of images: B×C×P, B×W×P."""
-        if self.sum is None:
-            self.sum = gradient.new_zeros(columns.shape[1], gradient.shape[1])
-            self._product = torch.empty_like(self.sum)
-        if gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
-            self.sum.addmm_(columns.flatten(1).square().T, gradient.flatten(1).square())
-        elif gradient.is_cuda:
-            self.sum += torch.bmm(columns, gradient.mT).square_().sum(0)
-        else:
-            # One image after the other, in one buffer: a product fits a CPU's cache, those of a chunk do not. The
-            # longer side comes first, which matrix products on CPUs prefer.
-            for pair in zip(columns, gradient.mT, strict=True):
-                torch.mm(*pair, out=self._product)
-                self.sum.addcmul_(self._product, self._product)
+def _add_squared_products(total, columns, gradient):
+    """Add Σ over images of (columns · gradientᵀ)², element by element, to ``total``. W×C, B×W×P, B×C×P."""
+    if gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
+        total.addmm_(columns.flatten(1).square().T, gradient.flatten(1).square())
+    elif gradient.is_cuda:
+        total += torch.bmm(columns, gradient.mT).square_().sum(0)
+    else:
+        # One image after the other, in one buffer: a product fits a CPU's cache, those of a chunk do not. The longer
+        # side comes first, which matrix products on CPUs prefer.
+        product = torch.empty_like(total)
+        for pair in zip(columns, gradient.mT, strict=True):
+            torch.mm(*pair, out=product)
+            total.addcmul_(product, product)
 
 
 def _as_columns(layer, inputs):

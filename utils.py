@@ -1107,7 +1107,7 @@ def sole_writer(folder):
         raise UserError(
             f"{folder}: another run is writing there; wait for its end, or choose another --runs_dir"
         ) from None
-    except (OSError, NotImplementedError) as error:  # some network file systems have no locks: the run is worth more
+    except (OSError, NotImplementedError) as error:  # filelock's, on file systems without locks: the run is worth more
         print(f"{folder}: cannot be locked ({_first_line(error)}); see that no other run writes there")
     try:
         # Without the lock these may be another run's.

@@ -126,6 +126,7 @@ def not_finite(source, target):
         (lambda source, target: target.write_bytes(b""), ["not a checkpoint"]),
         (lambda source, target: target.write_text("hello"), ["not a checkpoint"]),
         (lambda source, target: target.write_bytes(pickle.dumps({"model": Trap()})), ["not a checkpoint"]),
+        (lambda source, target: torch.save({"model": {"a": Trap()}, "meta": {}}, target), ["not a checkpoint"]),
         (lambda source, target: torch.save({"model": {"a": 1}, "meta": {}}, target), ["no state_dict"]),
         (other_classes, ["fc.weight", "(7, 32)", "(10, 32)"]),
         (other_network, ["another architecture"]),

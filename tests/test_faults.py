@@ -104,13 +104,14 @@ def test_an_unlearning_killed_while_saving_goes_on_to_the_same_weights(script, n
     assert weights(folder / "unlearning_model.pth") == weights(whole / "random_0.9" / label / "unlearning_model.pth")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(sent, whole, tmp_path):
     command = ["main_original_model.py", *TINY, "--wandb_mode", "disabled", "--num_epochs", 6]  # saves every 30 s only
     process = start(*command, cwd=tmp_path)
     for line in process.stdout:
         if "epoch 2/6" in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
     assert "goes on after epoch" in succeed(*command, "--resume", cwd=tmp_path).stdout
@@ -194,7 +195,7 @@ def test_a_full_tmpfs(whole, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
+        pytest.skip("only root may mount a tmpfs; the tests above and below have their disks fill without it")
     try:
         command = ["main_original_model.py", *COMMON, "--num_epochs", 1, "--runs_dir", small / "runs"]
         fails_in_one_line(run_script(*command, cwd=tmp_path), str(small), "cannot hold")
