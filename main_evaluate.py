@@ -366,16 +366,13 @@ def shown_tables(rows):
     """[(heading, columns, rows)] of the two tables, with the columns that some row fills; numbers with a spread over
     the draws of calibration and test images become :class:`utils.Spread`."""
     models = list({row["method"]: row for row in rows}.values())
-    sets = [
-        {
-            key: utils.Spread(value, row[key + CR.SPREAD])
-            if isinstance(value, float) and math.isfinite(row.get(key + CR.SPREAD, math.nan))
-            else value
-            for key, value in row.items()
-        }
-        for row in rows
-        if "q_hat" in row
-    ]
+
+    def over_draws(row, key, value):
+        spread = row.get(key + CR.SPREAD)  # over several seeds a Spread itself, also of a count that they agree in
+        known = isinstance(value, float) and isinstance(spread, float) and math.isfinite(spread)
+        return utils.Spread(value, spread) if known else value
+
+    sets = [{key: over_draws(row, key, value) for key, value in row.items()} for row in rows if "q_hat" in row]
     tables = []
     for heading, columns, shown in [("Models", MODEL_COLUMNS, models), ("Prediction sets", SET_COLUMNS, sets)]:
         filled = {key: column for key, column in columns.items() if any(key in row for row in shown)}

@@ -16,6 +16,7 @@ import torch
 from conftest import PIPELINE_EVALUATION, TINY, fails_in_one_line, flags, read_json, run_script, succeed
 from PIL import Image
 
+import main_evaluate
 import models
 import unlearn
 import unlearn_cpu
@@ -128,6 +129,22 @@ def test_a_model_at_a_path_and_a_bare_state_dict_are_scored(pipeline, tmp_path):
     assert {key: found[key] for key in ("UA", "RA", "TA", "MIA")} == {
         key: known[key] for key in ("UA", "RA", "TA", "MIA")
     }
+
+
+def test_a_count_that_seeds_agree_in_is_shown_as_it_is():
+    """No image is fake-forgotten in any seed, though the draws differ: easy data, such as digits at full width."""
+    keys = {"score": "thr", "cal_size": 200, "alpha": 0.1, "method": "retrain", "q_hat": 0.9}
+    seeds = [
+        keys
+        | {"forget_fake": 0.0, "forget_CR": number, "forget_fake_resplit_std": number, "forget_CR_resplit_std": 0.1}
+        for number in (0.5, 0.7)
+    ]
+    rows = utils.summarise(seeds, main_evaluate.MODEL_COLUMNS | main_evaluate.SET_COLUMNS, main_evaluate.KEYS)
+    *_, (_, columns, (shown,)) = main_evaluate.shown_tables(rows)
+    assert shown["forget_fake"] == 0.0 and shown["forget_CR"] == pytest.approx((0.6, 0.02**0.5))
+    utils.print_table(columns, [shown])
+    *_, (_, _, (alone,)) = main_evaluate.shown_tables(seeds[:1])
+    assert alone["forget_fake"] == (0.0, 0.5) and alone["forget_CR"] == (0.5, 0.1)
 
 
 def test_all_methods_and_variants_in_one_table_over_seeds(tmp_path):
