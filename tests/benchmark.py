@@ -225,7 +225,8 @@ def fisher(args):
     expected, found = plain(), ours(few)
     for sum_, tensor in zip(expected, found.values(), strict=True):
         torch.testing.assert_close(sum_, tensor, rtol=1e-3, atol=1e-3 * sum_.abs().max().item())
-    plain_s, ours_s = seconds(plain)[0] / len(few), seconds(lambda: ours(many))[0] / len(many)
+    times = [(seconds(plain)[0] / len(few), seconds(lambda: ours(many))[0] / len(many)) for _ in range(args.repeats)]
+    plain_s, ours_s = (statistics.median(side) for side in zip(*times, strict=True))
     print(f"Fisher information at width {args.width}: plain {1000 * plain_s:.0f} ms an image, ours ", end="")
     print(f"{1000 * ours_s:.1f} ms, ratio {plain_s / ours_s:.1f}; 45,000 images take {750 * ours_s:.1f} min")
 
