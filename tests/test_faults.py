@@ -232,8 +232,10 @@ def test_two_runs_in_one_folder(tmp_path):
     command = ["main_original_model.py", *COMMON, "--num_epochs", 40]
     first = start(*command, cwd=tmp_path)
     wait_for(tmp_path / FOLDER / "resume.pth", first)
+    first.send_signal(signal.SIGSTOP)  # else a fast machine may be done before the second has begun
+    before = (tmp_path / FOLDER / "resume.pth").read_bytes()
     fails_in_one_line(run_script(*command, cwd=tmp_path), FOLDER, "another run", "--runs_dir")
-    assert first.poll() is None
+    assert first.poll() is None and (tmp_path / FOLDER / "resume.pth").read_bytes() == before
     first.kill()
     first.communicate()
     assert "goes on after epoch" in succeed(*command, "--resume", cwd=tmp_path).stdout
