@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-TINY = ["--width", "4", "--device", "cpu"]
+TINY = ["--width", "8", "--device", "cpu"]
 PIPELINE_EVALUATION = ["--alphas", "0.05,0.1", "--cal_sizes", "100,200", "--resplits", "10"]
 
 
@@ -58,7 +58,7 @@ def flags(**given):
 
     parser = utils.make_parser("")
     utils.add_scenario_flags(parser, "", "original_model.pth")
-    args = parser.parse_args(["--unlearn_name", "all", "--width", "4", "--device", "cpu"])
+    args = parser.parse_args(["--unlearn_name", "all", "--width", "8", "--device", "cpu"])
     return Namespace(**vars(args) | given)
 
 
@@ -91,4 +91,4 @@ def pipeline(tmp_path_factory):
     said = {}
     for script, *arguments in commands:
         said[script] = succeed(script, *arguments, *TINY, *fewer[script], cwd=folder)
-    return Namespace(folder=folder, root=folder / "runs/resnet18w4_digits_seed1", said=said)
+    return Namespace(folder=folder, root=folder / "runs/resnet18w8_digits_seed1", said=said)

@@ -38,7 +38,7 @@ def main(out):
     # 200 and 33 images: steps of 59 and of 33 images, which two processes cannot divide evenly, and one of 1.
     split = utils.Split(**vars(split) | {"retain": split.retain[:200], "forget": split.forget[:33]})
     in_double()
-    model = partial(models.create_model, "resnet18", 10, width=2)
+    model = partial(models.create_model, "resnet18", 10, width=8)
     found = {}
     for label, entry in METHODS.items():
         torch.manual_seed(0)

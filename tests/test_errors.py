@@ -105,7 +105,7 @@ def truncate(source, target):
 
 def other_classes(source, target):
     state = torch.load(source, weights_only=True)["model"]
-    state["fc.weight"], state["fc.bias"] = torch.zeros(7, 32), torch.zeros(7)
+    state["fc.weight"], state["fc.bias"] = torch.zeros(7, 64), torch.zeros(7)
     torch.save(state, target)
 
 
@@ -128,7 +128,7 @@ def not_finite(source, target):
         (lambda source, target: target.write_bytes(pickle.dumps({"model": Trap()})), ["not a checkpoint"]),
         (lambda source, target: torch.save({"model": {"a": Trap()}, "meta": {}}, target), ["not a checkpoint"]),
         (lambda source, target: torch.save({"model": {"a": 1}, "meta": {}}, target), ["no state_dict"]),
-        (other_classes, ["fc.weight", "(7, 32)", "(10, 32)"]),
+        (other_classes, ["fc.weight", "(7, 64)", "(10, 64)"]),
         (other_network, ["another architecture"]),
         (not_finite, ["not finite"]),
     ],
@@ -142,8 +142,8 @@ def test_damaged_and_foreign_checkpoints(damage, words, pipeline, tmp_path):
 
 def test_a_model_of_another_width_is_named(pipeline, tmp_path):
     path = pipeline.root / "original_model.pth"
-    done = run_script(*UNLEARN, "--width", 8, "--model_dir", path, cwd=tmp_path)
-    fails_in_one_line(done, "--width 4", "8")
+    done = run_script(*UNLEARN, "--width", 16, "--model_dir", path, cwd=tmp_path)
+    fails_in_one_line(done, "--width 8", "16")
 
 
 def test_a_model_of_another_forget_set_is_not_scored(pipeline, tmp_path):
@@ -180,7 +180,7 @@ def test_a_full_disk_is_found_before_training(tmp_path):
         "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
     )
     done = run_script(*ORIGINAL, "--wandb_mode", "disabled", cwd=tmp_path, python_path=path)
-    fails_in_one_line(done, "cannot hold 2 MB", "runs/resnet18w4_digits_seed1")
+    fails_in_one_line(done, "cannot hold 3 MB", "runs/resnet18w8_digits_seed1")
     assert "epoch" not in done.stdout and not list(tmp_path.rglob("*.p*th"))
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY, fails_in_one_line, read_json, run_script, succe
 import utils
 
 COMMON = [*TINY, "--wandb_mode", "disabled", "--save_every", "0"]
-FOLDER = "runs/resnet18w4_digits_seed1"
+FOLDER = "runs/resnet18w8_digits_seed1"
 EVALUATE = ["--unlearn_name", "all", "--resplits", "2", "--alphas", "0.1", "--no_pictures"]
 
 

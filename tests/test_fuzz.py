@@ -84,7 +84,7 @@ def call(script, *arguments, cwd):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """An original and a fine-tuned model, of width 4, where all examples run."""
+    """An original and a fine-tuned model, of width 8, where all examples run."""
     folder = tmp_path_factory.mktemp("fuzz")
     common = [*TINY, "--wandb_mode", "disabled", "--num_epochs", 1]
     succeed("main_original_model.py", *common, cwd=folder)
@@ -111,7 +111,7 @@ def test_flags(script, data, done, monkeypatch):
     monkeypatch.setattr(unlearn, "execute", execute)
     chosen = dict(data.draw(some_of(SCRIPTS[script])))
     arguments = [part for flag, value in chosen.items() for part in (flag, value)]
-    fixed = {"--width": "4", "--device": "cpu", "--wandb_mode": "disabled", "--num_epochs": "2"}
+    fixed = {"--width": "8", "--device": "cpu", "--wandb_mode": "disabled", "--num_epochs": "2"}
     fixed |= (
         {} if script is main_original_model else {"--unlearn_name": data.draw(st.sampled_from(["finetune", "all"]))}
     )
@@ -148,7 +148,7 @@ def test_flags_of_an_evaluation(chosen, done):
     status, said = call(main_evaluate, *arguments, cwd=done)
     if status:
         return is_one_line(status, said, arguments)
-    folder = done / "runs/resnet18w4_digits_seed1/random_0.9/finetune"
+    folder = done / "runs/resnet18w8_digits_seed1/random_0.9/finetune"
     for row in read_json(folder / "results.json")["metrics"]["conformal"]:
         assert 0 <= row["forget_coverage"] <= 1 and 0 <= row["test_coverage"] <= 1 and 0 <= row["MIACR"] <= 1
         assert 0 <= row["forget_set_size"] <= 10 and 0 <= row["test_set_size"] <= 10
@@ -162,7 +162,7 @@ def test_flags_of_an_evaluation(chosen, done):
 
 def load(path, digits):
     """Read a model as all scripts do."""
-    model = ResNet18(10, 4)
+    model = ResNet18(10, 8)
     state, meta = utils.read_checkpoint(path)
     utils.check_meta(path, meta, flags(), digits)
     utils.load_weights(model, state, path)
@@ -182,7 +182,7 @@ CHANGES = st.lists(
 @example(changes=[("mark", 0.0, b"x")])
 def test_bytes_of_a_checkpoint(changes, done, digits, tmp_path):
     """It is refused, or holds the very same weights."""
-    source = done / "runs/resnet18w4_digits_seed1/original_model.pth"
+    source = done / "runs/resnet18w8_digits_seed1/original_model.pth"
     content, expected = bytearray(source.read_bytes()), utils.read_checkpoint(source)[0]
     for kind, place, more in changes:
         at = int(place * len(content))
@@ -236,7 +236,7 @@ TENSORS = {
 )  # fmt: skip
 def test_contents_of_a_checkpoint(place, kind, more, meta, done, digits, tmp_path):
     """Tensors of another kind, missing and superfluous ones, and any meta: refused in one line, or read as they are."""
-    state, good = utils.read_checkpoint(done / "runs/resnet18w4_digits_seed1/original_model.pth")
+    state, good = utils.read_checkpoint(done / "runs/resnet18w8_digits_seed1/original_model.pth")
     good.pop("weights")  # the hash, which would find all of these
     name = list(state)[place]
     original = state.pop(name)

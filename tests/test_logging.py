@@ -81,8 +81,8 @@ def test_a_sweep_run_logs_the_gap_to_retrain(pipeline, tmp_path):
     arguments = sweeps.create_sweep_command_args({"args": {"learning_rate": {"value": 0.004}}})["args"]
     command = sweeps.create_sweep_command(sweep["command"])
     command = [part for each in command for part in (arguments if each == "${args}" else [each])]
-    command[2] = command[2].replace("--data_name digits", "--data_name digits --width 4 --device cpu")
-    command[2] = command[2].replace("resnet18_digits", "resnet18w4_digits")
+    command[2] = command[2].replace("--data_name digits", "--data_name digits --width 8 --device cpu")
+    command[2] = command[2].replace("resnet18_digits", "resnet18w8_digits")
     for name in ("main_unlearn.py", "main_evaluate.py"):
         command[2] = command[2].replace(f"python {name}", f"python {ROOT / name}")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
@@ -91,7 +91,7 @@ def test_a_sweep_run_logs_the_gap_to_retrain(pipeline, tmp_path):
     shutil.copytree(pipeline.folder / "runs", tmp_path / "runs")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/sweep/abc123/resnet18w4_digits_seed1/random_0.9"
+    folder = tmp_path / "runs/sweep/abc123/resnet18w8_digits_seed1/random_0.9"
     numbers = [record for record in history_and_config(folder)[0] if sweep["metric"]["name"] in record]
     results = read_json(folder / "finetune/results.json")
     assert results["recipe"]["learning_rate"] == 0.004
@@ -130,7 +130,7 @@ def test_without_wandb_the_run_goes_on(kind, tmp_path):
     done = succeed(*ORIGINAL, cwd=tmp_path, python_path=stub)
     said = [line for line in done.stdout.splitlines() if "going on without it" in line]
     assert len(said) == 1 and said[0].startswith("wandb: ")
-    folder = tmp_path / "runs/resnet18w4_digits_seed1"
+    folder = tmp_path / "runs/resnet18w8_digits_seed1"
     assert (folder / "original_model.pth").is_file() and len((folder / "history.jsonl").read_text().splitlines()) == 2
 
 

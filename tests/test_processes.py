@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, read_json, run_script, succeed
 
 import utils
 
-FOLDER = "runs/resnet18w4_digits_seed1"
+FOLDER = "runs/resnet18w8_digits_seed1"
 COMMON = [*TINY, "--wandb_mode", "disabled"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 

@@ -31,6 +31,6 @@ def test_a_method_and_a_metric_are_added_as_the_readme_says(tmp_path, monkeypatc
     succeed("main_unlearn.py", *common, "--unlearn_name", "catastrophic", cwd=tmp_path)
     succeed("main_unlearn_cpu.py", *common, "--unlearn_name", "catastrophic", cwd=tmp_path)
     done = succeed("main_evaluate.py", *common, "--unlearn_name", "all", "--resplits", 2, cwd=tmp_path)
-    rows = table_of(tmp_path / "runs/resnet18w4_digits_seed1/random_0.9/results.csv")
+    rows = table_of(tmp_path / "runs/resnet18w8_digits_seed1/random_0.9/results.csv")
     assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}
     assert "p_f" in done.stdout and all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)

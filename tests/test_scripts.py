@@ -168,8 +168,8 @@ def test_all_methods_and_variants_in_one_table_over_seeds(tmp_path):
 
     said = succeed(*evaluate, cwd=tmp_path).stdout
     assert "RTE" in said and "±" in said and "diverged" not in said
-    seeds = [table_of(tmp_path / f"r/resnet18w4_digits_seed{seed}/random_0.9/results.csv") for seed in (1, 2)]
-    summary = table_of(tmp_path / "r/resnet18w4_digits_seeds1,2/random_0.9/results.csv")
+    seeds = [table_of(tmp_path / f"r/resnet18w8_digits_seed{seed}/random_0.9/results.csv") for seed in (1, 2)]
+    summary = table_of(tmp_path / "r/resnet18w8_digits_seeds1,2/random_0.9/results.csv")
     assert [row["method"] for row in summary] == ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
     for first, second, both in zip(*seeds, summary, strict=True):
         for key in ("UA", "TA", "gap", "forget_CR", "seconds", "q_hat"):
@@ -180,7 +180,7 @@ def test_all_methods_and_variants_in_one_table_over_seeds(tmp_path):
     for row in summary:
         tolerance = 2 * float(reference["UA_std"])
         assert row["UA_word"] == comparison.verdict(float(row["UA"]) - float(reference["UA"]), tolerance)
-    assert (tmp_path / "r/resnet18w4_digits_seeds1,2/random_0.9/report.html").is_file()
+    assert (tmp_path / "r/resnet18w8_digits_seeds1,2/random_0.9/report.html").is_file()
     retrain = next(row for row in seeds[0] if row["method"] == "retrain")
     for row in seeds[0][1:]:
         assert float(row["RTE"]) == pytest.approx(float(row["seconds"]) / float(retrain["seconds"]))
@@ -551,7 +551,7 @@ def test_an_image_folder_and_a_list_of_file_names(tmp_path):
     succeed("main_original_model.py", *data, "--num_epochs", 3, "--num_classes", 3, cwd=tmp_path)
     succeed("main_unlearn.py", *data, *scenario, "--unlearn_name", "retrain", cwd=tmp_path)
     succeed("main_evaluate.py", *data, *scenario, "--unlearn_name", "all", "--alphas", "0.2", cwd=tmp_path)
-    root = tmp_path / "runs/resnet18w4i12_image_folder-insects_seed1"
+    root = tmp_path / "runs/resnet18w8i12_image_folder-insects_seed1"
     results = read_json(next(root.glob("list_request_*/retrain/results.json")))
     assert results["num_forget"] == 3 and results["recipe"]["num_epochs"] == 3  # the original's own recipe
     assert results["image_size"] == 12 and results["num_classes"] == 3

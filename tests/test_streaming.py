@@ -11,7 +11,7 @@ from PIL import Image
 import utils
 
 COMMON = ["--data_name", "image_folder", "--wandb_mode", "disabled"]
-FOLDER = "resnet18w4_image_folder-pictures_seed1"
+FOLDER = "resnet18w8_image_folder-pictures_seed1"
 TIMES = {"seconds", "images_per_second", "date", "original_seconds", "RTE", "minus_retrain", "flags"}
 
 

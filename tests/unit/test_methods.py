@@ -247,7 +247,7 @@ class Activated(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3), ActivatedNorm(4), nn.Flatten(), nn.Linear(144, 10))
 
 
-@pytest.mark.parametrize("network", [partial(ResNet18, 10, 4), Tokens, Activated])
+@pytest.mark.parametrize("network", [partial(ResNet18, 10, 8), Tokens, Activated])
 @pytest.mark.parametrize("expected", [False, True])
 def test_the_diagonal_of_fisher_is_that_of_autograd_per_sample(network, expected, digits):
     torch.manual_seed(0)
@@ -285,9 +285,9 @@ def digits_job(digits, label, lamda=None, **scenario):
 
     def new_model():
         torch.manual_seed(7)
-        return ResNet18(10, 4)
+        return ResNet18(10, 8)
 
-    return unlearn.Job(name, label, ResNet18(10, 4), digits, split, recipe, 1, entry.options, new_model, term)
+    return unlearn.Job(name, label, ResNet18(10, 8), digits, split, recipe, 1, entry.options, new_model, term)
 
 
 def weights_after(job):
