@@ -515,8 +515,8 @@ class Images:
         return len(self.labels)
 
     def batches(self, parts, augment=None):
-        """For each of ``parts`` (indices) normalised float images B×3×size×size, channels last, of which each process
-        gets its :func:`own`; random augmentation only with a generator in ``augment``."""
+        """For each of ``parts`` (indices) normalised float images B×3×size×size, of which each process gets
+        its :func:`own`; random augmentation only with a generator in ``augment``."""
         parts, device = list(parts), self.labels.device
         source = self._pixels([own(part) for part in parts])
         # A GPU takes as long to start the work on 64 small images as on 4,096.
@@ -532,7 +532,6 @@ class Images:
                 pixels = random_augment(pixels, self.spec, augment, [len(part) for part in group])
             mean, std = _constants(self.spec, device)
             images = pixels.float().mul_(1 / 255).sub_(mean).div_(std)
-            images = images.contiguous(memory_format=torch.channels_last)
             yield from images.split([len(own(part)) for part in group])
 
     def batch(self, indices, augment=None):

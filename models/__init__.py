@@ -4,6 +4,7 @@ A new network of one's own is a new file here and a branch in :func:`create_mode
 """
 
 from . import vit
+from .layout import choose_layout
 from .resnet import ResNet18
 
 
@@ -15,8 +16,8 @@ def create_model(model_name, num_classes, *, width=64, image_size=None, pretrain
     if model_name == "resnet18":
         if pretrained_path:
             raise ValueError("--pretrained_path: resnet18 for small images has no pre-trained weights; leave it out")
-        return ResNet18(num_classes, width)
-    return vit.create(model_name, num_classes, image_size, pretrained, pretrained_path)
+        return choose_layout(ResNet18(num_classes, width))
+    return choose_layout(vit.create(model_name, num_classes, image_size, pretrained, pretrained_path))
 
 
 def input_size(model_name, native_size):
