@@ -7,6 +7,9 @@ Retrain. Each image goes through a model once. Writes results.json and samples.c
 classes.csv, pictures and report.html for all of them; with --seeds 1,2,3 a table of mean±standard deviation too.
 """
 
+import utils  # before torch
+
+# isort: split
 import csv
 import io
 import json
@@ -19,7 +22,6 @@ import torch
 import metrics
 import unlearn
 import unlearn_cpu
-import utils
 from metrics import CR, classwise, comparison, figures, html_report, probe, samples, scores
 
 KEYS = ("score", "cal_size", "alpha", "method")

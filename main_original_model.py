@@ -5,10 +5,12 @@
 writes runs/<model>_<data>_seed<seed>/original_model.pth, the record original_model.json and history.jsonl.
 """
 
+import utils  # before torch
+
+# isort: split
 from dataclasses import asdict
 
 import unlearn
-import utils
 
 
 def train_on_all(job):

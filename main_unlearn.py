@@ -5,8 +5,10 @@
 reads the original model and writes <type>_<detail>/<method>/unlearning_model.pth beside it.
 """
 
+import utils  # before torch
+
+# isort: split
 import unlearn
-import utils
 
 
 def main():

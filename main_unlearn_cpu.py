@@ -5,9 +5,11 @@
 reads the original model and writes <type>_<detail>/cpu_<method>/unlearning_model.pth beside it.
 """
 
+import utils  # before torch
+
+# isort: split
 import unlearn
 import unlearn_cpu
-import utils
 
 
 def main():

@@ -265,8 +265,12 @@ def train(
                 f"{record['loss']}; lower --learning_rate. What was saved before is unchanged"
             )
         if not job.quiet:
-            with _autocast(job):
-                record |= {f"{part}_acc": accuracy for part, accuracy in accuracies(job, MONITORED).items()}
+            try:
+                with _autocast(job):
+                    record |= {f"{part}_acc": accuracy for part, accuracy in accuracies(job, MONITORED).items()}
+            except utils.NotFinite as error:
+                bar.close()
+                raise Diverged(f"{job.label} in epoch {epoch}: {error}") from error
         record |= {"images_per_second": seen / seconds, "seconds": time.perf_counter() - start}
         job.epoch_done(record)
         if not job.quiet:
@@ -441,7 +445,10 @@ OPTIONS = {
     "beta": (utils.number(float, 0), "weight of the distance to the original on the retain images"),
     "gamma": (utils.number(float, 0), "weight of the cross-entropy on the retain images"),
     "mask_ratio": (utils.number(float, 0, 1), "share of the weights that are salient"),
-    "mask_path": (str, "a saved mask (saliency_mask.pth of an earlier run) instead of one computed on the fly"),
+    "mask_path": (
+        utils.expand_path,
+        "a saved mask (saliency_mask.pth of an earlier run) instead of one computed on the fly",
+    ),
     "noise": (utils.number(float, 0), "scale of the noise's variance"),
     "selection_weighting": (utils.number(float, 0), "weights this many times more important for D_f than for D dampen"),
     "dampening_constant": (utils.number(float, 0), "factor of the dampening"),
@@ -1042,6 +1049,12 @@ def _run_and_keep_what_is_done(run, job):
     except KeyboardInterrupt:
         if job.progress.save():
             raise utils.Interrupted(f"{job.label} is saved; the same command with --resume goes on") from None
+        raise
+    except BrokenPipeError:  # such as main_unlearn.py | head
+        if job.progress.save():
+            raise utils.Interrupted(
+                f"the output pipe was closed; {job.label} is saved; the same command with --resume continues it"
+            ) from None
         raise
     except Exception:  # a full disk, an unreadable image, a process that died
         with suppress(utils.UserError):

@@ -23,6 +23,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+# This module is the first import of every script, so that the following precedes the import of torch.
+# OpenMP's idle threads shall sleep: by default they spin, and take the cores from the very thread that they wait for as
+# soon as another process is busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if Path(sys.argv[0]).name.startswith("main_") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # While a script imports its libraries, Ctrl-C ends it at once and without a traceback. run_script() takes over.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -44,16 +52,29 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run whose state is saved; the message says how to go on."""
 
 
+class NotFinite(UserError):
+    """A network's outputs are NaN or infinite."""
+
+
 def run_script(main):
-    """Run a script's ``main``; a user's mistake ends it with one line on stderr and status 2, Ctrl-C and SIGTERM with
-    130. Where torchrun started several processes, the first speaks for all."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Run a script's ``main``. A user's mistake ends it with one line on stderr and status 2, Ctrl-C and SIGTERM end it
+    with status 130, and a closed output pipe with status 141. With torchrun, only the first process prints."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs of shells set it
+            signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" in place of q̂, λ and ±
     name = Path(sys.argv[0]).name
     try:
         with redirect_stdout(None) if rank() else nullcontext():
             status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
+    except SystemExit as error:  # argparse ends --help this way
+        status = error.code or 0
+    except BrokenPipeError:
+        status = 141  # what a shell reports for SIGPIPE
     except UserError as error:
         status = _ends(f"{name}: error: {error}", 2)
     except KeyboardInterrupt as error:
@@ -67,6 +88,12 @@ def run_script(main):
             status = _ends(f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1)
         else:
             raise
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes the stream once more at exit, which must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = status or 141
     if RunLog.hangs:  # wandb's own clean-up at the exit would wait for it
         sys.stdout.flush()
         sys.stderr.flush()
@@ -159,6 +186,16 @@ def one_of(names):
     return parse
 
 
+def expand_path(text):
+    """An argparse type: a path, in which ``~`` is the home directory also after ``=``, where shells leave it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text}: no such user; write ./{text} for a file of that name")
+    return expanded
+
+
 ALPHA = number(float, 0, 1, exclusive=True)
 
 
@@ -173,11 +210,13 @@ def make_parser(description, epilog=None):
         type=number(int, 1, 4096),
         help="side in pixels that images are resized to; when left out, the data's own (resnet18) or 224 (vit)",
     )
-    group.add_argument("--pretrained_path", help="ImageNet weights of vit or a timm model on disk, not downloaded")
+    group.add_argument(
+        "--pretrained_path", type=expand_path, help="ImageNet weights of vit or a timm model on disk, not downloaded"
+    )
     group.add_argument("--no_pretrained", action="store_true", help="start vit or a timm model from random weights")
     group = parser.add_argument_group("data")
     group.add_argument("--data_name", choices=DATA_NAMES, default="digits", help="which images")
-    group.add_argument("--data_dir", default="./data", help="where the data lies or is downloaded to")
+    group.add_argument("--data_dir", type=expand_path, default="./data", help="where the data lies or is downloaded to")
     group.add_argument("--num_classes", type=number(int, 2), help="checked against the data; inferred when left out")
     group.add_argument(
         "--memory_gb",
@@ -200,8 +239,10 @@ def make_parser(description, epilog=None):
     group.add_argument(
         "--seeds", type=list_of(number(int, 0, 2**32 - 1)), help="several, as 1,2,3, in the place of --seed"
     )
-    group.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
-    group.add_argument("--runs_dir", default="./runs", help="where all results go")
+    group.add_argument(
+        "--device", default="auto", help="auto (CUDA if there is a GPU, else cpu), cpu, cuda, cuda:1, ..., mps"
+    )
+    group.add_argument("--runs_dir", type=expand_path, default="./runs", help="where all results go")
     group.add_argument(
         "--wandb_mode",
         choices=["online", "offline", "disabled"],
@@ -254,10 +295,12 @@ def add_scenario_flags(parser, methods, model_dir):
     group.add_argument("--forget_class", help="class, subclass: its name or number; drawn from the seed when left out")
     group.add_argument(
         "--forget_list",
+        type=expand_path,
         help="list: a text file with one training index a line, or one file name (class/image.jpg) for image_folder",
     )
     group.add_argument(
         "--model_dir",
+        type=expand_path,
         default=model_dir,
         help="a bare name is a file in the run folder that the other flags imply; anything with a slash is a path",
     )
@@ -329,11 +372,14 @@ def pick_device(args):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one of cpu, cuda and mps")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RuntimeError("this machine has no Apple GPU, or this torch does not support it")
         torch.empty(1, device=device)
-        if device.type == "meta":
-            raise RuntimeError("meta tensors hold no numbers")
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use --device cpu or auto") from error
+    except Exception as error:  # each backend raises its own kind
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"--device {name}: {reason}; use --device cpu or auto") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -1012,7 +1058,7 @@ def compute_logits(model, images, indices, batch_size=None):
 
     Every process passes its :func:`own` images and gets the logits of all. ``batch_size`` left out is what fits in a
     GPU's memory, or in a CPU's cache: 64 of 32×32 (twice as fast as 512 there). Every module's mode is left as it was
-    found. Returns (M×K, M).
+    found. Returns (M×K, M). Raises NotFinite where a logit is NaN or infinite.
     """
     device = images.labels.device
     size = batch_size or (16_384 if device.type == "cuda" else min(512, max(4, 2**16 // images.size**2)))
@@ -1030,7 +1076,14 @@ def compute_logits(model, images, indices, batch_size=None):
     finally:
         for module, mode in modes:
             module.training = mode
-    return gather(torch.cat(found), len(indices)).cpu(), images.labels[indices].cpu()
+    logits = gather(torch.cat(found), len(indices)).cpu()
+    if not logits.isfinite().all():
+        count = (~logits.isfinite().all(dim=1)).sum().item()
+        raise NotFinite(
+            f"the network's outputs are NaN or infinite for {count} of {len(logits)} images: its training diverged, or "
+            "its BatchNorm statistics are damaged; train it again, with a lower --learning_rate if it diverged"
+        )
+    return logits, images.labels[indices].cpu()
 
 
 @torch.no_grad()
@@ -1328,7 +1381,7 @@ class RunLog:
         self.path = folder / "history.jsonl"
         self._part = self.path.with_name(f"history.jsonl.{os.getpid()}.part")
         with self._writing():
-            self._file = open(os.devnull if rank() else self._part, "w")  # noqa: SIM115 - keep() or close() closes it
+            self._file = open(os.devnull if rank() else self._part, "w", encoding="utf-8")  # noqa: SIM115 - keep() or close() closes it
         self.history = []
         self._run = None
         if not rank():
@@ -1390,20 +1443,30 @@ class RunLog:
             RunLog._failed = True
 
     def _start(self, folder, name, config, args):
-        mode = RunLog._mode or args.wandb_mode or os.environ.get("WANDB_MODE")
+        disabled = os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off")
+        environment = os.environ.get("WANDB_MODE") or ("disabled" if disabled else None)
+        mode = RunLog._mode or args.wandb_mode or environment
         if mode == "disabled":
             return
         import wandb  # takes half a second, and may be missing
 
+        # wandb's environment variables and the files that "wandb offline|disabled" and "wandb init" write come first.
+        settings = _wandb_settings(wandb)
+        if mode is None and (saved := getattr(settings, "mode", None)) != "online":
+            mode = saved
         RunLog._mode = mode or ("online" if _logged_in(wandb) else "offline")
+        if mode == "disabled":
+            return
+        directory = Path(os.environ.get("WANDB_DIR") or folder)
+        directory.mkdir(parents=True, exist_ok=True)
 
         def start():
             self._run = wandb.init(
-                project="conformal-prediction-unlearning",
-                name=name,
-                group=folder.parent.name,
+                project=getattr(settings, "project", None) or "conformal-prediction-unlearning",
+                name=getattr(settings, "run_name", None) or name,
+                group=getattr(settings, "run_group", None) or folder.parent.name,
                 config=config,
-                dir=folder,
+                dir=directory,
                 mode=RunLog._mode,
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True, console="off", init_timeout=30),
@@ -1418,7 +1481,7 @@ class RunLog:
             RunLog._mode = "offline"
             start()
         if RunLog._mode == "offline" and not RunLog._announced:
-            files = folder / "wandb"
+            files = directory / "wandb"
             print(f"wandb: offline; look with: wandb leet {files}; upload with: wandb sync {files}/offline-run-*")
             RunLog._announced = True
 
@@ -1459,6 +1522,14 @@ def _answer(call, arguments, patience):
 
 def _first_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _wandb_settings(wandb):
+    """wandb's settings from its environment variables and settings files, or None where this release has no such."""
+    try:
+        return wandb.setup(settings=wandb.Settings(silent=True)).settings
+    except Exception:
+        return None
 
 
 def _logged_in(wandb):

@@ -24,8 +24,8 @@ def input_layout(model, device):
 
     With channels-last tensors, oneDNN computes a wrong weight gradient for a 1×1 convolution of stride 2, and
     writes past its workspace, if the convolution has fewer input channels than a vector register holds: 8, or 16 with
-    AVX-512 (https://github.com/uxlfoundation/oneDNN/issues/6035). On the CPU, channels last is therefore used only if all
-    convolutions have at least 16 input channels per group. The first convolution has three, and its gradient is
+    AVX-512 (https://github.com/uxlfoundation/oneDNN/issues/6035). On the CPU, channels last is therefore used only if
+    all convolutions have at least 16 input channels per group. The first convolution has three, and its gradient is
     right unless it is a 1×1 convolution.
     """
     kind = torch.device(device).type

@@ -30,7 +30,9 @@ def errors(model, side, count):
         if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
 
             def watch(layer, inputs, output, name=name):
-                def add(gradient, images=inputs[0].detach()):
+                images = inputs[0].detach()
+
+                def add(gradient):
                     expected[name] += torch.nn.grad.conv2d_weight(
                         images.double().contiguous(), layer.weight.shape, gradient.double().contiguous(),
                         layer.stride, layer.padding, layer.dilation, layer.groups,

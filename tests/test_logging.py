@@ -156,3 +156,22 @@ def test_wandb_can_be_switched_off(tmp_path):
     for way in ({"arguments": ["--wandb_mode", "disabled"]}, {"env": {"WANDB_MODE": "disabled"}}):
         done = succeed(*ORIGINAL, *way.get("arguments", []), "--overwrite", cwd=tmp_path, env=way.get("env"))
         assert "wandb" not in done.stdout and not list(tmp_path.rglob("wandb"))
+
+
+def test_wandb_environment_variables_take_precedence(tmp_path):
+    names = {"WANDB_PROJECT": "mine", "WANDB_NAME": "attempt", "WANDB_RUN_GROUP": "batch", "WANDB_MODE": "offline"}
+    done = succeed(*ORIGINAL, cwd=tmp_path, env=names | {"WANDB_DIR": str(tmp_path / "logs")})
+    assert not list((tmp_path / "runs").rglob("wandb")) and f"{tmp_path}/logs/wandb" in done.stdout
+    (log,) = (tmp_path / "logs").rglob("*.wandb")
+    content = log.read_bytes()
+    assert all(name.encode() in content for name in ("mine", "attempt", "batch"))
+
+
+def test_wandb_disabled_for_a_folder_or_by_the_older_variable_writes_nothing(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/settings").write_text("[default]\nmode = disabled\n")  # what "wandb disabled" writes
+    done = succeed(*ORIGINAL, cwd=tmp_path)
+    assert "wandb" not in done.stdout and not list((tmp_path / "runs").rglob("wandb"))
+    (tmp_path / "wandb/settings").unlink()
+    done = succeed(*ORIGINAL, "--overwrite", cwd=tmp_path, env={"WANDB_DISABLED": "true"})
+    assert "wandb" not in done.stdout and not list((tmp_path / "runs").rglob("wandb"))
