@@ -136,7 +136,7 @@ def evaluate_seed(args, data, device):
     evaluated, histograms, class_rows, pictures = {}, {}, [], {}
     for name, (path, state, meta) in checkpoints.items():
         start = time.perf_counter()
-        utils.load_weights(model, state, path)
+        utils.load_weights(model, state, path, data.train.spec)
         outputs, scalars = collect_outputs(model, data, split, args)
         try:
             more, rows = metrics.evaluate(outputs, settings)

@@ -712,6 +712,7 @@ def read_mask(path, model):
     """A saved mask, booleans by parameter name. Raises UserError for a file that is none, or another network's."""
     masks, _ = utils.read_checkpoint(path, f"salun saves the mask that it used as {MASK_FILE} beside its model")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    masks = utils.match_names(masks, shapes, path)
     odd = [name for name in shapes.keys() | masks.keys() if getattr(masks.get(name), "shape", None) != shapes.get(name)]
     if odd:
         raise utils.UserError(f"--mask_path {path}: not a mask of this network: {min(odd)} differs or is missing")
@@ -1117,7 +1118,11 @@ def plan_runs(args, names, methods, data, device, term_of):
     state, original = utils.read_checkpoint(path, "train it first with main_original_model.py and the same flags")
     utils.check_meta(path, original, args, data)
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
-    utils.load_weights(model, state, path)
+    utils.load_weights(model, state, path, data.train.spec)
+    try:
+        utils.compute_logits(model, data.train, split.retain[:64])
+    except utils.NotFinite as error:
+        raise utils.UserError(f"{path}: {error}") from error
     print(f"{path}: forget {len(split.forget)} of {len(data.train)} images ({split.folder}, {split.fingerprint})")
 
     runs, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
@@ -1131,7 +1136,7 @@ def plan_runs(args, names, methods, data, device, term_of):
             identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
         done = already_done(root / split.folder / label / MODEL_FILE, identity, args)
         runs.append((label, recipe, options, term, identity, done))
-    return Plan(args, split, state, original, root / split.folder, runs)
+    return Plan(args, split, copy.deepcopy(model.state_dict()), original, root / split.folder, runs)
 
 
 def run_plan(plan, methods, data, device, prefix):
