@@ -37,7 +37,8 @@ def same(one, other):
 
 
 EXTRAS = {
-    "epoch": 3, "acc": np.float64(93.2), "best": np.float32(1.5), "count": np.int64(7), "args": argparse.Namespace(lr=0.1),
+    "epoch": 3, "acc": np.float64(93.2), "best": np.float32(1.5), "count": np.int64(7),
+    "args": argparse.Namespace(lr=0.1),
     "losses": np.ones(3), "file": pathlib.Path("a/b"), "counts": collections.Counter("aab"),
 }  # fmt: skip
 
