@@ -224,6 +224,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
 
         return fails
 
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     exceptions = SimpleNamespace(TorchDynamoException=CompilerFails)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch, "_dynamo", SimpleNamespace(exc=exceptions), raising=False)
