@@ -14,6 +14,16 @@ CLASSES = 5
 BRIGHTER = 1.25  # what the stand-in for augmentation does to an image
 
 
+def arguments(*given, methods=unlearn.METHODS, data="cifar10"):
+    """The flags of main_unlearn.py."""
+    parser = utils.make_parser("")
+    utils.add_scenario_flags(parser, "", "original_model.pth")
+    utils.add_training_flags(parser, "")
+    utils.add_conformal_flags(parser)
+    unlearn.add_option_flags(parser, methods)
+    return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, given)])
+
+
 class SmallNet(nn.Sequential):
     """Two layers with weights and a BatchNorm between them; 3×4×4 images."""
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import arguments
 
 import unlearn
 import unlearn_cpu
@@ -12,16 +13,6 @@ import utils
 
 CPU = torch.device("cpu")
 ORIGINAL = {"num_epochs": 33, "learning_rate": 0.07, "batch_size": 17, "milestones": [9, 21]}
-
-
-def arguments(*given, methods=unlearn.METHODS, data="cifar10"):
-    """The flags of main_unlearn.py."""
-    parser = utils.make_parser("")
-    utils.add_scenario_flags(parser, "", "original_model.pth")
-    utils.add_training_flags(parser, "")
-    utils.add_conformal_flags(parser)
-    unlearn.add_option_flags(parser, methods)
-    return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, given)])
 
 
 def recipe(name, *given, original=None, **options):
