@@ -164,9 +164,9 @@ def test_steps_of_one_image_take_the_running_statistics_and_larger_ones_the_batc
     assert sorted(seen) == [(1, False), (2, True), (2, True)]
 
 
-@pytest.mark.parametrize("label", ["finetune", "cpu_finetune"])
-def test_the_model_is_in_train_mode_after_every_epoch(label):
-    job, modes = small_job(label, retain=17, lamda=0.5 if label != "finetune" else None), []
+@pytest.mark.parametrize(("label", "retain"), [("finetune", 17), ("cpu_finetune", 17), ("finetune", 1)])
+def test_the_model_is_in_train_mode_after_every_epoch(label, retain):
+    job, modes = small_job(label, retain=retain, lamda=0.5 if label != "finetune" else None), []
     job.epoch_done = lambda record: modes.append([module.training for module in job.model.modules()])
     run(job)
     assert all(all(training) for training in modes) and len(modes) == 3
