@@ -842,8 +842,9 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
     parts = indices.split(chunk * utils.world_size())
     with utils.progress_bar(total=len(indices), desc="importances", unit="img") as bar:
         for part, inputs in zip(parts, images.batches(parts), strict=True):
-            for name, square in squares(model, inputs, images.labels[utils.own(part)], scores):
-                total[name] += square
+            if len(inputs):  # one of several processes may have none of a small part
+                for name, square in squares(model, inputs, images.labels[utils.own(part)], scores):
+                    total[name] += square
             bar.update(len(part))
     utils.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
