@@ -595,16 +595,29 @@ def FisherForgetting(job):
     """
     fisher = diagonal_fisher(job.model, job.data.train, job.split.retain, expected_scores)
     rng = utils.generator(job.seed, job.name, "noise", device=job.device)
+    last = last_layer(job.model, len(job.data.classes))
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
-            deviation = fisher_noise_deviation(fisher[name], job.options["noise"], len(job.data.classes))
+            largest = 1e2 if name in last else 1e3
+            deviation = fisher_noise_deviation(fisher[name], job.options["noise"], largest)
             parameter += deviation * torch.randn(parameter.shape, generator=rng, device=job.device)
 
 
-def fisher_noise_deviation(fisher, noise, num_classes):
-    """Standard deviation of the noise of each weight of a tensor, from its diagonal Fisher information."""
-    variance = (1 / (fisher + 1e-8)).clamp(max=1e2 if len(fisher) == num_classes else 1e3)
-    return (noise * variance).sqrt()
+def last_layer(model, num_classes):
+    """Names of the parameters of the layer that gives the logits, or of all such heads."""
+    layers = [(name, layer) for name, layer in model.named_modules() if list(layer.parameters(recurse=False))]
+    names = set()
+    for name, layer in reversed(layers):
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or len(layer.weight) != num_classes:
+            break
+        names |= {f"{name}.{key}".removeprefix(".") for key, _ in layer.named_parameters(recurse=False)}
+    return names
+
+
+def fisher_noise_deviation(fisher, noise, largest):
+    """Standard deviation of the noise of each weight, from its diagonal Fisher information F: √(noise / F), with 1 / F
+    at most ``largest``."""
+    return (noise * (1 / (fisher + 1e-8)).clamp(max=largest)).sqrt()
 
 
 @method(num_epochs=5, learning_rate=0.01, kd_T=1.0)
