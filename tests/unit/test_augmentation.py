@@ -74,6 +74,19 @@ def test_nothing_is_drawn_that_the_data_set_does_not_ask_for():
     assert made.equal(image.float().expand(5, -1, -1, -1)) and made.dtype == torch.float32
 
 
+def test_numbers_are_drawn_on_the_device_of_the_images(monkeypatch):
+    asked = []
+    for name in ("rand", "randint"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(
+            torch,
+            name,
+            lambda *given, plain=plain, **options: asked.append(options["device"]) or plain(*given, **options),
+        )
+    augmented(replace(PLAIN, flip=True, grayscale=0.3), count=2)
+    assert asked == [torch.device("cpu")] * 4
+
+
 def test_two_processes_draw_together_what_one_draws(monkeypatch):
     spec = replace(PLAIN, flip=True, grayscale=0.3)
     pixels = random_pixels(17)
@@ -172,6 +185,7 @@ def test_gather_brings_the_rows_of_all_processes_into_order(count, monkeypatch):
     padded = {}
 
     def all_gather(parts, mine):
+        assert len(mine) == math.ceil(count / world)  # no more is sent than the longest share
         padded[utils.rank()] = mine.clone()
         for number, part in enumerate(parts):
             part.copy_(padded.get(number, torch.full_like(mine, math.nan)))

@@ -23,7 +23,7 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES)
 def test_weights_and_records_are_finite(label, sizes):
     conformal = {"lamda": 0.5} if label.startswith("cpu_") else {}
-    job, records = small_job(label, **SIZES[sizes], **conformal), []
+    job, records = small_job(label, num_epochs=2, **SIZES[sizes], **conformal), []
     job.epoch_done = records.append
     after = run(job)
     assert all(tensor.isfinite().all() for tensor in after.values())
@@ -36,7 +36,7 @@ def test_weights_and_records_are_finite(label, sizes):
 
 @pytest.mark.parametrize("label", [*unlearn.METHODS, *unlearn_cpu.METHODS])
 def test_one_retained_class_gives_finite_weights(label):
-    job = small_job(label, **({"lamda": 0.5} if label.startswith("cpu_") else {}))
+    job = small_job(label, num_epochs=2, **({"lamda": 0.5} if label.startswith("cpu_") else {}))
     job.data.train.labels[job.split.retain] = 2
     assert all(tensor.isfinite().all() for tensor in run(job).values())
 

@@ -215,7 +215,8 @@ def test_folders_name_what_is_forgotten_and_lists_by_their_content(tmp_path):
         path = tmp_path / f"{name}.txt"
         path.write_text(text)
         folders.append(utils.make_split(data, flags(unlearn_type="list", forget_list=str(path))).folder)
-    assert folders[0][:7] == "list_a_" and folders[0][7:] == folders[1][7:] != folders[2][7:]
+    assert all(len(folder) == len("list_a_") + 8 for folder in folders) and folders[0][:7] == "list_a_"
+    assert folders[0][7:] == folders[1][7:] != folders[2][7:]
     assert utils.scenario_folder(flags(unlearn_type="list", forget_list=str(path)), data) == folders[2]
     assert utils.scenario_folder(flags(unlearn_type="class"), data) == "class"
     assert utils.scenario_folder(flags(unlearn_type="subclass"), data) == "subclass"
