@@ -75,7 +75,7 @@ def test_nothing_is_drawn_that_the_data_set_does_not_ask_for():
 
 
 def test_numbers_are_drawn_on_the_device_of_the_images(monkeypatch):
-    asked = []
+    pixels, asked = random_pixels(2), []
     for name in ("rand", "randint"):
         plain = getattr(torch, name)
         monkeypatch.setattr(
@@ -83,7 +83,7 @@ def test_numbers_are_drawn_on_the_device_of_the_images(monkeypatch):
             name,
             lambda *given, plain=plain, **options: asked.append(options["device"]) or plain(*given, **options),
         )
-    augmented(replace(PLAIN, flip=True, grayscale=0.3), count=2)
+    utils.random_augment(pixels, replace(PLAIN, flip=True, grayscale=0.3), utils.generator(1, "test"))
     assert asked == [torch.device("cpu")] * 4
 
 
