@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -171,8 +172,9 @@ class Batch:
         retained = len(utils.own(self.labels[: self.num_retain]))
         places = slice(retained) if part == "retain" else slice(retained, None)
         own = self.logits.new_zeros(len(self.inputs), self.logits.shape[1])
-        with torch.no_grad():
-            own[places] = network(self.inputs[places]).float()
+        if len(self.inputs[places]):  # not every network takes a batch of no images
+            with torch.no_grad():
+                own[places] = network(self.inputs[places]).float()
         every = utils.gather(own, len(self.labels))
         return every[: self.num_retain] if part == "retain" else every[self.num_retain :]
 
@@ -257,8 +259,7 @@ def train(
         record |= {"loss": loss_sum.item() / len(steps), "train_acc": correct.item() / seen}
         bar.set_postfix(epoch=epoch, loss=f"{record['loss']:.3f}", acc=f"{record['train_acc']:.3f}")
         seconds = time.perf_counter() - start
-        finite = torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
-        if not math.isfinite(record["loss"]) or not finite:
+        if not math.isfinite(record["loss"]) or not weights_are_finite(model):
             bar.close()
             raise Diverged(
                 f"{job.label} diverged in epoch {epoch} at learning rate {recipe.learning_rate:g}: the loss is "
@@ -282,6 +283,12 @@ def train(
         if ended:
             break
     bar.close()
+
+
+def weights_are_finite(model):
+    """Whether every parameter and every running statistic of BatchNorm is finite."""
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 def _forward_pass(job):
@@ -362,13 +369,13 @@ def _endless_batches(indices, rng):
 def index_batches(job, parts, epoch):
     """The steps of one pass through ``parts``: pairs of (indices into the training images, how many are retained).
 
-    As many steps as the parts fill; each takes an equal share of every part. Near-equal steps leave no last batch
-    of one image, which BatchNorm could not train on.
+    As many steps as the parts fill; each takes an equal share of every part, and no step is empty. Near-equal steps
+    leave no last batch of one image, which BatchNorm could not train on.
     """
     own = {part: getattr(job.split, part) for part in parts}
     steps = math.ceil(sum(len(indices) for indices in own.values()) / job.recipe.batch_size)
     shares = [_shares(job, part, epoch, steps) if part in own else _nothing(job, steps) for part in PARTS]
-    return [(torch.cat([r, f]), len(r)) for r, f in zip(*shares, strict=True)]
+    return [(torch.cat([r, f]), len(r)) for r, f in zip(*shares, strict=True) if len(r) + len(f)]
 
 
 def join_forget(job, steps, epoch):
@@ -392,7 +399,10 @@ def _nothing(job, steps):
 
 
 def accuracies(job, limit=None):
-    """Accuracy on the retain, forget and test images without augmentation: of all, or of ``limit`` fixed ones each."""
+    """Accuracy on the retain, forget and test images without augmentation: of all, or of ``limit`` fixed ones each.
+
+    Finite weights can still overflow inside the network. Raises :class:`Diverged` where a logit is not finite.
+    """
     found = {}
     for part, images in (("retain", job.data.train), ("forget", job.data.train), ("test", job.data.held_out)):
         indices = getattr(job.split, part)
@@ -401,6 +411,12 @@ def accuracies(job, limit=None):
             indices = indices[torch.from_numpy(sample).to(indices.device)]
         if len(indices):
             logits, labels = utils.compute_logits(job.model, images, indices)
+            if bad := int((~logits.isfinite()).any(dim=1).sum()):
+                flags = ["learning_rate"] if job.recipe else list(job.options)
+                raise Diverged(
+                    f"{job.label} diverged: the logits of {bad} of {len(logits)} {part} images are not finite; lower "
+                    f"{' or '.join(f'--{flag}' for flag in flags)}. What was saved before is unchanged"
+                )
             found[part] = (logits.argmax(dim=1) == labels).double().mean().item()
     return found
 
@@ -473,9 +489,15 @@ def method(num_epochs=None, learning_rate=None, momentum=0.9, *, vit=None, train
     return register
 
 
+def cross_entropy(logits, labels):
+    """Mean cross-entropy, logits M×K and labels M → a scalar with gradient; 0 where M = 0, as in a step without
+    retained images."""
+    return F.cross_entropy(logits, labels) if len(labels) else logits.sum()
+
+
 def retain_cross_entropy(batch):
     """Cross-entropy on the retained images of a batch."""
-    return F.cross_entropy(*batch.retain)
+    return cross_entropy(*batch.retain)
 
 
 @method()
@@ -528,7 +550,7 @@ def GA(job):
     """
     stop = ascent_end(job) if job.options["stop_accuracy"] is None else job.options["stop_accuracy"]
     for module in job.model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, _BatchNorm):
             module.momentum = 0.0
 
     def finished(record):
@@ -540,10 +562,15 @@ def GA(job):
 def ascent_end(job):
     """The accuracy at which forget images are forgotten: 1 % for a class, else the original's on images it never saw.
 
-    Those are the training-calibration images, which no metric scores.
+    Those are the training-calibration images, which no metric scores. Raises UserError where there are none.
     """
     if job.split.forget_class is not None:
         return 0.01
+    if not len(job.split.train_calibration):
+        raise utils.UserError(
+            f"{job.label}: {len(job.data.held_out)} held-out images are too few to measure the accuracy at which "
+            "the ascent should stop (at least 10 are needed); pass --stop_accuracy"
+        )
     logits, labels = utils.compute_logits(job.model, job.data.held_out, job.split.train_calibration)
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
@@ -560,9 +587,7 @@ def ga_plus(job):
     weight = job.options["forget_weight"]
 
     def loss(batch):
-        logits, labels = batch.forget
-        forget_loss = F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)  # a step may have none
-        return F.cross_entropy(*batch.retain) - weight * forget_loss
+        return cross_entropy(*batch.retain) - weight * cross_entropy(*batch.forget)
 
     train(job, loss, PARTS)
 
@@ -577,16 +602,29 @@ def FisherForgetting(job):
     """
     fisher = diagonal_fisher(job.model, job.data.train, job.split.retain, expected_scores)
     rng = utils.generator(job.seed, job.name, "noise", device=job.device)
+    last = last_layer(job.model, len(job.data.classes))
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
-            deviation = fisher_noise_deviation(fisher[name], job.options["noise"], len(job.data.classes))
+            largest = 1e2 if name in last else 1e3
+            deviation = fisher_noise_deviation(fisher[name], job.options["noise"], largest)
             parameter += deviation * torch.randn(parameter.shape, generator=rng, device=job.device)
 
 
-def fisher_noise_deviation(fisher, noise, num_classes):
-    """Standard deviation of the noise of each weight of a tensor, from its diagonal Fisher information."""
-    variance = (1 / (fisher + 1e-8)).clamp(max=1e2 if len(fisher) == num_classes else 1e3)
-    return (noise * variance).sqrt()
+def last_layer(model, num_classes):
+    """Names of the parameters of the layer that gives the logits, or of all such heads."""
+    layers = [(name, layer) for name, layer in model.named_modules() if list(layer.parameters(recurse=False))]
+    names = set()
+    for name, layer in reversed(layers):
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or len(layer.weight) != num_classes:
+            break
+        names |= {f"{name}.{key}".removeprefix(".") for key, _ in layer.named_parameters(recurse=False)}
+    return names
+
+
+def fisher_noise_deviation(fisher, noise, largest):
+    """Standard deviation of the noise of each weight, from its diagonal Fisher information F: √(noise / F), with 1 / F
+    at most ``largest``."""
+    return (noise * (1 / (fisher + 1e-8)).clamp(max=largest)).sqrt()
 
 
 @method(num_epochs=5, learning_rate=0.01, kd_T=1.0)
@@ -784,8 +822,9 @@ def adaptive_cross_entropy(logits, labels, adaptivity):
     Logits M×K, labels M, λ a float → a scalar; the weights have no gradient (Huang et al. 2024).
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
-    weights = losses.detach().clamp(min=torch.finfo(losses.dtype).eps) ** -adaptivity
-    return (weights / weights.mean() * losses).mean()
+    log_losses = losses.detach().clamp(min=torch.finfo(losses.dtype).eps).log()
+    weights = (-adaptivity * log_losses).softmax(dim=0)  # of sum 1; powers would overflow at a large λ
+    return (weights * losses).sum()
 
 
 # ---------------------------------------------------------------- importances of weights
@@ -824,8 +863,9 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
     parts = indices.split(chunk * utils.world_size())
     with utils.progress_bar(total=len(indices), desc="importances", unit="img") as bar:
         for part, inputs in zip(parts, images.batches(parts), strict=True):
-            for name, square in squares(model, inputs, images.labels[utils.own(part)], scores):
-                total[name] += square
+            if len(inputs):  # one of several processes may have none of a small part
+                for name, square in squares(model, inputs, images.labels[utils.own(part)], scores):
+                    total[name] += square
             bar.update(len(part))
     utils.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
@@ -1026,6 +1066,8 @@ def execute(job, run, folder, file_name, record_name, meta, args):
         with utils.RunLog(folder, job.label, meta, args) as log:
             job.epoch_done = log.epoch
             _run_and_keep_what_is_done(run, job)
+            if not weights_are_finite(job.model):
+                raise Diverged(f"{job.label} diverged: some of its weights are not finite; nothing is saved")
             meta = meta | {"seconds": job.progress.seconds, "accuracies": accuracies(job)}
             for name, state in job.by_products.items():
                 utils.save_tensors(folder / name, state, meta)

@@ -1,5 +1,7 @@
 """Splits are pure functions of data, seed and scenario; their parts never overlap."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import flags
@@ -86,3 +88,144 @@ def test_list_forgetting_takes_exactly_the_named_images(digits, tmp_path):
 def test_derived_generators_are_independent():
     draws = {utils.generator(1, *purpose).initial_seed() for purpose in (("a", 1), ("a", 2), ("b", 1))}
     assert len(draws) == 3 and utils.generator(1, "a", 1).initial_seed() in draws
+
+
+# ---------------------------------------------------------------- data of other sizes than digits
+
+
+def labelled(train, held_out, *, classes=4, subclasses=None):
+    """A data set of labels alone: class i % ``classes`` of image i, and its subclass i % ``subclasses``."""
+
+    def part(count):
+        fine = torch.arange(count) % subclasses if subclasses else None
+        return utils.Images(torch.empty(count, 0), torch.arange(count) % classes, None, 0, subclasses=fine)
+
+    names = [f"class {number}" for number in range(classes)]
+    fine_names = [f"fine {number}" for number in range(subclasses)] if subclasses else None
+    return utils.Data(part(train), part(held_out), names, "labels", fine_names)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "expected"),
+    [
+        (12_000, (1000, 2000, 9000)),
+        (10_000, (1000, 2000, 7000)),
+        (9_990, (999, 1998, 6993)),
+        (59, (5, 11, 43)),
+        (9, (0, 1, 8)),
+    ],
+)
+def test_calibration_takes_a_fifth_and_training_calibration_a_tenth_up_to_a_limit(held_out, expected):
+    data = labelled(8, held_out)
+    split = utils.make_split(data, flags(retain_ratio=0.5))
+    assert tuple(len(part) for part in (split.train_calibration, split.calibration, split.test)) == expected
+    assert utils.default_cal_size(data) == expected[1]
+    order = torch.from_numpy(utils.permutation(1, "held-out", held_out))
+    assert torch.cat([split.train_calibration, split.calibration, split.test]).equal(order)
+
+
+def test_a_calibration_size_leaves_at_least_one_test_image():
+    data = labelled(8, 30)
+    split = utils.make_split(data, flags(retain_ratio=0.5), 26)
+    assert (len(split.train_calibration), len(split.calibration), len(split.test)) == (3, 26, 1)
+    with pytest.raises(utils.UserError, match="--cal_sizes 27: 30 held-out images less 3 .* at most 26"):
+        utils.make_split(data, flags(retain_ratio=0.5), 27)
+
+
+def test_without_a_scenario_nothing_is_forgotten():
+    split = utils.make_split(labelled(8, 30), flags(unlearn_type="class"), scenario=False)
+    assert split.retain.tolist() == list(range(8)) and len(split.forget) == len(split.forget_test) == 0
+    assert split.folder == "" and split.forget_class is None and not split.is_forgotten.any()
+    fine = utils.make_split(labelled(8, 30, subclasses=8), flags(unlearn_type="subclass"), scenario=False)
+    assert len(fine.test) == len(split.test) and len(fine.forget_test) == 0
+
+
+@pytest.mark.parametrize("seed", [1, 2, 5])
+@pytest.mark.parametrize(("kind", "number"), [("class", 2), ("class", 0), ("subclass", 5), ("subclass", 0)])
+def test_forgetting_a_class_takes_its_held_out_images_from_test_and_training_calibration(kind, number, seed):
+    data = labelled(40, 120, subclasses=8)
+    name = f"{'class' if kind == 'class' else 'fine'} {number}"
+    split = utils.make_split(data, flags(unlearn_type=kind, forget_class=name, seed=seed))
+    groups = {
+        key: part.labels if kind == "class" else part.subclasses
+        for key, part in vars(data).items()
+        if key in ("train", "held_out")
+    }
+    assert split.forget.equal((groups["train"] == number).nonzero().flatten())
+    assert split.retain.equal((groups["train"] != number).nonzero().flatten())
+    order = torch.from_numpy(utils.permutation(seed, "held-out", 120))
+    of_class = groups["held_out"][order] == number
+    assert split.train_calibration.equal(order[:12][~of_class[:12]])
+    assert split.calibration.equal(order[12:36]) and split.is_forgotten.equal(of_class[12:36])
+    assert split.test.equal(order[36:][~of_class[36:]]) and split.forget_test.equal(order[36:][of_class[36:]])
+    assert split.folder == f"{kind}_{number}" and split.forget_class == number
+
+
+def test_a_class_without_a_name_is_drawn_from_the_seed_alone():
+    data = labelled(40, 120, subclasses=8)
+    for kind, count in (("class", 4), ("subclass", 8)):
+        drawn = [utils.make_split(data, flags(unlearn_type=kind, seed=seed)).forget_class for seed in range(1, 40)]
+        assert set(drawn) == set(range(count))
+        assert drawn == [utils.permutation(seed, "forget class", count)[0] for seed in range(1, 40)]
+
+
+def test_a_random_forget_set_is_the_end_of_a_permutation():
+    data = labelled(41, 120)
+    split = utils.make_split(data, flags(retain_ratio=0.7, seed=3))
+    order = torch.from_numpy(utils.permutation(3, "forget", 41))
+    assert split.forget.equal(order[29:].sort().values) and split.retain.equal(order[:29].sort().values)
+    assert split.folder == "random_0.7" and split.forget_class is None
+    assert len(split.forget_test) == 0 and not split.is_forgotten.any() and len(split.is_forgotten) == 24
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ({"retain_ratio": 1.0}, "--retain_ratio 1.0"),
+        ({"retain_ratio": 0.0}, "--retain_ratio 0.0"),
+        ({"retain_ratio": 0.99}, "0 of 40 training images would be forgotten"),
+        ({"retain_ratio": 0.01}, "40 of 40 training images would be forgotten"),
+        ({"forget_list": "a.txt"}, "--forget_list goes with --unlearn_type list, not random"),
+        ({"unlearn_type": "class", "forget_list": "a.txt"}, "--forget_list goes with --unlearn_type list, not class"),
+        ({"forget_class": "0"}, "--forget_class goes with --unlearn_type class or subclass, not random"),
+        ({"unlearn_type": "list", "forget_class": "0"}, "--forget_class goes with .*, not list"),
+        ({"unlearn_type": "list"}, "--forget_list FILE"),
+        ({"unlearn_type": "subclass"}, "has no subclasses"),
+        ({"unlearn_type": "class", "forget_class": "class 9"}, "--forget_class class 9"),
+        ({"unlearn_type": "class", "forget_class": "4"}, "--forget_class 4"),
+        ({"unlearn_type": "class", "forget_class": "-1"}, "--forget_class -1"),
+    ],
+)
+def test_scenarios_that_cannot_be_are_errors(scenario, words):
+    with pytest.raises(utils.UserError, match=words):
+        utils.make_split(labelled(40, 120), flags(**scenario))
+
+
+def test_a_class_of_all_or_no_training_images_is_an_error():
+    data = labelled(40, 120)
+    data.train.labels = torch.ones(40, dtype=torch.int64)
+    for number, count in ((1, 40), (2, 0)):
+        with pytest.raises(utils.UserError, match=f"--unlearn_type class: {count} of 40"):
+            utils.make_split(data, flags(unlearn_type="class", forget_class=f"class {number}"))
+
+
+def test_folders_name_what_is_forgotten_and_lists_by_their_content(tmp_path):
+    data, folders = labelled(40, 120, subclasses=8), []
+    for name, text in (("a", "1\n2\n"), ("b", "2\n1\n"), ("a", "1\n3\n")):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(text)
+        folders.append(utils.make_split(data, flags(unlearn_type="list", forget_list=str(path))).folder)
+    assert all(len(folder) == len("list_a_") + 8 for folder in folders) and folders[0][:7] == "list_a_"
+    assert folders[0][7:] == folders[1][7:] != folders[2][7:]
+    assert utils.scenario_folder(flags(unlearn_type="list", forget_list=str(path)), data) == folders[2]
+    assert utils.scenario_folder(flags(unlearn_type="class"), data) == "class"
+    assert utils.scenario_folder(flags(unlearn_type="subclass"), data) == "subclass"
+    assert utils.scenario_folder(flags(unlearn_type="subclass", forget_class="fine 6"), data) == "subclass_6"
+    assert utils.scenario_folder(flags(retain_ratio=0.25), data) == "random_0.25"
+
+
+def test_the_fingerprint_is_of_the_forget_set_in_any_order():
+    split = utils.make_split(labelled(40, 120), flags(retain_ratio=0.7))
+    shuffled = replace(split, forget=split.forget.flip(0))
+    assert shuffled.fingerprint == split.fingerprint and len(split.fingerprint) == 16
+    assert replace(split, forget=split.forget[1:]).fingerprint != split.fingerprint

@@ -1,0 +1,195 @@
+"""A small unlearning problem, and the same network and optimiser written out by hand in float64."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import unlearn
+import unlearn_cpu
+import utils
+
+CLASSES = 5
+BRIGHTER = 1.25  # what the stand-in for augmentation does to an image
+
+
+def arguments(*given, methods=unlearn.METHODS, data="cifar10"):
+    """The flags of main_unlearn.py."""
+    parser = utils.make_parser("")
+    utils.add_scenario_flags(parser, "", "original_model.pth")
+    utils.add_training_flags(parser, "")
+    utils.add_conformal_flags(parser)
+    unlearn.add_option_flags(parser, methods)
+    return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, given)])
+
+
+class SmallNet(nn.Sequential):
+    """Two layers with weights and a BatchNorm between them; 3×4×4 images."""
+
+    def __init__(self, seed=0):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, CLASSES)
+        )
+        rng = torch.Generator().manual_seed(seed)
+        for name, tensor in self.state_dict().items():
+            if "running_var" in name or "1.weight" in name:
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=rng))
+            elif tensor.is_floating_point():
+                tensor.copy_(0.2 * torch.randn(tensor.shape, generator=rng))
+
+
+class Tensors:
+    """Stands for utils.Images. Augmented images are brighter. ``uses`` lists, for each batch, its images and the seed
+    of the generator that augments it, or None."""
+
+    size = 4
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels, self.uses = inputs, labels, []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, parts, augment=None):
+        for part in parts:
+            self.uses.append((part.tolist(), augment and augment.initial_seed()))
+            yield self.inputs[part] * (BRIGHTER if augment else 1)
+
+
+def images(count, seed):
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (count,), generator=rng)
+    return Tensors(torch.randn(count, 3, 4, 4, generator=rng) + labels[:, None, None, None] / CLASSES, labels)
+
+
+def small_job(label, retain=19, forget=11, *, lamda=None, alpha=0.1, delta=0.03, train_calibration=20, **given):
+    """A job of ``retain`` and ``forget`` images. What the recipe does not know are options of the method."""
+    train, held_out = images(retain + forget, 1), images(40, 2)
+    name = label.removeprefix("cpu_")
+    fields = ("num_epochs", "learning_rate", "batch_size", "milestones", "momentum", "weight_decay", "precision")
+    recipe = {"num_epochs": 3, "learning_rate": 0.05, "batch_size": 8, "momentum": 0.8, "weight_decay": 0.03}
+    recipe |= {key: given.pop(key) for key in fields if key in given}
+    order = torch.randperm(retain + forget, generator=torch.Generator().manual_seed(3))
+    parts = torch.arange(40).split([train_calibration, 32 - train_calibration, 8])
+    nothing = torch.empty(0, dtype=torch.int64)
+    split = utils.Split(
+        retain=order[:retain].sort().values,
+        forget=order[retain:].sort().values,
+        train_calibration=parts[0],
+        test=parts[1],
+        calibration=parts[2],
+        forget_test=nothing,
+        is_forgotten=nothing,
+        forget_class=given.pop("forget_class", None),
+    )
+    term = None
+    if lamda is not None:
+        term = unlearn_cpu.ConformalTerm(held_out, split.train_calibration, alpha, delta, lamda)
+    return unlearn.Job(
+        name,
+        label,
+        SmallNet(),
+        SimpleNamespace(train=train, held_out=held_out, classes=[*"abcde"]),
+        split,
+        unlearn.Recipe(**recipe) if unlearn.METHODS[name].trained else None,
+        4,
+        unlearn.METHODS[name].options | given,
+        lambda: SmallNet(7),
+        term,
+    )
+
+
+def run(job):
+    """The weights and statistics after the method, by name."""
+    unlearn.METHODS[job.name].run(job)
+    return {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
+
+
+def training_steps(job):
+    """What a finished job trained on: (epoch, retain indices, forget indices) of each step, in order."""
+    retained, steps, seeds = set(job.split.retain.tolist()), [], {}
+    for indices, seed in job.data.train.uses:
+        if seed is not None:
+            epoch = seeds.setdefault(seed, len(seeds) + 1)
+            count = sum(index in retained for index in indices)
+            assert set(indices[:count]) <= retained  # the retained ones come first
+            steps.append((epoch, torch.tensor(indices[:count]).long(), torch.tensor(indices[count:]).long()))
+    return steps
+
+
+class ByHand:
+    """The network and SGD with momentum from their formulas: v ← 0.9·v + g + wd·w, w ← w − rate·v."""
+
+    def __init__(self, model):
+        state = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
+        self.mean, self.var = state.pop("1.running_mean"), state.pop("1.running_var")
+        state.pop("1.num_batches_tracked")
+        self.weights = {name: tensor.requires_grad_() for name, tensor in state.items()}
+        self.velocity = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        self.keeps_statistics = True
+
+    def logits(self, inputs, training=False):
+        w = self.weights
+        x = torch.nn.functional.conv2d(inputs.double(), w["0.weight"], w["0.bias"], padding=1)
+        mean, var = self.mean, self.var
+        if training and len(inputs) > 1:
+            count = x.numel() / x.shape[1]
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            if self.keeps_statistics:
+                self.mean = 0.9 * self.mean + 0.1 * mean.detach()
+                self.var = 0.9 * self.var + 0.1 * var.detach() * count / (count - 1)
+        x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        x = (x * w["1.weight"][:, None, None] + w["1.bias"][:, None, None]).clamp(min=0)
+        return x.flatten(1) @ w["4.weight"].T + w["4.bias"]
+
+    def log_p(self, inputs):
+        return self.logits(inputs).log_softmax(1)
+
+    def gradients(self, loss):
+        return dict(zip(self.weights, torch.autograd.grad(loss, list(self.weights.values())), strict=True))
+
+    def descend(self, gradients, rate, momentum, weight_decay, masks=None):
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                gradient = gradients[name] + weight_decay * weight
+                self.velocity[name] = momentum * self.velocity[name] + gradient
+                weight -= rate * self.velocity[name] * (1 if masks is None else masks[name])
+
+    def empirical_fisher(self, inputs, labels):
+        """Mean over images of (∂ log p_label / ∂ w)²."""
+        squares = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for image, label in zip(inputs, labels, strict=True):
+            for name, gradient in self.gradients(self.log_p(image[None])[0, label]).items():
+                squares[name] += gradient.square() / len(labels)
+        return squares
+
+    def expected_fisher(self, inputs):
+        """Mean over images of Σ_c p_c·(∂ log p_c / ∂ w)²."""
+        squares = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for image in inputs:
+            for c in range(CLASSES):
+                log_p = self.log_p(image[None])[0, c]
+                share = log_p.exp().item() / len(inputs)
+                for name, gradient in self.gradients(log_p).items():
+                    squares[name] += share * gradient.square()
+        return squares
+
+    def state(self):
+        return {name: weight.detach() for name, weight in self.weights.items()} | {
+            "1.running_mean": self.mean,
+            "1.running_var": self.var,
+        }
+
+    def assert_equal(self, state, rtol=1e-4, atol=1e-6):
+        for name, tensor in self.state().items():
+            torch.testing.assert_close(state[name].double(), tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: n + m)
+
+
+def rates(recipe):
+    """The learning rate of each epoch: a cosine to zero, or a tenth from each milestone on."""
+    for epoch in range(recipe.num_epochs):
+        if recipe.milestones:
+            yield recipe.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in recipe.milestones)
+        else:
+            yield recipe.learning_rate * (1 + math.cos(math.pi * epoch / recipe.num_epochs)) / 2

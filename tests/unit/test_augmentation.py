@@ -1,0 +1,231 @@
+"""Batches of images and their random augmentation, on one process and on two."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as transforms
+
+import utils
+
+PLAIN = utils.DataSpec((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_padding=2, flip=False, grayscale=0.0)
+
+
+def random_pixels(count, side=8, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=rng)
+
+
+def images(count=20, side=8, size=None, spec=PLAIN):
+    return utils.Images(random_pixels(count, side), torch.arange(count) % 4, spec, size or side)
+
+
+# ---------------------------------------------------------------- crop, flip, grayscale
+
+
+def augmented(spec, seed=1, count=4000):
+    image = random_pixels(1)[0]
+    made = utils.random_augment(image.expand(count, -1, -1, -1), spec, utils.generator(seed, "test"))
+    return image, made
+
+
+def shares(found, count):
+    """How often each value occurs, as a share."""
+    return [found.count(value) / len(found) for value in range(count)]
+
+
+def test_crops_are_shifts_of_the_zero_padded_image_each_as_often():
+    image, made = augmented(PLAIN)
+    padded = transforms.pad(image, [2])
+    crops = {
+        transforms.crop(padded, top, left, 8, 8).float().numpy().tobytes(): (top, left)
+        for top in range(5)
+        for left in range(5)
+    }
+    places = [crops[crop.contiguous().numpy().tobytes()] for crop in made]
+    for axis in (0, 1):
+        for share in shares([place[axis] for place in places], 5):
+            assert abs(share - 1 / 5) < 0.035
+    # Rows and columns are drawn apart from each other.
+    for share in shares([5 * top + left for top, left in places], 25):
+        assert abs(share - 1 / 25) < 0.015
+
+
+def test_half_of_the_images_are_flipped():
+    image, made = augmented(replace(PLAIN, crop_padding=0, flip=True))
+    flipped = transforms.horizontal_flip(image).float()
+    found = [int(crop.equal(flipped)) for crop in made]
+    assert all(crop.equal(image.float()) for crop, is_flipped in zip(made, found, strict=True) if not is_flipped)
+    assert abs(shares(found, 2)[1] - 0.5) < 0.04
+
+
+def test_the_given_share_of_the_images_is_gray():
+    image, made = augmented(replace(PLAIN, crop_padding=0, grayscale=0.3))
+    gray = transforms.rgb_to_grayscale(image, num_output_channels=3).float()
+    found = [int(crop.equal(gray)) for crop in made]
+    assert all(crop.equal(image.float()) for crop, is_gray in zip(made, found, strict=True) if not is_gray)
+    assert abs(shares(found, 2)[1] - 0.3) < 0.04
+
+
+def test_nothing_is_drawn_that_the_data_set_does_not_ask_for():
+    image, made = augmented(replace(PLAIN, crop_padding=0), count=5)
+    assert made.equal(image.float().expand(5, -1, -1, -1)) and made.dtype == torch.float32
+
+
+def test_numbers_are_drawn_on_the_device_of_the_images(monkeypatch):
+    pixels, asked = random_pixels(2), []
+    for name in ("rand", "randint"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(
+            torch,
+            name,
+            lambda *given, plain=plain, **options: asked.append(options["device"]) or plain(*given, **options),
+        )
+    utils.random_augment(pixels, replace(PLAIN, flip=True, grayscale=0.3), utils.generator(1, "test"))
+    assert asked == [torch.device("cpu")] * 4
+
+
+def test_two_processes_draw_together_what_one_draws(monkeypatch):
+    spec = replace(PLAIN, flip=True, grayscale=0.3)
+    pixels = random_pixels(17)
+    whole = utils.random_augment(pixels, spec, utils.generator(1, "test"), [8, 9])
+    assert whole.equal(utils.random_augment(pixels, spec, utils.generator(1, "test")))
+    parts = [pixels[:8], pixels[8:]]
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        mine = torch.cat([utils.own(part) for part in parts])
+        made = utils.random_augment(mine, spec, utils.generator(1, "test"), [8, 9])
+        assert made.equal(torch.cat([part[rank::2] for part in whole.split([8, 9])]))
+
+
+# ---------------------------------------------------------------- batches
+
+
+def test_batches_are_the_normalised_images_of_each_part():
+    data = images()
+    parts = [torch.tensor([3, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([7, 7, 0])]
+    found = list(data.batches(iter(parts)))
+    assert [len(batch) for batch in found] == [2, 0, 3]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PLAIN.mean, PLAIN.std))
+    for part, batch in zip(parts, found, strict=True):
+        torch.testing.assert_close(batch, (data.pixels[part] / 255 - mean) / std)
+        assert batch.dtype == torch.float32
+    assert data.batch(parts[2]).equal(found[2])
+
+
+def test_a_batch_is_augmented_only_with_a_generator():
+    data, part = images(), torch.arange(6)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PLAIN.mean, PLAIN.std))
+    made = data.batch(part, utils.generator(3, "test"))
+    expected = utils.random_augment(data.pixels[part], PLAIN, utils.generator(3, "test"))
+    torch.testing.assert_close(made, (expected / 255 - mean) / std)
+    assert not made.equal(data.batch(part))
+
+
+@pytest.mark.parametrize("size", [4, 8, 13])
+def test_images_have_the_models_size(size):
+    data = images(size=size)
+    expected = data.pixels[:3] if size == 8 else transforms.resize(data.pixels[:3], [size, size], antialias=True)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PLAIN.mean, PLAIN.std))
+    torch.testing.assert_close(data.batch(torch.arange(3)), (expected / 255 - mean) / std)
+    assert data.batch(torch.arange(3), utils.generator(1, "test")).shape == (3, 3, size, size)
+
+
+def test_images_that_are_not_square_are_resized_to_a_square():
+    data = utils.Images(random_pixels(2)[:, :, :6], torch.zeros(2), PLAIN, 8)
+    assert data.batch(torch.arange(2)).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [([2] * 5, [2, 2, 1]), ([1, 1, 1], [3]), ([16, 16], [1, 1]), ([0, 3], [2])]
+)
+def test_a_gpu_augments_small_batches_together(sizes, expected, monkeypatch):
+    """4 million pixels at a time: here 4 images of 1024×1024. The device is only said to be a GPU."""
+    data = images(1, side=2, size=1024)
+    data.labels = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    constants, groups = utils._constants(PLAIN, torch.device("cpu")), []
+    monkeypatch.setattr(utils, "_constants", lambda spec, device: constants)
+    monkeypatch.setattr(
+        utils.transforms, "resize", lambda pixels, size, antialias: torch.zeros(1).expand(len(pixels), 3, *size)
+    )
+    monkeypatch.setattr(
+        utils,
+        "random_augment",
+        lambda pixels, spec, rng, parts: groups.append(parts) or torch.zeros(len(pixels), 3, 1, 1),
+    )
+    parts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+    found = list(data.batches(parts, utils.generator(1, "test")))
+    assert [len(group) for group in groups] == expected and [len(batch) for batch in found] == sizes
+    groups.clear()
+    data.labels = torch.zeros(1)
+    list(data.batches(parts, utils.generator(1, "test")))
+    assert groups == [[size] for size in sizes]
+
+
+def test_two_processes_get_every_second_image_of_each_part(monkeypatch):
+    data = images()
+    parts = [torch.tensor([3, 1, 9]), torch.tensor([5]), torch.tensor([7, 6, 0, 2])]
+    whole = list(data.batches(parts, utils.generator(1, "test")))
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        mine = list(data.batches(parts, utils.generator(1, "test")))
+        assert all(batch.equal(full[rank::2]) for batch, full in zip(mine, whole, strict=True))
+
+
+# ---------------------------------------------------------------- several processes, without any
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7])
+def test_gather_brings_the_rows_of_all_processes_into_order(count, monkeypatch):
+    world, rows = 3, torch.arange(2.0 * count, requires_grad=True).reshape(count, 2)
+    padded = {}
+
+    def all_gather(parts, mine):
+        assert len(mine) == math.ceil(count / world)  # no more is sent than the longest share
+        padded[utils.rank()] = mine.clone()
+        for number, part in enumerate(parts):
+            part.copy_(padded.get(number, torch.full_like(mine, math.nan)))
+
+    monkeypatch.setattr(utils, "world_size", lambda: world)
+    monkeypatch.setattr(utils.dist, "all_gather", all_gather)
+    for attempt in (1, 2):  # in the second all rows are known
+        for rank in range(world):
+            monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+            assert utils.own(rows).equal(rows[rank::world])
+            found = utils.gather(utils.own(rows), count)
+            assert attempt == 1 or (found.equal(rows) and not found.requires_grad)
+
+
+def test_one_process_keeps_its_rows_and_their_gradient(monkeypatch):
+    rows = torch.ones(3, 2, requires_grad=True)
+    assert utils.gather(rows, 3) is rows and utils.own(rows).equal(rows)
+    monkeypatch.setattr(utils.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    totals = [torch.ones(2), torch.ones(1)]
+    utils.add_up(totals)
+    assert [total.tolist() for total in totals] == [[1, 1], [1]]
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    utils.add_up(totals)
+    assert [total.tolist() for total in totals] == [[2, 2], [2]]
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def test_the_numbers_of_a_seed_and_purpose_are_pinned():
+    """A change of these changes every published result."""
+    assert utils.permutation(1, "forget", 8).tolist() == [7, 4, 0, 5, 2, 6, 3, 1]
+    assert utils.generator(1, "order", "retain", 2).initial_seed() == 7433692491322154092
+
+
+def test_every_seed_and_purpose_has_numbers_of_its_own():
+    seeds = {
+        utils._derive(seed, purpose) for seed in (1, 2, 12) for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
+    }
+    assert len(seeds) == 15 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
+    assert torch.rand(3, generator=utils.generator(1, "a")).equal(torch.rand(3, generator=utils.generator(1, "a")))
+    utils.seed_everything(1, "a")
+    assert torch.rand(3).equal(torch.rand(3, generator=utils.generator(1, "a")))

@@ -1,0 +1,120 @@
+"""Few images, one image, one class, no calibration image: a method ends with finite weights or says why it cannot."""
+
+import pytest
+import torch
+from small import SmallNet, run, small_job
+
+import unlearn
+import unlearn_cpu
+import utils
+
+SIZES = {
+    "fewer retain than forget images": {"retain": 3, "forget": 27},
+    "one retain image": {"retain": 1, "forget": 29},
+    "one forget image": {"retain": 29, "forget": 1},
+    "one image of each": {"retain": 1, "forget": 1},
+    "fewer images than a batch": {"retain": 4, "forget": 2, "batch_size": 64},
+    "steps of one image": {"retain": 4, "forget": 3, "batch_size": 1},
+    "two retain images in batches of three": {"retain": 2, "forget": 9, "batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("label", [*unlearn.METHODS, *unlearn_cpu.METHODS])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_weights_and_records_are_finite(label, sizes):
+    conformal = {"lamda": 0.5} if label.startswith("cpu_") else {}
+    job, records = small_job(label, num_epochs=2, **SIZES[sizes], **conformal), []
+    job.epoch_done = records.append
+    after = run(job)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert all(value == value and abs(value) < 1e6 for record in records for value in record.values())
+    changed = {name for name, tensor in SmallNet().state_dict().items() if not tensor.equal(after[name])}
+    assert changed or label == "ssd"  # no weight of the few images may matter eight times as much as of all
+    if job.recipe:
+        assert records and set(records[-1]) >= {"loss", "train_acc", "retain_acc", "forget_acc", "test_acc"}
+
+
+@pytest.mark.parametrize("label", [*unlearn.METHODS, *unlearn_cpu.METHODS])
+def test_one_retained_class_gives_finite_weights(label):
+    job = small_job(label, num_epochs=2, **({"lamda": 0.5} if label.startswith("cpu_") else {}))
+    job.data.train.labels[job.split.retain] = 2
+    assert all(tensor.isfinite().all() for tensor in run(job).values())
+
+
+@pytest.mark.parametrize("label", [*unlearn.METHODS, *unlearn_cpu.METHODS])
+def test_without_training_calibration_a_method_works_or_says_why(label):
+    if label == "GA":
+        with pytest.raises(utils.UserError, match=r"GA: 40 held-out images .* --stop_accuracy"):
+            run(small_job(label, train_calibration=0))
+        assert all(t.isfinite().all() for t in run(small_job(label, train_calibration=0, stop_accuracy=0.1)).values())
+        assert all(t.isfinite().all() for t in run(small_job(label, train_calibration=0, forget_class=1)).values())
+    elif label.startswith("cpu_"):
+        with pytest.raises(utils.UserError, match="--alpha 0.1: a finite q̂ needs at least 9 .* gives 0 "):
+            small_job(label, train_calibration=0, lamda=0.5)
+    else:
+        assert all(tensor.isfinite().all() for tensor in run(small_job(label, train_calibration=0)).values())
+
+
+def test_a_step_without_retain_images_is_ascent_alone():
+    job = small_job("ga_plus", retain=1, forget=8, batch_size=3, num_epochs=1, forget_weight=0.5)
+    losses = []
+    original = unlearn.cross_entropy
+
+    def recorded(logits, labels):
+        losses.append((len(labels), original(logits, labels)))
+        return losses[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearn, "cross_entropy", recorded)
+        run(job)
+    assert [count for count, _ in losses] == [1, 3, 0, 3, 0, 2]
+    assert [loss.item() for count, loss in losses if not count] == [0, 0]
+
+
+def test_cross_entropy_of_no_image_is_zero_with_a_gradient():
+    logits = torch.zeros(0, 5, requires_grad=True)
+    loss = unlearn.cross_entropy(logits, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.shape == (0, 5)
+
+
+def test_a_part_without_images_has_no_accuracy():
+    job = small_job("finetune")
+    job.split = utils.Split(**{**vars(job.split), "test": torch.empty(0, dtype=torch.int64)})
+    assert set(unlearn.accuracies(job)) == {"retain", "forget"}
+
+
+@pytest.mark.parametrize("adaptivity", [0.0, 0.5, 3.0, 50.0])
+def test_adaptive_weights_are_finite_for_any_exponent(adaptivity):
+    logits = torch.tensor([[300.0, 0.0], [0.0, 0.0], [0.0, 80.0]], requires_grad=True)
+    loss = unlearn.adaptive_cross_entropy(logits, torch.zeros(3, dtype=torch.int64), adaptivity)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def test_weights_that_overflow_inside_the_network_are_divergence():
+    job = small_job("FisherForgetting", noise=1e35)
+    run(job)
+    with pytest.raises(unlearn.Diverged, match=r"FisherForgetting diverged: the logits of \d+ of 19 retain .* --noise"):
+        unlearn.accuracies(job)
+    job = small_job("finetune")
+    with torch.no_grad():
+        job.model[4].weight *= 1e30
+        job.model[0].weight *= 1e30
+    with pytest.raises(unlearn.Diverged, match="lower --learning_rate"):
+        unlearn.accuracies(job)
+
+
+@pytest.mark.parametrize("name", ["1.running_var", "4.bias"])
+def test_weights_and_running_statistics_are_checked(name):
+    model = SmallNet()
+    assert unlearn.weights_are_finite(model)
+    model.state_dict()[name][0] = float("inf")
+    assert not unlearn.weights_are_finite(model)
+    job = small_job("finetune", learning_rate=1e-9)
+    job.model = model
+    with pytest.raises(unlearn.Diverged, match="finetune diverged in epoch 1"):
+        unlearn.train(job, unlearn.retain_cross_entropy)

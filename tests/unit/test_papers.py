@@ -1,0 +1,392 @@
+"""Each method against its paper: the weights after several epochs equal those of a reference made from the formulas.
+
+The references are plain torch in float64: network, optimiser, schedule and loss by hand (``small.ByHand``). The values
+of all options differ from their defaults and from each other.
+"""
+
+import math
+
+import pytest
+import torch
+from small import BRIGHTER, CLASSES, ByHand, SmallNet, rates, run, small_job, training_steps
+from torch.nn.functional import one_hot
+
+import unlearn
+import unlearn_cpu
+import utils
+from models.resnet import ResNet18
+
+LAMDA, ALPHA, DELTA = 0.7, 0.25, 0.03
+OPTIONS = {
+    "GA": {"stop_accuracy": -1.0, "learning_rate": 0.003},
+    "ga_plus": {"forget_weight": 0.35},
+    "teacher": {"kd_T": 1.7},
+    "scrub": {"msteps": 2, "kd_T": 2.3, "beta": 0.6, "gamma": 1.4, "num_epochs": 4},
+    "salun": {"mask_ratio": 0.3},
+    "sfron": {
+        "ascent": 0.8,
+        "ascent_every": 2,
+        "adaptivity": 0.7,
+        "saliency_threshold": 1.3,
+        "max_norm": 0.4,
+        "num_epochs": 4,
+    },
+}
+
+
+def nll(logits, targets):
+    """Cross-entropy of each image."""
+    return logits.exp().sum(1).log() - (logits * one_hot(targets, CLASSES)).sum(1)
+
+
+def kl(teacher, student, temperature):
+    """KL(teacher ‖ student) of each image, softened, times T²."""
+    p, q = ((logits / temperature).softmax(1) for logits in (teacher, student))
+    return temperature**2 * (p * (p.log() - q.log())).sum(1)
+
+
+class Reference:
+    """The method of a finished job, by hand, over the steps that the job has taken."""
+
+    def __init__(self, job, before):
+        self.job, self.options = job, job.options
+        self.images, self.labels = job.data.train.inputs, job.data.train.labels
+        self.net = ByHand(SmallNet(7) if job.name == "retrain" else before)
+        self.original, self.untrained = ByHand(before), ByHand(SmallNet(7))
+        self.masks = None
+        getattr(self, f"prepare_{job.name}", lambda: None)()
+
+    def prepare_GA(self):
+        self.net.keeps_statistics = False
+
+    def prepare_RL(self):
+        """The labels are the job's: read off by asking its loss about every image and class."""
+        loss, self.targets = unlearn.random_label_loss(self.job), torch.empty_like(self.labels)
+        for index in range(len(self.labels)):
+            answers = [
+                loss(
+                    unlearn.Batch(
+                        torch.tensor([index]), None, 0, None, 50 * one_hot(torch.tensor([c]), CLASSES).float()
+                    )
+                )
+                for c in range(CLASSES)
+            ]
+            self.targets[index] = torch.stack(answers).argmin()
+        assert self.targets[self.job.split.retain].equal(self.labels[self.job.split.retain])
+        assert (self.targets != self.labels)[self.job.split.forget].all()
+
+    def prepare_salun(self):
+        self.prepare_RL()
+        forget = self.job.split.forget
+        sizes = self.net.gradients(nll(self.net.logits(self.images[forget]), self.labels[forget]).mean())
+        every = torch.cat([size.abs().flatten() for size in sizes.values()])
+        least = every.sort(descending=True).values[round(self.options["mask_ratio"] * len(every)) - 1]
+        self.masks = {name: size.abs() >= least for name, size in sizes.items()}
+        saved = self.job.by_products["saliency_mask.pth"]
+        assert all(saved[name].equal(mask) for name, mask in self.masks.items())
+
+    def prepare_sfron(self):
+        split = self.job.split
+        forget, retain = (
+            self.net.empirical_fisher(self.images[part], self.labels[part]) for part in (split.forget, split.retain)
+        )
+        threshold = self.options["saliency_threshold"]
+        self.salient = {name: forget[name] >= threshold * retain[name] for name in forget}
+        self.repairs, self.all_repairs = 0, sum(len(r) > 0 for _, r, _ in training_steps(self.job))
+
+    def loss(self, retain, forget):
+        """The method's loss of one step, from the logits and indices of its retain and of its forget images."""
+        (logits_r, r), (logits_f, f) = retain, forget
+        ce_r, ce_f = (nll(logits, self.labels[i]) for logits, i in (retain, forget))
+        name, options = self.job.name, self.options
+        if name in ("finetune", "retrain"):
+            return ce_r.mean()
+        if name == "GA":
+            return -ce_f.mean()
+        if name == "ga_plus":
+            return ce_r.mean() - options["forget_weight"] * ce_f.mean()
+        if name in ("RL", "salun"):
+            indices = torch.cat([r, f])
+            return nll(torch.cat([logits_r, logits_f]), self.targets[indices]).mean()
+        if name == "teacher":
+            t = options["kd_T"]
+            to_original = kl(self.original.logits(BRIGHTER * self.images[r]), logits_r, t)
+            to_untrained = kl(self.untrained.logits(BRIGHTER * self.images[f]), logits_f, t)
+            return (to_original.sum() + to_untrained.sum()) / (len(r) + len(f))
+        if name == "scrub":
+            t = options["kd_T"]
+            if not len(r):
+                return -kl(self.original.logits(BRIGHTER * self.images[f]), logits_f, t).mean()
+            distance = kl(self.original.logits(BRIGHTER * self.images[r]), logits_r, t).mean()
+            return options["beta"] * distance + options["gamma"] * ce_r.mean()
+        assert name == "sfron"
+        if len(r):
+            self.repairs += 1
+            return ce_r.mean()
+        weights = ce_f.detach() ** -options["adaptivity"]
+        strength = options["ascent"] * (1 + math.cos(math.pi * self.repairs / self.all_repairs)) / 2
+        return -strength * (weights / weights.mean() * ce_f).mean()
+
+    def q_hat(self):
+        term = self.job.term
+        chosen = term.calibration
+        p = self.net.logits(self.job.data.held_out.inputs[chosen]).softmax(1).detach()
+        scores = sorted(1 - p[i, label].item() for i, label in enumerate(self.job.data.held_out.labels[chosen]))
+        return scores[math.ceil((len(scores) + 1) * (1 - term.alpha)) - 1]
+
+    def run(self):
+        job, last, term = self.job, 0, self.job.term
+        rate_of = dict(enumerate(rates(job.recipe), 1))
+        for epoch, r, f in training_steps(job):
+            if epoch != last and term is not None:
+                q_hat = self.q_hat()
+                assert term.q_hats[epoch - 1] == pytest.approx(q_hat, abs=1e-5)
+            last = epoch
+            logits = self.net.logits(BRIGHTER * self.images[torch.cat([r, f])], training=True)
+            retain, forget = (logits[: len(r)], r), (logits[len(r) :], f)
+            loss = self.loss(retain, forget)
+            if term is not None and len(f):
+                scores = 1 - forget[0].softmax(1)[range(len(f)), self.labels[f]]
+                loss = loss + term.lamda * (q_hat - scores + term.delta).clamp(min=0).mean()
+            gradients = self.net.gradients(loss)
+            if job.name == "sfron" and not len(r):
+                gradients = {name: gradient * self.salient[name] for name, gradient in gradients.items()}
+                norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+                shrunk = min(1, self.options["max_norm"] / (norm + 1e-6))
+                gradients = {name: shrunk * gradient for name, gradient in gradients.items()}
+            self.net.descend(gradients, rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay, self.masks)
+        return self.net
+
+
+TRAINED = [name for name, entry in unlearn.METHODS.items() if entry.trained]
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *unlearn_cpu.METHODS])
+def test_several_epochs_of_a_trained_method_give_the_weights_of_its_paper(name):
+    given = OPTIONS.get(name.removeprefix("cpu_"), {})
+    conformal = {"lamda": LAMDA, "alpha": ALPHA, "delta": DELTA} if name.startswith("cpu_") else {}
+    job = small_job(name, **given, **conformal)
+    before = SmallNet()
+    after = run(job)
+    Reference(job, before).run().assert_equal(after)
+    assert after["1.running_mean"].equal(before[1].running_mean) == (name == "GA")
+
+
+def test_milestones_replace_the_cosine():
+    job = small_job("finetune", milestones=[1, 3], num_epochs=4)
+    rates_seen = []
+    job.epoch_done = lambda record: rates_seen.append(record["learning_rate"])
+    after = run(job)
+    Reference(job, SmallNet()).run().assert_equal(after)
+    assert rates_seen == pytest.approx([0.05, 0.005, 0.005, 0.0005])
+
+
+def test_cosine_starts_at_the_rate_and_heads_for_zero():
+    job, rates_seen = small_job("finetune", num_epochs=4), []
+    job.epoch_done = lambda record: rates_seen.append(record["learning_rate"])
+    run(job)
+    assert rates_seen == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
+
+
+def test_without_other_settings_sgd_has_momentum_and_weight_decay():
+    recipe = unlearn.Recipe(3, 0.1)
+    assert (recipe.momentum, recipe.weight_decay, recipe.batch_size) == (0.9, 5e-4, 64)
+    assert {entry.momentum for entry in unlearn.METHODS.values()} == {0.9}
+
+
+# ---------------------------------------------------------------- the steps of each method
+
+
+def epochs_of(job):
+    steps = training_steps(job)
+    return [
+        [(r.tolist(), f.tolist()) for epoch, r, f in steps if epoch == number]
+        for number in range(1, 1 + max(epoch for epoch, *_ in steps))
+    ]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_augmented_and_nothing_else_is(name):
+    job = small_job(name, **OPTIONS.get(name, {}))
+    run(job)
+    augmented = [seed for _, seed in job.data.train.uses if seed is not None]
+    assert len(set(augmented)) == job.recipe.num_epochs  # a generator of its own for every epoch
+    unaugmented = sum(len(indices) for indices, seed in job.data.train.uses if seed is None)
+    importances = {"salun": 11, "sfron": 30}.get(name, 0)
+    assert unaugmented == 30 * job.recipe.num_epochs + importances  # accuracies after each epoch see all 30 images
+    assert not any(seed for _, seed in job.data.held_out.uses)
+
+
+@pytest.mark.parametrize("name", ["finetune", "retrain", "GA", "RL", "ga_plus", "teacher", "salun"])
+def test_an_epoch_has_every_image_of_its_parts_once_in_near_equal_steps(name):
+    job = small_job(name, **OPTIONS.get(name, {}))
+    run(job)
+    retain = [] if name == "GA" else job.split.retain.tolist()
+    forget = [] if name in ("finetune", "retrain") else job.split.forget.tolist()
+    orders = []
+    for steps in epochs_of(job):
+        assert sorted(sum((r for r, _ in steps), [])) == retain
+        assert sorted(sum((f for _, f in steps), [])) == forget
+        assert len(steps) == math.ceil((len(retain) + len(forget)) / 8)
+        for sizes in ([len(r) for r, _ in steps], [len(f) for _, f in steps]):
+            assert max(sizes) - min(sizes) <= 1
+        orders.append(str(steps))
+    assert len(set(orders)) == len(orders) == 3
+
+
+def test_scrub_passes_through_the_forget_images_first_in_its_first_epochs():
+    job = small_job("scrub", **OPTIONS["scrub"])
+    run(job)
+    for number, steps in enumerate(epochs_of(job), 1):
+        maximised = [f for _, f in steps if f]
+        assert len(maximised) == (2 if number <= 2 else 0) and len(steps) == len(maximised) + 3
+        assert all(not r for r, _ in steps[: len(maximised)])
+        assert sorted(sum(maximised, [])) == (job.split.forget.tolist() if maximised else [])
+        assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
+
+
+def test_sfron_ascends_before_every_nth_repair_and_repeats_no_forget_image_within_a_pass():
+    job = small_job("sfron", retain=33, forget=11, ascent_every=2, num_epochs=2)
+    run(job)
+    for steps in epochs_of(job):
+        assert ["ascent" if f else "repair" for _, f in steps] == ["ascent", "repair", "repair"] * 2 + [
+            "ascent",
+            "repair",
+        ]
+        ascents = [f for _, f in steps if f]
+        assert [len(f) for f in ascents] == [8, 3, 8]
+        assert sorted(ascents[0] + ascents[1]) == job.split.forget.tolist() and ascents[0] != ascents[2]
+        assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
+    first, second = (steps[0][1] for steps in epochs_of(job))
+    assert first != second
+
+
+def test_conformal_term_joins_forget_images_to_the_steps_without_any():
+    job, plain = small_job("cpu_scrub", lamda=0.5, msteps=1), small_job("scrub", msteps=1)
+    run(job), run(plain)
+    for steps, base in zip(epochs_of(job), epochs_of(plain), strict=True):
+        assert [r for r, _ in steps] == [r for r, _ in base]
+        own = [f for _, f in base if f]
+        assert [f for _, f in steps][: len(own)] == own
+        joined = [f for r, f in steps if r]
+        assert sorted(sum(joined, [])) == job.split.forget.tolist() and [len(f) for f in joined] == [4, 4, 3]
+
+
+# ---------------------------------------------------------------- where gradient ascent ends
+
+
+def ascent_job(stop_accuracy, **given):
+    """Gradient ascent on images whose labels are what the original answers, with 12 epochs to forget them."""
+    job = small_job("GA", num_epochs=12, learning_rate=0.002, stop_accuracy=stop_accuracy, **given)
+    job.data.train.labels = ByHand(job.model).logits(job.data.train.inputs).argmax(1)
+    return job
+
+
+def forget_accuracies(job):
+    seen = []
+    job.epoch_done = lambda record: seen.append(record["forget_acc"])
+    run(job)
+    return seen
+
+
+def test_gradient_ascent_ends_after_the_first_epoch_at_or_below_the_stop_accuracy():
+    free = forget_accuracies(ascent_job(-1.0))
+    assert len(free) == 12 and len(set(free)) > 3 and free[0] > 0.5
+    for stop in (free[3], (free[0] + min(free)) / 2):
+        first = next(number for number, accuracy in enumerate(free) if accuracy <= stop)
+        assert forget_accuracies(ascent_job(stop)) == free[: first + 1]
+
+
+def test_gradient_ascent_without_a_stop_accuracy_ends_at_that_of_training_calibration():
+    job = ascent_job(None)
+    answers = ByHand(job.model).logits(job.data.held_out.inputs).argmax(1)
+    split, labels = job.split, job.data.held_out.labels
+    labels[:] = (answers + 1) % CLASSES  # all wrong, but 14 of 20 and 11 of 12 and 1 of 8
+    for part, right in ((split.train_calibration, 14), (split.test, 11), (split.calibration, 1)):
+        labels[part[:right]] = answers[part[:right]]
+    assert unlearn.ascent_end(job) == 14 / 20
+    ended = forget_accuracies(job)
+    assert ended == forget_accuracies(ascent_job(0.7)) and 2 <= len(ended) < 12
+
+
+def test_gradient_ascent_of_a_class_ends_at_one_percent():
+    assert unlearn.ascent_end(ascent_job(None, forget_class=0)) == 0.01
+
+
+def test_gradient_ascent_keeps_the_running_statistics_of_every_kind_of_batch_norm():
+    job = small_job("GA", num_epochs=2, stop_accuracy=0.0)
+    norm = torch.nn.BatchNorm1d(128)
+    job.model.insert(4, norm)
+    unlearn.METHODS["GA"].run(job)
+    assert norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() and not norm.bias.eq(0).all()
+
+
+# ---------------------------------------------------------------- methods without training
+
+
+def by_importances(job):
+    """Empirical Fisher information of the forget images and of all training images, by hand."""
+    net, split, train = ByHand(SmallNet()), job.split, job.data.train
+    everything = torch.cat([split.retain, split.forget])
+    return [net.empirical_fisher(train.inputs[part], train.labels[part]) for part in (split.forget, everything)]
+
+
+def test_ssd_dampens_the_weights_that_its_paper_selects():
+    job = small_job("ssd", selection_weighting=1.7, dampening_constant=0.6)
+    after, weights = run(job), ByHand(SmallNet()).state()
+    selected = 0
+    for name, forget, overall in zip(
+        *[[*part] for part in (weights, *map(dict.values, by_importances(job)))], strict=False
+    ):
+        factor = torch.where(forget > 1.7 * overall, (0.6 * overall / forget).clamp(max=1), 1.0)
+        selected += (factor < 1).sum().item()
+        torch.testing.assert_close(after[name].double(), weights[name] * factor, rtol=1e-4, atol=1e-7)
+    assert 20 < selected < 400
+    assert after["1.running_mean"].equal(SmallNet()[1].running_mean)
+    assert all(seed is None for _, seed in job.data.train.uses)
+
+
+def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_images():
+    job = small_job("FisherForgetting", noise=3e-4)
+    after, net = run(job), ByHand(SmallNet())
+    fisher = net.expected_fisher(job.data.train.inputs[job.split.retain])
+    rng = utils.generator(job.seed, job.name, "noise")
+    for name, weight in net.weights.items():
+        largest = 100 if name.startswith("4.") else 1000
+        variance = 3e-4 * (1 / (fisher[name] + 1e-8)).clamp(max=largest)
+        noise = torch.randn(weight.shape, generator=rng).double() * variance.sqrt()
+        torch.testing.assert_close(after[name].double(), weight.detach() + noise, rtol=1e-4, atol=1e-6)
+    assert all(seed is None for _, seed in job.data.train.uses)
+
+
+def test_the_last_layer_is_found_where_other_layers_are_as_wide():
+    assert unlearn.last_layer(ResNet18(64, 8), 64) == {"fc.weight", "fc.bias"}  # the last stage has 64 channels
+    assert unlearn.last_layer(SmallNet(), CLASSES) == {"4.weight", "4.bias"}
+    assert unlearn.last_layer(torch.nn.Linear(8, 3, bias=False), 3) == {"weight"}
+    heads = torch.nn.ModuleDict({"norm": torch.nn.BatchNorm1d(3), "head": torch.nn.Linear(8, 3)})
+    heads["head_dist"] = torch.nn.Conv2d(8, 3, 1)
+    assert unlearn.last_layer(heads, 3) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+# ---------------------------------------------------------------- the original is only read
+
+
+@pytest.mark.parametrize("name", ["teacher", "scrub"])
+def test_distillation_leaves_its_teachers_as_they_were(name, monkeypatch):
+    teachers, plain = [], unlearn.Batch.answers
+
+    def answers(batch, network, part):
+        teachers.append(network)
+        return plain(batch, network, part)
+
+    monkeypatch.setattr(unlearn.Batch, "answers", answers)
+    job = small_job(name)
+    untrained = SmallNet(7).train()
+    job.new_model = lambda: untrained
+    run(job)
+    kinds = {id(network): network for network in teachers}
+    assert len(kinds) == (2 if name == "teacher" else 1) and id(job.model) not in kinds
+    for network in kinds.values():
+        expected = SmallNet(7) if network is untrained else SmallNet()
+        assert not network.training and not any(weight.requires_grad for weight in network.parameters())
+        assert all(tensor.equal(expected.state_dict()[key]) for key, tensor in network.state_dict().items())

@@ -1,0 +1,415 @@
+"""Whole runs in process, as main_original_model.py and main_unlearn.py start them, on 60 of the digits."""
+
+import contextlib
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small import arguments
+
+import main_original_model
+import unlearn
+import unlearn_cpu
+import utils
+from models.resnet import ResNet18
+
+TRAINING = ["--width", 8, "--device", "cpu", "--wandb_mode", "disabled", "--batch_size", 16]
+SCENARIO = ["--retain_ratio", 0.7]
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """60 training and 60 held-out digits."""
+    parts = [
+        utils.Images(part.pixels[:60], part.labels[:60], part.spec, part.size)
+        for part in (digits.train, digits.held_out)
+    ]
+    return utils.Data(*parts, digits.classes, "few")
+
+
+@pytest.fixture(autouse=True)
+def few_images(few, monkeypatch):
+    monkeypatch.setattr(utils, "load_data", lambda args, device: few)
+
+
+def flags_in(folder, *given):
+    return arguments(*TRAINING, "--runs_dir", folder, *given, data="digits")
+
+
+def unlearn_in(folder, names, *given, methods=unlearn.METHODS, **options):
+    """(exit status, what was printed) of main_unlearn.py's run."""
+    args, said = flags_in(folder, *SCENARIO, *given), io.StringIO()
+    args.unlearn_name = names
+    with contextlib.redirect_stdout(said):
+        status = unlearn.run_methods(args, methods, **options)
+    return status, said.getvalue()
+
+
+def train_original(folder, data, *given):
+    for seed_args in utils.each_seed(flags_in(folder, "--num_epochs", 2, *given)):
+        main_original_model.train_original(seed_args, data, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, few):
+    """A folder with an original model for seed 1 and 2."""
+    folder = tmp_path_factory.mktemp("runs")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train_original(folder, few, "--seeds", "1,2")
+    return folder
+
+
+@pytest.fixture
+def original(trained, tmp_path):
+    """The same in a folder of the test's own."""
+    root = trained / "resnet18w8_few_seed1"
+    copy = tmp_path / root.name
+    copy.mkdir()
+    for name in ("original_model.pth", "original_model.json"):
+        (copy / name).write_bytes((root / name).read_bytes())
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def everything(trained, few):
+    """All methods and variants, one epoch each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "load_data", lambda args, device: few)
+        status, said = unlearn_in(trained, ["all"], "--num_epochs", 1)
+        cpu_status, cpu_said = unlearn_in(
+            trained, ["finetune", "scrub"], "--num_epochs", 2, "--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02,
+            methods=unlearn_cpu.METHODS, term_of=conformal_term, prefix="cpu_",
+        )  # fmt: skip
+    return SimpleNamespace(
+        root=trained / "resnet18w8_few_seed1/random_0.7", status=(status, cpu_status), said=said, cpu_said=cpu_said
+    )
+
+
+def conformal_term(args, data, split):
+    return unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def model_of(path):
+    model = ResNet18(10, 8)
+    model.load_state_dict(utils.read_checkpoint(path)[0])
+    return model
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
+    root = trained / "resnet18w8_few_seed1"
+    record = json.loads((root / "original_model.json").read_text())
+    assert [line["epoch"] for line in record["history"]] == [1, 2] and record["method"] == "original"
+    assert record["recipe"]["num_epochs"] == 2 and record["identity"]["training_images"] == few.fingerprint
+    assert set(record["accuracies"]) == {"retain", "test"}
+    args = flags_in(trained)
+    split = utils.make_split(few, args, scenario=False)
+    assert len(split.retain) == 60
+    job = unlearn.Job("x", "x", model_of(root / "original_model.pth"), few, split, None, 1)
+    assert unlearn.accuracies(job) == record["accuracies"]
+    other = utils.read_checkpoint(trained / "resnet18w8_few_seed2/original_model.pth")[0]
+    assert utils.weights_hash(other) != utils.weights_hash(job.model.state_dict())
+
+
+def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everything, few):
+    assert everything.status == (0, 0)
+    split = utils.make_split(few, flags_in("", *SCENARIO))
+    original = utils.weights_hash(utils.read_checkpoint(everything.root.parent / "original_model.pth")[0])
+    hashes = {original}
+    for name in [*unlearn.METHODS, "cpu_finetune", "cpu_scrub"]:
+        folder, entry = everything.root / name, unlearn.METHODS[name.removeprefix("cpu_")]
+        found = results(folder)
+        model = model_of(folder / "unlearning_model.pth")
+        job = unlearn.Job(name, name, model, few, split, None, 1)
+        assert unlearn.accuracies(job) == found["accuracies"] and set(found["accuracies"]) == {
+            "retain",
+            "forget",
+            "test",
+        }
+        assert found["method"] == name and found["seconds"] > 0 and found["original_seconds"] > 0
+        assert found["forget_set"] == split.fingerprint and found["num_forget"] == 18
+        assert found["unlearn_type"] == "random" and "history" not in found
+        assert found["identity"]["original"] == original and found["identity"]["forget_set"] == split.fingerprint
+        assert (found["recipe"] is not None) == entry.trained and set(found["options"]) == set(entry.options)
+        lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        assert len(lines) == (0 if not entry.trained else 2 if name.startswith("cpu_") else 1)
+        assert not (folder / "resume.pth").exists() and not (folder / "failure.json").exists()
+        hashes.add(utils.weights_hash(model.state_dict()))
+        assert f"{name} epoch 1" in everything.said + everything.cpu_said or not entry.trained
+    assert len(hashes) == len(unlearn.METHODS) + 3 - ("ssd" in unlearn.METHODS and ssd_did_nothing(everything))
+    assert [path.name for path in everything.root.glob("*/saliency_mask.pth")] == ["saliency_mask.pth"]
+
+
+def ssd_did_nothing(everything):
+    models = [everything.root.parent / "original_model.pth", everything.root / "ssd/unlearning_model.pth"]
+    return len({utils.weights_hash(utils.read_checkpoint(path)[0]) for path in models}) == 1
+
+
+def test_a_conformal_variant_has_its_terms_numbers_in_its_identity(everything):
+    identity = results(everything.root / "cpu_finetune")["identity"]
+    assert (identity["alpha"], identity["delta"], identity["lamda"]) == (0.3, 0.02, 0.4)
+    assert not {"alpha", "delta", "lamda"} & results(everything.root / "finetune")["identity"].keys()
+    lines = (everything.root / "cpu_finetune/history.jsonl").read_text().splitlines()
+    assert all("q_hat" in json.loads(line) for line in lines)
+
+
+def test_the_table_has_a_row_for_every_method(everything):
+    lines = everything.said.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["method", "epochs"])
+    rows = {line.split()[0]: line.split() for line in lines[start + 1 :]}
+    assert list(rows) == list(unlearn.METHODS) and "note" not in lines[start]
+    found = results(everything.root / "salun")
+    accuracies = [f"{100 * found['accuracies'][part]:.1f}" for part in ("retain", "forget", "test")]
+    assert rows["salun"] == ["salun", "1", "0.013", *accuracies, f"{found['seconds']:.1f}"]
+    assert rows["ssd"][1:3] == ["–", "–"]
+
+
+def test_what_is_done_is_not_done_again(everything, trained):
+    before = (everything.root / "salun/unlearning_model.pth").stat().st_mtime_ns
+    status, said = unlearn_in(trained, ["salun"], "--num_epochs", 1)
+    assert status == 0 and "already done" in said and "salun epoch 1" not in said
+    assert said.splitlines()[-1].split()[:3] == ["salun", "1", "0.013"]
+    assert (everything.root / "salun/unlearning_model.pth").stat().st_mtime_ns == before
+
+
+def test_a_done_run_of_other_settings_is_an_error_that_names_them(everything, trained):
+    with pytest.raises(utils.UserError, match=r"num_epochs 1 .*2 .*--overwrite"):
+        unlearn_in(trained, ["RL", "salun"], "--num_epochs", 2)
+    with pytest.raises(utils.UserError, match="lamda 0.4 .*0.5 "):
+        unlearn_in(
+            trained, ["finetune"], "--num_epochs", 2, "--alpha", 0.3, "--delta", 0.02,
+            methods=unlearn_cpu.METHODS, term_of=conformal_term, prefix="cpu_",
+        )  # fmt: skip
+
+
+def test_overwrite_replaces_a_run_and_the_first_seed_gives_the_same_weights(everything, original):
+    """In another folder, since the tests above read the first."""
+    assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_ratio", 0.2)[0] == 0
+    folder = original / "resnet18w8_few_seed1/random_0.7/salun"
+    sparse = utils.read_checkpoint(folder / "saliency_mask.pth")[0]
+    assert sum(mask.sum() for mask in sparse.values()) == round(0.2 * sum(mask.numel() for mask in sparse.values()))
+    status, said = unlearn_in(original, ["salun"], "--num_epochs", 1, "--overwrite")
+    assert status == 0 and "salun epoch 1" in said
+    again, first = (
+        utils.read_checkpoint(path / "salun/unlearning_model.pth")[0] for path in (folder.parent, everything.root)
+    )
+    assert utils.weights_hash(again) == utils.weights_hash(first)
+
+
+def test_a_saved_mask_is_used_and_part_of_the_identity(everything, original):
+    path = everything.root / "salun/saliency_mask.pth"
+    assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_path", path)[0] == 0
+    folder = original / "resnet18w8_few_seed1/random_0.7/salun"
+    used, saved = (utils.read_checkpoint(part / "saliency_mask.pth")[0] for part in (folder, path.parent))
+    assert results(folder)["identity"]["mask_path"] == utils.weights_hash(saved) == utils.weights_hash(used)
+    model, expected = (utils.read_checkpoint(part / "unlearning_model.pth")[0] for part in (folder, path.parent))
+    assert utils.weights_hash(model) == utils.weights_hash(expected)
+
+
+def test_initialisation_differs_between_seeds_and_not_between_runs(trained, few, monkeypatch):
+    made = []
+    for seed in (1, 1, 2):
+        torch.rand(3)
+        args = flags_in(trained, *SCENARIO, "--seed", seed, "--num_epochs", 1, "--overwrite")
+        plan = unlearn.plan_runs(args, ["retrain"], unlearn.METHODS, few, torch.device("cpu"), lambda *_: None)
+        caught = []
+        entry = SimpleNamespace(run=lambda job, caught=caught: caught.append(job.new_model()))
+        list(unlearn.run_plan(plan, {"retrain": entry}, few, torch.device("cpu"), ""))
+        made.append(utils.weights_hash(caught[0].state_dict()))
+    assert made[0] == made[1] != made[2]
+
+
+def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(original, few, monkeypatch):
+    asked, plain = [], utils.build_model
+
+    def build_model(*arguments, pretrained):
+        asked.append(pretrained)
+        return plain(*arguments, pretrained=pretrained)
+
+    monkeypatch.setattr(utils, "build_model", build_model)
+    unlearn_in(original, ["retrain"], "--num_epochs", 1)
+    assert asked == [False, False, True]  # to check the weights, for the job, for Retrain
+
+
+# ---------------------------------------------------------------- failures
+
+
+def diverging(job):
+    """A method that fails."""
+    raise unlearn.Diverged("too fast")
+
+
+BROKEN = unlearn.METHODS | {"broken": unlearn.Method(diverging, 1, 0.1, 0.9, {}, {}, True, True)}
+
+
+def test_a_failure_is_a_row_and_the_other_methods_still_run(original):
+    status, said = unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=BROKEN)
+    root = original / "resnet18w8_few_seed1/random_0.7"
+    assert status == 2 and "broken (seed 1) failed: too fast" in said
+    assert (root / "finetune/unlearning_model.pth").exists() and not (root / "broken/unlearning_model.pth").exists()
+    failure = json.loads((root / "broken/failure.json").read_text())
+    assert failure["error"] == "too fast" and failure["forget_set"] == results(root / "finetune")["forget_set"]
+    rows = [line.split() for line in said.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["broken", "finetune"] and rows[0][-2:] == ["too", "fast"] and rows[1][-1] == "–"
+
+    working = BROKEN | {"broken": unlearn.METHODS["finetune"]}
+    assert unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=working)[0] == 0
+    assert not (root / "broken/failure.json").exists()
+
+
+def test_one_method_that_fails_alone_is_an_error(original):
+    with pytest.raises(unlearn.Diverged, match="too fast"):
+        unlearn_in(original, ["broken"], methods=BROKEN)
+
+
+def test_failures_over_seeds_name_the_seed(trained):
+    status, said = unlearn_in(trained, ["broken"], "--seeds", "1,2", methods=BROKEN)
+    assert status == 2 and "broken (seed 2) failed" in said
+    assert "seed 1: too fast; seed 2: too fast" in said.splitlines()[-1]
+
+
+def test_seeds_share_one_row_of_means(trained):
+    status, said = unlearn_in(trained, ["teacher"], "--seeds", "1,2", "--num_epochs", 1)
+    assert status == 0
+    found = [
+        results(trained / f"resnet18w8_few_seed{seed}/random_0.7/teacher")["accuracies"]["test"] for seed in (1, 2)
+    ]
+    row = said.splitlines()[-1].split()
+    assert row[0] == "teacher" and row[5] == utils.format_cell(
+        utils.Spread(sum(found) / 2, abs(found[0] - found[1]) / math.sqrt(2)), "percent"
+    )
+
+
+def test_weights_that_are_not_finite_are_not_saved(original):
+    def infinite(job):
+        with torch.no_grad():
+            job.model.fc.bias[0] = math.inf
+
+    methods = unlearn.METHODS | {"infinite": unlearn.Method(infinite, None, None, 0.9, {}, {}, False, False)}
+    args = flags_in(original, *SCENARIO)
+    args.unlearn_name, args.batch_size = ["infinite"], None
+    with pytest.raises(unlearn.Diverged, match="infinite diverged: some of its weights are not finite"):
+        unlearn.run_methods(args, methods)
+    assert not list(original.glob("*/*/infinite/*.pth"))
+
+
+# ---------------------------------------------------------------- interruption
+
+
+def stops(kind, after=2):
+    """Fine-tuning that ``kind`` ends after so many epochs, once."""
+    left = [1]
+
+    def method(job):
+        plain = job.epoch_done
+
+        def epoch_done(record):
+            plain(record)
+            if record["epoch"] == after + 1 and left:
+                left.clear()
+                raise kind("stopped")
+
+        job.epoch_done = epoch_done
+        unlearn.train(job, unlearn.retain_cross_entropy)
+
+    return unlearn.METHODS | {"finetune": unlearn.Method(method, 3, 0.1, 0.9, {}, {}, True, True)}
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, utils.UserError])
+def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, tmp_path):
+    methods = stops(kind)
+    given = ["--num_epochs", 4, "--save_every", 1000]
+    with pytest.raises(utils.Interrupted if kind is KeyboardInterrupt else kind) as caught:
+        unlearn_in(original, ["finetune"], *given, methods=methods)
+    assert "--resume" in str(caught.value) or kind is not KeyboardInterrupt
+    folder = original / "resnet18w8_few_seed1/random_0.7/finetune"
+    assert utils.read_state(folder / "resume.pth")["epoch"] == 2 and not (folder / "unlearning_model.pth").exists()
+    status, said = unlearn_in(original, ["finetune"], *given, "--resume", methods=methods)
+    assert status == 0 and "after epoch 2" in said and "epoch 2/4" not in said and "epoch 3/4" in said
+    resumed = utils.read_checkpoint(folder / "unlearning_model.pth")[0]
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 4 and not (folder / "resume.pth").exists()
+    unlearn_in(original, ["finetune"], *given, "--overwrite", methods=methods)
+    whole = utils.read_checkpoint(folder / "unlearning_model.pth")[0]
+    assert utils.weights_hash(whole) == utils.weights_hash(resumed)
+
+
+def test_an_interruption_before_the_first_epoch_has_nothing_to_resume(original):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        unlearn_in(original, ["finetune"], methods=stops(KeyboardInterrupt, after=0))
+    assert not isinstance(caught.value, utils.Interrupted) and not list(original.glob("*/*/*/resume.pth"))
+
+
+def test_divergence_keeps_no_state_to_resume(original):
+    with pytest.raises(unlearn.Diverged):
+        unlearn_in(original, ["finetune"], "--save_every", 1000, methods=stops(unlearn.Diverged))
+    assert not list(original.glob("*/*/*/resume.pth"))
+
+
+def test_the_settings_for_compiling_and_saving_reach_the_job(original):
+    seen = []
+
+    def method(job):
+        seen.append((job.compile, job.progress._every, job.seed, job.name, job.label, job.quiet))
+
+    methods = {"cpu_finetune": unlearn.Method(method, 3, 0.1, 0.9, {}, {}, True, True)}
+    unlearn_in(original, ["finetune"], "--compile", "--save_every", 7, methods=methods, prefix="cpu_")
+    assert seen == [(True, 7.0, 1, "finetune", "cpu_finetune", False)]
+
+
+# ---------------------------------------------------------------- results that are there already
+
+
+def test_only_an_equal_run_is_already_done(tmp_path):
+    path, identity = tmp_path / "model.pth", {"num_epochs": 3, "precision": "fp32"}
+    utils.save_tensors(path, {"w": torch.zeros(1)}, {"identity": identity, "seconds": 2.5})
+
+    def found(given, **flags):
+        return unlearn.already_done(path, given, SimpleNamespace(**{"overwrite": False, "precision": "auto"} | flags))
+
+    assert found(identity)["seconds"] == 2.5
+    assert found(identity, overwrite=True) is None
+    assert found(identity | {"precision": "bf16"})["seconds"] == 2.5  # another device's auto
+    for other, flags in [
+        (identity | {"precision": "bf16"}, {"precision": "bf16"}),
+        (identity | {"num_epochs": 4}, {}),
+        (identity | {"beta": 1}, {}),
+        ({"precision": "fp32"}, {}),
+    ]:
+        with pytest.raises(utils.UserError, match="model.pth.*--overwrite"):
+            found(other, **flags)
+    absent = tmp_path / "absent.pth"
+    assert unlearn.already_done(absent, identity, SimpleNamespace(overwrite=False, precision="auto")) is None
+    path.write_text("torn")
+    with pytest.raises(utils.UserError, match="--overwrite"):
+        found(identity)
+    assert found(identity, overwrite=True) is None
+
+
+def test_a_mask_of_another_network_or_no_mask_is_refused(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    path = tmp_path / "mask.pth"
+    good = {"weight": torch.tensor([[1, 0], [0, 0], [1, 1]]), "bias": torch.tensor([True, False, True])}
+    utils.save_tensors(path, good, {})
+    masks = unlearn.read_mask(path, model)
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "weight": [[True, False], [False, False], [True, True]],
+        "bias": [True, False, True],
+    }
+    for odd, words in [
+        (good | {"weight": torch.ones(3, 3)}, "weight differs or is missing"),
+        ({"weight": good["weight"]}, "bias differs or is missing"),
+        (good | {"extra": torch.ones(1)}, "extra differs or is missing"),
+        (good | {"weight": torch.full((3, 2), 0.5)}, "other values than 0 and 1"),
+    ]:
+        utils.save_tensors(path, odd, {})
+        with pytest.raises(utils.UserError, match=f"--mask_path .*{words}"):
+            unlearn.read_mask(path, model)
