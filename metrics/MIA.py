@@ -96,7 +96,7 @@ def ranking_attack(member_scores, non_member_scores):
     """How well confidence ranks members before non-members: area under the ROC curve, and the true-positive rates at
     1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
 
-    Both are the scores 1 − p_y, float64, which keep apart what is nearly certain. → (AUC, [TPR, ...]).
+    Both are scores, 1 − p_y or what increases with it: log-odds distinguish what is nearly certain. → (AUC, [TPR, ...]).
     """
     confidence = -torch.cat([member_scores, non_member_scores]).numpy()
     membership = np.repeat([1, 0], [len(member_scores), len(non_member_scores)])
@@ -136,9 +136,8 @@ def report(outputs, settings):
         scalars[key] = float(1 - attack.says_member(forget[name]).mean())
         right = attack.says_member(features[held_members]).mean()
         scalars[f"{key}_privacy"] = float((right + 1 - attack.says_member(held_out[name][held_non_members]).mean()) / 2)
-    test = outputs.test()
     scalars["AUC"], rates = ranking_attack(
-        scores.true_label_scores(*outputs.forget),
-        scores.true_label_scores(outputs.held_out.logits[test], outputs.held_out.labels[test]),
+        scores.true_label_log_odds(*outputs.forget),
+        scores.true_label_log_odds(*outputs.held_out.of(outputs.test())),
     )
     return scalars | dict(zip(("TPR@1%", "TPR@0.1%"), rates, strict=True)), {}

@@ -4,6 +4,8 @@ The attack is the SVM on the confidence in the own label; its probabilities make
 which held-out members and non-members calibrate.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -56,9 +58,12 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
     """Share of the targets whose conformal set is exactly {non-member}.
 
     All scores are M×2 as :func:`membership_scores` gives them. q̂ is the conformal quantile of the scores of
-    the true membership on held-out members and non-members, which the attack was not trained on.
+    the true membership on held-out members and non-members, which the attack was not trained on. NaN where these
+    are too few for a finite q̂.
     """
-    q_hat = CR.conformal_quantile(torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha)
+    q_hat = CR.finite_quantile(torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha)
+    if math.isnan(q_hat):
+        return math.nan
     sets = CR.prediction_sets(target_scores, q_hat)
     return (sets[:, NON_MEMBER] & ~sets[:, MEMBER]).double().mean().item()
 
@@ -67,6 +72,7 @@ def report(outputs, settings):
     """MIACR per (score, calibration size, α): the same for every score. Returns ``({}, rows)``.
 
     Each draw of the held-out images trains an attack of its own, so that no image trains and calibrates one.
+    ``MIACR_calibration_images`` counts the members and non-members that calibrate the split's own.
     """
     confidence = {name: MIA.confidences(*getattr(outputs, name)) for name in ("retain", "held_out", "forget")}
     parts = [MIA.divide(outputs, settings.seed, draw) for draw in range(outputs.num_draws)]
@@ -90,7 +96,9 @@ def report(outputs, settings):
             )
             for alpha, values in found.items():
                 values.append(miacr(targets, members, non_members, alpha))
+        calibrated = 2 * min(len(parts[0][0]), len(outputs.calibration(size)))
         for alpha, values in found.items():
             row = CR.over_draws({"MIACR": torch.tensor(values, dtype=torch.float64)})
+            row["MIACR_calibration_images"] = calibrated
             rows |= {(score.name, size, alpha): dict(row) for score in settings.scores}
     return {}, rows
