@@ -252,7 +252,9 @@ def report(outputs, settings):
             for number, alpha in enumerate(settings.alphas):
                 row = over_draws({key: values[:, number] for key, values in found.items()})
                 row |= _against_theory(outputs, size, alpha, found["test_coverage"][:, number])
-                row |= _calibration_facts(outputs, size, {key: found[key][:, number] for key in found if "q_hat" in key})
+                row |= _calibration_facts(
+                    outputs, size, {key: found[key][:, number] for key in found if "q_hat" in key}
+                )
                 rows[score.name, size, alpha] = row
     return {}, rows
 

@@ -96,7 +96,8 @@ def ranking_attack(member_scores, non_member_scores):
     """How well confidence ranks members before non-members: area under the ROC curve, and the true-positive rates at
     1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
 
-    Both are scores, 1 − p_y or what increases with it: log-odds distinguish what is nearly certain. → (AUC, [TPR, ...]).
+    Both are scores, 1 − p_y or what increases with it: log-odds distinguish what is nearly certain.
+    → (AUC, [TPR, ...]).
     """
     confidence = -torch.cat([member_scores, non_member_scores]).numpy()
     membership = np.repeat([1, 0], [len(member_scores), len(non_member_scores)])
