@@ -186,7 +186,9 @@ def evaluate_seed(args, data, device):
         alone = {row["method"] for row in every} == {row["method"] for row in rows}
         shown |= pictures_of_outputs(args, folder, evaluated, histograms, alone)
         pictures = {folder / file: found for file, found in shown.items()} | pictures
-    utils.save_text(folder / "classes.csv", as_csv(class_rows + tables.kept_classes({row["method"] for row in kept})))
+    kept_classes = tables.kept_classes({row["method"] for row in kept})
+    ordered = sorted(class_rows + kept_classes, key=_place) if kept_classes else class_rows
+    utils.save_text(folder / "classes.csv", as_csv(ordered))
     for path, audit in audits.items():
         utils.save_text(path, as_csv(audit))
     earlier = earlier_pictures(folder, {row["method"] for row in kept} if pictures else ())
@@ -325,7 +327,7 @@ def collect_outputs(model, data, split, args, path):
         return outputs, {}
     features = {part: tensor.numpy() for part, tensor in features.items()}
     labels = {part: output.labels.numpy() for part, output in found.items()}
-    tests = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
+    tests = {"probe_forget": outputs.forget_test().numpy(), "probe_retain": outputs.test().numpy()}
     return outputs, probe.linear_probe(
         np.concatenate([features["retain"], features["forget"]]),
         np.concatenate([labels["retain"], labels["forget"]]),
@@ -462,13 +464,19 @@ def table_rows(evaluated, failed, origins):
 
 def merge_rows(rows, kept):
     """The rows scored now and those kept, block by block (score, calibration size, α), in the order of the methods."""
-    order = {name: number for number, name in enumerate(["original", *unlearn.METHODS, *unlearn_cpu.METHODS])}
     blocks = {}
     for row in [*rows, *kept]:
         blocks.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(row)
     for block in blocks.values() if kept else ():
-        block.sort(key=lambda row: ("UA" not in row, order.get(row["method"], len(order)), row["method"]))
+        block.sort(key=_place)
     return [row for block in blocks.values() for row in block]
+
+
+def _place(row):
+    """Where a row comes among those of other methods: the original, those that failed last."""
+    known = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
+    name = row["method"]
+    return "note" in row, known.index(name) if name in known else len(known), name
 
 
 class EarlierTables:
@@ -551,8 +559,8 @@ def _read_csv(path):
 
 
 def _typed(row):
-    """A row of texts with numbers in the place of texts; an empty cell is left out in the row of a method that failed,
-    and is NaN in another. Raises ValueError for a cell that is not a number."""
+    """A row of texts with numbers as numbers. An empty cell is NaN, but left out where it is a text or in the row of a
+    method that failed. Raises ValueError for a cell that is not a number."""
 
     def number(text):
         if text in ("True", "False"):
@@ -561,9 +569,9 @@ def _typed(row):
 
     failed = "UA" in row and not row["UA"]
     return {
-        key: value or None if key in TEXTS else float(value) if key == "alpha" else number(value)
+        key: value if key in TEXTS else float(value) if key == "alpha" else number(value)
         for key, value in row.items()
-        if value or not failed
+        if value or not (failed or key in TEXTS)
     }
 
 
@@ -644,7 +652,8 @@ def missing_q_hats(evaluations):
             where.setdefault((row["cal_size"], images), set()).add(row["alpha"])
     for row in (row for evaluation in evaluations for row in evaluation.class_rows):
         if math.isnan(row["own_q_hat"]):
-            classes.setdefault(row["alpha"], {})[row["class"]] = row["calibration_images"]
+            counts = classes.setdefault(row["alpha"], {})
+            counts[row["class"]] = max(row["calibration_images"], counts.get(row["class"], 0))
     lines = [f"no finite q̂ for {name}: {_needed(where)}; {REMEDY}" for name, where in needs.items()]
     lines += [
         f"draws without a finite q̂ for {name} are left out of the means: "
@@ -653,11 +662,11 @@ def missing_q_hats(evaluations):
     ]
     if classes:
         where = "; ".join(
-            f"{len(names)} {'class' if len(names) == 1 else 'classes'} at alpha {alpha:g}, which needs "
-            f"{CR.least_images(alpha)} calibration images (found {min(names.values())} to {max(names.values())})"
-            for alpha, names in sorted(classes.items())
+            f"{len(counts)} {'class' if len(counts) == 1 else 'classes'} at alpha {alpha:g} "
+            f"({CR.least_images(alpha)} calibration images needed, at most {max(counts.values())} found)"
+            for alpha, counts in sorted(classes.items())
         )
-        lines.append(f"classes.csv has no finite q̂ of their own for {where}; {REMEDY}")
+        lines.append(f"no finite q̂ of a class's own, in classes.csv: {where}; {REMEDY}")
     return lines
 
 
@@ -667,8 +676,8 @@ REMEDY = "– in its place; choose a larger --alphas or more --cal_sizes"
 def _needed(where):
     """What is there and what is needed, from {(calibration size, images): alphas}."""
     return "; ".join(
-        f"{images or 'no'} calibration {'image' if images == 1 else 'images'} (--cal_sizes {size}), and "
-        + ", ".join(f"alpha {alpha:g} needs {CR.least_images(alpha)}" for alpha in sorted(alphas))
+        ", ".join(f"alpha {alpha:g} needs {CR.least_images(alpha)}" for alpha in sorted(alphas))
+        + f" and --cal_sizes {size} gives {images or 'no'} calibration {'image' if images == 1 else 'images'}"
         for (size, images), alphas in where.items()
     )
 
