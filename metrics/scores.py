@@ -60,9 +60,9 @@ def raps_log_odds(logits, u, penalty, k_reg):
     From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
     """
     ranked, order = _ranked(logits)
-    beyond = (torch.arange(1, logits.shape[1] + 1, device=logits.device) - k_reg).clamp(min=0)
+    ranks = torch.arange(1, logits.shape[1] + 1, dtype=torch.float64, device=logits.device)
     log_score, log_rest = _adaptive(ranked, u)
-    added = penalty * beyond
+    added = penalty * (ranks - k_reg).clamp(min=0)
     regularised = _from_both_ends(log_score.exp() + added, log_rest.exp() - added)
     return _unranked(torch.where(added > 0, regularised, _log_odds(log_score, log_rest)), order)
 
