@@ -11,10 +11,14 @@ import utils  # before torch
 
 # isort: split
 import csv
+import hashlib
 import io
+import itertools
 import json
 import math
+import os
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,6 +34,7 @@ MODEL_COLUMNS |= {"gap": ("gap %", "percent"), "UA_word": ("by UA", "text")} | p
 MODEL_COLUMNS |= {"seconds": ("time s", "seconds"), "RTE": ("RTE", "number"), "note": ("note", "text")}
 SET_COLUMNS = {"score": ("score", "text"), "cal_size": ("n_cal", "text"), "alpha": ("alpha", "text")}
 SET_COLUMNS |= {"method": ("method", "text")} | metrics.columns("ROW_COLUMNS") | {"CR_word": ("by CR", "text")}
+COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the differences, …_minus_retrain
 
 
 def main():
@@ -40,13 +45,15 @@ def main():
 
     device = utils.pick_device(args)
     data = utils.load_data(args, device)
-    tables = [evaluate_seed(seed_args, data, device) for seed_args in utils.each_seed(args)]
-    rows = [row for table in tables for row in table]
+    evaluations = [evaluate_seed(seed_args, data, device) for seed_args in utils.each_seed(args)]
+    rows = [row for evaluation in evaluations for row in evaluation.rows]
     if args.seeds:
-        rows = summarise(rows)
-        save_summary(args, data, device, rows)
+        scored = {row["method"] for row in rows}
+        every = summarise([row for evaluation in evaluations for row in evaluation.every])
+        save_summary(args, data, device, every)
+        rows = [row for row in every if row["method"] in scored]
     print_tables(rows)
-    for line in advice(tables):
+    for line in [*missing_q_hats(evaluations), *advice([evaluation.rows for evaluation in evaluations])]:
         print(line)
     return 0
 
@@ -122,8 +129,20 @@ def settings_of(args):
     return metrics.Settings(tuple(args.alphas), tuple(chosen), tuple(args.set_sizes), args.seed)
 
 
+@dataclass
+class Evaluation:
+    """What was found about the models of one seed: the rows scored now, every row of results.csv, and the rows of
+    the models scored now in classes.csv."""
+
+    rows: list[dict]
+    every: list[dict]
+    class_rows: list[dict]
+
+
 def evaluate_seed(args, data, device):
-    """Score the models of one seed and save what was found. Returns the rows of the table."""
+    """Score the models of one seed, then save what was found. Returns an :class:`Evaluation`.
+
+    Nothing is written before all models are scored."""
     args.cal_sizes = args.cal_sizes or [utils.default_cal_size(data)]
     split = utils.make_split(data, args, max(args.cal_sizes))
     root = utils.run_folder(args, data)
@@ -133,15 +152,13 @@ def evaluate_seed(args, data, device):
     settings = settings_of(args)
 
     utils.prepare_folder(folder, 2**24)
-    evaluated, histograms, class_rows, pictures = {}, {}, [], {}
+    evaluated, histograms, class_rows, audits, pictures = {}, {}, [], {}, {}
     for name, (path, state, meta) in checkpoints.items():
         start = time.perf_counter()
+        utils.prepare_folder(beside(path, name, folder, "samples.csv").parent, 2**20)
         utils.load_weights(model, state, path, data.train.spec)
-        outputs, scalars = collect_outputs(model, data, split, args)
-        try:
-            more, rows = metrics.evaluate(outputs, settings)
-        except ValueError as error:
-            raise utils.UserError(f"{path}: too few images to score: {error}") from error
+        outputs, scalars = collect_outputs(model, data, split, args, path)
+        more, rows = metrics.evaluate(outputs, settings)
         scalars |= more | {"seconds": meta.get("seconds"), "num_forget": len(split.forget)}
         if args.relearn:
             scalars["relearn"] = relearn(model, outputs, data, split, settings, args)
@@ -149,32 +166,87 @@ def evaluate_seed(args, data, device):
 
         class_rows += [{"method": name} | row for row in classwise.class_rows(outputs, settings, data.classes)]
         names = data.train.names and [data.train.names[index] for index in split.forget.tolist()]
-        utils.prepare_folder(beside(path, name, folder, "samples.csv").parent, 2**20)
-        audit = [
+        audits[beside(path, name, folder, "samples.csv")] = [
             row | {"label": data.classes[row["label"]], "prediction": data.classes[row["prediction"]]}
             for row in samples.sample_rows(outputs, settings, split.forget, names)
         ]
-        utils.save_text(beside(path, name, folder, "samples.csv"), as_csv(audit))
         if not args.no_pictures:
             histograms[name] = figures.histogram_data(outputs, settings)
             pictures[beside(path, name, folder, "fake_forgotten.png")] = fake_sheet(
                 outputs, settings, data, split, name
             )
 
-    compare_to_retrain(evaluated)
-    rows = table_rows(evaluated, failures(args, folder, split, evaluated))
-    utils.save_text(folder / "classes.csv", as_csv(class_rows))
+    origins = {name: origin(name, checkpoint, args, data, split) for name, checkpoint in checkpoints.items()}
+    failed = failures(folder, split.fingerprint)
+    tables = EarlierTables(folder)
+    kept = tables.kept(evaluated, split.fingerprint, failed)
+    compare_to_retrain(evaluated, kept, origins)
+    rows = table_rows(evaluated, asked_failures(args, failed, evaluated), origins)
+    every = merge_rows(rows, kept)
     if not args.no_pictures:
-        shown = figures.overview(rows, args.score[0], max(args.cal_sizes))
-        if args.score[0] == "thr":
-            histogram = figures.score_histograms(histograms, args.alphas[0])
-            shown["scores.png"] = ("Non-conformity scores", histogram)
-        if args.relearn:
-            curves = {name: scalars["relearn"] for name, (scalars, *_) in evaluated.items()}
-            shown["relearn.png"] = ("Do they come back?", figures.relearn_curves(curves, args.alphas[0]))
+        shown = figures.overview(every, args.score[0], max(args.cal_sizes))
+        alone = {row["method"] for row in every} == {row["method"] for row in rows}
+        shown |= pictures_of_outputs(args, folder, evaluated, histograms, alone)
         pictures = {folder / file: found for file, found in shown.items()} | pictures
-    save(args, data, split, device, checkpoints, evaluated, rows, pictures)
-    return rows
+    kept_classes = tables.kept_classes({row["method"] for row in kept})
+    ordered = sorted(class_rows + kept_classes, key=_place) if kept_classes else class_rows
+    utils.save_text(folder / "classes.csv", as_csv(ordered))
+    for path, audit in audits.items():
+        utils.save_text(path, as_csv(audit))
+    earlier = earlier_pictures(folder, {row["method"] for row in kept} if pictures else ())
+    save(args, data, split, device, checkpoints, evaluated, every, pictures, earlier)
+    return Evaluation(rows, every, class_rows)
+
+
+def pictures_of_outputs(args, folder, evaluated, histograms, alone):
+    """{file name: (caption, Figure)} of what only the models scored now can show: their scores, and relearning.
+
+    Unless they are ``alone`` in results.csv, a picture of more models keeps its name: theirs gets another."""
+    shown = {}
+    if args.score[0] == "thr":
+        histogram = figures.score_histograms(histograms, args.alphas[0])
+        shown["scores.png"] = ("Non-conformity scores", histogram)
+    if args.relearn:
+        curves = {name: scalars["relearn"] for name, (scalars, *_) in evaluated.items()}
+        shown["relearn.png"] = ("Do they come back?", figures.relearn_curves(curves, args.alphas[0]))
+    for file in list(shown):
+        partial = file.replace(".png", "_partial.png")
+        if alone:
+            (folder / partial).unlink(missing_ok=True)
+        elif (folder / file).is_file():
+            caption, figure = shown.pop(file)
+            shown[partial] = (f"{caption} ({', '.join(evaluated)} alone)", figure)
+    return shown
+
+
+def earlier_pictures(folder, methods):
+    """{caption: path} of the pictures of ``methods``, whose rows are kept, for the report."""
+    found = {f"Most fake-forgotten images of {name}": folder / name / "fake_forgotten.png" for name in methods}
+    if methods:
+        found["Non-conformity scores (earlier evaluation)"] = folder / "scores.png"
+        found["Do they come back? (earlier evaluation)"] = folder / "relearn.png"
+    return {caption: path for caption, path in found.items() if path.is_file()}
+
+
+def origin(name, checkpoint, args, data, split):
+    """The columns of results.csv that say what a model's rows are about: which weights, forget set and settings."""
+    path, state, _ = checkpoint
+    folder = utils.run_folder(args, data) / split.folder
+    chosen = ("seed", "resplits", "not_randomized", "raps_penalty", "raps_k", "saps_weight", "set_sizes")
+    settings = [data.fingerprint, max(args.cal_sizes), *(getattr(args, flag) for flag in chosen)]
+    known = {
+        "forget_set": split.fingerprint,
+        "weights": utils.weights_hash(state),
+        "model": os.path.relpath(path, folder)
+        if path.parent in (folder / name, folder.parent)
+        else str(path.resolve()),
+        "settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8],
+    }
+    return known | ({"forget_class": forgotten_name(args, data, split)} if split.forget_class is not None else {})
+
+
+def forgotten_name(args, data, split):
+    return (data.subclass_names if args.unlearn_type == "subclass" else data.classes)[split.forget_class]
 
 
 def locate_models(args, root, scenario):
@@ -223,10 +295,11 @@ def read_models(paths, args, data, split):
     return found
 
 
-def collect_outputs(model, data, split, args):
+def collect_outputs(model, data, split, args, path):
     """One pass of every scored image through the model. Returns (Outputs, numbers of the linear probe).
 
-    The probe sees the input of the last layer, caught on the way, where a class is forgotten."""
+    The probe sees the input of the last layer, caught on the way, where a class is forgotten. Raises UserError, with
+    the ``path`` of the model, for outputs that are not finite."""
     held_out = [split.calibration, split.test]
     forgotten = None
     if split.forget_class is not None:
@@ -245,13 +318,18 @@ def collect_outputs(model, data, split, args):
         else:
             *logits_labels, features[part] = utils.compute_features(model, images, indices, args.batch_size)
             found[part] = metrics.Output(*logits_labels)
+        if not found[part].logits.isfinite().all():
+            raise utils.UserError(
+                f"{path}: its outputs are not finite, although its weights are: the training that made it diverged; "
+                "train or unlearn again with a lower --learning_rate"
+            )
     draws = metrics.draw_splits(len(found["held_out"].labels), args.resplits, args.seed)
     outputs = metrics.Outputs(**found, cal_sizes=args.cal_sizes, draws=draws, forgotten=forgotten)
     if split.forget_class is None:
         return outputs, {}
     features = {part: tensor.numpy() for part, tensor in features.items()}
     labels = {part: output.labels.numpy() for part, output in found.items()}
-    tests = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
+    tests = {"probe_forget": outputs.forget_test().numpy(), "probe_retain": outputs.test().numpy()}
     return outputs, probe.linear_probe(
         np.concatenate([features["retain"], features["forget"]]),
         np.concatenate([labels["retain"], labels["forget"]]),
@@ -263,7 +341,8 @@ def collect_outputs(model, data, split, args):
 def relearn(model, outputs, data, split, settings, args):
     """How accuracy and coverage of forget images come back while a tenth of them is learnt again (--relearn K).
 
-    Coverage is at the first α, under the first score, with q̂ taken anew from the retained classes' calibration images.
+    Coverage is at the first α, under the first score, with each step's q̂ from the retained classes' calibration images;
+    NaN where these are too few.
     """
     score, size = settings.scores[0], max(args.cal_sizes)
     calibration = split.calibration[:size][~split.is_forgotten[:size].to(split.calibration.device)]
@@ -279,81 +358,252 @@ def relearn(model, outputs, data, split, settings, args):
             held_out = outputs.held_out.of(outputs.calibration(size))
             forget = outputs.forget.of(torch.searchsorted(split.forget, others).cpu())
         held_out, forget = CR.score_part(held_out, score, "held_out"), CR.score_part(forget, score, "forget")
-        q_hat = CR.conformal_quantile(held_out.own, settings.alphas[0])
+        q_hat = CR.finite_quantile(held_out.own, settings.alphas[0])
         curve["step"].append(step)
         curve["accuracy"].append(1 - forget.wrong.double().mean().item())
-        curve["coverage"].append((forget.own <= q_hat).double().mean().item())
+        curve["coverage"].append(CR.describe(forget, [q_hat])["coverage"].item())
 
     unlearn.relearn(model, data, split, args.seed, args.relearn, args.relearn_rate, measure)
     return curve
 
 
-def compare_to_retrain(evaluated):
+def compare_to_retrain(evaluated, kept, origins):
     """Where Retrain was scored too: the gap, signed differences, a plain word for them, and RTE, the ratio of running
-    times.
+    times. Added to the numbers in ``evaluated`` and to the ``kept`` rows whose Retrain is another now.
 
-    The words' tolerance is two standard errors over the images; several seeds have Retrain's spread
-    (:func:`summarise`).
+    Retrain is the one scored now, or the one in the kept rows of the same settings (:func:`origin`). The words'
+    tolerance is two standard errors over the images; several seeds have Retrain's spread (:func:`summarise`).
     """
-    if "retrain" not in evaluated:
+    settings = {source["settings"] for source in origins.values()}
+    if "retrain" in evaluated:
+        reference, reference_rows, _ = evaluated["retrain"]
+    else:
+        same = [row for row in kept if row["method"] == "retrain" and "UA" in row and row["settings"] in settings]
+        reference_rows = {tuple(row[key] for key in KEYS[:-1]): row for row in same}
+        reference = same[0] if same else None
+    if reference is None:
         return
-    reference, reference_rows, _ = evaluated["retrain"]
-    shown = {*MODEL_COLUMNS, *SET_COLUMNS}
+    weights = origins["retrain"]["weights"] if "retrain" in evaluated else reference["weights"]
     for name, (scalars, rows, _) in evaluated.items():
-        scalars |= comparison.differences({key: scalars[key] for key in scalars if key in shown}, reference)
         for at, row in rows.items():
-            row |= comparison.differences({key: row[key] for key in row if key in shown}, reference_rows[at])
-            key = f"{CR.judged_forget_images(row)}_CR"
-            error = math.hypot(row[f"{key}_error"], reference_rows[at][f"{key}_error"])
-            tolerance = max(2 * error, 1 / scalars["num_forget"])
-            row["CR_word"] = comparison.verdict(reference_rows[at][key] - row[key], tolerance)
-        scalars["gap"] = comparison.gap(scalars, reference)
-        tolerance = comparison.share_tolerance(reference["UA"], scalars["num_forget"])
-        scalars["UA_word"] = comparison.verdict(scalars["UA"] - reference["UA"], tolerance)
-        if name != "original" and scalars["seconds"] and reference["seconds"]:
-            scalars["RTE"] = scalars["seconds"] / reference["seconds"]
+            if at in reference_rows:
+                row |= compare_sets(row, reference_rows[at], scalars["num_forget"])
+        scalars |= compare_model(name, scalars, reference) | {"compared_to": weights}
+    if "retrain" in evaluated:
+        for row in kept:
+            at = tuple(row[key] for key in KEYS[:-1])
+            if "UA" not in row or row.get("compared_to") == weights:
+                continue
+            for key in [key for key in row if key in COMPARED or key.endswith("_minus_retrain")]:
+                row[key] = None
+            if row["settings"] in settings:
+                row |= compare_model(row["method"], row, reference) | {"compared_to": weights}
+                row |= compare_sets(row, reference_rows[at], row["num_forget"]) if at in reference_rows else {}
 
 
-def failures(args, scenario, split, evaluated):
-    """{method: why} of the methods asked for that failed on this forget set and left no model."""
-    wanted = utils.given_names(args.unlearn_name)
-    found = {}
-    for path in sorted(scenario.glob(f"*/{unlearn.FAILURE_FILE}")):
-        name = path.parent.name
-        try:
-            record = json.loads(path.read_text())
-            record["forget_set"], record["error"]  # noqa: B018 - are they there?
-        except (OSError, ValueError, KeyError, TypeError):
-            print(f"{path}: damaged, and left out")
-            continue
-        if record["forget_set"] == split.fingerprint and name not in evaluated and {"all", name} & set(wanted):
-            found[name] = f"seed {args.seed}: {record['error']}" if args.seeds else record["error"]
+def compare_model(name, scalars, reference):
+    """The columns that compare a model as a whole with Retrain."""
+    tolerance = comparison.share_tolerance(reference["UA"], scalars["num_forget"])
+    found = comparison.differences({key: scalars[key] for key in MODEL_COLUMNS if key in scalars}, reference)
+    found["gap"] = comparison.gap(scalars, reference)
+    found["UA_word"] = comparison.verdict(scalars["UA"] - reference["UA"], tolerance)
+    if name != "original" and _positive(scalars["seconds"]) and _positive(reference["seconds"]):
+        found["RTE"] = scalars["seconds"] / reference["seconds"]
     return found
 
 
-def table_rows(evaluated, failed):
+def _positive(value):
+    return value is not None and value > 0
+
+
+def compare_sets(row, reference, num_forget):
+    """The columns that compare a model's prediction sets with Retrain's."""
+    key = f"{CR.judged_forget_images(row)}_CR"
+    found = comparison.differences({key: row[key] for key in SET_COLUMNS if key in row}, reference)
+    tolerance = comparison.at_least_one_image(
+        2 * math.hypot(row[f"{key}_error"], reference[f"{key}_error"]), num_forget
+    )
+    found["CR_word"] = comparison.verdict(reference[key] - row[key], tolerance)
+    return found
+
+
+def asked_failures(args, failed, evaluated):
+    """The failed methods ({method: why}) that --unlearn_name asks for and that left no model."""
+    wanted = set(utils.given_names(args.unlearn_name))
+    return {
+        name: f"seed {args.seed}: {why}" if args.seeds else why
+        for name, why in failed.items()
+        if name not in evaluated and {"all", name} & wanted
+    }
+
+
+def failures(scenario, fingerprint):
+    """{method: why} of those that failed on the forget set with this fingerprint and left no model."""
+    found = {}
+    for path in sorted(scenario.glob(f"*/{unlearn.FAILURE_FILE}")):
+        try:
+            record = json.loads(path.read_text())
+            forget_set, why = record["forget_set"], record["error"]
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"{path}: damaged, and left out")
+            continue
+        if forget_set == fingerprint:
+            found[path.parent.name] = why
+    return found
+
+
+def table_rows(evaluated, failed, origins):
     """One flat row per score, calibration size, α and model; the methods that failed at the end of each block."""
     rows = []
     for key in next(iter(evaluated.values()))[1]:
         at = dict(zip(KEYS, key, strict=False))
         for name, (scalars, per_key, _) in evaluated.items():
             flat = {name: value for name, value in scalars.items() if not isinstance(value, dict)}
-            rows.append(at | {"method": name} | flat | per_key[key])
+            rows.append(at | {"method": name} | flat | per_key[key] | origins[name])
         rows += [at | {"method": name, "note": why} for name, why in failed.items()]
     return rows
 
 
+def merge_rows(rows, kept):
+    """The rows scored now and those kept, block by block (score, calibration size, α), in the order of the methods."""
+    blocks = {}
+    for row in [*rows, *kept]:
+        blocks.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(row)
+    for block in blocks.values() if kept else ():
+        block.sort(key=_place)
+    return [row for block in blocks.values() for row in block]
+
+
+def _place(row):
+    """Where a row comes among those of other methods: the original, those that failed last."""
+    known = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
+    name = row["method"]
+    return "note" in row, known.index(name) if name in known else len(known), name
+
+
+class EarlierTables:
+    """What results.csv and classes.csv of earlier evaluations hold about methods that this one did not score.
+
+    Rows of other weights than the method's model file has now, or of another forget set, are left out. A file that is
+    not such a table is renamed, unless every method in it is scored now.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def kept(self, scored, fingerprint, failed):
+        """The rows of results.csv to keep, with numbers as numbers: all but those of the methods in ``scored``.
+
+        A failed method's rows are kept where it is in ``failed`` still."""
+        found, dropped, weights = [], {}, {}
+        for row in self._read("results.csv", (*KEYS, "forget_set", "weights", "model", "settings"), scored):
+            name = row["method"]
+            if name in scored:
+                continue
+            if "UA" not in row:
+                is_kept = name in failed
+            else:
+                path = row["model"]
+                weights[path] = weights.get(path) or _weights_of(self.folder / path)
+                is_kept = row["forget_set"] == fingerprint and row["weights"] == weights[path]
+            if is_kept:
+                found.append(row)
+            else:
+                dropped[name] = None
+        if dropped:
+            print(
+                f"{self.folder / 'results.csv'}: the rows of {', '.join(dropped)} are left out: the model is gone or "
+                "has changed since"
+            )
+        return found
+
+    def kept_classes(self, methods):
+        """The rows of classes.csv about ``methods``, those with rows kept."""
+        rows = self._read("classes.csv", ("score", "alpha", "class", "method"), ())
+        return [row for row in rows if row["method"] in methods]
+
+    def _read(self, file, needed, scored):
+        path = self.folder / file
+        if not os.path.lexists(path):
+            return []
+        try:
+            header, rows = _read_csv(path)
+            if missing := [key for key in needed if key not in header]:
+                if "method" in header and {row["method"] for row in rows} <= set(scored):
+                    return []
+                raise ValueError(f"no column {missing[0]}")
+            return [_typed(row) for row in rows]
+        except (OSError, ValueError, csv.Error) as error:
+            self._set_aside(path, error)
+            return []
+
+    def _set_aside(self, path, error):
+        numbers = itertools.chain([""], itertools.count(2))
+        free = next(old for number in numbers if not os.path.lexists(old := path.with_name(f"{path.name}.old{number}")))
+        try:
+            path.rename(free)
+        except OSError as failure:
+            raise utils.UserError(f"{path}: cannot be renamed ({failure.strerror}); remove it") from failure
+        print(f"{path}: not a table of this version ({error}); renamed to {free.name}")
+
+
+TEXTS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights", "model", "settings")
+TEXTS += ("forget_class", "compared_to")
+
+
+def _read_csv(path):
+    """(column names, rows as dicts of texts). Raises ValueError or csv.Error for what is not a table."""
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *lines = [*csv.reader(file, strict=True)] or [[]]
+    if any(len(line) != len(header) for line in lines):
+        raise ValueError("its lines differ in length")
+    return header, [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def _typed(row):
+    """A row of texts with numbers as numbers. An empty cell is NaN, but left out where it is a text or in the row of a
+    method that failed. Raises ValueError for a cell that is not a number."""
+
+    def number(text):
+        if text in ("True", "False"):
+            return text == "True"
+        return int(text) if text.lstrip("-").isdecimal() else float(text or "nan")
+
+    failed = "UA" in row and not row["UA"]
+    return {
+        key: value if key in TEXTS else float(value) if key == "alpha" else number(value)
+        for key, value in row.items()
+        if value or not (failed or key in TEXTS)
+    }
+
+
+def _weights_of(path):
+    """The hash of the weights in a model file; None where there is no such file or it cannot be read."""
+    try:
+        return utils.weights_hash(utils.read_checkpoint(path)[0])
+    except utils.UserError:
+        return None
+
+
 def summarise(rows):
     """The rows of several seeds as one for each (score, calibration size, α, method), with :class:`utils.Spread` of
-    each number, and words that take Retrain's spread over the seeds (two standard deviations) for the tolerance."""
+    each number, and words that take Retrain's spread over the seeds (two standard deviations) for the tolerance, or
+    one image of the smallest forget set where that is larger."""
     found = utils.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
     retrain = {tuple(row[key] for key in KEYS[:-1]): row for row in found if row["method"] == "retrain"}
+    fewest = min((row["num_forget"] for row in rows if row.get("num_forget")), default=1)
+
+    def word(mean, other, sign):
+        if not isinstance(mean, utils.Spread) or not isinstance(other, utils.Spread):
+            return None
+        return comparison.verdict(sign * (mean.mean - other.mean), comparison.at_least_one_image(2 * other.std, fewest))
+
     for row in found:
         reference = retrain.get(tuple(row[key] for key in KEYS[:-1]), {})
-        if "UA" in row and isinstance(reference.get("UA"), utils.Spread):
+        if isinstance(row.get("UA"), utils.Spread) and isinstance(reference.get("UA"), utils.Spread):
             key = f"{CR.judged_forget_images(row)}_CR"
-            row["UA_word"] = comparison.verdict(row["UA"].mean - reference["UA"].mean, 2 * reference["UA"].std)
-            row["CR_word"] = comparison.verdict(reference[key].mean - row[key].mean, 2 * reference[key].std)
+            row["UA_word"] = word(row["UA"], reference["UA"], 1)
+            row["CR_word"] = word(row[key], reference[key], -1)
     return found
 
 
@@ -383,6 +633,55 @@ def shown_tables(rows):
         constant = [key for key in ("score", "cal_size") if len({row[key] for row in shown}) == 1]
         tables.append((heading, {key: column for key, column in filled.items() if key not in constant}, shown))
     return tables
+
+
+def missing_q_hats(evaluations):
+    """Lines on where no q̂ is finite, one per kind: which α, of how many calibration images, and what helps."""
+    needs, left_out, classes = {}, {}, {}
+    for row in (row for evaluation in evaluations for row in evaluation.rows if "q_hat" in row):
+        who = "all retained classes" if "q_hat_forget" in row else "all classes"
+        kinds = {"": (who, "q_hat", "calibration_images")}
+        if "q_hat_forget" in row:
+            kinds["forget_"] = (f"class {row['forget_class']}", "q_hat_forget", "forget_calibration_images")
+        for prefix, (name, key, images) in kinds.items():
+            if math.isnan(row[key]):
+                needs.setdefault(name, {}).setdefault((row["cal_size"], row[images]), set()).add(row["alpha"])
+            elif row[f"{prefix}draws_left_out"]:
+                left_out.setdefault(name, {})[row["alpha"]] = row[f"{prefix}draws_left_out"]
+        images = row["MIACR_calibration_images"]
+        if images < CR.least_images(row["alpha"]):
+            where = needs.setdefault("members and non-members (MIACR)", {})
+            where.setdefault((row["cal_size"], images), set()).add(row["alpha"])
+    for row in (row for evaluation in evaluations for row in evaluation.class_rows):
+        if math.isnan(row["own_q_hat"]):
+            counts = classes.setdefault(row["alpha"], {})
+            counts[row["class"]] = max(row["calibration_images"], counts.get(row["class"], 0))
+    lines = [f"no finite q̂ for {name}: {_needed(where)}; {REMEDY}" for name, where in needs.items()]
+    lines += [
+        f"draws without a finite q̂ for {name} are left out of the means: "
+        + ", ".join(f"{count} at alpha {alpha:g}" for alpha, count in sorted(where.items()))
+        for name, where in left_out.items()
+    ]
+    if classes:
+        where = "; ".join(
+            f"{len(counts)} {'class' if len(counts) == 1 else 'classes'} at alpha {alpha:g} "
+            f"({CR.least_images(alpha)} calibration images needed, at most {max(counts.values())} found)"
+            for alpha, counts in sorted(classes.items())
+        )
+        lines.append(f"no finite q̂ of a class's own, in classes.csv: {where}; {REMEDY}")
+    return lines
+
+
+REMEDY = "– in its place; choose a larger --alphas or more --cal_sizes"
+
+
+def _needed(where):
+    """What is there and what is needed, from {(calibration size, images): alphas}."""
+    return "; ".join(
+        ", ".join(f"alpha {alpha:g} needs {CR.least_images(alpha)}" for alpha in sorted(alphas))
+        + f" and --cal_sizes {size} gives {images or 'no'} calibration {'image' if images == 1 else 'images'}"
+        for (size, images), alphas in where.items()
+    )
 
 
 def advice(tables):
@@ -416,8 +715,9 @@ def advice(tables):
 
 def fake_sheet(outputs, settings, data, split, name):
     """(caption, Figure) of the images of one model that are fake-forgotten most."""
-    entries = []
-    for place, prediction, inside in samples.most_fake(outputs, settings, 18):
+    found = samples.most_fake(outputs, settings, 18)
+    entries = None if found is None else []
+    for place, prediction, inside in found or ():
         index = split.forget[place]
         pixels = data.train.pixels[int(index)].permute(1, 2, 0).cpu().numpy()
         entries.append((pixels, int(outputs.forget.labels[place]), prediction, inside))
@@ -425,7 +725,7 @@ def fake_sheet(outputs, settings, data, split, name):
     return f"Most fake-forgotten images of {name}", figures.fake_sheet(entries, data.classes, title)
 
 
-def save(args, data, split, device, checkpoints, evaluated, rows, pictures):
+def save(args, data, split, device, checkpoints, evaluated, rows, pictures, earlier):
     """results.json per model; results.csv, pictures and report.html for all; and the same in wandb."""
     folder = utils.run_folder(args, data) / split.folder
     evaluation = utils.describe_run(args, data, device) | {"forget_set": split.fingerprint}
@@ -436,9 +736,9 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures):
         record = {"metrics": scalars | {"conformal": conformal}, "evaluation": evaluation | {"seconds": seconds}}
         utils.save_json(target, meta | {"method": name} | record)
     utils.save_text(folder / "results.csv", as_csv(rows))
-    paths = save_report(args, data, folder, split.folder, evaluation, rows, pictures)
+    paths = save_report(args, data, folder, split.folder, evaluation, rows, pictures, earlier)
     with utils.RunLog(folder, "evaluation", evaluation, args) as log:
-        log.table("evaluation", rows)
+        log.table("evaluation", [{key: _cell(value) for key, value in row.items()} for row in rows])
         log.numbers(
             {
                 f"{name}/{key}": value
@@ -448,11 +748,14 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures):
             }
         )
         log.pictures(paths)
-    print(f"{folder / 'results.csv'}: {len(evaluated)} models, forget set {split.fingerprint}")
+    others = len({row["method"] for row in rows} - evaluated.keys())
+    kept = f" and {others} more from earlier" if others else ""
+    print(f"{folder / 'results.csv'}: {len(evaluated)} models{kept}, forget set {split.fingerprint}")
 
 
-def save_report(args, data, folder, scenario, evaluation, rows, pictures):
-    """The pictures ({path: (caption, Figure)}) as PNG files, and report.html with all. Returns {caption: path}."""
+def save_report(args, data, folder, scenario, evaluation, rows, pictures, earlier=None):
+    """The pictures ({path: (caption, Figure)}) as PNG files, and report.html with all, those of ``earlier``
+    evaluations ({caption: path}) at the end. Returns {caption: path}."""
     if not pictures:
         return {}
     paths, shown = {}, {}
@@ -460,6 +763,7 @@ def save_report(args, data, folder, scenario, evaluation, rows, pictures):
         shown[caption] = html_report.png(figure)
         paths[caption] = path
         utils.save_bytes(path, shown[caption])
+    shown |= {caption: path.read_bytes() for caption, path in (earlier or {}).items() if caption not in shown}
     facts = {
         "model": args.model_name,
         "data": f"{data.tag}: {len(data.train)} training images, {len(data.classes)} classes",
@@ -508,8 +812,13 @@ def as_csv(rows):
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _cell(value):
+    """A value as CSV and wandb have it: NaN is empty."""
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 if __name__ == "__main__":

@@ -1090,15 +1090,39 @@ def compute_logits(model, images, indices, batch_size=None):
 
 @torch.no_grad()
 def compute_features(model, images, indices, batch_size=None):
-    """:func:`compute_logits`, and what reaches the model's last linear layer on the way: (M×K, M, M×F float32)."""
-    seen = []
-    *_, last = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    hook = last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
+    """:func:`compute_logits`, and what enters the model's classifier on the way: (M×K, M, M×F float32).
+
+    Features with places or tokens are averaged over them; those of several classifiers are joined. The logits take
+    their place in a network whose classifier is never called as a module.
+    """
+    seen = [[] for _ in classifier_layers(model)]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, parts=parts: parts.append(_pooled(inputs[0].float())))
+        for layer, parts in zip(classifier_layers(model), seen, strict=True)
+    ]
     try:
         logits, labels = compute_logits(model, images, indices, batch_size)
     finally:
-        hook.remove()
-    return logits, labels, gather(torch.cat(seen)[-len(own(indices)) :], len(indices)).cpu()
+        for hook in hooks:
+            hook.remove()
+    found = [torch.cat(parts)[-len(own(indices)) :] for parts in seen if parts]
+    return logits, labels, gather(torch.cat(found, dim=1), len(indices)).cpu() if found else logits
+
+
+def classifier_layers(model):
+    """The layers that turn features into logits: those that timm names, else the last linear layer."""
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+    else:
+        found = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
+    return list(found) if isinstance(found, tuple | list | torch.nn.ModuleList) else [found]
+
+
+def _pooled(features):
+    """N×F from N×F, N×F×H×W or N×tokens×F."""
+    if features.ndim == 4:
+        return features.mean(dim=(2, 3))
+    return features.mean(dim=1) if features.ndim == 3 else features
 
 
 # ---------------------------------------------------------------- checkpoints and run folders

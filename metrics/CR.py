@@ -2,7 +2,10 @@
 
 Everything here is a pure function of logits and labels. Prediction sets are booleans N×K; what the metrics need of them
 is for each image whether its own label is inside, and how many labels are. Both may have leading dimensions, one for
-each q̂. Scores are float64.
+each q̂. Scores are float64 and compared as log-odds (see :mod:`metrics.scores`).
+
+Where too few images calibrate, q̂ is infinite and every set holds every label, whatever the model does.
+:func:`finite_quantile` alone decides this; a q̂ of NaN makes every number that it judges NaN.
 """
 
 import math
@@ -10,6 +13,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
+
+from . import scores
 
 ROW_COLUMNS = {
     "forget_coverage": ("Cov_f %", "percent"),
@@ -41,6 +46,16 @@ def conformal_quantile(scores, alpha):
     if k > scores.numel():
         return math.inf
     return scores.kthvalue(k).values.item()
+
+
+def finite_quantile(scores, alpha):
+    """:func:`conformal_quantile`, and NaN where that is infinite."""
+    return conformal_quantile(scores, alpha) if scores.numel() >= least_images(alpha) else math.nan
+
+
+def least_images(alpha):
+    """How many calibration images a finite q̂ needs: ⌈1/α⌉ − 1, with α as :func:`quantile_rank` reads it."""
+    return math.ceil(1 / Fraction(str(float(alpha)))) - 1
 
 
 def quantile_rank(n, alpha):
@@ -128,7 +143,7 @@ def coverage_law(n, m, alpha):
 
 class Scored(NamedTuple):
     """A part of the data, ready for any number of thresholds: its own labels' scores N, every label's scores N×K in
-    ascending order, whether the argmax is wrong N."""
+    ascending order, both as log-odds, and whether the argmax is wrong N."""
 
     own: torch.Tensor
     ranked: torch.Tensor
@@ -140,20 +155,39 @@ class Scored(NamedTuple):
 
 def score_part(output, score, part):
     """:class:`Scored` for logits N×K and labels N; ``part`` names which random numbers a randomised score takes."""
-    found = score(output.logits, part)
+    found = score.log_odds(output.logits, part)
     own = found.gather(1, output.labels[:, None]).squeeze(1)
     return Scored(own, found.sort(dim=1).values, output.logits.argmax(dim=1) != output.labels)
 
 
+def split_q_hats(held_out, outputs, size, alphas, *, draws=None, forgotten=False):
+    """The q̂ that judge images, one per draw and α, as log-odds; NaN where too few images calibrate. → draws×alphas.
+
+    ``held_out`` is the :class:`Scored` of the held-out images; the first ``draws`` draws are taken, all when left out.
+    Calibrated on the first ``size`` images of each draw: those of the retained classes, or of the forgotten class.
+    """
+    indices_of = outputs.forget_calibration if forgotten else outputs.calibration
+    calibration = [held_out.own[indices_of(size, draw)] for draw in range(draws or outputs.num_draws)]
+    return torch.tensor(
+        [[finite_quantile(own, alpha) for alpha in alphas] for own in calibration], dtype=torch.float64
+    ).view(len(calibration), len(alphas))
+
+
 def apply_thresholds(scored, q_hats):
-    """For each q̂ and image: is the own label in the set, and how many labels are? Q thresholds → Q×N booleans, Q×N."""
+    """For each q̂ and image: is the own label in the set, and how many labels are? Q thresholds → Q×N booleans, Q×N.
+
+    What a q̂ of NaN gives means nothing; :func:`describe` makes it NaN.
+    """
     q_hats = torch.as_tensor(q_hats, dtype=torch.float64)
     sizes = torch.searchsorted(scored.ranked, q_hats.expand(len(scored.own), -1).contiguous(), right=True)
     return scored.own <= q_hats[:, None], sizes.T.contiguous()
 
 
 def describe(scored, q_hats, set_sizes=()):
-    """Every metric of one part of the data under each of Q thresholds: a dict of tensors Q, float64."""
+    """Every metric of one part of the data under each of Q thresholds: a dict of tensors Q, float64.
+
+    NaN under a q̂ of NaN, except the number of misclassified images, which no q̂ judges.
+    """
     parts = [
         _describe(scored, part, set_sizes) for part in torch.as_tensor(q_hats, dtype=torch.float64).split(TOGETHER)
     ]
@@ -169,7 +203,6 @@ def _describe(scored, q_hats, set_sizes):
         "set_size": set_size(sizes),
         "CR": conformal_ratio(inside, sizes),
         "CR_error": ratio_error(inside, sizes),
-        "misclassified": wrong.sum().double().expand(len(q_hats)),
         "fake": fake,
         "fake_ratio": fake / wrong.sum(),
         "wrong_set_size": set_size(sizes[:, wrong]),
@@ -178,22 +211,25 @@ def _describe(scored, q_hats, set_sizes):
     for size in set_sizes:
         found[f"ECF@{size}"] = efficient_coverage(inside, sizes, size)
         found[f"EuCF@{size}"] = efficient_miscoverage(inside, sizes, size)
-    return found
+    found = {key: values.where(~q_hats.isnan(), math.nan) for key, values in found.items()}
+    return {"misclassified": wrong.sum().double().expand(len(q_hats))} | found
 
 
 def over_draws(found):
     """Mean and standard deviation over the draws: {key: tensor R} → {key: mean, key_resplit_std: std}, floats.
 
-    One draw has no spread. Counts that no draw changes stay whole numbers.
+    The first draw is the split itself: what it does not know (NaN) is NaN. Other draws that do not know a number are
+    left out of its mean. One draw has no spread. Counts that no draw changes stay whole numbers.
     """
     row = {}
     for key, values in found.items():
-        same = bool((values == values[0]).all())
-        row[key] = values[0].item() if same else values.mean().item()
+        known = values[~values.isnan()] if not values[0].isnan() else values[:1]
+        same = bool((known == known[0]).all())
+        row[key] = known[0].item() if same else known.mean().item()
         if key.endswith("misclassified") or (key.endswith("_fake") and len(values) == 1):
             row[key] = int(row[key]) if same else row[key]
         elif len(values) > 1:
-            row[key + SPREAD] = 0.0 if same else values.std().item()
+            row[key + SPREAD] = math.nan if len(known) == 1 else 0.0 if same else known.std().item()
     return row
 
 
@@ -205,7 +241,8 @@ def report(outputs, settings):
     images. Where classes are forgotten, forget and forget_test are judged with the q̂ of the forgotten class's own
     held-out images as the paper does, and the keys ``…_by_retain`` judge them with that of the retained classes.
     ``theory_coverage`` is the mean that exchangeability gives, and ``coverage_outside`` says that test coverage is
-    not what the theory allows.
+    not what the theory allows. ``calibration_images`` counts the split's own, ``draws_left_out`` the draws without a
+    finite q̂ where the split has one; both also with ``forget_`` in front where classes are forgotten.
     """
     rows = {}
     for score in settings.scores:
@@ -215,21 +252,17 @@ def report(outputs, settings):
             for number, alpha in enumerate(settings.alphas):
                 row = over_draws({key: values[:, number] for key, values in found.items()})
                 row |= _against_theory(outputs, size, alpha, found["test_coverage"][:, number])
+                row |= _calibration_facts(
+                    outputs, size, {key: found[key][:, number] for key in found if "q_hat" in key}
+                )
                 rows[score.name, size, alpha] = row
     return {}, rows
 
 
 def _over_thresholds(outputs, parts, size, settings):
     """{key: draws × alphas} for one score and calibration size."""
-    draws, alphas = range(outputs.num_draws), settings.alphas
+    draws = range(outputs.num_draws)
     classes = outputs.forgotten is not None
-    own = parts["held_out"].own
-
-    def q_hats(indices_of):
-        return torch.tensor(
-            [[conformal_quantile(own[indices_of(size, draw)], alpha) for alpha in alphas] for draw in draws],
-            dtype=torch.float64,
-        )
 
     def fixed(name, thresholds):
         found = describe(parts[name], thresholds.flatten(), settings.set_sizes)
@@ -241,16 +274,28 @@ def _over_thresholds(outputs, parts, size, settings):
         ]
         return {key: torch.stack([one[key] for one in found]) for key in found[0]}
 
-    retained = q_hats(outputs.calibration)
+    retained = split_q_hats(parts["held_out"], outputs, size, settings.alphas)
     judged = {"retain": fixed("retain", retained), "test": drawn(outputs.test, retained)}
-    own_q_hats = q_hats(outputs.forget_calibration) if classes else retained
-    judged["forget"] = fixed("forget", own_q_hats)
+    own = split_q_hats(parts["held_out"], outputs, size, settings.alphas, forgotten=True) if classes else retained
+    judged["forget"] = fixed("forget", own)
     if classes:
-        judged["forget_test"] = drawn(outputs.forget_test, own_q_hats)
+        judged["forget_test"] = drawn(outputs.forget_test, own)
         judged["forget_by_retain"] = fixed("forget", retained)
         judged["forget_test_by_retain"] = drawn(outputs.forget_test, retained)
-    found = {"q_hat": retained} | ({"q_hat_forget": own_q_hats} if classes else {})
+    found = {"q_hat": retained} | ({"q_hat_forget": own} if classes else {})
+    found = {key: scores.from_log_odds(values) for key, values in found.items()}
     return found | {f"{name}_{key}": values for name, part in judged.items() for key, values in part.items()}
+
+
+def _calibration_facts(outputs, size, q_hats):
+    """How many images calibrate each of ``q_hats`` ({"q_hat": R, "q_hat_forget": R where classes are forgotten}), and
+    how many draws have no finite q̂ where the split has one."""
+    facts = {}
+    for key, values in q_hats.items():
+        prefix, indices_of = ("", outputs.calibration) if key == "q_hat" else ("forget_", outputs.forget_calibration)
+        facts[f"{prefix}calibration_images"] = len(indices_of(size))
+        facts[f"{prefix}draws_left_out"] = 0 if values[0].isnan() else int(values.isnan().sum())
+    return facts
 
 
 def _against_theory(outputs, size, alpha, found):
@@ -258,17 +303,20 @@ def _against_theory(outputs, size, alpha, found):
 
     One draw lies outside when it is not among the central 99.9 %, many when their mean is four standard errors off.
     Where classes are forgotten the draws differ in how many retained images they calibrate on, and the theory is the
-    mixture.
+    mixture. Draws without a finite q̂ are left out, and a split without one has no theory.
     """
-    sizes = [(len(outputs.calibration(size, draw)), len(outputs.test(draw))) for draw in range(len(found))]
+    known = [] if found[0].isnan() else (~found.isnan()).nonzero().flatten().tolist()
+    if not known:
+        return {"theory_coverage": math.nan, "theory_coverage" + SPREAD: math.nan, "coverage_outside": False}
+    sizes = [(len(outputs.calibration(size, draw)), len(outputs.test(draw))) for draw in known]
     laws = {(n, m): coverage_law(n, m, alpha) for n, m in set(sizes)}
-    moments = {(n, m): (law.mean() / m, law.var() / m**2) if law else (1.0, 0.0) for (n, m), law in laws.items()}
+    moments = {(n, m): (law.mean() / m, law.var() / m**2) for (n, m), law in laws.items()}
     means, variances = torch.tensor([moments[one] for one in sizes], dtype=torch.float64).unbind(dim=1)
     mean, std = means.mean().item(), math.sqrt(variances.mean().item() + means.var(correction=0).item())
-    if len(found) == 1:
-        law, m = laws[sizes[0]], sizes[0][1]
-        low, high = law.interval(0.999) if law else (m, m)
-        outside = not low <= round(found.item() * m) <= high
+    if len(known) == 1:
+        m = sizes[0][1]
+        low, high = laws[sizes[0]].interval(0.999)
+        outside = not low <= round(found[0].item() * m) <= high
     else:
-        outside = abs(found.mean().item() - mean) > 4 * std / math.sqrt(len(found)) + 1e-12
+        outside = abs(found[known].mean().item() - mean) > 4 * std / math.sqrt(len(known)) + 1e-12
     return {"theory_coverage": mean, "theory_coverage" + SPREAD: std, "coverage_outside": outside}

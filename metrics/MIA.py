@@ -5,6 +5,8 @@ images. The features are those of Song & Mittal 2021 (2003.10595), the SVM (RBF,
 that of the unlearning literature.
 """
 
+import math
+
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -96,7 +98,8 @@ def ranking_attack(member_scores, non_member_scores):
     """How well confidence ranks members before non-members: area under the ROC curve, and the true-positive rates at
     1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
 
-    Both are the scores 1 − p_y, float64, which keep apart what is nearly certain. → (AUC, [TPR, ...]).
+    Both are scores, 1 − p_y or what increases with it: log-odds distinguish what is nearly certain.
+    → (AUC, [TPR, ...]).
     """
     confidence = -torch.cat([member_scores, non_member_scores]).numpy()
     membership = np.repeat([1, 0], [len(member_scores), len(non_member_scores)])
@@ -124,21 +127,29 @@ def divide(outputs, seed, draw=0):
 def report(outputs, settings):
     """For each attack its efficacy on the forget images (``MIA`` is the one on confidence) and its accuracy on
     members and non-members that it was not trained on (privacy: a half is best); AUC and true-positive rates of
-    telling the forget images from test images by confidence. Returns ``(scalars, {})``."""
-    held_members, members, held_non_members, non_members = divide(outputs, settings.seed)
+    telling the forget images from test images by confidence. NaN where too few images train or test an attack. Returns
+    ``(scalars, {})``."""
+    # As NumPy: an array that a tensor of one element indexes loses a dimension.
+    held_members, members, held_non_members, non_members = (part.numpy() for part in divide(outputs, settings.seed))
     retain = attack_features(*outputs.retain)
     held_out = attack_features(*outputs.held_out)
     forget = attack_features(*outputs.forget)
     scalars = {}
     for name, features in retain.items():
-        attack = Attack(features[members], held_out[name][non_members])
         key = "MIA" if name == "confidence" else f"MIA_{name.replace(' ', '_')}"
+        scalars |= {key: math.nan, f"{key}_privacy": math.nan}
+        if len(members) < FOLDS:
+            continue
+        attack = Attack(features[members], held_out[name][non_members])
         scalars[key] = float(1 - attack.says_member(forget[name]).mean())
-        right = attack.says_member(features[held_members]).mean()
-        scalars[f"{key}_privacy"] = float((right + 1 - attack.says_member(held_out[name][held_non_members]).mean()) / 2)
-    test = outputs.test()
+        if len(held_members) and len(held_non_members):
+            right = attack.says_member(features[held_members]).mean()
+            wrong = attack.says_member(held_out[name][held_non_members]).mean()
+            scalars[f"{key}_privacy"] = float((right + 1 - wrong) / 2)
+    if not len(outputs.test()):
+        return scalars | dict.fromkeys(("AUC", "TPR@1%", "TPR@0.1%"), math.nan), {}
     scalars["AUC"], rates = ranking_attack(
-        scores.true_label_scores(*outputs.forget),
-        scores.true_label_scores(outputs.held_out.logits[test], outputs.held_out.labels[test]),
+        scores.true_label_log_odds(*outputs.forget),
+        scores.true_label_log_odds(*outputs.held_out.of(outputs.test())),
     )
     return scalars | dict(zip(("TPR@1%", "TPR@0.1%"), rates, strict=True)), {}

@@ -4,6 +4,8 @@ The attack is the SVM on the confidence in the own label; its probabilities make
 which held-out members and non-members calibrate.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -56,9 +58,12 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
     """Share of the targets whose conformal set is exactly {non-member}.
 
     All scores are M×2 as :func:`membership_scores` gives them. q̂ is the conformal quantile of the scores of
-    the true membership on held-out members and non-members, which the attack was not trained on.
+    the true membership on held-out members and non-members, which the attack was not trained on. NaN where these
+    are too few for a finite q̂.
     """
-    q_hat = CR.conformal_quantile(torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha)
+    q_hat = CR.finite_quantile(torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha)
+    if math.isnan(q_hat):
+        return math.nan
     sets = CR.prediction_sets(target_scores, q_hat)
     return (sets[:, NON_MEMBER] & ~sets[:, MEMBER]).double().mean().item()
 
@@ -67,16 +72,21 @@ def report(outputs, settings):
     """MIACR per (score, calibration size, α): the same for every score. Returns ``({}, rows)``.
 
     Each draw of the held-out images trains an attack of its own, so that no image trains and calibrates one.
+    ``MIACR_calibration_images`` counts the members and non-members that calibrate the split's own. NaN where too few
+    images train or calibrate the attack.
     """
     confidence = {name: MIA.confidences(*getattr(outputs, name)) for name in ("retain", "held_out", "forget")}
     parts = [MIA.divide(outputs, settings.seed, draw) for draw in range(outputs.num_draws)]
     points = torch.cat(list(confidence.values()))
-    probabilities = attack_probabilities(
-        [confidence["retain"][members] for _, members, _, _ in parts],
-        [confidence["held_out"][non_members] for *_, non_members in parts],
-        points,
-        svm.FINE if len(parts) == 1 else svm.COARSE,
-    )
+    trainable = [draw for draw, (_, members, *_) in enumerate(parts) if len(members) >= MIA.FOLDS]
+    probabilities = torch.full((len(parts), len(points)), math.nan, dtype=torch.float64)
+    if trainable:
+        probabilities[trainable] = attack_probabilities(
+            [confidence["retain"][parts[draw][1]] for draw in trainable],
+            [confidence["held_out"][parts[draw][3]] for draw in trainable],
+            points,
+            svm.FINE if len(parts) == 1 else svm.COARSE,
+        )
     rows = {}
     for size in outputs.cal_sizes:
         found = {alpha: [] for alpha in settings.alphas}
@@ -89,8 +99,10 @@ def report(outputs, settings):
                 membership_scores(part) for part in (retain[held_members[:n]], held_out[non_members[:n]])
             )
             for alpha, values in found.items():
-                values.append(miacr(targets, members, non_members, alpha))
+                values.append(miacr(targets, members, non_members, alpha) if draw in trainable else math.nan)
+        calibrated = 2 * min(len(parts[0][0]), len(outputs.calibration(size)))
         for alpha, values in found.items():
             row = CR.over_draws({"MIACR": torch.tensor(values, dtype=torch.float64)})
+            row["MIACR_calibration_images"] = calibrated
             rows |= {(score.name, size, alpha): dict(row) for score in settings.scores}
     return {}, rows

@@ -1,19 +1,17 @@
 """Coverage class by class, under the common calibration and under each class's own (class-conditional, Mondrian
 conformal prediction: Vovk et al. 2005). The common q̂ covers 1 − α on average and may leave a class far below."""
 
-import math
-
 import torch
 
-from . import CR
+from . import CR, scores
 
 
 def class_rows(outputs, settings, classes):
     """One row (dict) per score, α and class, for the largest calibration size and the split itself.
 
     ``classes`` are the K names. The common q̂ is that of the calibration images of all retained classes, the own one
-    that of the class's calibration images, infinite where they are too few. Images are the test images of the class
-    and its forgotten training images. Numbers are floats, NaN where the class has no image.
+    that of the class's calibration images. Images are the test images of the class and its forgotten training images.
+    Numbers are floats, NaN where the class has no image or too few images calibrate.
     """
     size = max(outputs.cal_sizes)
     labels = outputs.held_out.labels
@@ -23,22 +21,22 @@ def class_rows(outputs, settings, classes):
     for score in settings.scores:
         held_out = CR.score_part(outputs.held_out, score, "held_out")
         forget = CR.score_part(outputs.forget, score, "forget")
-        for alpha in settings.alphas:
-            common = CR.conformal_quantile(held_out.own[outputs.calibration(size)], alpha)
+        q_hats = CR.split_q_hats(held_out, outputs, size, settings.alphas, draws=1)[0].tolist()
+        for alpha, common in zip(settings.alphas, q_hats, strict=True):
             for number, name in enumerate(classes):
                 own_images = calibration[labels[calibration] == number]
-                own = CR.conformal_quantile(held_out.own[own_images], alpha)
+                own = CR.finite_quantile(held_out.own[own_images], alpha)
+                thresholds = torch.tensor([common, own], dtype=torch.float64)
                 row = {"score": score.name, "alpha": alpha, "class": name, "calibration_images": len(own_images)}
-                row |= {"q_hat": common, "own_q_hat": own}
+                row |= dict(zip(("q_hat", "own_q_hat"), scores.from_log_odds(thresholds).tolist(), strict=True))
                 parts = {
                     "test": held_out.of(test[labels[test] == number]),
                     "forget": forget.of(outputs.forget.labels == number),
                 }
                 for part, scored in parts.items():
                     row[f"{part}_images"] = len(scored.own)
-                    found = CR.describe(scored, torch.tensor([common, own]))
+                    found = CR.describe(scored, thresholds)
                     for key in ("coverage", "set_size"):
-                        values = found[key].tolist() if len(scored.own) else (math.nan, math.nan)
-                        row |= dict(zip((f"{part}_{key}", f"own_{part}_{key}"), values, strict=True))
+                        row |= dict(zip((f"{part}_{key}", f"own_{part}_{key}"), found[key].tolist(), strict=True))
                 rows.append(row)
     return rows

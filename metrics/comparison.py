@@ -10,12 +10,14 @@ WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"
 
 
 def gap(scalars, reference):
-    """The mean absolute difference to Retrain over UA, RA, TA and MIA (as a fraction)."""
-    return sum(abs(scalars[key] - reference[key]) for key in GAP_OVER) / len(GAP_OVER)
+    """The mean absolute difference to Retrain over those of UA, RA, TA and MIA that both know (as a fraction); NaN
+    where they know none."""
+    found = differences({key: scalars.get(key) for key in GAP_OVER}, reference)
+    return sum(map(abs, found.values())) / len(found) if found else math.nan
 
 
 def differences(numbers, reference):
-    """{key_minus_retrain: signed difference} of every number that both have; infinities have none."""
+    """{key_minus_retrain: signed difference} of every finite number that both have."""
     found = {}
     for key, value in numbers.items():
         other = reference.get(key)
@@ -29,7 +31,9 @@ def _is_number(value):
 
 
 def verdict(difference, tolerance):
-    """A plain word for a difference to Retrain that is positive where the method forgets more."""
+    """A plain word for a difference to Retrain that is positive where the method forgets more; None for NaN."""
+    if math.isnan(difference) or math.isnan(tolerance):
+        return None
     if abs(difference) <= tolerance:
         return MATCHES
     return OVER if difference > 0 else UNDER
@@ -37,4 +41,9 @@ def verdict(difference, tolerance):
 
 def share_tolerance(share, n):
     """Two standard errors of the difference between two shares of n images, both near ``share``; one image at least."""
-    return max(2 * math.sqrt(2 * share * (1 - share) / n), 1 / n)
+    return at_least_one_image(2 * math.sqrt(2 * share * (1 - share) / n), n)
+
+
+def at_least_one_image(tolerance, n):
+    """``tolerance``, or the least difference that shares of n images can have where that is larger."""
+    return max(tolerance, 1 / n)

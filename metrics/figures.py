@@ -68,16 +68,20 @@ def overview(rows, score, cal_size):
     """The pictures that compare all models: {file name: (caption, Figure)}, from the flat rows of a table.
 
     ``rows`` are dicts with method, alpha, score, cal_size and the metrics; those of ``score`` and ``cal_size`` are
-    drawn.
+    drawn, the bars and the plane at the smallest α at which most methods have a finite q̂. {} without such rows.
     """
     rows = [row for row in rows if (row["score"], row["cal_size"]) == (score, cal_size) and "test_CR" in row]
-    alpha = min(row["alpha"] for row in rows)
+    if not rows:
+        return {}
+    known = [row["alpha"] for row in rows if not math.isnan(row["test_CR"])] or [row["alpha"] for row in rows]
+    alpha = max(sorted(known), key=known.count)
     at_alpha = {row["method"]: row for row in rows if row["alpha"] == alpha}
     forget = CR.judged_forget_images(rows[0])
     keys = {"alpha": "alpha", "test_coverage": "test_coverage", "test_CR": "test_CR"}
     keys |= {"forget_coverage": f"{forget}_coverage", "forget_CR": f"{forget}_CR"}
     curves = {
-        name: {key: [row[at] for row in rows if row["method"] == name] for key, at in keys.items()} for name in at_alpha
+        name: {key: [row[at] for row in rows if row["method"] == name] for key, at in keys.items()}
+        for name in dict.fromkeys(row["method"] for row in rows)
     }
     points = {name: (row["test_CR"], row[f"{forget}_CR"]) for name, row in at_alpha.items()}
     counts = {
@@ -93,13 +97,14 @@ def overview(rows, score, cal_size):
 
 def histogram_data(outputs, settings):
     """What :func:`score_histograms` draws of one model: thr scores of the split's own parts, and q̂ at the first α."""
-    held_out = scores.true_label_scores(*outputs.held_out)
-    calibration = held_out[outputs.calibration(max(outputs.cal_sizes))]
+    size, held_out = max(outputs.cal_sizes), scores.true_label_scores(*outputs.held_out)
+    scored = CR.score_part(outputs.held_out, scores.Score(), "held_out")
+    q_hat = CR.split_q_hats(scored, outputs, size, settings.alphas[:1], draws=1)
     return {
         "forget": scores.true_label_scores(*outputs.forget).numpy(),
         "test": held_out[outputs.test()].numpy(),
-        "calibration": calibration.numpy(),
-        "q_hat": CR.conformal_quantile(calibration, settings.alphas[0]),
+        "calibration": held_out[outputs.calibration(size)].numpy(),
+        "q_hat": scores.from_log_odds(q_hat).item(),
     }
 
 
@@ -107,8 +112,8 @@ def histogram_data(outputs, settings):
 def score_histograms(samples, alpha):
     """Histograms of the own label's score for forget, test and calibration images, one model a row, q̂ drawn in.
 
-    ``samples`` is {method: {"forget": N, "test": N, "calibration": N, "q_hat": float}} of scores in numpy arrays.
-    Scores crowd at both ends, so the axis is the logit of the score.
+    ``samples`` is {method: {"forget": N, "test": N, "calibration": N, "q_hat": float}} of scores in numpy arrays, q̂ NaN
+    where it is infinite. Scores crowd at both ends, so the axis is the logit of the score.
     """
     columns = min(4, len(samples))
     rows = math.ceil(len(samples) / columns)
@@ -126,7 +131,7 @@ def score_histograms(samples, alpha):
             place = float(np.clip(_logit(np.array([found["q_hat"]])), edges[0], edges[-1])[0])
             axis.axvline(place, color=GREEN, linewidth=1.6)
             axis.axvspan(edges[0], place, color=GREEN, alpha=0.08, linewidth=0)
-        axis.set_title(name)
+        axis.set_title(name if math.isfinite(found["q_hat"]) else f"{name} ({NO_Q_HAT})")
         axis.set_yticks([])
         axis.grid(False)
         ticks = [1e-6, 1e-3, 0.5, 1 - 1e-3]
@@ -176,6 +181,7 @@ def against_alpha(curves):
             alphas = sorted({alpha for curve in curves.values() for alpha in curve["alpha"]})
             axis.plot(alphas, [1 - alpha for alpha in alphas], color="#999999", linewidth=0.8, zorder=1)
         axis.set_title(title)
+        _say_if_nothing(axis, [value for curve in curves.values() for value in curve[key]])
     for axis in axes[1]:
         axis.set_xlabel("miscoverage level α")
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -187,10 +193,12 @@ def against_alpha(curves):
 def ratio_plane(points, alpha):
     """CR on forget images against CR on test images, every method a labelled point, Retrain marked.
 
-    ``points`` is {method: (test_CR, forget_CR)}.
+    ``points`` is {method: (test_CR, forget_CR)}; those with a NaN are left out.
     """
     figure = Figure(figsize=(5.8, 4.8))
     axis = figure.subplots()
+    points = {name: point for name, point in points.items() if not any(map(math.isnan, point))}
+    _say_if_nothing(axis, [1.0] * len(points))
     style = looks(points)
     if "retrain" in points:
         x, y = points["retrain"]
@@ -254,12 +262,16 @@ def _spread_labels(axis, points):
 def fake_bars(counts, alpha):
     """Of the misclassified forget images, how many keep their label in the set: bars, all models.
 
-    ``counts`` is {method: (misclassified, fake, number of forget images)}.
+    ``counts`` is {method: (misclassified, fake, number of forget images)}, fake NaN where no q̂ is finite.
     """
     figure = Figure(figsize=(6.6, 0.27 * len(counts) + 1.5))
     axis = figure.subplots()
     places = np.arange(len(counts))[::-1]
+    _say_if_nothing(axis, [fake for _, fake, _ in counts.values()])
     for place, (wrong, fake, total) in zip(places, counts.values(), strict=True):
+        if math.isnan(fake):
+            axis.text(0, place, f" – of {_short(wrong)}", va="center", fontsize=7.5)
+            continue
         axis.barh(place, fake / total, color=RED, height=0.7)
         axis.barh(place, (wrong - fake) / total, left=fake / total, color=SKY, height=0.7)
         text = f"{_short(fake)} of {_short(wrong)}" + (f" ({fake / wrong:.0%})" if wrong else "")
@@ -277,6 +289,15 @@ def fake_bars(counts, alpha):
     return figure
 
 
+NO_Q_HAT = "no finite q̂"
+
+
+def _say_if_nothing(axis, values):
+    """Where none of ``values`` is a number, the axes say why."""
+    if all(map(math.isnan, values)):
+        axis.text(0.5, 0.5, NO_Q_HAT, ha="center", va="center", transform=axis.transAxes)
+
+
 def _short(count):
     return f"{count:.0f}" if count == round(count) or count >= 100 else f"{count:.1f}"
 
@@ -285,8 +306,11 @@ def _short(count):
 def fake_sheet(entries, classes, title):
     """The most fake-forgotten images with their sets.
 
-    ``entries`` are (image H×W×3 uint8, true label, prediction, labels in the set by probability).
+    ``entries`` are (image H×W×3 uint8, true label, prediction, labels in the set by probability); None where no q̂ is
+    finite.
     """
+    nothing = NO_Q_HAT if entries is None else "no misclassified image\nkeeps its label in the set"
+    entries = entries or []
     columns = min(6, max(1, len(entries)))
     rows = max(1, math.ceil(len(entries) / columns))
     figure = Figure(figsize=(1.55 * columns + 0.2, 2.0 * rows + 0.5))
@@ -304,7 +328,7 @@ def fake_sheet(entries, classes, title):
             line += (", " if line else "") + name
         axis.set_title(f"{classes[label]} → {classes[prediction]}\n{{{chr(10).join([*lines, line])}}}", fontsize=6.5)
     if not entries:
-        axes[0].text(0.5, 0.5, "no misclassified image\nkeeps its label in the set", ha="center", va="center")
+        axes[0].text(0.5, 0.5, nothing, ha="center", va="center")
     figure.suptitle(title)
     return figure
 
@@ -328,6 +352,7 @@ def relearn_curves(curves, alpha):
                 markerfacecolor="white" if line == "--" else colour, linewidth=2.2 if name == "retrain" else 1.1,
             )  # fmt: skip
         axis.set_title(title)
+        _say_if_nothing(axis, [value for curve in curves.values() for value in curve[key]])
         axis.set_xlabel("steps of training on a tenth")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from . import CR
+from . import CR, scores
 
 
 def sample_rows(outputs, settings, indices, names=None):
@@ -15,8 +15,8 @@ def sample_rows(outputs, settings, indices, names=None):
 
     ``indices`` are the images' places among the training images, ``names`` their file names where they have some. For
     each α: the set size, whether the label is in the set, whether the image is fake-forgotten (misclassified with its
-    label in the set), by the split's own calibration images; and in how many of the draws of those the label was in
-    the set.
+    label in the set), by the split's own calibration images; and in what share of the draws with a finite q̂ the label
+    was in the set. None where the split has no finite q̂.
     """
     score, size = settings.scores[0], max(outputs.cal_sizes)
     forget = CR.score_part(outputs.forget, score, "forget")
@@ -29,31 +29,32 @@ def sample_rows(outputs, settings, indices, names=None):
         "label": outputs.forget.labels.tolist(),
         "prediction": outputs.forget.logits.argmax(dim=1).tolist(),
         "p_true": own.tolist(),
-        "score": forget.own.tolist(),
+        "score": scores.from_log_odds(forget.own).tolist(),
     }
-    for alpha in settings.alphas:
-        q_hats = [
-            CR.conformal_quantile(held_out.own[outputs.calibration(size, draw)], alpha)
-            for draw in range(outputs.num_draws)
-        ]
+    for alpha, q_hats in zip(settings.alphas, CR.split_q_hats(held_out, outputs, size, settings.alphas).T, strict=True):
         inside, sizes = CR.apply_thresholds(forget, q_hats[:1])
-        often = (forget.own[:, None] <= torch.tensor(q_hats, dtype=torch.float64)).double().mean(dim=1)
-        columns |= {
-            f"set_size@{alpha:g}": sizes[0].tolist(),
-            f"in_set@{alpha:g}": inside[0].int().tolist(),
-            f"fake@{alpha:g}": (inside[0] & forget.wrong).int().tolist(),
-            f"in_set_share@{alpha:g}": often.tolist(),
+        often = (forget.own[:, None] <= q_hats[~q_hats.isnan()]).double().mean(dim=1)
+        found = {
+            "set_size": sizes[0],
+            "in_set": inside[0].int(),
+            "fake": (inside[0] & forget.wrong).int(),
+            "in_set_share": often,
         }
+        unknown = [None] * len(forget.own) if q_hats[0].isnan() else None
+        columns |= {f"{key}@{alpha:g}": unknown or values.tolist() for key, values in found.items()}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def most_fake(outputs, settings, count):
     """The forget images that the sets contradict most at the first α: misclassified, label in the set, and the label's
-    score the smallest. → up to ``count`` tuples (place in the forget set, prediction, labels in the set by score)."""
+    score the smallest. → up to ``count`` tuples (place in the forget set, prediction, labels in the set by score), or
+    None where the split has no finite q̂."""
     score, size, alpha = settings.scores[0], max(outputs.cal_sizes), settings.alphas[0]
     forget = CR.score_part(outputs.forget, score, "forget")
     held_out = CR.score_part(outputs.held_out, score, "held_out")
-    q_hat = CR.conformal_quantile(held_out.own[outputs.calibration(size)], alpha)
+    q_hat = CR.split_q_hats(held_out, outputs, size, [alpha], draws=1).item()
+    if math.isnan(q_hat):
+        return None
     fake = torch.where(forget.wrong & (forget.own <= q_hat), forget.own, math.inf)
     found = []
     for place in fake.argsort()[:count].tolist():
@@ -61,6 +62,6 @@ def most_fake(outputs, settings, count):
             break
         logits = outputs.forget.logits[place : place + 1]
         sizes = int((forget.ranked[place] <= q_hat).sum())
-        order = logits[0].argsort(descending=True).tolist()
+        order = logits[0].argsort(descending=True, stable=True).tolist()
         found.append((place, order[0], order[:sizes]))
     return found

@@ -1,28 +1,27 @@
-"""Non-conformity scores: how badly a label fits an image. The paper's is ``thr``; a set holds the labels with S ≤ q̂.
+"""Non-conformity scores S(x, y): how badly a label fits an image. The paper's is ``thr``; a set holds the labels with
+S ≤ q̂.
 
-Each turns logits N×K (any float type) into scores N×K, float64. The adaptive ones (aps, raps, saps) take u, one number
-in [0, 1] for each image: drawn uniformly it makes coverage exact, and u = 1 is the version that is not randomised.
-Labels of equal probability rank in the order of their numbers.
+Scores are *compared* as log-odds, log S − log(1 − S), in float64, and *reported* as S. S is a sum of probabilities: it
+rounds to 1 where the label's probability is below 10⁻¹⁶, where unlearning puts forgotten labels, and 1 − S rounds to 1
+for confident models. The log-odds increase with S and distinguish all of these, so sets, q̂ and coverage are exact.
+
+The adaptive scores (aps, raps, saps) take u, one number in [0, 1] per image: drawn uniformly it makes coverage exact,
+and u = 1 is the version without randomisation. Labels of equal probability rank in the order of their numbers.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 NAMES = ("thr", "aps", "raps", "saps")
+FROM_ONE_ON = 1e40  # S ≥ 1 has no log-odds: FROM_ONE_ON · S takes their place, above all differences of float32 logits
 
 
 def thr(logits):
-    """S(x, y) = 1 − p_y(x) (arXiv 2501.19403; Sadinle et al. 2019). Scores lie in [0, 1].
-
-    The score of the top label is summed from the other labels' probabilities: 1 − p rounds to 0 for a
-    confident model, and the order of the confident scores, which is all that q̂ looks at, would be lost.
-    """
-    probabilities = torch.softmax(logits.double(), dim=1)
-    top = probabilities.argmax(dim=1, keepdim=True)
-    others = probabilities.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
-    return (1 - probabilities).scatter(1, top, others)
+    """S(x, y) = 1 − p_y(x) (arXiv 2501.19403; Sadinle et al. 2019). Logits N×K → scores N×K in [0, 1], float64."""
+    return from_log_odds(thr_log_odds(logits))
 
 
 def true_label_scores(logits, labels):
@@ -30,31 +29,85 @@ def true_label_scores(logits, labels):
     return thr(logits).gather(1, labels[:, None]).squeeze(1)
 
 
-def aps(logits, u):
-    """The probability of all labels ranked before y, and u of y's own (Romano et al. 2020, 2006.02544). Scores in [0,
-    1]."""
-    probabilities, order = _ranked(logits)
-    return _unranked(probabilities.cumsum(dim=1) - (1 - u[:, None]) * probabilities, order)
+def true_label_log_odds(logits, labels):
+    """The log-odds of :func:`true_label_scores`, which distinguish what rounds to 0 or 1 there. → N, float64."""
+    return thr_log_odds(logits).gather(1, labels[:, None]).squeeze(1)
 
 
-def raps(logits, u, penalty, k_reg):
-    """``aps`` plus ``penalty`` for each rank beyond ``k_reg`` (Angelopoulos et al. 2021, 2009.14193)."""
-    probabilities, order = _ranked(logits)
-    beyond = (torch.arange(1, logits.shape[1] + 1, device=logits.device) - k_reg).clamp(min=0)
-    return _unranked(probabilities.cumsum(dim=1) - (1 - u[:, None]) * probabilities + penalty * beyond, order)
+def thr_log_odds(logits):
+    """log(1 − p) − log p of every label. Logits N×K → N×K, float64."""
+    log_p = torch.log_softmax(logits.double(), dim=1)
+    top = log_p.argmax(dim=1, keepdim=True)
+    # 1 − p is summed from the other labels where p is near 1. Only one label can have p > 1/2, so ties stay ties.
+    log_others = log_p.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
+    log_top = log_p.gather(1, top)
+    log_others = torch.where(log_top > math.log(0.5), log_others, torch.log1p(-log_top.exp()))
+    return torch.log1p(-log_p.exp()).scatter(1, top, log_others) - log_p
 
 
-def saps(logits, u, weight):
+def aps_log_odds(logits, u):
+    """Log-odds of the probability of all labels ranked before y, and u of y's own (Romano et al. 2020, 2006.02544).
+
+    Logits N×K, u N → N×K, float64. 1 − S is what remains: (1 − u) of y's probability and all that ranks after it.
+    """
+    ranked, order = _ranked(logits)
+    return _unranked(_log_odds(*_adaptive(ranked, u)), order)
+
+
+def raps_log_odds(logits, u, penalty, k_reg):
+    """``aps`` plus ``penalty`` for each rank beyond ``k_reg`` (Angelopoulos et al. 2021, 2009.14193).
+
+    From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
+    """
+    ranked, order = _ranked(logits)
+    ranks = torch.arange(1, logits.shape[1] + 1, dtype=torch.float64, device=logits.device)
+    log_score, log_rest = _adaptive(ranked, u)
+    added = penalty * (ranks - k_reg).clamp(min=0)
+    regularised = _from_both_ends(log_score.exp() + added, log_rest.exp() - added)
+    return _unranked(torch.where(added > 0, regularised, _log_odds(log_score, log_rest)), order)
+
+
+def saps_log_odds(logits, u, weight):
     """u · p_max for the top label; p_max + (rank − 2 + u) · ``weight`` for the others (Huang et al. 2024,
-    2310.06430)."""
-    probabilities, order = _ranked(logits)
-    top = probabilities[:, :1]
-    ranks = torch.arange(2, logits.shape[1] + 1, device=logits.device)
-    return _unranked(torch.cat([u[:, None] * top, top + (ranks - 2 + u[:, None]) * weight], dim=1), order)
+    2310.06430).
+
+    From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
+    """
+    ranked, order = _ranked(logits)
+    log_top, log_others = ranked[:, :1], ranked[:, 1:].logsumexp(dim=1, keepdim=True)
+    log_u, log_rest = u.log()[:, None], torch.log1p(-u)[:, None]
+    top = _log_odds(log_u + log_top, torch.logaddexp(log_rest, log_u + log_others))
+    added = (torch.arange(logits.shape[1] - 1, device=logits.device) + u[:, None]) * weight
+    others = _from_both_ends(log_top.exp() + added, log_others.exp() - added)
+    return _unranked(torch.cat([top, others], dim=1), order)
+
+
+def from_log_odds(values):
+    """The scores S behind log-odds (a float64 tensor of any shape, NaN included)."""
+    return torch.where(values > FROM_ONE_ON / 10, values / FROM_ONE_ON, torch.sigmoid(values))
+
+
+def _adaptive(ranked, u):
+    """log S and log(1 − S) of aps, from log p in descending order N×K."""
+    nothing = torch.full_like(ranked[:, :1], -math.inf)
+    before = torch.cat([nothing, ranked.logcumsumexp(dim=1)[:, :-1]], dim=1)
+    after = torch.cat([ranked.flip(1).logcumsumexp(dim=1).flip(1)[:, 1:], nothing], dim=1)
+    log_u, log_rest = u.log()[:, None], torch.log1p(-u)[:, None]
+    return torch.logaddexp(before, log_u + ranked), torch.logaddexp(after, log_rest + ranked)
+
+
+def _log_odds(log_score, log_rest):
+    """log S − log(1 − S); FROM_ONE_ON · S where nothing of 1 remains."""
+    return torch.where(log_rest.isneginf(), FROM_ONE_ON * log_score.exp(), log_score - log_rest)
+
+
+def _from_both_ends(score, rest):
+    """The same from S and 1 − S, each without the rounding error of the other; S may exceed 1."""
+    return torch.where(rest > 0, score.log() - rest.log(), FROM_ONE_ON * score)
 
 
 def _ranked(logits):
-    return torch.softmax(logits.double(), dim=1).sort(dim=1, descending=True, stable=True)
+    return torch.log_softmax(logits.double(), dim=1).sort(dim=1, descending=True, stable=True)
 
 
 def _unranked(ranked, order):
@@ -63,7 +116,7 @@ def _unranked(ranked, order):
 
 @dataclass(frozen=True)
 class Score:
-    """A score with its parameters. ``score(logits, part)`` → N×K; ``part`` and the seed say which u are drawn."""
+    """A score with its parameters. ``score(logits, part)`` → S, N×K; ``part`` and the seed determine u."""
 
     name: str = "thr"
     randomized: bool = True
@@ -73,12 +126,18 @@ class Score:
     seed: int = 0
 
     def __call__(self, logits, part="forget"):
+        return from_log_odds(self.log_odds(logits, part))
+
+    def log_odds(self, logits, part="forget"):
+        """What sets and q̂ compare; see the head of the module. Logits N×K → N×K, float64."""
         if self.name == "thr":
-            return thr(logits)
+            return thr_log_odds(logits)
         u = torch.ones(len(logits), dtype=torch.float64)
         if self.randomized:
             u = torch.from_numpy(np.random.default_rng([self.seed, *part.encode()]).random(len(logits)))
         u = u.to(logits.device)
         if self.name == "aps":
-            return aps(logits, u)
-        return raps(logits, u, self.penalty, self.k_reg) if self.name == "raps" else saps(logits, u, self.weight)
+            return aps_log_odds(logits, u)
+        if self.name == "raps":
+            return raps_log_odds(logits, u, self.penalty, self.k_reg)
+        return saps_log_odds(logits, u, self.weight)

@@ -20,6 +20,10 @@ def logits_of(probabilities):
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
 
+def plain(log_odds):
+    return scores.from_log_odds(log_odds).flatten().tolist()
+
+
 # ---------------------------------------------------------------- scores
 
 
@@ -45,13 +49,14 @@ def test_adaptive_scores_by_hand():
     logits, u = logits_of([[0.2, 0.5, 0.3], [0.9, 0.04, 0.06]]), torch.tensor([0.4, 1.0]).double()
     # First image: ranks 1, 2, 3 are labels 1, 2, 0.
     expected = [[0.8 + 0.4 * 0.2, 0.4 * 0.5, 0.5 + 0.4 * 0.3], [0.9, 1.0, 0.96]]
-    assert scores.aps(logits, u).flatten().tolist() == pytest.approx(sum(expected, []))
+    assert plain(scores.aps_log_odds(logits, u)) == pytest.approx(sum(expected, []))
     penalties = [[0.2, 0.0, 0.1], [0.0, 0.2, 0.1]]  # 0.1 for each rank beyond the first
-    found = scores.raps(logits, u, 0.1, 1) - torch.tensor(penalties).double()
-    assert found.flatten().tolist() == pytest.approx(sum(expected, []))
+    assert plain(scores.raps_log_odds(logits, u, 0.1, 1)) == pytest.approx(
+        [score + penalty for score, penalty in zip(sum(expected, []), sum(penalties, []), strict=True)]
+    )
     # p_max + (rank − 2 + u) · weight, and u · p_max for the top label
     expected = [[0.5 + 1.4 * 0.2, 0.4 * 0.5, 0.5 + 0.4 * 0.2], [0.9, 0.9 + 2 * 0.2, 0.9 + 1 * 0.2]]
-    assert scores.saps(logits, u, 0.2).flatten().tolist() == pytest.approx(sum(expected, []))
+    assert plain(scores.saps_log_odds(logits, u, 0.2)) == pytest.approx(sum(expected, []))
 
 
 def test_randomised_scores_are_drawn_from_the_seed_and_the_part():
@@ -103,7 +108,11 @@ def test_sets_coverage_size_and_ratio_by_hand():
     assert wrong.sum() == 3 and CR.fake_forgetting(inside, wrong) == 2
     assert CR.efficient_coverage(inside, sizes, 1) == 1 / 4 and CR.efficient_coverage(inside, sizes, 2) == 2 / 4
     assert CR.efficient_miscoverage(inside, sizes, 0) == 0 and CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
-    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), [0.75, 2.0], [1])
+    thresholds = [math.log(3), 50.0, math.nan]  # log-odds of 0.75 and of almost 1; no finite q̂
+    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), thresholds, [1])
+    assert found.pop("misclassified").tolist() == [3, 3, 3]
+    assert all(math.isnan(values[2]) for values in found.values())
+    found = {key: values[:2] for key, values in found.items()}
     assert found["coverage"].tolist() == [3 / 4, 1] and found["set_size"].tolist() == [7 / 4, 3]
     assert found["fake"].tolist() == [2, 3] and found["fake_ratio"].tolist() == pytest.approx([2 / 3, 1])
     assert found["wrong_set_size"].tolist() == [2, 3] and found["wrong_CR"].tolist() == pytest.approx([1 / 3, 1 / 3])
@@ -119,7 +128,7 @@ def test_thresholds_give_the_same_as_the_sets_themselves():
         q_hats = [*scored.own[:20].tolist(), 0.0, math.inf]  # ties among them
         inside, sizes = CR.apply_thresholds(scored, q_hats)
         for number, q_hat in enumerate(q_hats):
-            sets = CR.prediction_sets(score(output.logits, "test"), q_hat)
+            sets = CR.prediction_sets(score.log_odds(output.logits, "test"), q_hat)
             assert torch.equal(inside[number], CR.in_set(sets, output.labels))
             assert torch.equal(sizes[number], sets.sum(dim=1))
 
@@ -133,7 +142,7 @@ def test_the_error_of_CR_is_that_of_many_samples():
 
 def test_empty_sets():
     logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), [0.1])
+    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), [-2.0])
     assert [found[key].item() for key in ("coverage", "set_size", "CR", "CR_error")] == [0, 0, 0, 0]
     assert math.isnan(found["fake_ratio"].item())  # argmax of a tie is label 0: none is wrong
 
@@ -267,7 +276,7 @@ def test_miacr_counts_sets_that_are_exactly_non_member():
     non_members = torch.tensor([[0.3, 0.7], [0.4, 0.6]], dtype=torch.float64)
     targets = torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.35, 0.65], [0.9, 0.1]], dtype=torch.float64)
     assert MIACR.miacr(targets, members, non_members, 0.4) == 2 / 4  # {non}, {non}, {}, {member}
-    assert MIACR.miacr(targets, members, non_members, 0.1) == 0  # q̂ = ∞: every set is {non, member}
+    assert math.isnan(MIACR.miacr(targets, members, non_members, 0.1))  # q̂ = ∞: every set is {non, member}
 
 
 def test_attacks_refuse_unequal_or_too_few_images():
@@ -510,11 +519,13 @@ def test_q_hat_and_sets_are_those_of_mapie(name):
     if name == "raps":
         chosen = other._mapie_classifier.conformity_score_function_
         found, q_hat = (
-            scores.raps(logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0])),
+            scores.from_log_odds(
+                scores.raps_log_odds(logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0]))
+            ),
             chosen.quantiles_[0],
         )
     else:
-        score = scores.thr if name == "thr" else lambda part: scores.aps(part, u)
+        score = scores.thr_log_odds if name == "thr" else lambda part: scores.aps_log_odds(part, u)
         own = score(logits[:300]).gather(1, labels[:300, None]).squeeze(1)
         found, q_hat = score(logits[300:]), CR.conformal_quantile(own, 0.1)
     sets = CR.prediction_sets(found, q_hat)
