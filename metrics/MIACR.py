@@ -21,13 +21,14 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
     ``members`` and ``non_members`` are lists of equally long tensors of confidences, ``points`` a tensor of M
     → (number of attacks)×M, float64. Each is an RBF SVM (C = 3, γ = 1) with Platt-scaled probabilities: the sigmoid is
     fitted to decisions of five SVMs, each trained without the fifth of the images that it decides on, as scikit-learn's
-    ``CalibratedClassifierCV(SVC(...), ensemble=False)`` does. Raises ValueError for unequal or too few images.
+    ``CalibratedClassifierCV(SVC(...), ensemble=False)`` does. NaN where an attack has no answer, because members and
+    non-members have the same confidences. Raises ValueError for unequal or too few images.
     """
     for one, other in zip(members, non_members, strict=True):
         MIA.check_sizes(len(one), len(other))
     grid = svm.Grid(0.0, 1.0, step)
-    feature_map = svm.FeatureMap(grid.nodes[:, None])
-    nodes = feature_map(grid.nodes[:, None]).repeat(2, 1)
+    feature_map = svm.FeatureMap(svm.chebyshev_landmarks(0.0, 1.0, 16))
+    system = svm.Dense(feature_map, np.tile(grid.nodes, 2)[:, None])
     signs = torch.cat([torch.ones(grid.size), -torch.ones(grid.size)]).double()
     counts = torch.from_numpy(
         np.stack(
@@ -41,12 +42,15 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
         )
     )  # attacks × folds × nodes
     whole = counts.sum(dim=1, keepdim=True)
-    weights = svm.solve(nodes, signs, MIA.C * torch.cat([whole - counts, whole], dim=1).flatten(0, 1))
+    trained = torch.cat([whole - counts, whole], dim=1)
+    weights, tells_apart = svm.solve(system, signs, MIA.C * trained.flatten(0, 1))
     weights = weights.view(len(members), MIA.FOLDS + 1, -1)
-    crossed = svm.decision(nodes, weights[:, :-1].flatten(0, 1)).view_as(counts)
+    crossed = system.forward(weights[:, :-1].flatten(0, 1)).view_as(counts)
     sigmoids = svm.platt(crossed.flatten(1), signs.repeat(MIA.FOLDS), counts.flatten(1))
-    decisions = svm.decision(feature_map(points[:, None].numpy()), weights[:, -1])
-    return torch.sigmoid(-(sigmoids[:, :1] * decisions + sigmoids[:, 1:]))
+    decisions = system.decision(points[:, None].numpy(), weights[:, -1])
+    probabilities = torch.sigmoid(-(sigmoids[:, :1] * decisions + sigmoids[:, 1:]))
+    probabilities[~tells_apart.view(len(members), -1)[:, -1]] = torch.nan
+    return probabilities
 
 
 def membership_scores(probabilities):
@@ -59,8 +63,10 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
 
     All scores are M×2 as :func:`membership_scores` gives them. q̂ is the conformal quantile of the scores of
     the true membership on held-out members and non-members, which the attack was not trained on. NaN where these
-    are too few for a finite q̂.
+    are too few for a finite q̂, or the attack has no answer (its scores are NaN).
     """
+    if target_scores.isnan().any():
+        return math.nan
     q_hat = CR.finite_quantile(torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha)
     if math.isnan(q_hat):
         return math.nan
@@ -72,17 +78,21 @@ def report(outputs, settings):
     """MIACR per (score, calibration size, α): the same for every score. Returns ``({}, rows)``.
 
     Each draw of the held-out images trains an attack of its own, so that no image trains and calibrates one.
-    ``MIACR_calibration_images`` counts the members and non-members that calibrate the split's own.
+    ``MIACR_calibration_images`` counts the members and non-members that calibrate the split's own. NaN where too few
+    images train or calibrate the attack.
     """
     confidence = {name: MIA.confidences(*getattr(outputs, name)) for name in ("retain", "held_out", "forget")}
     parts = [MIA.divide(outputs, settings.seed, draw) for draw in range(outputs.num_draws)]
     points = torch.cat(list(confidence.values()))
-    probabilities = attack_probabilities(
-        [confidence["retain"][members] for _, members, _, _ in parts],
-        [confidence["held_out"][non_members] for *_, non_members in parts],
-        points,
-        svm.FINE if len(parts) == 1 else svm.COARSE,
-    )
+    trainable = [draw for draw, (_, members, *_) in enumerate(parts) if len(members) >= MIA.FOLDS]
+    probabilities = torch.full((len(parts), len(points)), math.nan, dtype=torch.float64)
+    if trainable:
+        probabilities[trainable] = attack_probabilities(
+            [confidence["retain"][parts[draw][1]] for draw in trainable],
+            [confidence["held_out"][parts[draw][3]] for draw in trainable],
+            points,
+            svm.FINE if len(parts) == 1 else svm.COARSE,
+        )
     rows = {}
     for size in outputs.cal_sizes:
         found = {alpha: [] for alpha in settings.alphas}
