@@ -71,27 +71,27 @@ def check_sizes(members, non_members):
 class Attack:
     """An RBF SVM that tells members from non-members by features N×d (equally many of each, at least five).
 
-    What scikit-learn's ``SVC(C=3, gamma="auto")`` decides, found by :mod:`metrics.svm`. On one feature the points enter
-    as histograms where the grid is shorter than they are. Raises ValueError as :func:`check_sizes` does.
+    Decides what scikit-learn's ``SVC(C=3, gamma="auto")`` decides, and is trained by :mod:`metrics.svm`. Where members
+    and non-members have the same features, e.g. one constant, no decision means anything, and ``tells_apart`` is False.
+    Raises ValueError as :func:`check_sizes` does.
     """
 
     def __init__(self, members, non_members):
         check_sizes(len(members), len(non_members))
         points = np.concatenate([members, non_members])
-        self._map = svm.FeatureMap(points)
-        if points.shape[1] == 1 and 2 * (np.ptp(points) / svm.FINE) < len(points):
-            grid = svm.Grid(points.min(), points.max())
-            nodes = np.tile(grid.nodes, 2)[:, None]
-            counts = np.concatenate([grid.histogram(members[:, 0]), grid.histogram(non_members[:, 0])])
-            sizes = (grid.size, grid.size)
-        else:
-            nodes, counts, sizes = points, np.ones(len(points)), (len(members), len(non_members))
-        signs = torch.from_numpy(np.repeat([1.0, -1.0], sizes))
-        self._weights = svm.solve(self._map(nodes), signs, C * torch.from_numpy(counts)[None])
+        signs = torch.from_numpy(np.repeat([1.0, -1.0], len(members)))
+        self._system = svm.system_of(points)
+        self._weights, tells_apart = svm.solve(self._system, signs, torch.full((1, len(points)), C).double())
+        self.tells_apart = tells_apart.item()
+
+    def decide(self, points):
+        """+1 (member), −1 (non-member) or 0 (a decision of zero to rounding) for features N×d → N, numpy."""
+        decisions = self._system.decision(points, self._weights)[0].numpy()
+        return np.where(np.abs(decisions) > svm.ROUNDING, np.sign(decisions), 0.0)
 
     def says_member(self, points):
-        """Booleans N for features N×d."""
-        return (svm.decision(self._map(points), self._weights)[0] > 0).numpy()
+        """Booleans N for features N×d. A decision of zero says non-member, as in scikit-learn."""
+        return self.decide(points) > 0
 
 
 def ranking_attack(member_scores, non_member_scores):
@@ -99,8 +99,10 @@ def ranking_attack(member_scores, non_member_scores):
     1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
 
     Both are scores, 1 − p_y or what increases with it: log-odds distinguish what is nearly certain.
-    → (AUC, [TPR, ...]).
+    → (AUC, [TPR, ...]), NaN where one of the two is empty.
     """
+    if not len(member_scores) or not len(non_member_scores):
+        return math.nan, [math.nan] * len(FALSE_POSITIVES)
     confidence = -torch.cat([member_scores, non_member_scores]).numpy()
     membership = np.repeat([1, 0], [len(member_scores), len(non_member_scores)])
     false_positives, true_positives, _ = roc_curve(membership, confidence, drop_intermediate=False)
@@ -124,10 +126,31 @@ def divide(outputs, seed, draw=0):
     return members[:held_out], members[held_out : held_out + trained], calibration, test[:trained]
 
 
+def attack_shares(members, non_members, held_members, held_non_members, targets):
+    """An attack's efficacy, the share of ``targets`` that it calls non-members, and its privacy: its accuracy on
+    members and non-members that it was not trained on. Arrays of features N×d → two floats in [0, 1].
+
+    Both are NaN where the attack has no answer: fewer than five images to train on, or features that do not differ
+    between members and non-members. A share of no images is NaN too, and so is one of images that are all undecided.
+    """
+    if len(members) < FOLDS:
+        return math.nan, math.nan
+    attack = Attack(members, non_members)
+    if not attack.tells_apart:
+        return math.nan, math.nan
+
+    def member_share(points):
+        decided = attack.decide(points)
+        return float((decided > 0).mean()) if decided.any() else math.nan
+
+    privacy = (member_share(held_members) + 1 - member_share(held_non_members)) / 2
+    return 1 - member_share(targets), privacy
+
+
 def report(outputs, settings):
-    """For each attack its efficacy on the forget images (``MIA`` is the one on confidence) and its accuracy on
+    """For each attack its efficacy on the forget images (``MIA`` is the attack on confidence) and its accuracy on
     members and non-members that it was not trained on (privacy: a half is best); AUC and true-positive rates of
-    telling the forget images from test images by confidence. NaN where too few images train or test an attack. Returns
+    telling the forget images from test images by confidence. NaN where there is nothing to say. Returns
     ``(scalars, {})``."""
     # As NumPy: an array that a tensor of one element indexes loses a dimension.
     held_members, members, held_non_members, non_members = (part.numpy() for part in divide(outputs, settings.seed))
@@ -137,17 +160,13 @@ def report(outputs, settings):
     scalars = {}
     for name, features in retain.items():
         key = "MIA" if name == "confidence" else f"MIA_{name.replace(' ', '_')}"
-        scalars |= {key: math.nan, f"{key}_privacy": math.nan}
-        if len(members) < FOLDS:
-            continue
-        attack = Attack(features[members], held_out[name][non_members])
-        scalars[key] = float(1 - attack.says_member(forget[name]).mean())
-        if len(held_members) and len(held_non_members):
-            right = attack.says_member(features[held_members]).mean()
-            wrong = attack.says_member(held_out[name][held_non_members]).mean()
-            scalars[f"{key}_privacy"] = float((right + 1 - wrong) / 2)
-    if not len(outputs.test()):
-        return scalars | dict.fromkeys(("AUC", "TPR@1%", "TPR@0.1%"), math.nan), {}
+        scalars[key], scalars[f"{key}_privacy"] = attack_shares(
+            members=features[members],
+            non_members=held_out[name][non_members],
+            held_members=features[held_members],
+            held_non_members=held_out[name][held_non_members],
+            targets=forget[name],
+        )
     scalars["AUC"], rates = ranking_attack(
         scores.true_label_log_odds(*outputs.forget),
         scores.true_label_log_odds(*outputs.held_out.of(outputs.test())),

@@ -21,13 +21,14 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
     ``members`` and ``non_members`` are lists of equally long tensors of confidences, ``points`` a tensor of M
     → (number of attacks)×M, float64. Each is an RBF SVM (C = 3, γ = 1) with Platt-scaled probabilities: the sigmoid is
     fitted to decisions of five SVMs, each trained without the fifth of the images that it decides on, as scikit-learn's
-    ``CalibratedClassifierCV(SVC(...), ensemble=False)`` does. Raises ValueError for unequal or too few images.
+    ``CalibratedClassifierCV(SVC(...), ensemble=False)`` does. NaN where an attack has no answer, because members and
+    non-members have the same confidences. Raises ValueError for unequal or too few images.
     """
     for one, other in zip(members, non_members, strict=True):
         MIA.check_sizes(len(one), len(other))
     grid = svm.Grid(0.0, 1.0, step)
-    feature_map = svm.FeatureMap(grid.nodes[:, None])
-    nodes = feature_map(grid.nodes[:, None]).repeat(2, 1)
+    feature_map = svm.FeatureMap(svm.chebyshev_landmarks(0.0, 1.0, 16))
+    system = svm.Dense(feature_map, np.tile(grid.nodes, 2)[:, None])
     signs = torch.cat([torch.ones(grid.size), -torch.ones(grid.size)]).double()
     counts = torch.from_numpy(
         np.stack(
@@ -41,12 +42,15 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
         )
     )  # attacks × folds × nodes
     whole = counts.sum(dim=1, keepdim=True)
-    weights = svm.solve(nodes, signs, MIA.C * torch.cat([whole - counts, whole], dim=1).flatten(0, 1))
+    trained = torch.cat([whole - counts, whole], dim=1)
+    weights, tells_apart = svm.solve(system, signs, MIA.C * trained.flatten(0, 1))
     weights = weights.view(len(members), MIA.FOLDS + 1, -1)
-    crossed = svm.decision(nodes, weights[:, :-1].flatten(0, 1)).view_as(counts)
+    crossed = system.forward(weights[:, :-1].flatten(0, 1)).view_as(counts)
     sigmoids = svm.platt(crossed.flatten(1), signs.repeat(MIA.FOLDS), counts.flatten(1))
-    decisions = svm.decision(feature_map(points[:, None].numpy()), weights[:, -1])
-    return torch.sigmoid(-(sigmoids[:, :1] * decisions + sigmoids[:, 1:]))
+    decisions = system.decision(points[:, None].numpy(), weights[:, -1])
+    probabilities = torch.sigmoid(-(sigmoids[:, :1] * decisions + sigmoids[:, 1:]))
+    probabilities[~tells_apart.view(len(members), -1)[:, -1]] = torch.nan
+    return probabilities
 
 
 def membership_scores(probabilities):
@@ -59,8 +63,10 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
 
     All scores are M×2 as :func:`membership_scores` gives them. q̂ is the conformal quantile of the scores of
     the true membership on held-out members and non-members, which the attack was not trained on. NaN where these
-    are too few for a finite q̂.
+    are too few for a finite q̂, or the attack has no answer (its scores are NaN).
     """
+    if target_scores.isnan().any():
+        return math.nan
     q_hat = CR.finite_quantile(torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha)
     if math.isnan(q_hat):
         return math.nan

@@ -1,14 +1,19 @@
 """Pictures of an evaluation, as matplotlib Figures: pure functions of what the metrics found.
 
 Colours are Okabe and Ito's, which the colour-blind tell apart; what has the same colour has another marker or line.
+Names of classes and methods are drawn as plain text in any script: see :func:`printable` and :func:`font_families`.
 """
 
+import functools
 import math
+import unicodedata
 
+import matplotlib
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from sklearn.isotonic import IsotonicRegression
 
 from . import CR, scores
 
@@ -31,6 +36,7 @@ STYLE = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "lines.linewidth": 1.3,
+    "text.parse_math": False,  # a $ in a name is a dollar
 }
 ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000",
@@ -40,15 +46,101 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 PARTS = {"forget": (RED, "-"), "test": (BLUE, "--"), "calibration": (BLACK, ":")}
 
 
-def styled(function):
-    """Draw with the settings of STYLE, and leave the caller's as they are."""
+# Sizes in points or inches, and line widths: layout, not content.
+SMALL, TINY = {"fontsize": 7.5}, {"fontsize": 6.5}
+THICK, THIN = 2.2, 1.1
+CURVE = {"markersize": 4.5}
+POINT = {"markersize": 7, "markeredgewidth": 1.3, "linestyle": "none"}
+RING = {"marker": "o", "markersize": 15, "color": "none", "markeredgecolor": BLACK, "markeredgewidth": 1.2}
+GUIDE = {"color": "#999999", "linewidth": 0.8}
+LEADER = {"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+HISTOGRAM = {"histtype": "step", "linewidth": 1.2}
+Q_HAT_LINE, Q_HAT_AREA = {"color": GREEN, "linewidth": 1.6}, {"color": GREEN, "alpha": 0.08, "linewidth": 0}
+BAR, SWATCH = {"height": 0.7}, {"linewidth": 6}
+MIDDLE = {"ha": "center", "va": "center"}
+SIZES = {  # inches: width and height of the whole, or of each part and of what surrounds the parts
+    "curves": (8.2, 5.6),
+    "plane": (6.4, 4.8),
+    "bars": (6.6, 1.5, 0.27),
+    "histograms": (2.6, 1.7, 0.7),
+    "sheet": (1.55, 2.0, 0.5),
+    "relearn": (8.2, 3.4, 0.19, 0.8),
+}
+PER_ROW = {"histograms": 4, "sheet": 6}
+MARGIN = 0.16  # of the plane around the points
+LABELS_AT, LABEL_GAP = 1.03, 0.042  # of the plane's labels: place on the x-axis, least distance in height
+LONGEST_NAME, LONGEST_LINE, MOST_LABELS = 24, 22, 8  # characters of a name and of a line, labels of a set
+LOGIT_EDGES = np.linspace(-14, 14, 57)
+NO_Q_HAT = "no finite q̂"
+NOTHING_FAKE = "no misclassified image\nkeeps its label in the set"
+IN_SET, OUT_OF_SET = "label still in the set (fake)", "label out of the set"
 
+
+def styled(function):
+    """Draw with the settings of STYLE and with fonts for all text in the arguments; the caller's settings stay."""
+
+    @functools.wraps(function)
     def draw(*arguments, **options):
-        with rc_context(STYLE):
+        with rc_context(STYLE | {"font.family": font_families(_texts((arguments, options)))}):
             return function(*arguments, **options)
 
-    draw.__doc__ = function.__doc__
     return draw
+
+
+def printable(name, longest=LONGEST_NAME):
+    """A name as one line of drawable text, at most ``longest`` characters: the middle is left out of longer names.
+
+    White space becomes a space, format characters (directions, joiners) are dropped, and what is not a character
+    (control codes, the bytes of names that are not UTF-8) becomes �.
+    """
+    replaced = {"Cc": "\ufffd", "Cs": "\ufffd", "Cf": "", "Zs": " ", "Zl": " ", "Zp": " "}
+    text = "".join(" " if c in "\t\n\r" else replaced.get(unicodedata.category(c), c) for c in str(name)).strip()
+    if len(text) > longest:
+        half = (longest - 1) // 2
+        text = f"{text[: longest - 1 - half]}…{text[-half:]}"
+    return text or "(no name)"
+
+
+def _texts(nest):
+    """All strings in a nest of dicts, lists and tuples."""
+    if isinstance(nest, str):
+        yield nest
+    elif isinstance(nest, dict | list | tuple):
+        for item in [*nest, *nest.values()] if isinstance(nest, dict) else nest:
+            yield from _texts(item)
+
+
+def font_families(texts):
+    """Matplotlib's own font, and fonts of this machine for the characters that it lacks, as ``font.family``."""
+    characters = {character for text in texts for character in text if not character.isascii()}
+    return ["DejaVu Sans", *_fallbacks(frozenset(c for c in characters if unicodedata.category(c)[0] not in "CZ"))]
+
+
+@functools.cache
+def _fallbacks(characters):
+    missing = {character for character in characters if not _has_glyph(font_manager.findfont("DejaVu Sans"), character)}
+    own = (
+        matplotlib.get_data_path()
+    )  # beside DejaVu these are mathematical fonts, and one that has boxes for everything
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.fname.startswith(own)]
+    found = []
+    for font in sorted(fonts, key=lambda font: (font.style != "normal", font.weight != 400, "Sans" not in font.name)):
+        if not missing:
+            break
+        covered = {character for character in missing if _has_glyph(font.fname, character)}
+        if covered and font.name not in found:
+            found.append(font.name)
+            missing -= covered
+    return found
+
+
+def _has_glyph(path, character):
+    """Whether a font can draw a character; bitmap fonts (color emoji) and damaged files cannot."""
+    try:
+        font = font_manager.get_font(path)
+        return bool(font.scalable and font.get_char_index(ord(character)))
+    except (OSError, RuntimeError):
+        return False
 
 
 def looks(names):
@@ -73,19 +165,19 @@ def overview(rows, score, cal_size):
     rows = [row for row in rows if (row["score"], row["cal_size"]) == (score, cal_size) and "test_CR" in row]
     if not rows:
         return {}
-    known = [row["alpha"] for row in rows if not math.isnan(row["test_CR"])] or [row["alpha"] for row in rows]
+    known = [row["alpha"] for row in rows if not _missing(row["test_CR"])] or [row["alpha"] for row in rows]
     alpha = max(sorted(known), key=known.count)
     at_alpha = {row["method"]: row for row in rows if row["alpha"] == alpha}
     forget = CR.judged_forget_images(rows[0])
     keys = {"alpha": "alpha", "test_coverage": "test_coverage", "test_CR": "test_CR"}
     keys |= {"forget_coverage": f"{forget}_coverage", "forget_CR": f"{forget}_CR"}
     curves = {
-        name: {key: [row[at] for row in rows if row["method"] == name] for key, at in keys.items()}
+        name: {key: [row.get(column) for row in rows if row["method"] == name] for key, column in keys.items()}
         for name in dict.fromkeys(row["method"] for row in rows)
     }
-    points = {name: (row["test_CR"], row[f"{forget}_CR"]) for name, row in at_alpha.items()}
+    points = {name: (row["test_CR"], row.get(f"{forget}_CR")) for name, row in at_alpha.items()}
     counts = {
-        name: (row[f"{forget}_misclassified"], row[f"{forget}_fake"], row["num_forget"])
+        name: (row.get(f"{forget}_misclassified"), row.get(f"{forget}_fake"), row.get("num_forget"))
         for name, row in at_alpha.items()
     }
     return {
@@ -110,43 +202,48 @@ def histogram_data(outputs, settings):
 
 @styled
 def score_histograms(samples, alpha):
-    """Histograms of the own label's score for forget, test and calibration images, one model a row, q̂ drawn in.
+    """Histograms of the own label's score for forget, test and calibration images, a panel per model, q̂ drawn in.
 
     ``samples`` is {method: {"forget": N, "test": N, "calibration": N, "q_hat": float}} of scores in numpy arrays, q̂ NaN
     where it is infinite. Scores crowd at both ends, so the axis is the logit of the score.
     """
-    columns = min(4, len(samples))
-    rows = math.ceil(len(samples) / columns)
-    figure = Figure(figsize=(2.6 * columns, 1.7 * rows + 0.7))
-    axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, squeeze=False)).ravel()
-    edges = np.linspace(-14, 14, 57)
-    for axis, (name, found) in zip(axes, samples.items(), strict=False):
+    figure, axes = _panels("histograms", len(samples), sharex=True)
+    low, high = LOGIT_EDGES[0], LOGIT_EDGES[-1]
+    for axis, (name, sample) in zip(axes, samples.items(), strict=False):
         for part, (colour, line) in PARTS.items():
-            values = np.clip(_logit(found[part]), edges[0], edges[-1])
-            axis.hist(
-                values, edges, weights=np.full(len(values), 1 / max(len(values), 1)),
-                histtype="step", color=colour, linestyle=line, linewidth=1.2,
-            )  # fmt: skip
-        if math.isfinite(found["q_hat"]):
-            place = float(np.clip(_logit(np.array([found["q_hat"]])), edges[0], edges[-1])[0])
-            axis.axvline(place, color=GREEN, linewidth=1.6)
-            axis.axvspan(edges[0], place, color=GREEN, alpha=0.08, linewidth=0)
-        axis.set_title(name if math.isfinite(found["q_hat"]) else f"{name} ({NO_Q_HAT})")
+            values = np.clip(_logit(sample[part]), low, high)
+            share = np.full(len(values), 1 / max(len(values), 1))
+            axis.hist(values, LOGIT_EDGES, weights=share, color=colour, linestyle=line, **HISTOGRAM)
+        has_q_hat = not _missing(sample["q_hat"])
+        if has_q_hat:
+            place = np.clip(_logit(sample["q_hat"]), low, high)
+            axis.axvline(place, **Q_HAT_LINE)
+            axis.axvspan(low, place, **Q_HAT_AREA)
+        axis.set_title(printable(name) if has_q_hat else f"{printable(name)} ({NO_Q_HAT})")
         axis.set_yticks([])
         axis.grid(False)
-        ticks = [1e-6, 1e-3, 0.5, 1 - 1e-3]
-        axis.set_xticks(_logit(np.array(ticks)), ["10⁻⁶", "10⁻³", "½", ".999"])
-    for axis in axes[len(samples) :]:
-        axis.set_visible(False)
+        axis.set_xticks(_logit([1e-6, 1e-3, 0.5, 1 - 1e-3]), ["10⁻⁶", "10⁻³", "½", ".999"])
+    for number, axis in enumerate(axes):
+        axis.set_visible(number < len(samples))
+        # Panels of a column share their ticks; the lowest one shows the labels.
+        axis.tick_params(labelbottom=number + PER_ROW["histograms"] >= len(samples))
     handles = [Line2D([], [], color=colour, linestyle=line) for colour, line in PARTS.values()]
-    figure.legend(
-        [*handles, Line2D([], [], color=GREEN, linewidth=1.6)], [*PARTS, "q̂: what is left of it is in the set"],
-        loc="outside lower center", ncols=4,
-    )  # fmt: skip
+    handles.append(Line2D([], [], **Q_HAT_LINE))
+    labels = [*PARTS, "q̂: what is left of it is in the set"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.suptitle(
         f"Score 1 − p of the true label: where forget images lie left of q̂, their label is in the set (α = {alpha:g})"
     )
     return figure
+
+
+def _panels(kind, count, **options):
+    """A figure of ``count`` equal panels in rows, and their axes (the last row filled up)."""
+    columns = min(PER_ROW[kind], max(1, count))
+    rows = max(1, math.ceil(count / columns))
+    width, height, around = SIZES[kind]
+    figure = Figure(figsize=(width * columns, height * rows + around))
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
 def _logit(values):
@@ -154,13 +251,19 @@ def _logit(values):
     return np.log(values) - np.log1p(-values)
 
 
+def _missing(value):
+    """Whether a number is unknown: None, NaN or infinite."""
+    return value is None or not math.isfinite(value)
+
+
 @styled
 def against_alpha(curves):
     """Coverage and CR of forget and test images against α, all models in one picture.
 
-    ``curves`` is {method: {"alpha": [...], "forget_coverage": [...], "test_coverage", "forget_CR", "test_CR"}}.
+    ``curves`` is {method: {"alpha": [...], "forget_coverage": [...], "test_coverage", "forget_CR", "test_CR"}}; missing
+    numbers (None, NaN) are left out.
     """
-    figure = Figure(figsize=(8.2, 5.6))
+    figure = Figure(figsize=SIZES["curves"])
     axes = figure.subplots(2, 2, sharex=True)
     titles = {
         "forget_coverage": "Coverage of forget images (low: forgotten)",
@@ -168,55 +271,68 @@ def against_alpha(curves):
         "forget_CR": "CR of forget images (low: forgotten)",
         "test_CR": "CR of test images (high: useful)",
     }
-    style = looks(curves)
     for axis, (key, title) in zip(axes.ravel(), titles.items(), strict=True):
-        for name, curve in curves.items():
-            colour, marker, line = style[name]
-            axis.plot(
-                curve["alpha"], curve[key], color=colour, marker=marker, linestyle=line, markersize=4.5,
-                markerfacecolor="white" if line == "--" else colour, label=name, zorder=3 if name == "retrain" else 2,
-                linewidth=2.2 if name == "retrain" else 1.1,
-            )  # fmt: skip
+        handles = _draw_curves(axis, {name: (curve["alpha"], curve[key]) for name, curve in curves.items()})
         if key == "test_coverage":
             alphas = sorted({alpha for curve in curves.values() for alpha in curve["alpha"]})
-            axis.plot(alphas, [1 - alpha for alpha in alphas], color="#999999", linewidth=0.8, zorder=1)
+            axis.plot(alphas, [1 - alpha for alpha in alphas], zorder=1, **GUIDE)
         axis.set_title(title)
-        _say_if_nothing(axis, [value for curve in curves.values() for value in curve[key]])
     for axis in axes[1]:
         axis.set_xlabel("miscoverage level α")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+    _name_curves(figure, handles, curves)
     return figure
+
+
+def _draw_curves(axis, curves):
+    """A line for each of {method: (x, y)}, Retrain's thick and in front. Returns the lines."""
+    looked, lines = looks(curves), []
+    for name, (x, y) in curves.items():
+        colour, marker, line = looked[name]
+        known = [number for number, value in enumerate(y) if not _missing(value)]
+        lines += axis.plot(
+            [x[number] for number in known], [y[number] for number in known],
+            color=colour, marker=marker, linestyle=line, markerfacecolor=_face(colour, line),
+            zorder=3 if name == "retrain" else 2, linewidth=THICK if name == "retrain" else THIN, **CURVE,
+        )  # fmt: skip
+    _say_if_nothing(axis, [value for _, y in curves.values() for value in y])
+    return lines
+
+
+def _face(colour, line):
+    """The inside of a marker: a CPU variant's is hollow."""
+    return "white" if line == "--" else colour
+
+
+def _name_curves(figure, handles, names):
+    # matplotlib leaves a label that starts with _ out of a legend
+    labels = [" " + printable(name) if printable(name).startswith("_") else printable(name) for name in names]
+    figure.legend(handles, labels, loc="outside right center")
 
 
 @styled
 def ratio_plane(points, alpha):
     """CR on forget images against CR on test images, every method a labelled point, Retrain marked.
 
-    ``points`` is {method: (test_CR, forget_CR)}; those with a NaN are left out.
+    ``points`` is {method: (test_CR, forget_CR)}; those with a missing number are left out.
     """
-    figure = Figure(figsize=(5.8, 4.8))
+    figure = Figure(figsize=SIZES["plane"])
     axis = figure.subplots()
-    points = {name: point for name, point in points.items() if not any(map(math.isnan, point))}
-    _say_if_nothing(axis, [1.0] * len(points))
-    style = looks(points)
+    points = {name: point for name, point in points.items() if not any(map(_missing, point))}
+    _say_if_nothing(axis, [x for x, _ in points.values()])
     if "retrain" in points:
         x, y = points["retrain"]
-        axis.axvline(x, color="#999999", linewidth=0.8, linestyle=":")
-        axis.axhline(y, color="#999999", linewidth=0.8, linestyle=":")
-        axis.plot(x, y, marker="o", markersize=15, color="none", markeredgecolor=BLACK, markeredgewidth=1.2)
-    for name, (x, y) in points.items():
-        colour, marker, line = style[name]
-        axis.plot(
-            x, y, marker=marker, color=colour, linestyle="none", markersize=7,
-            markerfacecolor="white" if line == "--" else colour, markeredgewidth=1.3,
-        )  # fmt: skip
-    axis.margins(0.16)
-    for name, place in _spread_labels(axis, points).items():
+        axis.axvline(x, linestyle=":", **GUIDE)
+        axis.axhline(y, linestyle=":", **GUIDE)
+        axis.plot(x, y, **RING)
+    for name, (colour, marker, line) in looks(points).items():
+        axis.plot(*points[name], marker=marker, color=colour, markerfacecolor=_face(colour, line), **POINT)
+    axis.margins(MARGIN)
+    low, high = axis.get_ylim()
+    heights = spread_heights([(y - low) / (high - low) for _, y in points.values()], LABEL_GAP)
+    for name, height in zip(points, heights, strict=True):
         axis.annotate(
-            name, points[name], xytext=place, textcoords="offset points", fontsize=7.5,
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3},
-            weight="bold" if name == "retrain" else "normal",
+            printable(name), points[name], xytext=(LABELS_AT, height), textcoords="axes fraction", va="center",
+            arrowprops=LEADER, weight="bold" if name == "retrain" else "normal", **SMALL,
         )  # fmt: skip
     axis.set_xlabel("CR on test images (right: useful)")
     axis.set_ylabel("CR on forget images (down: forgotten)")
@@ -225,37 +341,19 @@ def ratio_plane(points, alpha):
     return figure
 
 
-def _spread_labels(axis, points):
-    """Offsets in points for the labels: each as near to its point as it is clear of the points and of the labels placed
-    before it, within the axes where it can be."""
-    axis.figure.draw_without_rendering()
-    scale = 72 / axis.figure.dpi
-    window = axis.get_window_extent()
-    low, high = (np.array(corner) * scale for corner in ((window.x0, window.y0), (window.x1, window.y1)))
-    at = {name: axis.transData.transform(point) * scale for name, point in points.items()}
-    height, placed, found = 9, [], {}
+def spread_heights(heights, gap):
+    """Heights in [0, 1] at least ``gap`` apart, in the same order, as near as possible to ``heights`` (least squares).
 
-    def crowding(box, width):
-        left, bottom = box
-        labels = sum(
-            left < x + w and x < left + width and bottom < y + height and y < bottom + height for x, y, w in placed
-        )
-        marks = sum(left - 4 < x < left + width + 4 and bottom - 3 < y < bottom + height + 3 for x, y in at.values())
-        outside = left < low[0] or left + width > high[0] or bottom < low[1] or bottom + height > high[1]
-        return labels + marks + outside
-
-    for name in sorted(points, key=lambda name: points[name][1]):
-        width = 4.3 * len(name) + 2
-        boxes = [
-            (at[name][0] + (8 if right else -8 - width), at[name][1] - 3 + sign * 5.5 * ring)
-            for ring in range(16)
-            for right in (True, False)
-            for sign in ((1, -1) if ring else (1,))
-        ]
-        best = min(boxes, key=lambda box: crowding(box, width))
-        placed.append((*best, width))
-        found[name] = (best[0] - at[name][0], best[1] - at[name][1])
-    return found
+    Less than ``gap`` apart where there is no room for more.
+    """
+    order = np.argsort(heights, kind="stable")
+    if not len(order):
+        return []
+    steps = min(gap, 1 / len(order)) * np.arange(len(order))
+    regression = IsotonicRegression(y_min=0, y_max=1 - steps[-1])
+    spread = np.empty(len(order))
+    spread[order] = steps + regression.fit_transform(np.arange(len(order)), np.array(heights)[order] - steps)
+    return spread.tolist()
 
 
 @styled
@@ -264,41 +362,41 @@ def fake_bars(counts, alpha):
 
     ``counts`` is {method: (misclassified, fake, number of forget images)}, fake NaN where no q̂ is finite.
     """
-    figure = Figure(figsize=(6.6, 0.27 * len(counts) + 1.5))
+    width, around, height = SIZES["bars"]
+    figure = Figure(figsize=(width, height * len(counts) + around))
     axis = figure.subplots()
     places = np.arange(len(counts))[::-1]
     _say_if_nothing(axis, [fake for _, fake, _ in counts.values()])
     for place, (wrong, fake, total) in zip(places, counts.values(), strict=True):
-        if math.isnan(fake):
-            axis.text(0, place, f" – of {_short(wrong)}", va="center", fontsize=7.5)
+        if _missing(wrong) or _missing(fake):
+            axis.text(0, place, f" – of {_short(wrong)}", va="center", **SMALL)
             continue
-        axis.barh(place, fake / total, color=RED, height=0.7)
-        axis.barh(place, (wrong - fake) / total, left=fake / total, color=SKY, height=0.7)
+        axis.barh(place, fake / total, color=RED, **BAR)
+        axis.barh(place, (wrong - fake) / total, left=fake / total, color=SKY, **BAR)
         text = f"{_short(fake)} of {_short(wrong)}" + (f" ({fake / wrong:.0%})" if wrong else "")
-        axis.text(wrong / total, place, f" {text}", va="center", fontsize=7.5)
-    axis.set_yticks(places, list(counts))
+        axis.text(wrong / total, place, f" {text}", va="center", **SMALL)
+    axis.set_yticks(places, [printable(name) for name in counts])
+    axis.set_ylim(-0.6, len(counts) - 0.4)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_xlabel("share of the forget images that are misclassified")
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.2)
+    axis.set_xlim(left=0)
     axis.set_title(f"Fake forgetting (α = {alpha:g}): misclassified, and the label is still in the set")
-    figure.legend(
-        [Line2D([], [], color=RED, linewidth=6), Line2D([], [], color=SKY, linewidth=6)],
-        ["label still in the set (fake)", "label out of the set"], loc="outside lower center", ncols=2,
-    )  # fmt: skip
+    swatches = [Line2D([], [], color=colour, **SWATCH) for colour in (RED, SKY)]
+    figure.legend(swatches, [IN_SET, OUT_OF_SET], loc="outside lower center", ncols=2)
     return figure
 
 
-NO_Q_HAT = "no finite q̂"
-
-
 def _say_if_nothing(axis, values):
-    """Where none of ``values`` is a number, the axes say why."""
-    if all(map(math.isnan, values)):
-        axis.text(0.5, 0.5, NO_Q_HAT, ha="center", va="center", transform=axis.transAxes)
+    """Where all of ``values`` are missing, the axes say why."""
+    if all(map(_missing, values)):
+        axis.text(0.5, 0.5, NO_Q_HAT, transform=axis.transAxes, **MIDDLE)
 
 
 def _short(count):
+    if _missing(count):
+        return "–"
     return f"{count:.0f}" if count == round(count) or count >= 100 else f"{count:.1f}"
 
 
@@ -309,52 +407,49 @@ def fake_sheet(entries, classes, title):
     ``entries`` are (image H×W×3 uint8, true label, prediction, labels in the set by probability); None where no q̂ is
     finite.
     """
-    nothing = NO_Q_HAT if entries is None else "no misclassified image\nkeeps its label in the set"
-    entries = entries or []
-    columns = min(6, max(1, len(entries)))
-    rows = max(1, math.ceil(len(entries) / columns))
-    figure = Figure(figsize=(1.55 * columns + 0.2, 2.0 * rows + 0.5))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = _panels("sheet", len(entries or []))
     for axis in axes:
         axis.set_axis_off()
-    for axis, (image, label, prediction, inside) in zip(axes, entries, strict=False):
+    for axis, (image, label, prediction, inside) in zip(axes, entries or [], strict=False):
         axis.imshow(image, interpolation="nearest")
-        names = [f"[{classes[number]}]" if number == label else classes[number] for number in inside]
-        lines, line = [], ""
-        for name in names[:8] + (["…"] if len(names) > 8 else []):
-            if line and len(line) + len(name) > 22:
-                lines.append(line)
-                line = ""
-            line += (", " if line else "") + name
-        axis.set_title(f"{classes[label]} → {classes[prediction]}\n{{{chr(10).join([*lines, line])}}}", fontsize=6.5)
+        names = [
+            f"[{printable(classes[number])}]" if number == label else printable(classes[number]) for number in inside
+        ]
+        shown = names[:MOST_LABELS] + ["…"] * (len(names) > MOST_LABELS)
+        answer = f"{printable(classes[label])} → {printable(classes[prediction])}"
+        axis.set_title("\n".join([answer, f"{{{_wrapped(shown)}}}"]), **TINY)
     if not entries:
-        axes[0].text(0.5, 0.5, nothing, ha="center", va="center")
-    figure.suptitle(title)
+        axes[0].text(0.5, 0.5, NO_Q_HAT if entries is None else NOTHING_FAKE, **MIDDLE)
+    figure.suptitle(printable(title, longest=120))
     return figure
+
+
+def _wrapped(names):
+    """Names with commas, in lines of at most LONGEST_LINE characters where the names allow it."""
+    lines = []
+    for name in names:
+        if lines and len(lines[-1]) + len(name) <= LONGEST_LINE:
+            lines[-1] += f", {name}"
+        else:
+            lines.append(name)
+    return ",\n".join(lines)
 
 
 @styled
 def relearn_curves(curves, alpha):
     """Accuracy and coverage of forget images that are not trained on while the others are learnt again, step by step.
 
-    ``curves`` is {method: {"step": [...], "accuracy": [...], "coverage": [...]}}.
+    ``curves`` is {method: {"step": [...], "accuracy": [...], "coverage": [...]}}; missing numbers (None, NaN) are left
+    out.
     """
-    figure = Figure(figsize=(8.2, max(3.4, 0.19 * len(curves) + 0.8)))
+    width, least, height, around = SIZES["relearn"]
+    figure = Figure(figsize=(width, max(least, height * len(curves) + around)))
     axes = figure.subplots(1, 2, sharex=True)
-    style = looks(curves)
-    for axis, (key, title) in zip(
-        axes, {"accuracy": "Accuracy", "coverage": f"Coverage (α = {alpha:g})"}.items(), strict=True
-    ):
-        for name, curve in curves.items():
-            colour, marker, line = style[name]
-            axis.plot(
-                curve["step"], curve[key], color=colour, marker=marker, linestyle=line, markersize=4, label=name,
-                markerfacecolor="white" if line == "--" else colour, linewidth=2.2 if name == "retrain" else 1.1,
-            )  # fmt: skip
+    titles = {"accuracy": "Accuracy", "coverage": f"Coverage (α = {alpha:g})"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        handles = _draw_curves(axis, {name: (curve["step"], curve[key]) for name, curve in curves.items()})
         axis.set_title(title)
-        _say_if_nothing(axis, [value for curve in curves.values() for value in curve[key]])
         axis.set_xlabel("steps of training on a tenth")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center")
+    _name_curves(figure, handles, curves)
     figure.suptitle("Do they come back? Nine tenths of the forget images while the other tenth is learnt again")
     return figure

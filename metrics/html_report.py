@@ -5,6 +5,8 @@ import html
 import io
 import json
 import math
+import re
+import warnings
 
 DEFINITIONS = {
     "UA": "unlearning accuracy: share of the forget images that are misclassified",
@@ -66,7 +68,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 
 def page(title, facts, tables, pictures, details):
-    """The whole file as text.
+    """The whole file as text, which is valid in UTF-8 whatever the names in it.
 
     ``facts`` is {name: value}, ``tables`` a list of (heading, columns {key: (heading, kind)}, rows, cell) where
     ``cell(row, key, kind)`` gives (text, value to sort by), ``pictures`` {caption: PNG bytes}, ``details`` {heading:
@@ -88,12 +90,18 @@ def page(title, facts, tables, pictures, details):
     for heading, content in details.items():
         shown = html.escape(json.dumps(content, indent=2, ensure_ascii=False, default=str))
         parts.append(f"<details><summary>{html.escape(heading)}</summary><pre>{shown}</pre></details>")
-    return (
+    return valid_text(
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head>\n<body>'
         + "\n".join(parts)
         + f"\n<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def valid_text(text):
+    """Text that HTML and UTF-8 allow: control codes become �, and the bytes of names that are not UTF-8 escapes."""
+    control = "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]"
+    return re.sub(control, "\ufffd", text).encode("utf-8", "backslashreplace").decode()
 
 
 def table(columns, rows, cell):
@@ -115,7 +123,12 @@ def table(columns, rows, cell):
 
 
 def png(figure):
-    """A figure as PNG bytes. The same figure gives the same bytes: no date is written into it."""
+    """A figure as PNG bytes. The same figure gives the same bytes: no date is written into it.
+
+    Characters that no font on this machine has are boxes, without warnings.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from|constrained_layout not applied", UserWarning)
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

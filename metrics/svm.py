@@ -1,52 +1,53 @@
-"""Support vector machines of the membership attacks, many at a time: an RBF kernel of tiny numerical rank.
+"""Support vector machines of the membership attacks: an RBF kernel of low rank.
 
-On one bounded feature the Gaussian kernel has a rank of about ten: a handful of explicit features stand for it to
-rounding error, and the training points enter only through their histogram on a fine grid. What is left of the quadratic
-program is so small that all folds of all resplits are solved together, by the primal-dual interior-point method for
-low-rank kernels (Fine & Scheinberg 2001, JMLR 2:243; Mehrotra's predictor and corrector). The result is what
-scikit-learn's ``SVC(C=3, gamma="auto")`` iterates towards.
+The Gaussian kernel is smooth, so a few explicit features represent it to rounding error, and the quadratic program is
+solved in these features by the primal-dual interior-point method for low-rank kernels (Fine & Scheinberg 2001, JMLR
+2:243; Mehrotra's predictor and corrector). scikit-learn's ``SVC(C=3, gamma="auto")`` iterates towards this result.
+There are two kinds of features: :class:`Dense` for bounded points (all folds of all resplits together), and
+:class:`Line` for one feature of any range, where each point sees only the landmarks near it.
 """
+
+import math
 
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.linalg import cho_solve_banded, cholesky_banded
 from sklearn.kernel_approximation import Nystroem
 
 FINE, COARSE = 1 / 1024, 1 / 256  # steps of the grid on one feature; the kernel's width is 0.7
 LANDMARKS = 192  # for several features
 ITERATIONS, TOLERANCE = 60, 1e-8
 TOGETHER = 100  # rows solved at a time
+PRODUCTS = 2**20  # numbers; up to so many, products of features are kept for all rows
+NARROW = 8.0  # the largest absolute value that Chebyshev's landmarks cover
+ROUNDING = 1e-6  # decisions that differ by less are equal; the two margins are 2 apart
 
 
 class FeatureMap:
-    """Explicit features of the kernel exp(−γ|x − x'|²) with γ = 1 / number of features.
+    """Explicit features of the kernel exp(−γ|x − x'|²) with γ = 1 / d, exact on the ``landmarks`` r×d.
 
-    ``points`` N×d are those that it has to be exact on. Calling it maps M×d points to M×r features, float64.
+    Calling it maps M×d points to M×r features, float64.
     """
 
-    def __init__(self, points, seed=0):
-        points = np.asarray(points, dtype=np.float64)
-        if points.shape[1] == 1:
-            low, high = points.min(), points.max()
-            count = min(len(np.unique(points)), max(12, int(4 * (high - low)) + 12))
-            # Chebyshev's nodes: dense at the ends, where interpolation from within would err most.
-            nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-            landmarks = (
-                (low + high) / 2 + (high - low) / 2 * nodes[:, None] if count > 2 else np.unique(points)[:, None]
-            )
-        else:
-            landmarks = np.unique(points, axis=0)
-            chosen = np.random.default_rng(seed).permutation(len(landmarks))[:LANDMARKS]
-            landmarks = landmarks[chosen]
-        self._nystroem = Nystroem(gamma=1 / points.shape[1], n_components=len(landmarks), random_state=0)
+    def __init__(self, landmarks):
+        landmarks = np.asarray(landmarks, dtype=np.float64)
+        self._nystroem = Nystroem(gamma=1 / landmarks.shape[1], n_components=len(landmarks), random_state=0)
         self._nystroem.fit(landmarks)
 
     def __call__(self, points):
         return torch.from_numpy(self._nystroem.transform(np.asarray(points, dtype=np.float64)))
 
 
+def chebyshev_landmarks(low, high, count):
+    """``count`` landmarks on [low, high], dense at the ends, where interpolation is least exact. → count×1."""
+    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    return (low + high) / 2 + (high - low) / 2 * nodes[:, None]
+
+
 class Grid:
-    """A grid on one feature. A point becomes weights on its two neighbours that keep its place: the grid's
-    histograms stand for the points up to the curvature of the decision over a step, about 10⁻⁶ for the fine one."""
+    """A grid on one feature. Each point becomes weights on its two neighbors that keep its place: the grid's
+    histograms replace the points up to the curvature of the decision over a step, about 10⁻⁶ for the fine grid."""
 
     def __init__(self, low, high, step=FINE):
         self.size = max(2, round((high - low) / step) + 1)
@@ -54,60 +55,226 @@ class Grid:
         self._low, self._step = low, self.nodes[1] - low
 
     def histogram(self, points):
-        """Weights of the nodes that stand for ``points`` (N) → size, float64; they sum to N."""
+        """Weights of the nodes that replace ``points`` (N) → size, float64; they sum to N."""
         place = (np.asarray(points) - self._low) / self._step
         left = np.clip(place.astype(np.int64), 0, self.size - 2)
         share = place - left
         return np.bincount(left, 1 - share, self.size) + np.bincount(left + 1, share, self.size)
 
 
-def solve(features, signs, bounds):
+def system_of(points, seed=0):
+    """The :class:`Dense` or :class:`Line` whose features are exact on ``points`` N×d."""
+    points = np.asarray(points, dtype=np.float64)
+    if points.shape[1] > 1:
+        distinct = np.unique(points, axis=0)
+        return Dense(FeatureMap(np.random.default_rng(seed).permutation(distinct)[:LANDMARKS]), points)
+    points = _finite(points)
+    if np.abs(points).max() > NARROW:
+        return Line(points)
+    low, high = points.min() - 1, points.max() + 1  # beyond the points, so that near-equal points are no special case
+    return Dense(FeatureMap(chebyshev_landmarks(low, high, 12 + math.ceil(4 * (high - low)))), points)
+
+
+class Dense:
+    """The linear algebra of the program for a :class:`FeatureMap` at n points; the last coefficient is the offset."""
+
+    def __init__(self, feature_map, points):
+        self._map = feature_map
+        self._extended = self._extend(points)
+        self.rank = self._extended.shape[1]
+        self._ridge = torch.ones(self.rank, dtype=torch.float64)
+        self._ridge[-1] = 0.0
+        self._products = None
+        if self._extended.numel() * self.rank <= PRODUCTS:
+            self._products = (self._extended[:, :, None] * self._extended[:, None, :]).flatten(1)
+
+    def _extend(self, points):
+        features = self._map(points)
+        return torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
+
+    def decision(self, points, weights):
+        """Which side: w · features + b. Points M×d, coefficients B×rank → B×M."""
+        return weights @ self._extend(points).T
+
+    def forward(self, weights):
+        """Decisions B×n of the coefficients B×rank."""
+        return weights @ self._extended.T
+
+    def adjoint(self, values):
+        """Sums of the features, weighted by ``values`` B×n → B×rank."""
+        return values @ self._extended
+
+    def penalty(self, weights):
+        """Gradient of ½|w|² → B×rank."""
+        return self._ridge * weights
+
+    def factor(self, diagonal):
+        """A function that solves (penalty + featuresᵀ diagonal features) x = right, for ``right`` B×rank."""
+        if self._products is not None:
+            gram = (diagonal @ self._products).view(-1, self.rank, self.rank)
+        else:
+            gram = torch.stack([(self._extended * row[:, None]).T @ self._extended for row in diagonal])
+        factors = torch.linalg.lu_factor(gram + torch.diag(self._ridge))
+        return lambda right: torch.linalg.lu_solve(*factors, right[:, :, None]).squeeze(2)
+
+
+class Line:
+    """The kernel exp(−(x − x')²) on one feature of any range, infinite values included: kernels at landmarks.
+
+    ``points`` are N×1. The landmarks are the nodes of a lattice near some point. A point has features only at the
+    landmarks within REACH steps, so the systems are banded and their cost grows with the number of landmarks, which the
+    range and the number of distinct points both bound. A gap without points is shortened to GAP, across which the
+    kernel is zero: far outliers cost nothing. Offers what :class:`Dense` does, for one row (B = 1).
+    """
+
+    STEP, REACH, AROUND, GAP = 0.35, 13, 7, 12.0
+    JITTER, JITTER_RELATIVE = 1e-9, 1e-12  # keep the Cholesky factorization positive
+
+    def __init__(self, points):
+        points = points[:, 0]
+        self._distinct = np.unique(_finite(points))
+        self._places = np.concatenate([[0.0], np.minimum(np.diff(self._distinct), self.GAP).cumsum()])
+        occupied = np.unique(np.rint(self._places / self.STEP).astype(np.int64))
+        self._ids = np.unique((occupied[:, None] + np.arange(-self.AROUND, self.AROUND + 1)).ravel())
+        self.rank = len(self._ids) + 1
+        width = 2 * self.REACH + 1
+        self._kernel_band = np.zeros((width, self.rank - 1))
+        for offset in range(min(width, self.rank - 1)):
+            apart = self.STEP * (self._ids[offset:] - self._ids[: self.rank - 1 - offset])
+            self._kernel_band[offset, : len(apart)] = np.exp(-(apart**2))
+        self._kernel_band[0] += self.JITTER
+        diagonals = self._kernel_band[: self.rank - 1]
+        lower = sparse.diags(
+            [row[: len(row) - offset] for offset, row in enumerate(diagonals)], [-o for o in range(len(diagonals))]
+        )
+        self._kernel = (lower + sparse.tril(lower, -1).T).tocsr()
+        columns, values = self._sparse_features(points)
+        starts = np.arange(len(columns) + 1, dtype=np.int32) * width
+        shape = (len(columns), self.rank - 1)
+        self._features = sparse.csr_matrix((values.ravel(), columns.ravel(), starts), shape)
+        self._transposed = self._features.T.tocsr()
+        # Row o, column j of the band of featuresᵀ D features is a sum over the points: one sparse product with D.
+        offsets = [np.arange(width - offset) for offset in range(width)]
+        products = np.concatenate([values[:, i] * values[:, i + o] for o, i in enumerate(offsets)], axis=1)
+        row_starts = [(columns[:, i + o] - columns[:, i]) * shape[1] for o, i in enumerate(offsets)]
+        places = np.concatenate([start + columns[:, i] for start, i in zip(row_starts, offsets, strict=True)], axis=1)
+        starts = np.arange(len(columns) + 1, dtype=np.int32) * products.shape[1]
+        shape = (self._kernel_band.size, len(columns))
+        self._products = sparse.csc_matrix((products.reshape(-1), places.reshape(-1), starts), shape)
+
+    def _folded(self, points):
+        """Places on the line with shortened gaps; a point within a gap keeps its distance to the nearer end."""
+        points = _finite(points)
+        right = np.searchsorted(self._distinct, points).clip(max=len(self._distinct) - 1)
+        left = (right - 1).clip(min=0)
+        nearest = np.where(points - self._distinct[left] < self._distinct[right] - points, left, right)
+        return self._places[nearest] + np.clip(points - self._distinct[nearest], -self.GAP / 2, self.GAP / 2)
+
+    def _sparse_features(self, points):
+        """Which landmarks each point sees, and the kernel there (0 where there is none). → two N×width arrays."""
+        folded = self._folded(points)
+        ids = np.rint(folded / self.STEP).astype(np.int64)[:, None] + np.arange(-self.REACH, self.REACH + 1)
+        columns = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1).astype(np.int32)
+        kernel = np.exp(-((folded[:, None] - self.STEP * ids) ** 2))
+        return columns, np.where(self._ids[columns] == ids, kernel, 0.0)
+
+    def decision(self, points, weights):
+        """Decisions of the coefficients 1×rank at ``points`` M×1 → 1×M."""
+        columns, values = self._sparse_features(points[:, 0])
+        coefficients = weights[0].numpy()
+        return torch.from_numpy((values * coefficients[columns]).sum(axis=1) + coefficients[-1])[None]
+
+    def forward(self, weights):
+        coefficients = weights[0].numpy()
+        return torch.from_numpy(self._features @ coefficients[:-1] + coefficients[-1])[None]
+
+    def adjoint(self, values):
+        row = values[0].numpy()
+        return torch.from_numpy(np.append(self._transposed @ row, row.sum()))[None]
+
+    def penalty(self, weights):
+        return torch.from_numpy(np.append(self._kernel @ weights[0, :-1].numpy(), 0.0))[None]
+
+    def factor(self, diagonal):
+        row = diagonal[0].numpy()
+        gram = (self._products @ row).reshape(self._kernel_band.shape)
+        band = gram + self._kernel_band
+        band[0] *= 1 + self.JITTER_RELATIVE
+        triangle = cholesky_banded(band, lower=True, overwrite_ab=True, check_finite=False)
+        # The offset borders the banded system: its row is eliminated last.
+        border = self._transposed @ row
+        through = cho_solve_banded((triangle, True), border, check_finite=False)
+        corner = row.sum() - border @ through
+
+        def solve_for(right):
+            inner = cho_solve_banded((triangle, True), right[0, :-1].numpy(), check_finite=False)
+            offset = (right[0, -1].item() - border @ inner) / corner
+            return torch.from_numpy(np.append(inner - through * offset, offset))[None]
+
+        return solve_for
+
+
+def _finite(points):
+    largest = np.finfo(np.float64).max / 4  # differences stay finite
+    return np.nan_to_num(np.asarray(points, dtype=np.float64), posinf=largest, neginf=-largest).clip(-largest, largest)
+
+
+def solve(system, signs, bounds):
     """The SVMs min ½|w|² + Σ bounds_i · max(0, 1 − signs_i (w · features_i + b)), one for each row of ``bounds``.
 
-    Features n×r, signs n (±1), bounds B×n (C times the weight of each point; 0 leaves a point out), float64.
-    Returns the coefficients B×(r+1), b the last of them. Raises ValueError where a row has one sign only.
+    ``system`` is a :class:`Dense` or a :class:`Line` of n points, signs n (±1), bounds B×n (C times the weight of each
+    point; 0 leaves a point out), float64. Returns the coefficients B×(r+1), b the last of them, and which machines tell
+    the two apart (booleans B): where members and non-members have the same points, every decision is b. Raises
+    ValueError where a row has one sign only.
     """
     if any((bounds[:, signs == sign].sum(dim=1) == 0).any() for sign in (1, -1)):
         raise ValueError("the attack trains on members and non-members; one of the two is missing")
-    extended = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
-    return torch.cat([_interior_point(extended, signs, rows) for rows in bounds.split(TOGETHER)])
+    weights = torch.cat([_interior_point(system, signs, rows) for rows in bounds.split(TOGETHER)])
+    values = system.forward(weights) - weights[:, -1:]
+    weights[:, -1] = _offset(values, signs, bounds)
+    inside = bounds > 0
+    highest = values.where(inside, -torch.inf).amax(dim=1)
+    lowest = values.where(inside, torch.inf).amin(dim=1)
+    return weights, highest - lowest > ROUNDING
 
 
-def _interior_point(extended, signs, bounds):
-    n, rank = extended.shape
-    ridge = torch.ones(rank, dtype=torch.float64)
-    ridge[-1] = 0.0
-    products = (extended[:, :, None] * extended[:, None, :]).flatten(1) if rank <= 40 else None
+def _offset(values, signs, bounds):
+    """The b that minimizes Σ bounds_i · max(0, 1 − signs_i (values_i + b)): B×n → B.
 
-    def gram(diagonal):
-        if products is not None:
-            return (diagonal @ products).view(-1, rank, rank)
-        return torch.stack([(extended * row[:, None]).T @ extended for row in diagonal])
+    The sum is convex and piecewise linear with a kink at b = signs_i − values_i. Where it is flat between two kinks (no
+    point is exactly on a margin), b is the middle, as libsvm has it.
+    """
+    kinks, order = (signs - values).sort(dim=1)
+    slopes = bounds.gather(1, order).cumsum(dim=1) - bounds[:, signs > 0].sum(dim=1, keepdim=True)
+    rounding = 1e-9 * bounds.sum(dim=1, keepdim=True)
+    first = (slopes >= -rounding).double().argmax(dim=1, keepdim=True)
+    last = (slopes > rounding).double().argmax(dim=1, keepdim=True)
+    return (kinks.gather(1, first) + kinks.gather(1, last))[:, 0] / 2
 
+
+def _interior_point(system, signs, bounds):
     upper = bounds.clamp(min=1e-9 * bounds.max())
     alpha = upper / 2  # multipliers of the margins; upper − alpha are those of xi ≥ 0
-    weights = torch.zeros(len(bounds), rank, dtype=torch.float64)
+    weights = torch.zeros(len(bounds), system.rank, dtype=torch.float64)
     xi = torch.ones_like(upper)
     slack = torch.ones_like(upper)
     for _ in range(ITERATIONS):
         nu = upper - alpha
-        margins = signs * (weights @ extended.T)
-        r_weights = ridge * weights - (signs * alpha) @ extended
+        margins = signs * system.forward(weights)
+        r_weights = system.penalty(weights) - system.adjoint(signs * alpha)
         r_slack = margins + xi - 1 - slack
         gap = ((alpha * slack).sum(dim=1) + (nu * xi).sum(dim=1)) / upper.sum(dim=1)
         infeasible = torch.maximum(r_slack.abs().amax(dim=1), r_weights.abs().amax(dim=1) / upper.sum(dim=1))
-        going_on = (torch.maximum(gap, infeasible) > TOLERANCE)[:, None]
-        if not going_on.any():
+        active = (torch.maximum(gap, infeasible) > TOLERANCE)[:, None]
+        if not active.any():
             break
         inverse = 1 / (slack / alpha + xi / nu)
-        system = gram(inverse) + torch.diag(ridge)
-        factor = torch.linalg.lu_factor(system)
+        solve_for = system.factor(inverse)
 
         def direction(target_slack, target_xi):
             g = target_slack / alpha - target_xi / nu - r_slack  # noqa: B023 - used within the iteration
-            right = (signs * inverse * g) @ extended - r_weights  # noqa: B023
-            d_weights = torch.linalg.lu_solve(*factor, right[:, :, None]).squeeze(2)  # noqa: B023
-            d_alpha = inverse * (g - signs * (d_weights @ extended.T))  # noqa: B023
+            d_weights = solve_for(system.adjoint(signs * inverse * g) - r_weights)  # noqa: B023
+            d_alpha = inverse * (g - signs * system.forward(d_weights))  # noqa: B023
             d_slack = (target_slack - slack * d_alpha) / alpha  # noqa: B023
             d_xi = (target_xi + xi * d_alpha) / nu  # noqa: B023
             return d_weights, d_alpha, d_slack, d_xi
@@ -124,21 +291,16 @@ def _interior_point(extended, signs, bounds):
         step = longest(d_alpha, d_slack, d_xi)
         before = (alpha * slack + nu * xi).sum(dim=1, keepdim=True)
         after = (alpha + step * d_alpha) * (slack + step * d_slack) + (nu - step * d_alpha) * (xi + step * d_xi)
-        centre = (after.sum(dim=1, keepdim=True) / before) ** 3 * before / (2 * n)
+        centre = (after.sum(dim=1, keepdim=True) / before) ** 3 * before / (2 * upper.shape[1])
         d_weights, d_alpha, d_slack, d_xi = direction(
             centre - alpha * slack - d_alpha * d_slack, centre - nu * xi + d_alpha * d_xi
         )
-        step = torch.where(going_on, 0.995 * longest(d_alpha, d_slack, d_xi), 0.0)
+        step = torch.where(active, 0.995 * longest(d_alpha, d_slack, d_xi), 0.0)
         weights = weights + step * d_weights
         alpha, slack, xi = alpha + step * d_alpha, slack + step * d_slack, xi + step * d_xi
     if not weights.isfinite().all():
         raise ArithmeticError("the SVM of a membership attack has no finite solution")
     return weights
-
-
-def decision(features, weights):
-    """Which side: w · features + b. Features M×r, weights B×(r+1) → B×M."""
-    return weights[:, :-1] @ features.T + weights[:, -1:]
 
 
 def platt(decisions, signs, counts):
