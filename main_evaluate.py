@@ -448,7 +448,7 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures):
             }
         )
         log.pictures(paths)
-    print(f"{folder / 'results.csv'}: {len(evaluated)} models, forget set {split.fingerprint}")
+    print(f"{folder / 'results.csv'}: {len(evaluated)} models, forget {split.describe()}")
 
 
 def save_report(args, data, folder, scenario, evaluation, rows, pictures):

@@ -1118,7 +1118,7 @@ def plan_runs(args, names, methods, data, device, term_of):
     utils.check_meta(path, original, args, data)
     model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     utils.load_weights(model, state, path)
-    print(f"{path}: forget {len(split.forget)} of {len(data.train)} images ({split.folder}, {split.fingerprint})")
+    print(f"{path}: forget {split.describe()}")
 
     runs, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
     for label in names:
