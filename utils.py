@@ -1819,7 +1819,7 @@ class TrainingImageFinder:
             return f"no such file in train/; did you mean {self._names[similar[0]]}?"
         if spelling[0] in "[{":
             return f"looks like JSON or Python code; {LIST_WANTED}"
-        if posixpath.isabs(tidy):
+        if posixpath.isabs(tidy) and self._folder:
             return f"no such file in {printable(os.path.abspath(self._folder))}"
         return "no such file in train/"
 
