@@ -2001,7 +2001,8 @@ def save_json(path, content):
 
 
 def save_text(path, text):
-    save_bytes(path, text.encode())
+    """Text as UTF-8; bytes of file names that are not UTF-8 become escapes, which JSON reads back."""
+    save_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def save_bytes(path, content):

@@ -551,3 +551,90 @@ def test_a_turned_photograph_counts_with_its_upright_size(tmp_path):
             path.unlink()
     paths = sorted(tmp_path.rglob("*.*g"))
     assert {utils._upright_size(path) for path in paths} == {(4, 8)}
+
+
+# ---------------------------------------------------------------- published data sets, incomplete
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """The layout of Tiny ImageNet with two classes."""
+    folder = tmp_path / "tiny-imagenet-200"
+    for wnid in ("n01", "n02"):
+        for number in range(3):
+            save_picture(folder / f"train/{wnid}/images/{wnid}_{number}.JPEG", side=64)
+            save_picture(folder / f"val/images/{wnid}_{number}.JPEG", 9, side=64)
+    (folder / "wnids.txt").write_text("n01\nn02\n")
+    (folder / "words.txt").write_text("n01\tant\nn02\tbee\n")
+    rows = [f"{wnid}_{number}.JPEG\t{wnid}\t0\t0\t9\t9\n" for wnid in ("n01", "n02") for number in range(3)]
+    (folder / "val/val_annotations.txt").write_text("".join(rows))
+    return folder
+
+
+def load_tiny(folder, **given):
+    return utils.load_data(flags(data_name="tiny_imagenet", data_dir=str(folder.parent), **given), CPU)
+
+
+def test_tiny_imagenet_ignores_hidden_files_and_has_the_fingerprint_of_its_files(tiny_imagenet):
+    data = load_tiny(tiny_imagenet)
+    (tiny_imagenet / "train/n01/images/._n01_0.JPEG").write_bytes(b"x")
+    assert load_tiny(tiny_imagenet).fingerprint == data.fingerprint and data.classes == ["ant", "bee"]
+    assert load_tiny(tiny_imagenet, memory_gb=0, workers=0).fingerprint == data.fingerprint
+    save_picture(tiny_imagenet / "val/images/n01_0.JPEG", 200, side=64)
+    assert load_tiny(tiny_imagenet).difference(data.fingerprint) == "other held-out images"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root: shutil.rmtree(root / "train/n02"), ["incomplete", "train/n02/images"]),
+        (lambda root: [path.unlink() for path in (root / "train/n02/images").iterdir()], ["no images in train/n02"]),
+        (lambda root: (root / "wnids.txt").unlink(), ["incomplete", "wnids.txt"]),
+        (lambda root: (root / "wnids.txt").write_bytes(b"\xff\xfe\0"), ["incomplete"]),
+        (lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\tn99\n"), ["incomplete", "n99"]),
+        (lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\n"), ["incomplete"]),
+        (lambda root: (root / "val/val_annotations.txt").write_text(""), ["incomplete", "no images"]),
+        (lambda root: (root / "val/images/n02_1.JPEG").unlink(), ["n02_1.JPEG", "No such file"]),
+    ],
+)
+def test_an_incomplete_tiny_imagenet_is_named(damage, words, tiny_imagenet):
+    damage(tiny_imagenet)
+    with pytest.raises(utils.UserError) as caught:
+        load_tiny(tiny_imagenet)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_tiny_imagenet_without_permission_is_not_called_incomplete(tiny_imagenet, monkeypatch):
+    plain = os.listdir
+
+    def refuse(path):
+        if "n02" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(utils.UserError, match=r"train/n02/images: cannot be read \(Permission denied\)"):
+        load_tiny(tiny_imagenet)
+
+
+@pytest.mark.parametrize(
+    ("present", "error", "words"),
+    [
+        (False, RuntimeError("File not found or corrupted."), ["batches-py is missing", "not found or corrupted"]),
+        (True, RuntimeError("File not found or corrupted."), ["is incomplete or damaged", "cifar-10-python.tar.gz"]),
+        (True, PermissionError(13, "Permission denied"), ["(Permission denied)", "permissions"]),
+        (False, OSError("<urlopen error no route>"), ["the download failed", "no route"]),
+    ],
+)  # fmt: skip
+def test_cifar_that_is_missing_or_damaged_is_named(present, error, words, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets.CIFAR10, "__init__", refuse)
+    if present:
+        (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(utils.UserError) as caught:
+        utils.load_data(flags(data_name="cifar10", data_dir=str(tmp_path)), CPU)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
