@@ -89,13 +89,17 @@ def run_script(main):
         status = _ends(f"{name}: interrupted; {str(error) or 'finished results are kept'}", 130)
     except (RuntimeError, ConnectionError, MemoryError) as error:
         if _out_of_memory(error):
-            remedy = "lower --batch_size, --memory_gb or --workers; --resume goes on with a training"
+            remedy = "lower --batch_size, --image_size, --memory_gb or --workers; --resume goes on with a training"
             status = _ends(f"{name}: error: out of memory ({_first_line(error)}); {remedy}", 2)
         elif world_size() > 1 and _of_processes(error):
             why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
             status = _ends(f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1)
         else:
             raise
+    except OSError as error:  # permissions, paths that are too long, full or failing disks
+        if error.filename is None:
+            raise
+        status = _ends(f"{name}: error: {printable(error.filename)}: cannot be used ({_reason(error)})", 2)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -2070,8 +2074,14 @@ def read_checkpoint(path, hint=""):
     Only tensors and plain values are unpickled. Raises UserError for a file that is missing or something else.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file{hint and '; ' + hint}")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: not a file")
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file{hint and '; ' + hint}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
     content = read_state(path)
     meta = {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -2145,7 +2155,7 @@ def describe_run(args, data, device):
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "flags": vars(args),
+        "flags": {name: printable(value) if isinstance(value, str) else value for name, value in vars(args).items()},
         "seed": args.seed,
         "model_name": args.model_name,
         "width": args.width,
@@ -2243,6 +2253,7 @@ class RunLog:
         mode = RunLog._mode or args.wandb_mode or environment
         if mode == "disabled":
             return
+        os.fspath(folder).encode()  # UnicodeEncodeError here, where wandb would print tracebacks
         import wandb  # takes half a second, and may be missing
 
         # wandb's environment variables and the files that "wandb offline|disabled" and "wandb init" write come first.

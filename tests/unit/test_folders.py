@@ -638,3 +638,65 @@ def test_cifar_that_is_missing_or_damaged_is_named(present, error, words, tmp_pa
     with pytest.raises(utils.UserError) as caught:
         utils.load_data(flags(data_name="cifar10", data_dir=str(tmp_path)), CPU)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# ---------------------------------------------------------------- any other file
+
+
+def ends_with(main, capsys):
+    """(status, stderr) of a script whose main is given."""
+    with pytest.raises(SystemExit) as ended:
+        utils.run_script(main)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: Path("x" * 300).exists(), lambda: open("/proc/self/mem/none"), lambda: os.listdir("caf\udce9")]
+)
+def test_a_path_that_the_system_refuses_anywhere_is_one_line(call, capsys):
+    status, said = ends_with(call, capsys)
+    assert status == 2 and said.count("\n") == 1 and ": error: " in said and "cannot be used (" in said
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+    with pytest.raises(OSError, match="no file"):
+        utils.run_script(lambda: (_ for _ in ()).throw(OSError("no file in it")))
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_named_with_the_reason(tmp_path, monkeypatch):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"x")
+    with pytest.raises(utils.UserError, match="not a file"):
+        utils.read_checkpoint(tmp_path)
+    with pytest.raises(utils.UserError, match="none.pth: no such file; train it"):
+        utils.read_checkpoint(tmp_path / "none.pth", "train it")
+    with pytest.raises(utils.UserError, match="x.pth: no such file"):
+        utils.read_checkpoint(path / "x.pth")
+    with pytest.raises(utils.UserError, match=r"cannot be read \(File name too long\)"):
+        utils.read_checkpoint(tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(utils.UserError, match="not a file"):
+        utils.read_checkpoint(tmp_path / "pipe.pth")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(utils.UserError, match=r"model.pth: cannot be read \(Permission denied\)"):
+        utils.read_checkpoint(path)
+
+
+def test_files_that_are_written_hold_any_name_as_utf8(tmp_path):
+    name = "caf\udce9 é 漢"
+    utils.save_json(tmp_path / "record.json", {"data_dir": name})
+    utils.save_text(tmp_path / "rows.csv", f"{name},1\n")
+    assert json.loads((tmp_path / "record.json").read_text(encoding="utf-8")) == {"data_dir": name}
+    assert (tmp_path / "rows.csv").read_text(encoding="utf-8") == "caf\\udce9 é 漢,1\n"
+    args = flags(data_dir=name)
+    utils.save_tensors(tmp_path / "model.pth", {"a": torch.zeros(1)}, {"flags": vars(args)})
+    assert utils.read_checkpoint(tmp_path / "model.pth")[1]["flags"]["data_dir"] == name
+
+
+def test_flags_in_records_can_be_encoded(digits):
+    record = utils.describe_run(flags(data_dir="caf\udce9", num_classes=10), digits, CPU)
+    assert record["flags"]["data_dir"] == "caf\\xe9" and record["flags"]["num_classes"] == 10
