@@ -651,7 +651,12 @@ def ends_with(main, capsys):
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: Path("x" * 300).exists(), lambda: Path("/proc/self/mem/none").read_text(), lambda: os.listdir("caf\udce9")]
+    "call",
+    [
+        lambda: Path("x" * 300).exists(),
+        lambda: Path("/proc/self/mem/none").read_text(),
+        lambda: os.listdir("caf\udce9"),
+    ],
 )
 def test_a_path_that_the_system_refuses_anywhere_is_one_line(call, capsys):
     status, said = ends_with(call, capsys)
