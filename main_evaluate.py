@@ -750,7 +750,7 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures, earl
         log.pictures(paths)
     others = len({row["method"] for row in rows} - evaluated.keys())
     kept = f" and {others} more from earlier" if others else ""
-    print(f"{folder / 'results.csv'}: {len(evaluated)} models{kept}, forget set {split.fingerprint}")
+    print(f"{folder / 'results.csv'}: {len(evaluated)} models{kept}, forget {split.describe()}")
 
 
 def save_report(args, data, folder, scenario, evaluation, rows, pictures, earlier=None):

@@ -1165,7 +1165,7 @@ def plan_runs(args, names, methods, data, device, term_of):
         utils.compute_logits(model, data.train, split.retain[:64])
     except utils.NotFinite as error:
         raise utils.UserError(f"{path}: {error}") from error
-    print(f"{path}: forget {len(split.forget)} of {len(data.train)} images ({split.folder}, {split.fingerprint})")
+    print(f"{path}: forget {split.describe()}")
 
     runs, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
     for label in names:

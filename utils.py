@@ -1,26 +1,33 @@
 """What the four scripts share: errors, flags, seeds, data and splits, checkpoints, run folders, logging."""
 
 import argparse
+import codecs
+import csv
+import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import pickle
 import pickletools
 import platform
+import posixpath
+import re
 import signal
 import stat
 import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -83,13 +90,17 @@ def run_script(main):
         status = _ends(f"{name}: interrupted; {str(error) or 'finished results are kept'}", 130)
     except (RuntimeError, ConnectionError, MemoryError) as error:
         if _out_of_memory(error):
-            remedy = "lower --batch_size, --memory_gb or --workers; --resume goes on with a training"
+            remedy = "lower --batch_size, --image_size, --memory_gb or --workers; --resume goes on with a training"
             status = _ends(f"{name}: error: out of memory ({_first_line(error)}); {remedy}", 2)
         elif world_size() > 1 and _of_processes(error):
             why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
             status = _ends(f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1)
         else:
             raise
+    except OSError as error:  # permissions, paths that are too long, full or failing disks
+        if error.filename is None:
+            raise
+        status = _ends(f"{name}: error: {printable(error.filename)}: cannot be used ({_reason(error)})", 2)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -633,7 +644,10 @@ def random_augment(pixels, spec, rng, parts=None):
 class Data:
     """A data set: training images, held-out images, class names, a tag for folder names, a fingerprint.
 
-    ``subclass_names`` name the fine classes inside the classes, where there are any.
+    ``subclass_names`` name the fine classes inside the classes, where there are any. ``train_folder`` is where the
+    training images' names begin, where they are files. ``contents`` are hashes of the training and the held-out images
+    (of the pixels, where it is left out). The fingerprint has three parts: labels and names of the training images,
+    contents of the training images, and all of this of the held-out images.
     """
 
     train: Images
@@ -641,18 +655,47 @@ class Data:
     classes: list[str]
     tag: str
     subclass_names: list[str] | None = None
+    train_folder: str | None = None
+    contents: tuple[str, str] | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self):
-        digest = hashlib.sha256(self.train.labels.cpu().numpy().astype("<i8").tobytes())
-        digest.update("\n".join(self.train.names or ()).encode())
-        self.fingerprint = digest.hexdigest()[:16]
+        train, held_out = self.contents or [_hash_contents(part.pixels) for part in (self.train, self.held_out)]
+        held_out = hashlib.sha256(f"{_hash_labels(self.held_out)} {held_out}".encode()).hexdigest()
+        self.fingerprint = "-".join(part[:16] for part in (_hash_labels(self.train), train, held_out))
+
+    def difference(self, fingerprint):
+        """Which images differ from those of another fingerprint, in words; None where none do.
+
+        Earlier versions' fingerprints are the first part alone, and only it can be compared.
+        """
+        names = ("other training images", "training images of other content", "other held-out images")
+        if not isinstance(fingerprint, str) or fingerprint.count("-") not in (0, 2):
+            return names[0]
+        pairs = zip(names, fingerprint.split("-"), self.fingerprint.split("-"), strict=False)
+        return next((name for name, found, wanted in pairs if found != wanted), None)
+
+
+def _hash_labels(images):
+    digest = hashlib.sha256(images.labels.cpu().numpy().astype("<i8").tobytes())
+    digest.update("\n".join(images.names or ()).encode())
+    return digest.hexdigest()
+
+
+class LoadedParts(NamedTuple):
+    """What a loader returns: (pixels, labels, names, hash of the contents) of the training and the held-out images,
+    class names, a tag for folder names, and the folder of the training images where they are files."""
+
+    parts: list[tuple]
+    classes: list[str]
+    tag: str
+    train_folder: str | None = None
 
 
 def load_data(args, device):
     """The data set that the flags name, on ``device``. Raises UserError for missing or contradictory data."""
     loaders = {"digits": _load_digits, "image_folder": _load_folder, "tiny_imagenet": _load_tiny_imagenet}
-    parts, classes, tag = in_turn(lambda: loaders.get(args.data_name, _load_cifar)(args))
+    parts, classes, tag, train_folder = in_turn(lambda: loaders.get(args.data_name, _load_cifar)(args))
     num_classes = 20 if args.data_name == "cifar20" else len(classes)
     if args.num_classes not in (None, num_classes):
         raise UserError(f"--num_classes {args.num_classes}: {args.data_name} has {num_classes} classes; leave it out")
@@ -664,14 +707,16 @@ def load_data(args, device):
     try:
         train, held_out = (
             Images(pixels.to(device) if torch.is_tensor(pixels) else pixels, labels.to(device), spec, size, names)
-            for pixels, labels, names in parts
+            for pixels, labels, names, _ in parts
         )
     except torch.OutOfMemoryError as error:
-        raise UserError(f"--memory_gb {args.memory_gb:g}: the images do not fit on {device}; lower it") from error
+        remedy = "lower it" if args.image_size or args.data_name != "image_folder" else "lower it, or set --image_size"
+        raise UserError(f"--memory_gb {args.memory_gb:g}: the images do not fit on {device}; {remedy}") from error
     subclass_names = None
     if args.data_name == "cifar20":
         subclass_names, classes = classes, _group_by_superclass((train, held_out), args)
-    return Data(train, held_out, classes, tag, subclass_names)
+    contents = tuple(contents for *_, contents in parts)
+    return Data(train, held_out, classes, tag, subclass_names, train_folder, contents)
 
 
 def _load_digits(args):
@@ -683,8 +728,10 @@ def _load_digits(args):
     labels = torch.from_numpy(scans.target.astype(np.int64))
     # The file has no test part and is ordered by writer: a fixed shuffle holds 1,000 of the 1,797 scans out.
     order = torch.from_numpy(permutation(0, "digits", len(labels)))
-    parts = [(pixels[part], labels[part], None) for part in (order[1000:].sort().values, order[:1000].sort().values)]
-    return parts, [str(digit) for digit in range(10)], "digits"
+    parts = []
+    for chosen in (order[1000:].sort().values, order[:1000].sort().values):
+        parts.append((pixels[chosen], labels[chosen], None, _hash_contents(pixels[chosen])))
+    return LoadedParts(parts, [str(digit) for digit in range(10)], "digits")
 
 
 def _load_cifar(args):
@@ -692,20 +739,20 @@ def _load_cifar(args):
 
     kind = datasets.CIFAR10 if args.data_name == "cifar10" else datasets.CIFAR100
     try:
-        parts = [kind(args.data_dir, train=train, download=True) for train in (True, False)]
+        found = [kind(args.data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
+        where = Path(args.data_dir) / kind.base_folder
+        state = "incomplete or damaged" if os.path.lexists(where) else "missing"
         raise UserError(
-            f"--data_name {args.data_name}: not in {args.data_dir}, and the download failed ({error}); "
-            f"put {kind.filename} there by hand, or check the network"
+            f"--data_name {args.data_name}: {printable(where)} is {state}, and the download failed "
+            f"({printable(_reason(error))}); put {kind.filename} into {printable(args.data_dir)} by hand, or check "
+            "the network and the folder's permissions"
         ) from error
-    return (
-        [
-            (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets), None)
-            for part in parts
-        ],
-        list(parts[0].classes),
-        args.data_name,
-    )
+    parts = []
+    for part in found:
+        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        parts.append((pixels, torch.tensor(part.targets), None, _hash_contents(pixels)))
+    return LoadedParts(parts, list(found[0].classes), args.data_name)
 
 
 def _group_by_superclass(parts, args):
@@ -727,7 +774,7 @@ def _load_tiny_imagenet(args):
     from torchvision.datasets.utils import download_and_extract_archive
 
     root = Path(args.data_dir) / "tiny-imagenet-200"
-    if not root.is_dir():
+    if not os.path.isdir(root):
         try:
             Path(args.data_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=args.data_dir, suffix=".part") as part:  # whole, or not at all
@@ -735,39 +782,49 @@ def _load_tiny_imagenet(args):
                 (Path(part) / root.name).rename(root)
         except (OSError, RuntimeError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"--data_name tiny_imagenet: not in {args.data_dir}, and the download failed ({error}); "
-                f"put tiny-imagenet-200.zip there by hand, or check the network"
+                f"--data_name tiny_imagenet: not in {printable(args.data_dir)}, and the download failed "
+                f"({printable(_reason(error))}); put tiny-imagenet-200.zip there by hand, or check the network and the "
+                "folder's permissions"
             ) from error
+    remedy = "remove the folder, so that it is unpacked again"
     try:
         wnids = sorted((root / "wnids.txt").read_text().split())
         words = dict(line.split("\t")[:2] for line in (root / "words.txt").read_text().splitlines() if "\t" in line)
         rows = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
         held_out = sorted((f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows)
+        train = []
+        for number, wnid in enumerate(wnids):
+            names = sorted(name for name in os.listdir(root / "train" / wnid / "images") if name.endswith(".JPEG"))
+            if not names:
+                raise ValueError(f"no images in train/{wnid}/images")
+            train += [(f"train/{wnid}/images/{name}", number) for name in names if not name.startswith(".")]
+        if not train or not held_out:
+            raise ValueError("no images")
     except (OSError, ValueError) as error:
-        raise UserError(f"{root}: incomplete ({error}); remove it, so that it is made anew") from error
-    train = [
-        (path.relative_to(root).as_posix(), number)
-        for number, wnid in enumerate(wnids)
-        for path in sorted((root / "train" / wnid / "images").glob("*.JPEG"))
-    ]
-    if not train or not held_out:
-        raise UserError(f"{root}: incomplete (no images); remove it, so that it is made anew")
+        unreadable = isinstance(error, PermissionError)
+        path = printable(getattr(error, "filename", None) or root)
+        raise UserError(
+            f"{path}: cannot be read ({_reason(error)}); check its permissions" if unreadable
+            else f"{printable(root)}: incomplete ({printable(str(error))}); {remedy}"
+        ) from error  # fmt: skip
     first = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     classes = [name if first.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(first, wnids, strict=True)]
     parts = [
         [(root / name, name.removeprefix("train/"), number) for name, number in samples]
         for samples in (train, held_out)
     ]
-    return _read_parts(parts, 64, args), classes, "tiny_imagenet"
+    return LoadedParts(_read_parts(parts, 64, args), classes, "tiny_imagenet", str(root / "train"))
 
 
 def _read_parts(parts, side, args):
-    """[(pixels, labels, names)] of parts, each a list of (path, name, label): in memory, or as :class:`ImageFiles`
-    where they are more than --memory_gb. Raises UserError for an image that cannot be read, unless --skip_corrupt."""
+    """[(pixels, labels, names, hash of the files)] of parts, each a list of (path, name, label): in memory, or as
+    :class:`ImageFiles` where they are more than --memory_gb. Raises UserError for an image that cannot be read, unless
+    --skip_corrupt."""
     gigabytes = sum(map(len, parts)) * 3 * side**2 / 1e9
     streamed = gigabytes > args.memory_gb
+    where = printable(args.data_dir)
     if streamed:
-        print(f"{args.data_dir}: {gigabytes:.2f} GB of pixels, more than --memory_gb {args.memory_gb:g}, stay on disk")
+        print(f"{where}: {gigabytes:.2f} GB of pixels, more than --memory_gb {args.memory_gb:g}, stay on disk")
     found, corrupt = [], []
     for samples in parts:
         files = ImageFiles([path for path, *_ in samples], side, args.workers)
@@ -779,18 +836,17 @@ def _read_parts(parts, side, args):
             raise next(iter(bad.values()))
         good = [number for number in range(len(samples)) if number not in bad]
         if not good:
-            raise UserError(f"--skip_corrupt: none of {len(samples)} images in {args.data_dir} can be read")
+            raise UserError(f"--skip_corrupt: none of {len(samples)} images in {where} can be read")
         corrupt += [samples[number][1] for number in bad]
-        if bad and streamed:
+        if bad:
             files.paths = [files.paths[number] for number in good]
-        elif bad:
-            pixels = pixels[good]
+            pixels = None if streamed else pixels[good]
         labels = torch.tensor([samples[number][2] for number in good])
-        found.append((files if streamed else pixels, labels, [samples[number][1] for number in good]))
+        names = [samples[number][1] for number in good]
+        found.append((files if streamed else pixels, labels, names, _hash_files(files.paths)))
     if corrupt:
-        some = ", ".join(corrupt[:5]) + (", ..." if len(corrupt) > 5 else "")
         what = f"{len(corrupt)} images cannot be read and are" if len(corrupt) > 1 else "1 image cannot be read and is"
-        print(f"--skip_corrupt: {what} left out: {some}")
+        print(f"--skip_corrupt: {what} left out: {_some(corrupt)}")
     return found
 
 
@@ -799,13 +855,16 @@ def _read_all(files, args):
     try:
         pixels = torch.zeros(files.shape, dtype=torch.uint8)
     except RuntimeError as error:
-        raise UserError(f"--memory_gb {args.memory_gb:g}: more than this machine has to spare; lower it") from error
+        raise UserError(
+            f"--memory_gb {args.memory_gb:g}: {len(files.paths)} images of {files.side}×{files.side} pixels are more "
+            f"than this machine has to spare; lower it, or --image_size"
+        ) from error
     bad = {}
 
     def read(number):
         try:
             pixels[number] = files[number]
-        except UserError as error:
+        except UnreadableImage as error:
             bad[number] = error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -813,45 +872,15 @@ def _read_all(files, args):
     return pixels, dict(sorted(bad.items()))
 
 
-def _load_folder(args):
-    from torchvision.datasets import ImageFolder
-
-    root = Path(args.data_dir)
-    folders = []
-    for part in ("train", "test"):
-        if not (root / part).is_dir():
-            raise UserError(
-                f"--data_dir {root}: no folder {part}/ in it; image_folder reads train/<class>/ and test/<class>/"
-            )
-        try:
-            folders.append(ImageFolder(root / part))
-        except FileNotFoundError as error:
-            raise UserError(f"--data_dir {root}: {part}/: {error}") from error
-    train, test = folders
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
-        raise UserError(f"--data_dir {root}: train/ and test/ have different classes: {', '.join(odd[:5])}")
-    if len(train.classes) < 2:
-        raise UserError(f"--data_dir {root}: train/ has one class; a classifier needs at least two")
-    side = args.image_size or _common_side([path for folder in folders for path, _ in folder.samples], args)
-    parts = [
-        [(path, Path(path).relative_to(folder.root).as_posix(), label) for path, label in folder.samples]
-        for folder in folders
-    ]
-    return _read_parts(parts, side, args), train.classes, f"image_folder-{root.resolve().name}"
-
-
 def _common_side(paths, args):
     """The side that all images share, else what the model was made for: 64 for resnet18."""
-    from PIL import Image
 
     def size(path):
         try:
-            with Image.open(path) as image:
-                return image.size
-        except Exception as error:  # PIL's readers raise many kinds
+            return _upright_size(path)
+        except UnreadableImage:
             if not args.skip_corrupt:
-                raise _not_readable(path, error) from error
+                raise
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sizes = set(pool.map(size, paths)) - {None}
@@ -859,27 +888,497 @@ def _common_side(paths, args):
         return sizes.pop()[0]
     side = models.input_size(args.model_name, 64)
     print(
-        f"{args.data_dir}: images of {len(sizes)} sizes are resized and centre-cropped to {side}×{side} (--image_size)"
+        f"{printable(args.data_dir)}: images of {len(sizes)} sizes are resized and centre-cropped to {side}×{side} "
+        "(--image_size)"
     )
     return side
 
 
-def _read_image(path, side):
-    """One image as uint8 3×side×side: the shorter side resized, the centre kept."""
+def printable(name):
+    """A file name as text that every file and terminal can hold: bytes that are not UTF-8, and control characters,
+    as ``\\xe9``."""
+    name = os.fspath(name)
+    with suppress(UnicodeEncodeError):
+        name = os.fsencode(name).decode(errors="backslashreplace")
+    name = name.encode(errors="backslashreplace").decode()
+    return "".join(f"\\x{ord(char):02x}" if ord(char) < 32 or ord(char) == 127 else char for char in name)
+
+
+def _some(names, count=5):
+    """The first few names, for a message."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _reason(error):
+    """Why a file cannot be used: the system's words without number and path, else the whole message."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+# ---------------------------------------------------------------- image folders
+
+
+# Files and folders that programs leave behind; beside them names that begin with a dot.
+SYSTEM_NAMES = {"@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db",
+                "desktop.ini", "icon\r", "system volume information"}  # fmt: skip
+BACKUP_ENDINGS = ("~", ".bak", ".old", ".orig", ".part", ".crdownload", ".swp", ".tmp")
+PART_NAMES = {
+    "train": {"train", "training", "trn", "train_set", "trainset", "training_set", "train_images", "images_train"},
+    "test": {"test", "testing", "tst", "test_set", "testset", "test_images", "images_test", "val", "valid",
+             "validation", "val_set", "validation_set", "dev", "eval", "evaluation", "holdout", "held_out"},
+}  # fmt: skip
+
+
+class FolderReader:
+    """The pictures of an image folder ``root`` and why other files in it are left out.
+
+    Each real file counts once, however many links lead to it.
+    """
+
+    def __init__(self, root):
+        self.root, self.left_out, self._places = root, {}, {}
+
+    def read(self, part):
+        """(class names, [(path, class, name)]) of root/part/<class>/…, in the order of torchvision's ImageFolder.
+
+        Raises UserError for a folder that cannot be read, a class without pictures, and a file in two places.
+        """
+        samples, classes = [], []
+        for entry in _entries(os.path.join(self.root, part)):
+            if self._is_system(entry):
+                continue
+            if not _is_kind(entry.path, stat.S_ISDIR):
+                self._leave_out("not in a class folder", entry.path)
+                continue
+            classes.append(entry.name)
+            samples += [(path, entry.name) for path in self._pictures(entry.path)]
+        for path, class_name in samples:
+            self._check_place(path, (part, class_name))
+        if empty := sorted(set(classes) - {class_name for _, class_name in samples}):
+            hint = f" (left out: {self.summary()})" if self.left_out else ""
+            raise UserError(
+                f"--data_dir {printable(self.root)}: no pictures in {part}/{_some(list(map(printable, empty)))}{hint}; "
+                "remove an empty class from train/ and test/, or put its pictures there"
+            )
+        folder = os.path.join(self.root, part)
+        return classes, [(path, class_name, os.path.relpath(path, folder)) for path, class_name in samples]
+
+    def summary(self):
+        """What was left out, why and how many, with examples; "" for nothing."""
+        reasons = []
+        for reason, paths in self.left_out.items():
+            names = [printable(os.path.relpath(path, self.root)) for path in paths]
+            reasons.append(f"{len(names)} {reason} ({_some(names, 3)})")
+        return "; ".join(reasons)
+
+    def _pictures(self, folder):
+        """Paths of all pictures in a class folder and the folders inside it."""
+        found, pending, visited = [], [folder], {_identity(folder)}
+        while pending:
+            folder = pending.pop()
+            for entry in _entries(folder):
+                if self._is_system(entry):
+                    continue
+                if _is_kind(entry.path, stat.S_ISDIR):
+                    if (identity := _identity(entry.path)) in visited:
+                        self._leave_out("links to folders that are read already", entry.path)
+                    else:
+                        visited.add(identity)
+                        pending.append(entry.path)
+                elif self._is_wanted(entry):
+                    found.append((folder, entry.name))
+        paths = {}
+        for folder, name in sorted(found):
+            path = os.path.join(folder, name)
+            identity = _identity(path)
+            if paths.setdefault(identity, path) != path:
+                self._leave_out("links to pictures that are read already", path)
+        return list(paths.values())
+
+    def _is_system(self, entry):
+        name = entry.name
+        if name.startswith(".") or name.casefold() in SYSTEM_NAMES or name.casefold().endswith(BACKUP_ENDINGS):
+            self._leave_out("hidden, system or backup files or folders", entry.path)
+            return True
+        return False
+
+    def _is_wanted(self, entry):
+        """Whether a file is a picture: by its extension, or by its content where Pillow does not know the extension.
+        A file with a picture's extension that cannot be read is an error later."""
+        extension = os.path.splitext(entry.name)[1].lower()
+        if extension in _pillow()[1] or (_is_kind(entry.path, stat.S_ISREG) and _is_picture(entry.path)):
+            return True
+        self._leave_out("files that are not pictures, or of a format that Pillow cannot read", entry.path)
+        return False
+
+    def _leave_out(self, reason, path):
+        self.left_out.setdefault(reason, []).append(path)
+
+    def _check_place(self, path, place):
+        """Raise UserError for a file that is in another class or part already, under whatever name."""
+        first_path, first_place = self._places.setdefault(_identity(path), (path, place))
+        if first_place != place:
+            first, second = (printable(os.path.relpath(name, self.root)) for name in (first_path, path))
+            what = "training and test image" if first_place[0] != place[0] else "image of two classes"
+            raise UserError(
+                f"--data_dir {printable(self.root)}: {first} and {second} are the same file (a link), which cannot be "
+                f"{what}; remove one of them"
+            )
+
+
+def _entries(folder):
+    """What is in a folder, sorted by name. Raises UserError where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{printable(folder)}: cannot be read ({_reason(error)})") from error
+
+
+def _is_kind(path, test):
+    """Whether ``path`` (or what it links to) is there and of the kind that ``test``, as stat.S_ISDIR, is for."""
+    try:
+        return test(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise UserError(f"{printable(path)}: cannot be read ({_reason(error)})") from error
+
+
+def _identity(path):
+    """Which file or folder a path leads to, whatever links are on the way; the path itself for a broken link."""
+    with suppress(OSError):
+        found = os.stat(path)
+        if found.st_ino:
+            return found.st_dev, found.st_ino
+    return os.path.realpath(path)
+
+
+def _load_folder(args):
+    root = Path(args.data_dir)
+    _check_layout(root)
+    reader = FolderReader(root)
+    (classes, train), (test_classes, test) = reader.read("train"), reader.read("test")
+    if reader.left_out:
+        print(f"{printable(root)}: left out {reader.summary()}")
+    _check_classes(root, classes, test_classes)
+    side = args.image_size or _common_side([path for samples in (train, test) for path, *_ in samples], args)
+    numbers = {class_name: number for number, class_name in enumerate(classes)}
+    parts = [
+        [(path, printable(name).replace(os.sep, "/"), numbers[class_name]) for path, class_name, name in samples]
+        for samples in (train, test)
+    ]
+    tag = printable(root.resolve().name).replace("\\", "-")
+    folder = os.path.join(root, "train")
+    return LoadedParts(_read_parts(parts, side, args), list(map(printable, classes)), f"image_folder-{tag}", folder)
+
+
+def _check_layout(root):
+    """Raise UserError for a folder without train/ and test/, with what was found instead and what to do."""
+    wanted = "image_folder reads train/<class>/ and test/<class>/"
+    where = f"--data_dir {printable(root)}"
+    if not _is_kind(root, stat.S_ISDIR):
+        what = "is a file, not a folder" if os.path.lexists(root) else "no such folder"
+        raise UserError(f"{where}: {what}; {wanted}")
+    missing = [part for part in ("train", "test") if not _is_kind(root / part, stat.S_ISDIR)]
+    if not missing:
+        return
+    entries = [entry for entry in _entries(root) if not entry.name.startswith(".")]
+    folders = [entry.name for entry in entries if _is_kind(entry.path, stat.S_ISDIR)]
+    folders = [name for name in folders if name.casefold() not in SYSTEM_NAMES]
+    absent = " and ".join(f"{part}/" for part in missing)
+    if files := [part for part in missing if os.path.lexists(root / part)]:
+        raise UserError(f"{where}: {files[0]} is a file or a broken link, not a folder; {wanted}")
+    remedies = []
+    for part in missing:
+        if similar := [
+            name for name in folders if name.casefold().strip() in PART_NAMES[part] and name not in PART_NAMES
+        ]:
+            shown = " and ".join(f"{printable(name)}/" for name in similar)
+            remedies.append(f"found {shown}: rename {'it' if len(similar) == 1 else 'one of them'} to {part}/")
+    if remedies:
+        raise UserError(f"{where}: no folder {absent} in it; {'; '.join(remedies)}")
+    shown = _some([f"{printable(name)}/" for name in folders])
+    if len(missing) < 2:
+        advice = ": put held-out images of every class there" if missing == ["test"] else ""
+        raise UserError(f"{where}: no folder {absent} in it (found {shown}); {wanted}{advice}")
+    for name in folders:
+        if all(_is_kind(root / name / part, stat.S_ISDIR) for part in PART_NAMES):
+            inside = printable(root / name)
+            raise UserError(f"{where}: train/ and test/ are inside {printable(name)}/; use --data_dir {inside}")
+    above = root.resolve().parent
+    if root.resolve().name in PART_NAMES and _is_kind(above / "train", stat.S_ISDIR):
+        raise UserError(f"{where}: train/ and test/ are in the folder above; use --data_dir {printable(above)}")
+    if folders:
+        raise UserError(
+            f"{where}: no folder {absent} in it, only {shown}; {wanted}: if these are the classes, move most images of "
+            "each to train/<class>/ and the others to test/<class>/"
+        )
+    held = f"{len(entries)} files but no folders in it" if entries else "the folder is empty"
+    raise UserError(f"{where}: {held}; {wanted}: each class needs a folder of its own in both")
+
+
+def _check_classes(root, train, test):
+    """Raise UserError where training and test images are not of the same two or more classes."""
+    where = f"--data_dir {printable(root)}"
+    if train != test:
+        extra = {"train": sorted(set(train) - set(test)), "test": sorted(set(test) - set(train))}
+        by_key = {_loose(name): name for name in extra["test"]}
+        for name in extra["train"]:
+            if other := by_key.get(_loose(name)):
+                raise UserError(
+                    f"{where}: train/ and test/ have different classes: {printable(name)!r} and {printable(other)!r} "
+                    f"differ only in {_name_difference(name, other)}; rename one of them"
+                )
+        only = [f"only {part}/ has {_some(list(map(printable, names)))}" for part, names in extra.items() if names]
+        raise UserError(
+            f"{where}: train/ and test/ have different classes: {'; '.join(only)}; both need pictures of every class"
+        )
+    if len(train) < 2:
+        found = f"one class ({printable(train[0])})" if train else "no class folders"
+        raise UserError(
+            f"{where}: train/ has {found}; a classifier needs at least two classes, each a folder in train/"
+        )
+
+
+def _loose(name):
+    """A name without what is easily mistaken: case, Unicode form, blanks around it."""
+    return unicodedata.normalize("NFC", name).casefold().strip()
+
+
+def _name_difference(name, other):
+    if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other):
+        return "their Unicode form (NFC and NFD: accents are single characters in one of them)"
+    return "blanks around the name" if name.strip() == other.strip() else "upper and lower case or blanks"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be read, or not rightly; --skip_corrupt leaves it out."""
+
+
+# Formats that Pillow names but reads only with another program or library (Ghostscript, ...), or not at all.
+UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+# Formats that the first bytes of a file show beyond doubt, and that are no raw camera file.
+SIGNED_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "WEBP")
+# Formats whose greyscale of more than 8 bits always has 65,535 as white when Pillow has opened it.
+SIXTEEN_BIT_FORMATS = {"ICNS", "ICO", "IM", "JPEG2000", "PNG", "PPM"}
+# Formats whose fourth channel is often unused, which means 0 everywhere.
+OPTIONAL_ALPHA_FORMATS = {"BMP", "DIB", "TGA"}
+COLOUR_MODES = {"1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+ALPHA_MODES = {"PA", "LA", "La", "RGBA", "RGBa"}
+LONGEST_SHAPE = 8  # times its width that a picture may be long: what is beyond would be cropped after the resizing
+SAMPLED_PIECES, SAMPLED_BYTES = 4, 8192
+
+
+@cache
+def _pillow():
+    """(formats that Pillow can read, their file extensions), and Pillow's warnings turned off: what cannot be read is
+    an error, and the rest concerns nobody."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    extensions = Image.registered_extensions()  # loads every reader
+    formats = tuple(name for name in Image.OPEN if name not in UNREADABLE_FORMATS)
+    return formats, {extension for extension, name in extensions.items() if name in (*formats, "MPO")}
+
+
+@contextmanager
+def _opened(path, formats=None):
+    """Pillow's image of a file. Whatever goes wrong within is an :class:`UnreadableImage` that says what."""
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            pixels = transforms.pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # PIL's readers raise many kinds
-        raise _not_readable(path, error) from error
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+            raise ValueError("not a regular file")
+        with Image.open(path, formats=formats or _pillow()[0]) as image:
+            yield image
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds
+        reason = _reason(error)
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise UserError(f"{printable(path)}: cannot be opened ({reason})") from error  # not the image's fault
+        if isinstance(error, Image.UnidentifiedImageError):
+            empty = os.path.getsize(path) == 0
+            reason = "the file is empty" if empty else "its content is in no format that Pillow reads"
+        if isinstance(error, FileNotFoundError) and os.path.islink(path):
+            reason = "a link to a file that does not exist"
+        raise UnreadableImage(
+            f"{printable(path)}: not a readable image ({reason}); repair or remove it, or leave it out with "
+            "--skip_corrupt"
+        ) from error
+
+
+def _read_image(path, side):
+    """One image as uint8 3×side×side: the shorter side resized, the centre kept."""
+    with _opened(path) as image:
+        image = _as_viewed(image)
+        longest = LONGEST_SHAPE * min(image.size)
+        left, top = (max(0, length - longest) // 2 for length in image.size)  # the same on both sides
+        if left or top:
+            image = image.crop((left, top, image.width - left, image.height - top))
+        pixels = transforms.pil_to_tensor(image)
     if pixels.shape[-2:] != (side, side):
         pixels = transforms.center_crop(transforms.resize(pixels, [side], antialias=True), [side])
     return pixels
 
 
-def _not_readable(path, error):
-    return UserError(f"{path}: not a readable image ({error}); mend or remove it, or leave it out with --skip_corrupt")
+def _as_viewed(image):
+    """An opened picture as a viewer shows it: the first frame, upright, 8-bit RGB, white where it is transparent.
+
+    Raises ValueError for a picture whose values have no known range.
+    """
+    from PIL import Image
+
+    _scale_transparent_colour(image)
+    fourth = _fourth_channel(image)
+    image.load()
+    orientation = _orientation(image)
+    alpha_is_optional = image.format in OPTIONAL_ALPHA_FORMATS
+    if fourth is not None:
+        image.putalpha(fourth)
+    if image.mode not in COLOUR_MODES:
+        image = _eight_bits(image)
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if not (alpha_is_optional and image.getchannel("A").getextrema() == (0, 0)):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    method = _turns().get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _fourth_channel(image):
+    """The fourth channel of a 32-bit BMP, which Pillow skips and other programs use for transparency; else None."""
+    from PIL import Image
+
+    if image.format not in ("BMP", "DIB") or not image.tile or image.tile[0][3][0] != "BGRX":
+        return None
+    _, _, offset, (_, stride, order) = image.tile[0]
+    image.fp.seek(offset)
+    rows = image.fp.read(stride * image.height)
+    return Image.frombytes("RGBA", image.size, rows, "raw", "BGRA", stride, order).getchannel("A")
+
+
+def _scale_transparent_colour(image):
+    """Bring the colour that a PNG's tRNS chunk makes transparent to the scale of Pillow's pixels: the chunk has that
+    of the file, whose pixels may have 2, 4 or 16 bits."""
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or colour is None:
+        return
+    layout = image.tile[0][3]
+    if layout == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    white = {"L;2": 3, "L;4": 15}.get(layout, 0)
+    if colour in range(white + 1):
+        image.info["transparency"] = colour * 255 // max(1, white)
+
+
+def _eight_bits(image):
+    """A greyscale picture of more than 8 bits in mode L, or LA where the file names a transparent value. Raises
+    ValueError where the file does not say which value is white."""
+    from PIL import Image
+
+    white, inverted = 65535 if image.format in SIXTEEN_BIT_FORMATS else None, False
+    if image.format == "TIFF":
+        bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (258, 339))  # BitsPerSample, SampleFormat
+        white = 2**bits - 1 if kind == 1 and bits <= 16 else None
+        inverted = image.tag_v2.get(262) == 0  # PhotometricInterpretation: MinIsWhite
+    integer = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "IM")
+    if white is None or not integer:
+        raise ValueError(
+            f"mode {image.mode} of {image.format}: the file does not say which value is white; "
+            "save it as an 8-bit or 16-bit PNG"
+        )
+    values = np.asarray(image).astype(np.int64)
+    grey = (values.clip(0, white) * 255 + white // 2) // white
+    grey = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
+    if "transparency" in image.info:
+        alpha = np.where(values == image.info["transparency"], 0, 255)
+        grey.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return grey
+
+
+def _orientation(image):
+    """The EXIF orientation, 1 to 8; 1 where there is none or what there is cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged EXIF block: viewers show the picture as it is
+        return 1
+
+
+@cache
+def _turns():
+    """How to turn a picture upright, by EXIF orientation; ImageOps.exif_transpose would fail on damaged EXIF."""
+    from PIL.Image import Transpose
+
+    return {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+
+
+def _upright_size(path):
+    """(width, height) of the picture that :func:`_as_viewed` gives, from the file's header."""
+    with _opened(path) as image:
+        width, height = image.size
+        if width == height or _orientation(image) < 5:
+            return width, height
+        if image.format == "TIFF":  # which Pillow itself turns, at opening or at loading
+            image.load()
+            width, height = image.size
+            return (width, height) if _orientation(image) < 5 else (height, width)
+        return height, width
+
+
+def _is_picture(path):
+    """Whether a file of unknown or no extension is a picture, by its content."""
+    tiff = () if os.path.splitext(path)[1] else ("TIFF",)  # .dng, .nef, ...: TIFF with a thumbnail that Pillow reads
+    with suppress(UnreadableImage), _opened(path, SIGNED_FORMATS + tiff):
+        return True
+    return False
+
+
+def _hash_files(paths):
+    """A hash of the files' sizes and of a sample of each one's bytes: all of a file of at most 32 KiB, else four
+    pieces of 8 KiB at equal distances, the first and last bytes among them."""
+
+    def sample(path):
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                whole = size <= SAMPLED_PIECES * SAMPLED_BYTES
+                digest = hashlib.sha256(size.to_bytes(8, "little"))
+                for piece in range(1 if whole else SAMPLED_PIECES):
+                    file.seek(piece * (size - SAMPLED_BYTES) // (SAMPLED_PIECES - 1) if piece else 0)
+                    digest.update(file.read(SAMPLED_PIECES * SAMPLED_BYTES if whole else SAMPLED_BYTES))
+        except OSError as error:
+            raise UserError(f"{printable(path)}: cannot be read ({_reason(error)})") from error
+        return digest.digest()
+
+    def samples(start):
+        return b"".join(map(sample, paths[start : start + 256]))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return hashlib.sha256(b"".join(pool.map(samples, range(0, len(paths), 256)))).hexdigest()
+
+
+def _hash_contents(pixels):
+    """A hash of all bytes of an image tensor, or of the files of :class:`ImageFiles`."""
+    if isinstance(pixels, ImageFiles):
+        return _hash_files(pixels.paths)
+    return hashlib.sha256(pixels.detach().cpu().contiguous().numpy()).hexdigest()
 
 
 # ---------------------------------------------------------------- splits
@@ -891,7 +1390,8 @@ class Split:
 
     ``train_calibration`` is for the CPU loss alone. Where a class or subclass is forgotten it and ``test`` hold the
     retained ones, and ``forget_test`` the forgotten one's test images. ``calibration`` holds all; ``is_forgotten``
-    says of each of its images whether it is of the forgotten class. ``forget_class`` is its number, or None.
+    says of each of its images whether it is of the forgotten class. ``forget_class`` is its number, or None, and
+    ``forget_name`` says in words what is forgotten.
     """
 
     retain: torch.Tensor
@@ -903,6 +1403,12 @@ class Split:
     is_forgotten: torch.Tensor
     folder: str = ""
     forget_class: int | None = None
+    forget_name: str = ""
+
+    def describe(self):
+        """What is forgotten, by name and count, with the scenario's folder and the fingerprint."""
+        count, total = len(self.forget), len(self.forget) + len(self.retain)
+        return f"{self.forget_name}: {count} of {total} training images ({self.folder}, {self.fingerprint})"
 
     @property
     def fingerprint(self):
@@ -911,28 +1417,33 @@ class Split:
 
 
 def default_cal_size(data):
-    return min(2000, len(data.held_out) // 5)
+    return min(2000, max(1, len(data.held_out) // 5))
 
 
 def make_split(data, args, cal_size=None, *, scenario=True):
     """The split that data set, seed and scenario flags imply: a pure function, the same in all four scripts.
 
-    The held-out images are permuted by the seed; the first tenth (at most 1000) calibrates the CPU loss, the
-    next ``cal_size`` the metrics, the rest is the test set. Without ``scenario`` nothing is forgotten.
+    The held-out images are permuted by the seed; the first tenth (at least 1, at most 1000) calibrates the CPU loss,
+    the next ``cal_size`` the metrics, the rest is the test set. Without ``scenario`` nothing is forgotten.
     Raises UserError for scenario flags that the data contradicts.
     """
     labels = data.train.labels.cpu().numpy()
-    forgotten, folder, forget_class = np.zeros(len(labels), bool), "", None
+    forgotten, folder, forget_class, forget_name = np.zeros(len(labels), bool), "", None, ""
     if scenario:
-        forgotten, folder, forget_class = _forget_set(data, args, labels)
+        forgotten, folder, forget_class, forget_name = _forget_set(data, args, labels)
         if not 0 < forgotten.sum() < len(labels):
             raise UserError(
-                f"--unlearn_type {args.unlearn_type}: {forgotten.sum()} of {len(labels)} training images would be "
-                "forgotten; there must be some of both"
+                f"--unlearn_type {args.unlearn_type} ({forget_name}): {forgotten.sum()} of {len(labels)} training "
+                "images would be forgotten; there must be some of both"
             )
 
     order = permutation(args.seed, "held-out", len(data.held_out))
-    first = min(1000, len(order) // 10)
+    if len(order) < 3:
+        raise UserError(
+            f"{args.data_name}: {len(order)} held-out images; at least 3 are needed, one each for training "
+            "calibration, calibration and test"
+        )
+    first = min(1000, max(1, len(order) // 10))
     cal_size = cal_size or default_cal_size(data)
     if first + cal_size >= len(order):
         raise UserError(
@@ -942,6 +1453,12 @@ def make_split(data, args, cal_size=None, *, scenario=True):
     train_calibration, calibration, test = np.split(order, [first, first + cal_size])
     groups = data.held_out.subclasses if scenario and args.unlearn_type == "subclass" else data.held_out.labels
     of_forget_class = groups.cpu().numpy() == (-1 if forget_class is None else forget_class)
+
+    if of_forget_class[test].all():
+        raise UserError(
+            f"--unlearn_type {args.unlearn_type} ({forget_name}): none of the {len(test)} test images is of a retained "
+            "class; add held-out images, or choose a smaller --cal_sizes"
+        )
 
     def indices(array):
         return torch.from_numpy(array).to(data.train.labels.device)
@@ -956,11 +1473,12 @@ def make_split(data, args, cal_size=None, *, scenario=True):
         is_forgotten=torch.from_numpy(of_forget_class[calibration]),
         folder=folder,
         forget_class=forget_class,
+        forget_name=forget_name,
     )
 
 
 def _forget_set(data, args, labels):
-    """Which training images are forgotten, the scenario's folder name, and the class if it is one."""
+    """Which training images are forgotten, the scenario's folder name, the class if it is one, and its name."""
     if args.forget_list and args.unlearn_type != "list":
         raise UserError(f"--forget_list goes with --unlearn_type list, not {args.unlearn_type}")
     if args.forget_class is not None and args.unlearn_type not in ("class", "subclass"):
@@ -971,21 +1489,25 @@ def _forget_set(data, args, labels):
             raise UserError(f"--retain_ratio {args.retain_ratio}: must lie between 0 and 1, such as 0.9 to forget 10 %")
         order = permutation(args.seed, "forget", len(labels))
         forgotten[order[round(len(labels) * args.retain_ratio) :]] = True
-        return forgotten, f"random_{args.retain_ratio:g}", None
+        return forgotten, f"random_{args.retain_ratio:g}", None, f"a random share drawn from seed {args.seed}"
     if args.unlearn_type == "class":
         number = _class_number(args, data.classes)
-        return labels == number, f"class_{number}", number
+        return labels == number, f"class_{number}", number, _class_name(args, "class", data.classes[number])
     if args.unlearn_type == "subclass":
         if data.subclass_names is None:
             raise UserError(f"--unlearn_type subclass: {args.data_name} has no subclasses; use --data_name cifar20")
         number = _class_number(args, data.subclass_names)
-        return data.train.subclasses.cpu().numpy() == number, f"subclass_{number}", number
+        forgotten = data.train.subclasses.cpu().numpy() == number
+        inside = ", ".join(data.classes[label] for label in np.unique(labels[forgotten]))
+        name = _class_name(args, "subclass", data.subclass_names[number])
+        return forgotten, f"subclass_{number}", number, f"{name} of class {inside}"
     if not args.forget_list:
         raise UserError("--unlearn_type list: name the file of the images to forget with --forget_list FILE")
-    chosen = _read_forget_list(Path(args.forget_list), data)
+    chosen = read_forget_list(Path(args.forget_list), data)
     forgotten[chosen] = True
     digest = hashlib.sha256(np.sort(chosen).astype("<i8").tobytes()).hexdigest()[:8]
-    return forgotten, f"list_{Path(args.forget_list).stem}_{digest}", None
+    stem = printable(Path(args.forget_list).stem).replace("\\", "-")[:100]
+    return forgotten, f"list_{stem}_{digest}", None, f"the images in {printable(args.forget_list)}"
 
 
 def scenario_folder(args, data):
@@ -995,44 +1517,316 @@ def scenario_folder(args, data):
     return _forget_set(data, args, data.train.labels.cpu().numpy())[1]
 
 
+def _class_name(args, kind, name):
+    drawn = f" (drawn from seed {args.seed})" if args.forget_class is None else ""
+    return f"{kind} {name}{drawn}"
+
+
 def _class_number(args, classes):
+    """The position of --forget_class among the classes. A name comes first; a number is a position only where no
+    class is named by a number. Raises UserError for what is no class, or could be two."""
     if args.forget_class is None:
         return int(permutation(args.seed, "forget class", len(classes))[0])
-    if args.forget_class in classes:
-        return classes.index(args.forget_class)
-    if args.forget_class.isdecimal() and int(args.forget_class) < len(classes):
-        return int(args.forget_class)
-    some = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-    raise UserError(f"--forget_class {args.forget_class}: not one of {some}, nor a number below {len(classes)}")
-
-
-def _read_forget_list(path, data):
-    """Training indices from a text file of indices or, for an image folder, of file names."""
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--forget_list {path}: cannot be read ({error})") from error
-    entries = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    entries = [(number, text) for number, text in entries if text and not text.startswith("#")]
-    if not entries:
-        raise UserError(f"--forget_list {path}: names no image")
-    by_name = {name: index for index, name in enumerate(data.train.names or ())}
-    first_line = {}
-    for number, text in entries:
-        index = by_name.get(text.removeprefix("train/"))
-        if index is None and text.isdecimal():
-            index = int(text)
-        if index is None:
-            hint = "no such file in train/" if by_name else "not a training index"
-            raise UserError(f"--forget_list {path}, line {number}: {text!r}: {hint}")
-        if index >= len(data.train):
+    text = printable(args.forget_class)
+    if text in classes:
+        return classes.index(text)
+    flag, shown = f"--forget_class {text}", _some(classes, 10)
+    similar = [name for name in classes if _loose(name) == _loose(text)]
+    composed = [name for name in similar if _composed(name) == _composed(text)]
+    if len(composed) == 1:
+        return classes.index(composed[0])
+    if similar:
+        raise UserError(f"{flag}: no class has exactly this name; did you mean {' or '.join(map(repr, similar))}?")
+    number = int(text) if text.strip().isdecimal() else None
+    numbered = [name for name in classes if name.strip().isdecimal()]
+    if number is not None and numbered:
+        meanings = [f"class {name}" for name in numbered if int(name) == number]
+        if number < len(classes):
+            meanings.append(f"class {classes[number]}, which is number {number} of {shown} counted from 0")
+        if meanings:
             raise UserError(
-                f"--forget_list {path}, line {number}: {index}: there are {len(data.train)} training images"
+                f"{flag}: no class has exactly this name; it could mean {' or '.join(meanings)}; give the class's name"
             )
-        if index in first_line:
-            raise UserError(f"--forget_list {path}, line {number}: {text} stands in line {first_line[index]} already")
-        first_line[index] = number
-    return np.array(list(first_line), dtype=np.int64)
+    elif number is not None and number < len(classes):
+        return number
+    numbers = "" if numbered else f", nor a number below {len(classes)}"
+    raise UserError(f"{flag}: not one of {shown}{numbers}")
+
+
+def _composed(name):
+    """A name in one Unicode form (NFC), without blanks around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+# ---------------------------------------------------------------- forget lists
+
+
+SIGNATURES = {
+    b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
+    b"PK\x03\x04": "a zip archive (a checkpoint, .npz or .xlsx)", b"\x93NUMPY": "a NumPy array",
+    b"\x1f\x8b": "a gzip archive", b"%PDF": "a PDF", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture",
+    b"SQLite": "a database", b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
+}  # fmt: skip
+LIST_HEADINGS = {"", "file", "files", "filename", "filenames", "file_name", "name", "path", "filepath", "file_path",
+                 "image", "images", "image_path", "img", "index", "indices", "idx", "id", "image_id"}  # fmt: skip
+LIST_WANTED = "wanted is a text file with one training index or file name (class/image.png) a line"
+
+
+class ListEntry(NamedTuple):
+    """One item of a forget list: where it is (for messages) and its text."""
+
+    place: str
+    text: str
+
+
+def read_forget_list(path, data):
+    """Training indices from a list of indices or, for images in files, of file names.
+
+    The list is a text file (one item a line), a CSV file with one column of file names, or a JSON list. What
+    resolves to exactly one training image is taken; UserError names the line of everything else.
+    """
+    where = f"--forget_list {printable(path)}"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({_reason(error)})") from error
+    for signature, kind in SIGNATURES.items():
+        if content.startswith(signature):
+            raise UserError(f"{where}: looks like {kind}; {LIST_WANTED}")
+    text = _decode(content)
+    if "\0" in text:
+        raise UserError(f"{where}: looks like a binary file; {LIST_WANTED}")
+    finder = TrainingImageFinder(data)
+    entries = _json_entries(text, where) or _line_entries(text, finder)
+    if not entries:
+        raise UserError(f"{where}: names no image")
+    entries = _table_column(entries, finder, where) or entries
+    first_place = {}
+    for place, item in entries:
+        try:
+            index = finder.find(item)
+        except ValueError as error:
+            raise UserError(f"{where}, {place}: {printable(item.strip())!r}: {error}") from error
+        if index in first_place:
+            raise UserError(
+                f"{where}, {place}: {printable(item.strip())} is the same image as {first_place[index]}; "
+                "list every image once"
+            )
+        first_place[index] = place
+    return np.array(list(first_place), dtype=np.int64)
+
+
+def _decode(content):
+    """Text from bytes: by the byte order mark, as UTF-16 where every other byte is 0, else UTF-8, in which other bytes
+    stand for themselves as in file names."""
+    for mark, encoding in [
+        (codecs.BOM_UTF8, "utf-8-sig"),
+        (codecs.BOM_UTF32_LE, "utf-32"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ]:
+        if content.startswith(mark):
+            return content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
+    even, odd = content[::2].count(0), content[1::2].count(0)
+    if max(even, odd) > len(content) // 4 and len(content) % 2 == 0:
+        return content.decode("utf-16-be" if even > odd else "utf-16-le", "replace")
+    return content.decode("utf-8", "surrogateescape")
+
+
+def _json_entries(text, where):
+    """The items of a JSON list, [] for text that is no JSON. Raises UserError for other JSON."""
+    if not text.lstrip().startswith(("[", "{")):
+        return []
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    plain = isinstance(items, list) and all(isinstance(item, str) or type(item) is int for item in items)
+    if not plain:
+        raise UserError(f"{where}: looks like JSON, but not a list of indices or file names; {LIST_WANTED}")
+    return [ListEntry(f"item {number}", str(item)) for number, item in enumerate(items, 1)]
+
+
+def _line_entries(text, finder):
+    """The lines of a text file that hold something, without comments (unless they name an image) and a heading."""
+    entries = []
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        comment = line.lstrip().startswith("#") and not finder.is_in_class(line.strip())
+        if line.strip() and not comment:
+            entries.append(ListEntry(f"line {number}", line))
+    if (
+        len(entries) > 1
+        and _unquoted(entries[0].text).casefold() in LIST_HEADINGS
+        and not finder.knows(entries[0].text)
+    ):
+        entries = entries[1:]
+    return entries
+
+
+def _table_column(entries, finder, where):
+    """Of lines that are a table, the entries of the one column that names images; [] for lines that are no table.
+
+    Raises UserError where no column, or more than one, does.
+    """
+    for delimiter in ",;\t":
+        if not all(delimiter in entry.text for entry in entries) or any(finder.knows(entry.text) for entry in entries):
+            continue
+        rows = [next(csv.reader([entry.text], delimiter=delimiter, skipinitialspace=True)) for entry in entries]
+        rows = [row[:-1] if row[-1].strip() == "" else row for row in rows]
+        width = len(rows[0])
+        if width < 2 or any(len(row) != width for row in rows):
+            continue
+        headings = [] if len(rows) == 1 or any(map(finder.knows, rows[0])) else [_loose(cell) for cell in rows[0]]
+        body = rows[1:] if headings else rows
+        columns = [number for number in range(width) if all(finder.names(row[number]) for row in body)]
+        if len(columns) != 1:
+            columns = [number for number, heading in enumerate(headings) if heading and heading in LIST_HEADINGS]
+        if len(columns) == 1:
+            places = [entry.place for entry in entries][len(rows) - len(body) :]
+            return [ListEntry(place, row[columns[0]]) for place, row in zip(places, body, strict=True)]
+        raise UserError(
+            f"{where}, {entries[0].place}: {printable(entries[0].text.strip())[:60]!r}: looks like a table of {width} "
+            f"columns, or several items in a line; {LIST_WANTED}"
+        )
+    return []
+
+
+def _unquoted(text):
+    """Text without blanks, a trailing comma or semicolon, and quotes around it."""
+    text = text.strip().rstrip(",;").strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].replace(text[0] * 2, text[0])
+    return text.strip()
+
+
+class TrainingImageFinder:
+    """Which training image a text means: a file name in one of several spellings, or an index."""
+
+    def __init__(self, data):
+        self._count, self._folder = len(data.train), data.train_folder
+        self._names = data.train.names or []
+        self._by_name = {name: index for index, name in enumerate(self._names)}
+        self._by_form, self._by_file, self._by_case = {}, {}, {}
+        for index, name in enumerate(self._names):
+            self._by_form.setdefault(unicodedata.normalize("NFC", name), []).append(index)
+            self._by_file.setdefault(unicodedata.normalize("NFC", name.rpartition("/")[2]), []).append(index)
+            self._by_case.setdefault(_loose(name), []).append(index)
+        self._classes = {name.partition("/")[0] for name in self._names}
+
+    def find(self, text):
+        """The index. Raises ValueError, with the reason, for what is no training image or could be several."""
+        found = self._by_path(text) or self._by_file_name(text)
+        number = self._number(text)
+        if number is not None:
+            found = found | {number} if number < self._count or not found else found
+        if len(found) > 1:
+            meanings = [self._describe(index, index == number) for index in sorted(found)]
+            raise ValueError(f"could mean {' or '.join(meanings)}; {self._how_to_name()}")
+        if not found:
+            raise ValueError(self._why_not(text))
+        (index,) = found
+        if index >= self._count:
+            raise ValueError(f"there are {self._count} training images, numbered from 0")
+        return index
+
+    def knows(self, text):
+        """Whether the text means something: an image, or several."""
+        number = self._number(text)
+        return self.names(text) or (number is not None and number < self._count)
+
+    def names(self, text):
+        """Whether the text is a file name, in whatever spelling."""
+        return bool(self._by_path(text) or self._by_file_name(text))
+
+    def is_in_class(self, text):
+        """Whether a text begins with a class and a slash."""
+        parts = re.split(r"[/\\]", printable(_unquoted(text)))
+        return len(parts) > 1 and parts[0] in self._classes
+
+    def _by_path(self, text):
+        """Indices of the images that a text names with class and file, most often one."""
+        for spelling in dict.fromkeys((text, text.strip(), _unquoted(text))):
+            if (index := self._by_name.get(printable(spelling))) is not None:
+                # A class may be called train: train/1.png is then in it, unless the folder train/ is meant.
+                return {index} | set(self._below("train", spelling))
+        spelling = _unquoted(text)
+        candidates = [spelling]
+        if "\\" in spelling:
+            candidates.append(re.sub(r"^[A-Za-z]:", "", spelling).replace("\\", "/"))
+        with suppress(UnicodeError):  # a list in the Windows encoding of western Europe
+            candidates.append(spelling.encode("utf-8", "surrogateescape").decode("cp1252"))
+        for candidate in filter(None, candidates):
+            tidy = posixpath.normpath(candidate)
+            found = set(self._by_form.get(self._form(tidy), ())) | set(self._below("train", tidy))
+            if not found and self._folder and "/" in tidy:
+                found = set(self._on_disk(tidy))
+            if found:
+                return found
+        return set()
+
+    def _form(self, text):
+        return unicodedata.normalize("NFC", printable(text))
+
+    def _below(self, folder, text):
+        """Images that a text names by a path from a folder's parent."""
+        head, _, rest = text.partition("/")
+        return self._by_form.get(self._form(rest), []) if head == folder else []
+
+    def _on_disk(self, text):
+        """Images that a text names by a path: absolute, from the working directory, or from where --data_dir is;
+        perhaps by way of links."""
+        folder = os.path.abspath(self._folder)
+        parent = os.path.dirname(os.path.dirname(folder))
+        for path in (os.path.abspath(os.path.expanduser(text)), os.path.abspath(os.path.join(parent, text))):
+            inside = os.path.relpath(path, folder).replace(os.sep, "/")
+            if found := self._by_form.get(self._form(inside)):
+                return found
+            if os.path.isfile(path):
+                return self._identities.get(_identity(path), [])
+        return []
+
+    @cached_property
+    def _identities(self):
+        """Indices by file, which a path may reach through a link."""
+        return {_identity(os.path.join(self._folder, name)): [index] for index, name in enumerate(self._names)}
+
+    def _by_file_name(self, text):
+        """Images with this file name in any class: the text has no folder."""
+        spelling = _unquoted(text)
+        return set() if "/" in spelling else set(self._by_file.get(self._form(spelling), ()))
+
+    def _number(self, text):
+        spelling = _unquoted(text)
+        return int(spelling) if spelling.isdecimal() and len(spelling) < 20 else None
+
+    def _describe(self, index, is_number):
+        name = self._names[index] if self._names else ""
+        return f"training image number {index} ({name})" if is_number else name
+
+    def _how_to_name(self):
+        return "give the class and the file name, as in class/image.png"
+
+    def _why_not(self, text):
+        spelling = _unquoted(text)
+        if not spelling:
+            return "names nothing"
+        if self._number(text) is not None or (spelling.isdecimal() and len(spelling) >= 20):
+            return f"there are {self._count} training images, numbered from 0"
+        if re.fullmatch(r"[\d,;\s]+", spelling):
+            return "several numbers in a line; write one a line"
+        if not self._names:
+            return f"not a training index (0 to {self._count - 1})"
+        tidy = posixpath.normpath(spelling.replace("\\", "/"))
+        if tidy.partition("/")[0] == "test":
+            return "a test image: only training images can be forgotten"
+        if similar := self._by_case.get(_loose(printable(tidy.removeprefix("train/")))):
+            return f"no such file in train/; did you mean {self._names[similar[0]]}?"
+        if spelling[0] in "[{":
+            return f"looks like JSON or Python code; {LIST_WANTED}"
+        if posixpath.isabs(tidy) and self._folder:
+            return f"no such file in {printable(os.path.abspath(self._folder))}"
+        return "no such file in train/"
 
 
 # ---------------------------------------------------------------- models and logits
@@ -1236,7 +2030,8 @@ def save_json(path, content):
 
 
 def save_text(path, text):
-    save_bytes(path, text.encode())
+    """Text as UTF-8; bytes of file names that are not UTF-8 become escapes, which JSON reads back."""
+    save_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def save_bytes(path, content):
@@ -1384,10 +2179,12 @@ def read_checkpoint(path, hint=""):
     path = Path(path)
     try:
         regular = stat.S_ISREG(path.stat().st_mode)
+        if regular:
+            path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file{hint and '; ' + hint}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
     if not regular:
         raise UserError(f"{path}: a folder or device, not a file; name the checkpoint in it")
     content = read_state(path) if path.suffix != ".safetensors" else _read_safetensors(path)
@@ -1478,8 +2275,11 @@ def check_meta(path, meta, args, data):
     ]:
         if found not in (None, wanted):
             raise UserError(f"{path}: made with {flag} {found}, and the flags say {wanted}")
-    if meta.get("data_fingerprint") not in (None, data.fingerprint):
-        raise UserError(f"{path}: made on other training images than those in {args.data_dir}")
+    found = meta.get("data_fingerprint")
+    if found is not None and (difference := data.difference(found)):
+        raise UserError(f"{path}: made on {difference} than those in {printable(args.data_dir)}")
+    if isinstance(found, str) and "-" not in found:
+        print(f"{path}: saved by an earlier version: only the images' names and labels could be checked")
 
 
 def load_weights(model, state, path, spec=None):
@@ -1526,7 +2326,7 @@ def describe_run(args, data, device):
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "flags": vars(args),
+        "flags": {name: printable(value) if isinstance(value, str) else value for name, value in vars(args).items()},
         "seed": args.seed,
         "model_name": args.model_name,
         "width": args.width,
@@ -1624,6 +2424,7 @@ class RunLog:
         mode = RunLog._mode or args.wandb_mode or environment
         if mode == "disabled":
             return
+        os.fspath(folder).encode()  # UnicodeEncodeError here, where wandb would print tracebacks
         import wandb  # takes half a second, and may be missing
 
         # wandb's environment variables and the files that "wandb offline|disabled" and "wandb init" write come first.

@@ -142,10 +142,10 @@ def test_a_reader_that_dies_is_an_error_of_one_line(how, pictures, tmp_path):
         "import multiprocessing, os, signal\n"
         "from PIL import Image\n"
         "plain = Image.open\n"
-        "def dies(path):\n"
+        "def dies(path, *arguments, **options):\n"
         "    if multiprocessing.parent_process():\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return plain(path)\n"
+        "    return plain(path, *arguments, **options)\n"
         "Image.open = dies\n"
     )
     command = ["main_original_model.py", *TINY, *COMMON, "--data_dir", pictures, "--memory_gb", 0, "--num_epochs", 1]

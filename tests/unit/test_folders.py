@@ -1,0 +1,707 @@
+"""Image folders: which files are read, what is left out and said, layouts that are explained, and the fingerprint."""
+
+import json
+import os
+import shutil
+import socket
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import utils
+
+CPU = torch.device("cpu")
+
+
+def save_picture(path, value=0, side=4):
+    """A picture of one grey value; its folders are made. Bytes of a name that are not UTF-8 are kept."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        extension = os.path.splitext(os.fsdecode(path))[1].lower()
+        kind = Image.registered_extensions().get(extension, "PNG")
+        Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(file, kind)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes with three training and two test images each."""
+    folder = tmp_path / "pictures"
+    for part, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("ant", "bee")):
+            for number in range(count):
+                save_picture(folder / part / name / f"{number}.png", 100 * label + 10 * number + (part == "test"))
+    return folder
+
+
+def load(root, **given):
+    return utils.load_data(flags(data_name="image_folder", data_dir=os.fspath(root), **given), CPU)
+
+
+def refusal(root, **given):
+    """The one line with which the folder is refused."""
+    with pytest.raises(utils.UserError) as caught:
+        load(root, **given)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def grey(images):
+    return images.pixels[:, 0, 0, 0].tolist()
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_a_plain_folder_is_read_as_torchvision_reads_it(root, capsys):
+    save_picture(root / "train/ant/more/0.png", 7)
+    save_picture(root / "train/ant/more-0.png", 8)
+    save_picture(root / "train/ant/more-/1.png", 9)
+    data, theirs = load(root), ImageFolder(root / "train")
+    assert data.train.names == [os.path.relpath(path, root / "train") for path, _ in theirs.samples]
+    assert data.train.labels.tolist() == theirs.targets and data.classes == theirs.classes
+    assert grey(data.train) == [np.asarray(Image.open(path))[0, 0, 0] for path, _ in theirs.samples]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["9.gif", "9.jfif", "9.PNG", "9.jp2", "9.qoi", "9.tga", "9.avif", "9", "9.dat", "9.JPeG"]
+)
+def test_every_picture_that_pillow_reads_is_read(name, root):
+    save_picture(root / "train/ant" / name, 200)
+    data = load(root)
+    assert f"ant/{name}" in data.train.names
+    assert abs(grey(data.train)[data.train.names.index(f"ant/{name}")] - 200) <= 2
+
+
+@pytest.mark.parametrize(
+    "name", [".ipynb_checkpoints/1.png", ".1.png", "._1.png", "@eaDir/1.png", "__MACOSX/1.png", "Thumbs.db",
+             "desktop.ini", ".DS_Store", "1.png~", "1.png.bak", "more/.hidden/1.png", "more/@eaDir/1.png"]
+)  # fmt: skip
+def test_hidden_system_and_backup_files_are_left_out_and_said(name, root, capsys):
+    plain = load(root)
+    if "more" in name:
+        save_picture(root / "train/ant/more/7.png")
+        plain = load(root)
+    save_picture(root / "train/ant" / name)
+    data = load(root)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert data.train.names == plain.train.names and data.fingerprint == plain.fingerprint
+    assert "left out 1 hidden, system or backup" in line and "train/ant" in line
+
+
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git"])
+def test_hidden_and_system_folders_are_no_classes(name, root, capsys):
+    save_picture(root / "train" / name / "1.png")
+    assert load(root).classes == ["ant", "bee"]
+    assert f"1 hidden, system or backup files or folders (train/{name})" in capsys.readouterr().out
+
+
+def test_files_that_are_no_pictures_are_left_out_in_one_line(root, capsys):
+    (root / "train/ant/labels.csv").write_text("a,b\n")
+    (root / "train/ant/notes.txt").write_text("P5 notes\n")
+    (root / "test/bee/8.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (root / "train/ant/broken").symlink_to("nowhere")
+    np.save(root / "train/ant/features.npy", np.zeros(3))
+    save_picture(root / "train/loose.png")
+    data = load(root)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "5 files that are not pictures, or of a format that Pillow cannot read (" in line and ", ...)" in line
+    assert "1 not in a class folder (train/loose.png)" in line and len(data.train) == 6
+
+
+def test_a_raw_photograph_is_not_read_for_its_thumbnail(root, capsys):
+    save_picture(root / "thumbnail.tif", 5).rename(root / "train/ant/9.dng")
+    assert "ant/9.dng" not in load(root).train.names
+    assert "train/ant/9.dng" in capsys.readouterr().out
+    save_picture(root / "scan.tif", 5).rename(root / "train/ant/9")
+    assert "ant/9" in load(root).train.names
+
+
+def test_other_folders_beside_train_and_test_are_nobodys_concern(root, capsys):
+    before = load(root).fingerprint
+    save_picture(root / "val/cat/1.png")
+    save_picture(root / "Train/cat/1.png")
+    assert load(root).fingerprint == before and load(root).classes == ["ant", "bee"]
+
+
+# ---------------------------------------------------------------- links
+
+
+def test_a_loop_of_links_multiplies_nothing(root, capsys):
+    before = load(root)
+    for number, target in enumerate((".", "../ant")):
+        (root / "train/ant" / f"loop{number}").symlink_to(target)
+    data = load(root)
+    assert data.train.names == before.train.names and data.fingerprint == before.fingerprint
+    assert "2 links to folders that are read already" in capsys.readouterr().out
+
+
+def test_a_link_to_itself_is_left_out(root, capsys):
+    (root / "train/ant/me").symlink_to("me")
+    assert len(load(root).train) == 6 and "train/ant/me" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "words"),
+    [
+        ("train/ant/up", "..", ["two classes", "train/bee/0.png", "train/ant/up/bee/0.png"]),
+        ("train/ant/top", "../..", ["the same file (a link)"]),
+        ("train/ant/other", "../bee", ["two classes", "train/ant/other/0.png"]),
+        ("train/ant/held_out", "../../test/ant", ["training and test image", "test/ant/0.png"]),
+        ("train/ant/9.png", "../../test/ant/1.png", ["train/ant/9.png and test/ant/1.png", "training and test image"]),
+        ("train/ant/9.png", "../bee/1.png", ["train/ant/9.png and train/bee/1.png", "two classes"]),
+        ("train/wasp", "bee", ["two classes"]),
+    ],
+)
+def test_a_link_that_puts_an_image_in_two_places_is_refused(link, target, words, root):
+    (root / link).symlink_to(target)
+    if link == "train/wasp":
+        save_picture(root / "test/wasp/0.png")
+    said = refusal(root)
+    assert all(word in said for word in words), said
+
+
+def test_the_test_images_as_training_images_are_refused(root):
+    shutil.rmtree(root / "test")
+    (root / "test").symlink_to("train")
+    assert "training and test image" in refusal(root)
+
+
+def test_a_second_link_to_an_image_of_the_class_counts_once(root, capsys):
+    (root / "train/ant/again.png").symlink_to("0.png")
+    os.link(root / "train/ant/1.png", root / "train/ant/hard.png")
+    assert len(load(root).train) == 6
+    assert (
+        "2 links to pictures that are read already (train/ant/again.png, train/ant/hard.png)" in capsys.readouterr().out
+    )
+
+
+def test_folders_and_images_that_are_links_to_elsewhere_are_read(root, tmp_path, capsys):
+    before = load(root)
+    (root / "train/ant").rename(tmp_path / "elsewhere")
+    (root / "train/ant").symlink_to(tmp_path / "elsewhere")
+    (root / "test").rename(tmp_path / "held out")
+    (root / "test").symlink_to(tmp_path / "held out")
+    (root / "train/bee/0.png").rename(tmp_path / "object")
+    (root / "train/bee/0.png").symlink_to(tmp_path / "object")
+    data = load(root)
+    assert (data.fingerprint, data.train.names) == (before.fingerprint, before.train.names)
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- files that cannot be read
+
+
+def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out(root, monkeypatch, capsys):
+    os.mkfifo(root / "train/ant/pipe.png")
+    assert "pipe.png: not a readable image (not a regular file)" in refusal(root)
+    (root / "train/bee/gone.png").symlink_to("nowhere.png")
+    monkeypatch.chdir(root / "train/ant")  # the name of a socket must be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+        for memory_gb in (8, 0):
+            data = load(root, skip_corrupt=True, memory_gb=memory_gb, workers=0)
+            assert len(data.train) == 6
+            said = capsys.readouterr().out
+            assert "3 images cannot be read and are left out: ant/pipe.png, ant/socket.png, bee/gone.png" in said
+
+
+def test_a_pipe_without_extension_is_left_out_at_once(root, capsys):
+    os.mkfifo(root / "train/ant/pipe")
+    assert len(load(root).train) == 6 and "train/ant/pipe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("refused", ["", "train", "train/ant", "test/bee"])
+def test_a_folder_without_permission_is_named_with_the_reason(refused, root, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == root / refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    if not refused:
+        shutil.rmtree(root / "train")
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert refusal(root) == f"{root / refused}: cannot be read (Permission denied)"
+
+
+def test_a_folder_whose_files_cannot_be_looked_at_is_named(root, monkeypatch):
+    """A folder that may be listed but not entered."""
+    plain = os.stat
+
+    def refuse(path, *arguments, **options):
+        if Path(path).parent == root / "train/ant":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert "train/ant/0.png: cannot be read (Permission denied)" in refusal(root)
+
+
+def test_a_file_without_permission_is_refused_or_left_out(root, monkeypatch, capsys):
+    plain = Image.open
+
+    def refuse(path, *arguments, **options):
+        if os.fspath(path).endswith("train/bee/1.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    assert "train/bee/1.png: not a readable image (Permission denied)" in refusal(root)
+    assert len(load(root, skip_corrupt=True).train) == 5
+
+
+def test_an_image_deleted_while_reading_is_named_with_the_reason(root):
+    data = load(root, memory_gb=0, workers=0)
+    (root / "train/ant/2.png").unlink()
+    with pytest.raises(utils.UserError, match=r"ant/2\.png: not a readable image \(No such file or directory\)"):
+        list(data.train.batches([torch.tensor([2])]))
+
+
+@pytest.mark.parametrize("length", [300, 5000])
+def test_a_path_that_is_too_long_is_one_line(length):
+    assert "File name too long" in refusal("x" * length)
+
+
+# ---------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize(
+    ("moves", "words"),
+    [
+        ({"test": "val"}, ["no folder test/", "found val/: rename it to test/"]),
+        ({"test": "valid"}, ["found valid/: rename it to test/"]),
+        ({"test": "Test"}, ["found Test/: rename it to test/"]),
+        ({"train": "TRAIN"}, ["no folder train/", "found TRAIN/: rename it to train/"]),
+        ({"train": "training", "test": "validation"}, ["found training/: rename it to train/", "found validation/"]),
+        ({"train": "trn", "test": "other"}, ["no folder train/ and test/", "found trn/"]),
+        ({"test": "other"}, ["no folder test/", "found other/, train/", "put held-out images of every class there"]),
+        ({"train": "other"}, ["no folder train/", "found other/, test/"]),
+        ({"train": "inner/train", "test": "inner/test"}, ["are inside inner/", "--data_dir ", "/pictures/inner"]),
+        ({"train/ant": "ant", "train/bee": "bee", "train": "", "test": ""}, ["ant/, bee/", "if these are the classes"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_layout_is_explained(moves, words, root):
+    for old, new in moves.items():
+        if new:
+            (root / new).parent.mkdir(exist_ok=True)
+            (root / old).rename(root / new)
+        else:
+            shutil.rmtree(root / old)
+    said = refusal(root)
+    assert all(word in said for word in words), said
+
+
+def test_validation_and_test_folders_that_both_could_be_meant_are_named(root):
+    (root / "test").rename(root / "val")
+    save_picture(root / "Test/ant/1.png")
+    assert "found Test/ and val/: rename one of them to test/" in refusal(root)
+
+
+def test_one_part_as_data_dir_is_explained(root):
+    assert f"use --data_dir {root}" in refusal(root / "train")
+
+
+def test_files_without_class_folders_are_explained(root):
+    for part in ("train", "test"):
+        shutil.rmtree(root / part)
+    assert "the folder is empty" in refusal(root)
+    save_picture(root / "1.png")
+    assert "1 files but no folders" in refusal(root)
+    save_picture(root / "train/1.png")
+    save_picture(root / "test/1.png")
+    said = refusal(root)
+    assert "no class folders" in said and "at least two classes" in said
+
+
+def test_a_file_where_a_folder_is_expected_is_named(root, tmp_path):
+    assert "is a file, not a folder" in refusal(root / "train/ant/0.png")
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    shutil.rmtree(root / "test")
+    (root / "test").write_text("")
+    assert "test is a file or a broken link" in refusal(root)
+
+
+def test_an_empty_test_folder_is_one_line(root):
+    shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+    assert "only train/ has ant, bee" in refusal(root)
+
+
+def test_a_class_without_pictures_is_named_with_what_was_left_out(root):
+    (root / "train/cat").mkdir()
+    (root / "train/cat/1.txt").write_text("no picture")
+    said = refusal(root)
+    assert "no pictures in train/cat" in said and "train/cat/1.txt" in said
+
+
+@pytest.mark.parametrize(
+    ("renamed", "words"),
+    [
+        ("Ant", ["'Ant'", "upper and lower case"]),
+        ("ant ", ["'ant '", "blanks around the name"]),
+        ("wasp", ["only train/ has ant", "only test/ has wasp"]),
+    ],
+)
+def test_classes_that_differ_between_the_parts_are_named_with_the_likely_cause(renamed, words, root):
+    (root / "test/ant").rename(root / "test" / renamed)
+    said = refusal(root)
+    assert "different classes" in said and all(word in said for word in words), said
+
+
+def test_classes_that_differ_in_unicode_form_are_named(root):
+    for part, form in (("train", "NFC"), ("test", "NFD")):
+        (root / part / "ant").rename(root / part / unicodedata.normalize(form, "café"))
+    said = refusal(root)
+    assert "Unicode form" in said and "café" in unicodedata.normalize("NFC", said)
+
+
+# ---------------------------------------------------------------- fingerprint
+
+
+def test_the_fingerprint_is_the_same_in_memory_and_on_disk(root):
+    prints = {load(root, memory_gb=size, image_size=side).fingerprint for size in (8, 0) for side in (None, 4, 9)}
+    assert len(prints) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda root: save_picture(root / "train/bee/2.png", 3), "training images of other content"),
+        (lambda root: save_picture(root / "test/bee/1.png", 3), "other held-out images"),
+        (lambda root: save_picture(root / "test/bee/7.png", 3), "other held-out images"),
+        (lambda root: (root / "test/bee/1.png").rename(root / "test/bee/7.png"), "other held-out images"),
+        (lambda root: save_picture(root / "train/bee/7.png", 3), "other training images"),
+        (lambda root: (root / "train/bee/2.png").rename(root / "train/bee/7.png"), "other training images"),
+        (lambda root: (root / "train/bee/2.png").rename(root / "train/ant/7.png"), "other training images"),
+    ],
+)
+@pytest.mark.parametrize("memory_gb", [8, 0])
+def test_changed_images_change_the_fingerprint_and_are_named(change, what, memory_gb, root):
+    before = load(root, memory_gb=memory_gb, workers=0)
+    change(root)
+    after = load(root, memory_gb=memory_gb, workers=0)
+    assert after.difference(before.fingerprint) == what and before.difference(after.fingerprint) == what
+    assert after.difference(after.fingerprint) is None
+
+
+def test_two_images_that_change_places_change_the_fingerprint(root):
+    before = load(root).fingerprint
+    for old, new in (("0.png", "spare"), ("1.png", "0.png"), ("spare", "1.png")):
+        (root / "train/ant" / old).rename(root / "train/ant" / new)
+    assert load(root).fingerprint != before
+
+
+def test_pixels_in_memory_are_in_the_fingerprint(digits):
+    def changed(part):
+        images = {"train": digits.train, "held_out": digits.held_out}
+        pixels = images[part].pixels.clone()
+        pixels[5, 0, 3, 3] ^= 1
+        images[part] = utils.Images(pixels, images[part].labels, images[part].spec, images[part].size)
+        return utils.Data(**images, classes=digits.classes, tag="digits")
+
+    assert changed("train").difference(digits.fingerprint) == "training images of other content"
+    assert changed("held_out").difference(digits.fingerprint) == "other held-out images"
+    same = utils.Data(digits.train, digits.held_out, digits.classes, "digits")
+    assert same.fingerprint == digits.fingerprint
+
+
+def test_held_out_labels_are_in_the_fingerprint(digits):
+    held_out = digits.held_out
+    labels = held_out.labels.roll(1)
+    other = utils.Data(digits.train, utils.Images(held_out.pixels, labels, held_out.spec, 8), digits.classes, "digits")
+    assert other.difference(digits.fingerprint) == "other held-out images"
+
+
+@pytest.mark.parametrize("size", [0, 1, 32_767, 32_768, 32_769, 50_001, 1_000_000])
+def test_size_and_both_ends_of_every_file_are_hashed(size, tmp_path):
+    path = tmp_path / "file"
+    content = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
+    path.write_bytes(content.tobytes())
+    hashes = [utils._hash_files([path])]
+    for place in {0, size - 1, size // 2 if size <= 32_768 else 8191} - {-1} if size else ():
+        changed = content.copy()
+        changed[place] ^= 1
+        path.write_bytes(changed.tobytes())
+        hashes.append(utils._hash_files([path]))
+    path.write_bytes(content.tobytes() + b"\0")
+    hashes.append(utils._hash_files([path]))
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_the_hash_of_many_files_is_that_of_their_order(tmp_path):
+    paths = []
+    for number in range(600):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(bytes([number % 256, number // 256]))
+    hashes = {utils._hash_files(paths), utils._hash_files(paths[::-1]), utils._hash_files(paths[:-1])}
+    assert len(hashes) == 3 and utils._hash_files(paths) in hashes
+
+
+def old_fingerprint(data):
+    """As earlier versions computed it: labels and names of the training images alone."""
+    import hashlib
+
+    digest = hashlib.sha256(data.train.labels.numpy().astype("<i8").tobytes())
+    digest.update("\n".join(data.train.names or ()).encode())
+    return digest.hexdigest()[:16]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_labels_and_names(root, capsys):
+    data = load(root)
+    args = flags(data_name="image_folder", data_dir=str(root))
+    utils.check_meta("model.pth", {"data_fingerprint": old_fingerprint(data)}, args, data)
+    assert "earlier version" in capsys.readouterr().out
+    with pytest.raises(utils.UserError, match="model.pth: made on other training images"):
+        utils.check_meta("model.pth", {"data_fingerprint": "0" * 16}, args, data)
+    utils.check_meta("model.pth", {}, args, data)
+    utils.check_meta("model.pth", {"data_fingerprint": data.fingerprint}, args, data)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("found", ["", "a-b", 5, ["x"], {"a": 1}, 2.5, True])
+def test_a_fingerprint_that_is_none_is_another_data_sets(found, digits):
+    assert digits.difference(found) == "other training images"
+
+
+# ---------------------------------------------------------------- names that are not UTF-8
+
+
+def test_names_that_are_not_utf8_are_read_and_written_as_escapes(tmp_path, capsys):
+    root = os.fsencode(tmp_path) + b"/pictur\xe9s"
+    for part in (b"train", b"test"):
+        for name in (b"ant", b"caf\xe9"):
+            for number in range(3):
+                save_picture(os.path.join(root, part, name, b"\xfc%d.png" % number), number)
+    (Path(os.fsdecode(root)) / "train/ant/n\udcf6te.txt").write_text("")
+    data = load(os.fsdecode(root))
+    assert data.classes == ["ant", "caf\\xe9"] and data.train.names[-1] == "caf\\xe9/\\xfc2.png"
+    assert data.tag == "image_folder-pictur-xe9s" and "train/ant/n\\xf6te.txt" in capsys.readouterr().out
+    for memory_gb in (8, 0):
+        again = load(os.fsdecode(root), memory_gb=memory_gb, workers=0)
+        assert again.fingerprint == data.fingerprint and len(list(again.train.batches([torch.tensor([5, 0])]))[0]) == 2
+    args = flags(data_name="image_folder", data_dir=os.fsdecode(root), unlearn_type="class", forget_class="caf\udce9")
+    split = utils.make_split(data, args)
+    assert split.forget.tolist() == [3, 4, 5]
+    text = f"{split.describe()} {utils.run_folder(args, data)} {json.dumps(data.train.names, ensure_ascii=False)}"
+    assert text.encode("utf-8").decode() == text
+
+
+def test_an_unreadable_image_with_such_a_name_is_one_line_that_can_be_encoded(tmp_path):
+    root = os.fsencode(tmp_path) + b"/p"
+    for part in (b"train", b"test"):
+        for name in (b"ant", b"b\xe9e"):
+            save_picture(os.path.join(root, part, name, b"1.png"))
+    (Path(os.fsdecode(root)) / "train/b\udce9e/1.png").write_bytes(b"no picture")
+    assert "train/b\\xe9e/1.png: not a readable image" in refusal(os.fsdecode(root)).encode("utf-8").decode()
+
+
+def test_a_missing_folder_with_such_a_name_is_one_line_that_can_be_encoded():
+    assert "--data_dir n\\xe9: no such folder" in refusal("n\udce9").encode("utf-8").decode()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(st.characters(blacklist_characters="\0"), max_size=8), st.binary(max_size=8))
+def test_printable_names_can_be_encoded_and_have_one_line(text, raw):
+    for name in (text, os.fsdecode(raw.replace(b"\0", b""))):
+        shown = utils.printable(name)
+        assert shown.encode("utf-8").decode() == shown and not set(shown) & set(map(chr, range(32)))
+        if name.isprintable():
+            assert shown == name
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_too_many_pixels_for_the_machine_name_both_remedies(root, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("can't allocate memory: you tried to allocate 10 bytes")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    said = refusal(root)
+    assert "--memory_gb 8" in said and "lower it, or --image_size" in said and "4×4" in said
+
+
+def test_pictures_of_several_sizes_are_said_and_resized(root, capsys):
+    save_picture(root / "train/ant/0.png", 50, side=9)
+    data = load(root)
+    assert data.train.pixels.shape == (6, 3, 64, 64)
+    assert "images of 2 sizes are resized and centre-cropped to 64×64 (--image_size)" in capsys.readouterr().out
+    assert load(root, image_size=7).train.pixels.shape == (6, 3, 7, 7)
+
+
+def test_a_turned_photograph_counts_with_its_upright_size(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            path = save_picture(tmp_path / part / name / "1.png", 9)
+            Image.new("RGB", (4, 8)).save(path.with_name("2.png"))
+            Image.new("RGB", (8, 4)).save(path.with_name("3.jpg"), exif=exif)
+            path.unlink()
+    paths = sorted(tmp_path.rglob("*.*g"))
+    assert {utils._upright_size(path) for path in paths} == {(4, 8)}
+
+
+# ---------------------------------------------------------------- published data sets, incomplete
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """The layout of Tiny ImageNet with two classes."""
+    folder = tmp_path / "tiny-imagenet-200"
+    for wnid in ("n01", "n02"):
+        for number in range(3):
+            save_picture(folder / f"train/{wnid}/images/{wnid}_{number}.JPEG", side=64)
+            save_picture(folder / f"val/images/{wnid}_{number}.JPEG", 9, side=64)
+    (folder / "wnids.txt").write_text("n01\nn02\n")
+    (folder / "words.txt").write_text("n01\tant\nn02\tbee\n")
+    rows = [f"{wnid}_{number}.JPEG\t{wnid}\t0\t0\t9\t9\n" for wnid in ("n01", "n02") for number in range(3)]
+    (folder / "val/val_annotations.txt").write_text("".join(rows))
+    return folder
+
+
+def load_tiny(folder, **given):
+    return utils.load_data(flags(data_name="tiny_imagenet", data_dir=str(folder.parent), **given), CPU)
+
+
+def test_tiny_imagenet_ignores_hidden_files_and_has_the_fingerprint_of_its_files(tiny_imagenet):
+    data = load_tiny(tiny_imagenet)
+    (tiny_imagenet / "train/n01/images/._n01_0.JPEG").write_bytes(b"x")
+    assert load_tiny(tiny_imagenet).fingerprint == data.fingerprint and data.classes == ["ant", "bee"]
+    assert load_tiny(tiny_imagenet, memory_gb=0, workers=0).fingerprint == data.fingerprint
+    save_picture(tiny_imagenet / "val/images/n01_0.JPEG", 200, side=64)
+    assert load_tiny(tiny_imagenet).difference(data.fingerprint) == "other held-out images"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root: shutil.rmtree(root / "train/n02"), ["incomplete", "train/n02/images"]),
+        (lambda root: [path.unlink() for path in (root / "train/n02/images").iterdir()], ["no images in train/n02"]),
+        (lambda root: (root / "wnids.txt").unlink(), ["incomplete", "wnids.txt"]),
+        (lambda root: (root / "wnids.txt").write_bytes(b"\xff\xfe\0"), ["incomplete"]),
+        (lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\tn99\n"), ["incomplete", "n99"]),
+        (lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\n"), ["incomplete"]),
+        (lambda root: (root / "val/val_annotations.txt").write_text(""), ["incomplete", "no images"]),
+        (lambda root: (root / "val/images/n02_1.JPEG").unlink(), ["n02_1.JPEG", "No such file"]),
+    ],
+)
+def test_an_incomplete_tiny_imagenet_is_named(damage, words, tiny_imagenet):
+    damage(tiny_imagenet)
+    with pytest.raises(utils.UserError) as caught:
+        load_tiny(tiny_imagenet)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_tiny_imagenet_without_permission_is_not_called_incomplete(tiny_imagenet, monkeypatch):
+    plain = os.listdir
+
+    def refuse(path):
+        if "n02" in os.fspath(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(utils.UserError, match=r"train/n02/images: cannot be read \(Permission denied\)"):
+        load_tiny(tiny_imagenet)
+
+
+@pytest.mark.parametrize(
+    ("present", "error", "words"),
+    [
+        (False, RuntimeError("File not found or corrupted."), ["batches-py is missing", "not found or corrupted"]),
+        (True, RuntimeError("File not found or corrupted."), ["is incomplete or damaged", "cifar-10-python.tar.gz"]),
+        (True, PermissionError(13, "Permission denied"), ["(Permission denied)", "permissions"]),
+        (False, OSError("<urlopen error no route>"), ["the download failed", "no route"]),
+    ],
+)  # fmt: skip
+def test_cifar_that_is_missing_or_damaged_is_named(present, error, words, tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets.CIFAR10, "__init__", refuse)
+    if present:
+        (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(utils.UserError) as caught:
+        utils.load_data(flags(data_name="cifar10", data_dir=str(tmp_path)), CPU)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+# ---------------------------------------------------------------- any other file
+
+
+def ends_with(main, capsys):
+    """(status, stderr) of a script whose main is given."""
+    with pytest.raises(SystemExit) as ended:
+        utils.run_script(main)
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Path("x" * 300).exists(),
+        lambda: Path("/proc/self/mem/none").read_text(),
+        lambda: os.listdir("caf\udce9"),
+    ],
+)
+def test_a_path_that_the_system_refuses_anywhere_is_one_line(call, capsys):
+    status, said = ends_with(call, capsys)
+    assert status == 2 and said.count("\n") == 1 and ": error: " in said and "cannot be used (" in said
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+    with pytest.raises(OSError, match="no file"):
+        utils.run_script(lambda: (_ for _ in ()).throw(OSError("no file in it")))
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_named_with_the_reason(tmp_path, monkeypatch):
+    path = tmp_path / "model.pth"
+    path.write_bytes(b"x")
+    with pytest.raises(utils.UserError, match="not a file"):
+        utils.read_checkpoint(tmp_path)
+    with pytest.raises(utils.UserError, match="none.pth: no such file; train it"):
+        utils.read_checkpoint(tmp_path / "none.pth", "train it")
+    with pytest.raises(utils.UserError, match="x.pth: no such file"):
+        utils.read_checkpoint(path / "x.pth")
+    with pytest.raises(utils.UserError, match=r"cannot be read \(File name too long\)"):
+        utils.read_checkpoint(tmp_path / ("x" * 300))
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(utils.UserError, match="not a file"):
+        utils.read_checkpoint(tmp_path / "pipe.pth")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(utils.UserError, match=r"model.pth: cannot be read \(Permission denied\)"):
+        utils.read_checkpoint(path)
+
+
+def test_files_that_are_written_hold_any_name_as_utf8(tmp_path):
+    name = "caf\udce9 é 漢"
+    utils.save_json(tmp_path / "record.json", {"data_dir": name})
+    utils.save_text(tmp_path / "rows.csv", f"{name},1\n")
+    assert json.loads((tmp_path / "record.json").read_text(encoding="utf-8")) == {"data_dir": name}
+    assert (tmp_path / "rows.csv").read_text(encoding="utf-8") == "caf\\udce9 é 漢,1\n"
+    args = flags(data_dir=name)
+    utils.save_tensors(tmp_path / "model.pth", {"a": torch.zeros(1)}, {"flags": vars(args)})
+    assert utils.read_checkpoint(tmp_path / "model.pth")[1]["flags"]["data_dir"] == name
+
+
+def test_flags_in_records_can_be_encoded(digits):
+    record = utils.describe_run(flags(data_dir="caf\udce9", num_classes=10), digits, CPU)
+    assert record["flags"]["data_dir"] == "caf\\xe9" and record["flags"]["num_classes"] == 10
