@@ -401,7 +401,7 @@ def _nothing(job, steps):
 def accuracies(job, limit=None):
     """Accuracy on the retain, forget and test images without augmentation: of all, or of ``limit`` fixed ones each.
 
-    Finite weights can still overflow inside the network. Raises :class:`Diverged` where a logit is not finite.
+    Finite weights can still overflow inside the network. Raises utils.NotFinite where a logit is not finite.
     """
     found = {}
     for part, images in (("retain", job.data.train), ("forget", job.data.train), ("test", job.data.held_out)):
@@ -411,12 +411,6 @@ def accuracies(job, limit=None):
             indices = indices[torch.from_numpy(sample).to(indices.device)]
         if len(indices):
             logits, labels = utils.compute_logits(job.model, images, indices)
-            if bad := int((~logits.isfinite()).any(dim=1).sum()):
-                flags = ["learning_rate"] if job.recipe else list(job.options)
-                raise Diverged(
-                    f"{job.label} diverged: the logits of {bad} of {len(logits)} {part} images are not finite; lower "
-                    f"{' or '.join(f'--{flag}' for flag in flags)}. What was saved before is unchanged"
-                )
             found[part] = (logits.argmax(dim=1) == labels).double().mean().item()
     return found
 
@@ -568,8 +562,8 @@ def ascent_end(job):
         return 0.01
     if not len(job.split.train_calibration):
         raise utils.UserError(
-            f"{job.label}: {len(job.data.held_out)} held-out images are too few to measure the accuracy at which "
-            "the ascent should stop (at least 10 are needed); pass --stop_accuracy"
+            f"{job.label}: none of the {len(job.data.held_out)} held-out images is left to measure the accuracy at "
+            "which the ascent should stop; pass --stop_accuracy"
         )
     logits, labels = utils.compute_logits(job.model, job.data.held_out, job.split.train_calibration)
     return (logits.argmax(dim=1) == labels).double().mean().item()
@@ -1066,9 +1060,7 @@ def execute(job, run, folder, file_name, record_name, meta, args):
         with utils.RunLog(folder, job.label, meta, args) as log:
             job.epoch_done = log.epoch
             _run_and_keep_what_is_done(run, job)
-            if not weights_are_finite(job.model):
-                raise Diverged(f"{job.label} diverged: some of its weights are not finite; nothing is saved")
-            meta = meta | {"seconds": job.progress.seconds, "accuracies": accuracies(job)}
+            meta = meta | {"seconds": job.progress.seconds, "accuracies": final_accuracies(job)}
             for name, state in job.by_products.items():
                 utils.save_tensors(folder / name, state, meta)
 
@@ -1081,6 +1073,21 @@ def execute(job, run, folder, file_name, record_name, meta, args):
             job.progress.done()
             log.table("run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]])
     return meta
+
+
+def final_accuracies(job):
+    """:func:`accuracies` on all images. Raises :class:`Diverged` where a weight or a logit is not finite, which a
+    method without training can cause too."""
+    found = None
+    with suppress(utils.NotFinite):
+        found = accuracies(job)
+    if found is None or not weights_are_finite(job.model):
+        flags = " or ".join(f"--{option}" for option in (["learning_rate"] if job.recipe else job.options))
+        raise Diverged(
+            f"{job.label} diverged: some of its weights or outputs are NaN or infinite; lower {flags}. "
+            "What was saved before is unchanged"
+        )
+    return found
 
 
 def _run_and_keep_what_is_done(run, job):

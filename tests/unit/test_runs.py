@@ -122,7 +122,7 @@ def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
 
 def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everything, few):
     assert everything.status == (0, 0)
-    split = utils.make_split(few, flags_in("", *SCENARIO))
+    split = utils.make_split(few, flags_in("unused", *SCENARIO))
     original = utils.weights_hash(utils.read_checkpoint(everything.root.parent / "original_model.pth")[0])
     hashes = {original}
     for name in [*unlearn.METHODS, "cpu_finetune", "cpu_scrub"]:
@@ -297,7 +297,7 @@ def test_weights_that_are_not_finite_are_not_saved(original):
     methods = unlearn.METHODS | {"infinite": unlearn.Method(infinite, None, None, 0.9, {}, {}, False, False)}
     args = flags_in(original, *SCENARIO)
     args.unlearn_name, args.batch_size = ["infinite"], None
-    with pytest.raises(unlearn.Diverged, match="infinite diverged: some of its weights are not finite"):
+    with pytest.raises(unlearn.Diverged, match="infinite diverged: some of its weights or outputs"):
         unlearn.run_methods(args, methods)
     assert not list(original.glob("*/*/infinite/*.pth"))
 
@@ -324,8 +324,18 @@ def stops(kind, after=2):
     return unlearn.METHODS | {"finetune": unlearn.Method(method, 3, 0.1, 0.9, {}, {}, True, True)}
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError, utils.UserError])
-def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, tmp_path):
+@pytest.fixture(scope="module")
+def whole(trained, few):
+    """The hash of the weights that four epochs of fine-tuning give without an interruption."""
+    split = utils.make_split(few, flags_in("unused", *SCENARIO))
+    model = model_of(trained / "resnet18w8_few_seed1/original_model.pth")
+    job = unlearn.Job("finetune", "finetune", model, few, split, unlearn.Recipe(4, 0.1, 16), 1, quiet=True)
+    unlearn.train(job, unlearn.retain_cross_entropy)
+    return utils.weights_hash(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, whole):
     methods = stops(kind)
     given = ["--num_epochs", 4, "--save_every", 1000]
     with pytest.raises(utils.Interrupted if kind is KeyboardInterrupt else kind) as caught:
@@ -337,9 +347,7 @@ def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, tmp_
     assert status == 0 and "after epoch 2" in said and "epoch 2/4" not in said and "epoch 3/4" in said
     resumed = utils.read_checkpoint(folder / "unlearning_model.pth")[0]
     assert len((folder / "history.jsonl").read_text().splitlines()) == 4 and not (folder / "resume.pth").exists()
-    unlearn_in(original, ["finetune"], *given, "--overwrite", methods=methods)
-    whole = utils.read_checkpoint(folder / "unlearning_model.pth")[0]
-    assert utils.weights_hash(whole) == utils.weights_hash(resumed)
+    assert utils.weights_hash(resumed) == whole
 
 
 def test_an_interruption_before_the_first_epoch_has_nothing_to_resume(original):
