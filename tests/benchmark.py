@@ -8,6 +8,8 @@ machine. Images are random 32×32 pixels of ten classes that can be told apart.
 """
 
 import argparse
+import json
+import os
 import platform
 import statistics
 import subprocess
@@ -15,8 +17,13 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import utils  # before torch
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image
@@ -27,12 +34,10 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import main_evaluate
 import metrics
 import models
 import unlearn
-import utils
 from metrics import MIA, MIACR, classwise, samples
 
 BENCHMARKS = {}
@@ -257,6 +262,42 @@ def startup(args):
         times = [(run(imports), run(until_first_batch)) for _ in range(max(3, args.repeats))]
     imports_s, ours_s = (statistics.median(side) for side in zip(*times, strict=True))
     print(f"start to first batch: imports {imports_s:.1f} s, script {ours_s:.1f} s, ratio {ours_s / imports_s:.2f}")
+
+
+@benchmark
+def busy(args):
+    """Training of the default network on digits beside as many busy processes as there are cores, against the otherwise
+    idle machine; OpenMP's threads sleep (the scripts' setting) or spin (OpenMP's own) while they wait."""
+
+    def speed(policy):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu", "--num_epochs", "4"]
+            command += ["--runs_dir", folder, "--wandb_mode", "disabled"]
+            environment = os.environ | {"OMP_WAIT_POLICY": policy}
+            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+            (history,) = Path(folder).rglob("history.jsonl")
+            rates = [json.loads(line)["images_per_second"] for line in history.read_text().splitlines()]
+        return statistics.median(rates[1:])
+
+    @contextmanager
+    def busy_processes():
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+        try:
+            yield
+        finally:
+            for loop in loops:
+                loop.kill()
+                loop.wait()
+
+    for policy, what in (("PASSIVE", "threads that sleep"), ("ACTIVE", "threads that spin")):
+        idle = speed(policy)
+        with busy_processes():
+            loaded = speed(policy)
+        print(
+            f"training beside {os.cpu_count()} busy processes, {what}: {loaded:,.0f} images/s, idle {idle:,.0f} ",
+            end="",
+        )
+        print(f"images/s, ratio {loaded / idle:.2f}")
 
 
 @benchmark
