@@ -1672,7 +1672,6 @@ def _table_column(entries, finder, where):
         if not all(delimiter in entry.text for entry in entries) or any(finder.knows(entry.text) for entry in entries):
             continue
         rows = [next(csv.reader([entry.text], delimiter=delimiter, skipinitialspace=True)) for entry in entries]
-        rows = [row[:-1] if row[-1].strip() == "" else row for row in rows]
         width = len(rows[0])
         if width < 2 or any(len(row) != width for row in rows):
             continue
@@ -1730,9 +1729,8 @@ class TrainingImageFinder:
         return index
 
     def knows(self, text):
-        """Whether the text means something: an image, or several."""
-        number = self._number(text)
-        return self.names(text) or (number is not None and number < self._count)
+        """Whether the text is a file name or a number."""
+        return self.names(text) or self._number(text) is not None
 
     def names(self, text):
         """Whether the text is a file name, in whatever spelling."""
