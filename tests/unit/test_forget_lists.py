@@ -266,7 +266,7 @@ def test_a_table_with_a_file_name_that_holds_a_comma(read):
         ("-1\n", ["no such file"]),
         ("1.0\n", ["no such file"]),
         ('""\n', ["names nothing"]),
-        (",\n", ["names nothing"]),
+        (",\n", ["line 1"]),
         ("", ["names no image"]),
         ("\n # nothing \n\n", ["names no image"]),
         ("[]", ["line 1"]),
