@@ -232,7 +232,7 @@ def test_tables_with_one_column_of_names_and_json_lists_are_read(text, read):
 
 def test_quotes_inside_quotes_are_doubled(read):
     names = ['ant/a"b.png', "ant/a'b.png"]
-    assert read('"ant/a""b.png"\n\'ant/a\'\'b.png\'\n', make_data(names)) == [0, 1]
+    assert read("\"ant/a\"\"b.png\"\n'ant/a''b.png'\n", make_data(names)) == [0, 1]
 
 
 def test_a_table_with_a_file_name_that_holds_a_comma(read):
@@ -318,7 +318,7 @@ def test_a_list_that_cannot_be_opened_is_one_line(tmp_path):
             utils.read_forget_list(path, make_data())
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.one_of(st.binary(max_size=40), st.text(max_size=20).map(str.encode), st.lists(
     st.sampled_from([*NAMES, "train/", "./", "\\", ",", "\n", "\r\n", '"', "#", "0", "1", "[", "]", " "]), max_size=6
 ).map(lambda parts: "".join(parts).encode())))  # fmt: skip
@@ -333,7 +333,7 @@ def test_any_bytes_are_a_list_or_one_line(tmp_path_factory, content):
         assert len(set(found)) == len(found) > 0 and set(found) <= set(range(len(NAMES)))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sets(st.sampled_from(range(len(NAMES))), min_size=1), st.booleans(), st.sampled_from(["utf-8-sig", "utf-16"]))
 def test_any_selection_is_read_back(tmp_path_factory, chosen, as_json, encoding):
     names = [NAMES[index] for index in chosen]
