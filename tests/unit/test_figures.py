@@ -82,19 +82,6 @@ KINDS = ("against_alpha", "ratio_plane", "fake_bars", "score_histograms", "fake_
 # ---------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_names_of_any_characters_are_drawn_as_plain_text_without_warnings(kind):
-    figure = figure_of(kind, list(STRANGE.values()))
-    figure.set_dpi(20)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert Image.open(io.BytesIO(html_report.png(figure))).size[0] > 50
-    shown = [text for text in figure.findobj(Text) if text.get_text()]
-    for name in STRANGE.values():
-        named = [text for text in shown if figures.printable(name) in text.get_text()]
-        assert named and not any(text.get_parse_math() for text in named)
-
-
 def test_printable_names_by_hand():
     expected = {
         "cat": "cat",
@@ -622,3 +609,19 @@ def test_overview_without_any_finite_q_hat_says_so_in_every_picture(missing):
 def test_overview_without_rows_has_no_pictures():
     assert figures.overview([], "thr", 20) == {}
     assert figures.overview([row("ga", 0.1, 0.5)], "aps", 20) == figures.overview([row("ga", 0.1, 0.5)], "thr", 9) == {}
+
+
+# ---------------------------------------------------------------- names in pictures
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_any_characters_are_drawn_as_plain_text_without_warnings(kind):
+    figure = figure_of(kind, list(STRANGE.values()))
+    figure.set_dpi(20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Image.open(io.BytesIO(html_report.png(figure))).size[0] > 50
+    shown = [text for text in figure.findobj(Text) if text.get_text()]
+    for name in STRANGE.values():
+        named = [text for text in shown if figures.printable(name) in text.get_text()]
+        assert named and not any(text.get_parse_math() for text in named)
