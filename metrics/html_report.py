@@ -115,7 +115,7 @@ def table(columns, rows, cell):
         for key, (_, kind) in columns.items():
             text, value = cell(row, key, kind)
             missing = value is None or (isinstance(value, float) and math.isnan(value))
-            shown = html.escape("" if missing else str(value), quote=True)
+            shown = html.escape("" if missing else str(value))
             parts.append(f'<td{kinds[key]} data-value="{shown}">{html.escape(text)}</td>')
         parts.append("</tr>")
     parts.append("</tbody></table></div>")
