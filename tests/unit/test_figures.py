@@ -616,12 +616,14 @@ def test_overview_without_rows_has_no_pictures():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_any_characters_are_drawn_as_plain_text_without_warnings(kind):
-    figure = figure_of(kind, list(STRANGE.values()))
+    every = {"score_histograms": 4, "fake_sheet": 2}.get(kind, 1)  # a panel for each name takes a while
+    names = list(STRANGE.values())[::every]
+    figure = figure_of(kind, names)
     figure.set_dpi(20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Image.open(io.BytesIO(html_report.png(figure))).size[0] > 50
     shown = [text for text in figure.findobj(Text) if text.get_text()]
-    for name in STRANGE.values():
+    for name in names:
         named = [text for text in shown if figures.printable(name) in text.get_text()]
         assert named and not any(text.get_parse_math() for text in named)
