@@ -946,13 +946,13 @@ class FolderReader:
         for entry in _entries(os.path.join(self.root, part)):
             if self._is_system(entry):
                 continue
-            if not _is_kind(entry.path, stat.S_ISDIR):
+            if not _is_folder(entry):
                 self._leave_out("not in a class folder", entry.path)
                 continue
             classes.append(entry.name)
-            samples += [(path, entry.name) for path in self._pictures(entry.path)]
-        for path, class_name in samples:
-            self._check_place(path, (part, class_name))
+            for identity, path in self._pictures(entry.path).items():
+                self._check_place(path, identity, (part, entry.name))
+                samples.append((path, entry.name))
         if empty := sorted(set(classes) - {class_name for _, class_name in samples}):
             hint = f" (left out: {self.summary()})" if self.left_out else ""
             raise UserError(
@@ -971,14 +971,14 @@ class FolderReader:
         return "; ".join(reasons)
 
     def _pictures(self, folder):
-        """Paths of all pictures in a class folder and the folders inside it."""
+        """{identity: path} of all pictures in a class folder and the folders inside it."""
         found, pending, visited = [], [folder], {_identity(folder)}
         while pending:
             folder = pending.pop()
             for entry in _entries(folder):
                 if self._is_system(entry):
                     continue
-                if _is_kind(entry.path, stat.S_ISDIR):
+                if _is_folder(entry):
                     if (identity := _identity(entry.path)) in visited:
                         self._leave_out("links to folders that are read already", entry.path)
                     else:
@@ -992,7 +992,7 @@ class FolderReader:
             identity = _identity(path)
             if paths.setdefault(identity, path) != path:
                 self._leave_out("links to pictures that are read already", path)
-        return list(paths.values())
+        return paths
 
     def _is_system(self, entry):
         name = entry.name
@@ -1013,9 +1013,9 @@ class FolderReader:
     def _leave_out(self, reason, path):
         self.left_out.setdefault(reason, []).append(path)
 
-    def _check_place(self, path, place):
+    def _check_place(self, path, identity, place):
         """Raise UserError for a file that is in another class or part already, under whatever name."""
-        first_path, first_place = self._places.setdefault(_identity(path), (path, place))
+        first_path, first_place = self._places.setdefault(identity, (path, place))
         if first_place != place:
             first, second = (printable(os.path.relpath(name, self.root)) for name in (first_path, path))
             what = "training and test image" if first_place[0] != place[0] else "image of two classes"
@@ -1032,6 +1032,11 @@ def _entries(folder):
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(f"{printable(folder)}: cannot be read ({_reason(error)})") from error
+
+
+def _is_folder(entry):
+    """Whether an entry of a folder is a folder or a link to one."""
+    return _is_kind(entry.path, stat.S_ISDIR) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
 def _is_kind(path, test):
@@ -1673,7 +1678,6 @@ def _table_column(entries, finder, where):
         if not all(delimiter in entry.text for entry in entries) or any(finder.knows(entry.text) for entry in entries):
             continue
         rows = [next(csv.reader([entry.text], delimiter=delimiter, skipinitialspace=True)) for entry in entries]
-        rows = [row[:-1] if row[-1].strip() == "" else row for row in rows]
         width = len(rows[0])
         if width < 2 or any(len(row) != width for row in rows):
             continue
@@ -1731,9 +1735,8 @@ class TrainingImageFinder:
         return index
 
     def knows(self, text):
-        """Whether the text means something: an image, or several."""
-        number = self._number(text)
-        return self.names(text) or (number is not None and number < self._count)
+        """Whether the text is a file name or a number."""
+        return self.names(text) or self._number(text) is not None
 
     def names(self, text):
         """Whether the text is a file name, in whatever spelling."""

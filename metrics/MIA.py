@@ -40,7 +40,10 @@ def modified_entropy(logits, labels):
     """−(1 − p_y) log p_y − Σ over the other labels i of p_i log(1 − p_i) (Song & Mittal 2021, eq. 8): 0 for a model
     that is right and sure, unbounded for one that is wrong and sure. Each image with its own label. → N, float64."""
     log_p = torch.log_softmax(logits.double(), dim=1)
-    log_rest = scores.thr(logits).clamp(min=1e-300).log()  # log(1 − p)
+    # log(1 − p): of the top label summed from the others, since 1 − p rounds to 0 where the model is sure.
+    top = log_p.argmax(dim=1, keepdim=True)
+    log_others = log_p.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
+    log_rest = torch.log1p(-log_p.exp()).scatter(1, top, log_others)
     terms = -log_p.exp() * log_rest
     own = labels[:, None]
     terms = terms.scatter(1, own, -log_rest.gather(1, own).exp() * log_p.gather(1, own))

@@ -105,7 +105,7 @@ def report(outputs, settings):
                 membership_scores(part) for part in (retain[held_members[:n]], held_out[non_members[:n]])
             )
             for alpha, values in found.items():
-                values.append(miacr(targets, members, non_members, alpha) if draw in trainable else math.nan)
+                values.append(miacr(targets, members, non_members, alpha))
         calibrated = 2 * min(len(parts[0][0]), len(outputs.calibration(size)))
         for alpha, values in found.items():
             row = CR.over_draws({"MIACR": torch.tensor(values, dtype=torch.float64)})

@@ -30,6 +30,7 @@ DEFINITIONS = {
     "by UA, by CR": "whether a method forgets less than Retrain, as much, or more; as much is within Retrain's spread "
     "over seeds, or within two standard errors where there is one seed",
     "RTE": "running time as a share of Retrain's",
+    "–": "not a number: too few images for a finite q̂ or for an attack, or an attack on a feature that does not differ",
     "±": "standard deviation over random divisions of the held-out images into calibration and test, or over seeds",
 }
 CSS = """
@@ -115,7 +116,7 @@ def table(columns, rows, cell):
         for key, (_, kind) in columns.items():
             text, value = cell(row, key, kind)
             missing = value is None or (isinstance(value, float) and math.isnan(value))
-            shown = html.escape("" if missing else str(value), quote=True)
+            shown = html.escape("" if missing else str(value))
             parts.append(f'<td{kinds[key]} data-value="{shown}">{html.escape(text)}</td>')
         parts.append("</tr>")
     parts.append("</tbody></table></div>")

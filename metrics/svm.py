@@ -64,7 +64,6 @@ class Grid:
 
 def system_of(points, seed=0):
     """The :class:`Dense` or :class:`Line` whose features are exact on ``points`` N×d."""
-    points = np.asarray(points, dtype=np.float64)
     if points.shape[1] > 1:
         distinct = np.unique(points, axis=0)
         return Dense(FeatureMap(np.random.default_rng(seed).permutation(distinct)[:LANDMARKS]), points)

@@ -200,7 +200,7 @@ def test_a_class_called_train(read, refusal):
 
 def test_a_class_that_begins_with_a_number_sign(read, refusal):
     data = make_data(["#tag/1.png", "ant/1.png"])
-    assert read("# a comment\n#tag/1.png\n#note/2\n", data) == [0]
+    assert read("# a comment\n#tag/1.png\n#note/2\n#tag\n", data) == [0]
     assert read("#tag\\1.png\n", data) == [0]
     assert "line 2" in refusal("ant/1.png\n#tag/9.png\n", data)
 
@@ -230,7 +230,13 @@ def test_tables_with_one_column_of_names_and_json_lists_are_read(text, read):
     assert read(text, name="list.csv") == [0, 4]
 
 
+def test_quotes_inside_quotes_are_doubled(read):
+    names = ['ant/a"b.png', "ant/a'b.png"]
+    assert read("\"ant/a\"\"b.png\"\n'ant/a''b.png'\n", make_data(names)) == [0, 1]
+
+
 def test_a_table_with_a_file_name_that_holds_a_comma(read):
+    assert read('0, "ant/a,b.png"\n1, bee/1.png\n') == [2, 4]
     assert read('path,label\n"ant/a,b.png",0\nbee/1.png,1\n') == [2, 4]
 
 
@@ -260,7 +266,7 @@ def test_a_table_with_a_file_name_that_holds_a_comma(read):
         ("-1\n", ["no such file"]),
         ("1.0\n", ["no such file"]),
         ('""\n', ["names nothing"]),
-        (",\n", ["names nothing"]),
+        (",\n", ["line 1"]),
         ("", ["names no image"]),
         ("\n # nothing \n\n", ["names no image"]),
         ("[]", ["line 1"]),
@@ -312,7 +318,7 @@ def test_a_list_that_cannot_be_opened_is_one_line(tmp_path):
             utils.read_forget_list(path, make_data())
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.one_of(st.binary(max_size=40), st.text(max_size=20).map(str.encode), st.lists(
     st.sampled_from([*NAMES, "train/", "./", "\\", ",", "\n", "\r\n", '"', "#", "0", "1", "[", "]", " "]), max_size=6
 ).map(lambda parts: "".join(parts).encode())))  # fmt: skip
@@ -327,7 +333,7 @@ def test_any_bytes_are_a_list_or_one_line(tmp_path_factory, content):
         assert len(set(found)) == len(found) > 0 and set(found) <= set(range(len(NAMES)))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sets(st.sampled_from(range(len(NAMES))), min_size=1), st.booleans(), st.sampled_from(["utf-8-sig", "utf-16"]))
 def test_any_selection_is_read_back(tmp_path_factory, chosen, as_json, encoding):
     names = [NAMES[index] for index in chosen]
@@ -385,6 +391,7 @@ def test_a_class_is_found_by_its_name_first(text, classes, number):
         ("1", ["2", "5", "9"], ["class 5, which is number 1 of 2, 5, 9"]),
         ("1", ["0", "cat", "dog"], ["class cat, which is number 1"]),
         ("007", ["7", "8"], ["could mean class 7"]),
+        ("3", ["2", "5", "9"], ["not one of 2, 5, 9"]),
         ("40", ["2", "5", "9"], ["not one of 2, 5, 9"]),
         ("Cat", ["ant", "cat"], ["did you mean 'cat'?"]),
         ("2", ["ant", "cat"], ["not one of ant, cat", "number below 2"]),

@@ -281,7 +281,7 @@ def test_float_pfm_is_an_error(tmp_path):
         read(path)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 65535), min_size=4, max_size=4))
 def test_16_bit_values_are_divided_by_257_and_rounded(values):
     content = io.BytesIO()

@@ -64,7 +64,7 @@ def make_page(title="title", facts=None, rows=ROWS, pictures=None, details=None)
 
 def test_page_shows_everything_that_it_is_given():
     png = b"\x89PNG not a picture"
-    details = {"Flags": {"alpha": 0.1, "path": io}, "Versions": {"torch": "2"}}
+    details = {"Flags": {"alpha": 0.1, "path": io}, "Versions": {"torch": "猫"}}
     page = Page(make_page("A & B", {"data": "digits", "images": 5}, pictures={"Caption <1>": png}, details=details))
     assert page.texts("title") == page.texts("h1") == ["A & B"]
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
@@ -80,8 +80,8 @@ def test_page_shows_everything_that_it_is_given():
     assert kind == "data:image/png;base64" and base64.b64decode(data) == png
     assert page.texts("summary") == ["Flags", "Versions"]
     first, second = map(json.loads, page.texts("pre"))
-    assert first == {"alpha": 0.1, "path": str(io)} and second == {"torch": "2"}
-    assert page.texts("pre")[1] == '{\n  "torch": "2"\n}'
+    assert first == {"alpha": 0.1, "path": str(io)} and second == {"torch": "猫"}
+    assert page.texts("pre")[1] == '{\n  "torch": "猫"\n}'
     assert page.all("meta")[0]["charset"] == "utf-8" and page.all("html")[0]["lang"] == "en"
     assert html_report.SCRIPT in page.texts("script")[0] and page.texts("style") == [html_report.CSS]
     assert make_page().startswith("<!DOCTYPE html>\n<html")
@@ -102,7 +102,7 @@ def test_table_marks_retrain_and_carries_the_values_to_sort_by():
     assert page.all("table")[0]["class"] == "sortable" and page.all("div")[0]["class"] == "wide"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(ANY_TEXT)
 @example("caf\udce9 \x00\x1b\x7f\x85 & <b> \"quoted\" '猫'")
 @example("</pre></table><script>alert(1)</script>")
