@@ -911,13 +911,13 @@ def _some(names, count=5):
 
 def _reason(error):
     """Why a file cannot be used: the system's words without number and path, else the whole message."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # ---------------------------------------------------------------- image folders
 
 
-# Files and folders that programs leave behind; beside them names that begin with a dot.
+# Files and folders that programs create for themselves (in addition to all names that begin with a dot).
 SYSTEM_NAMES = {"@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db",
                 "desktop.ini", "icon\r", "system volume information"}  # fmt: skip
 BACKUP_ENDINGS = ("~", ".bak", ".old", ".orig", ".part", ".crdownload", ".swp", ".tmp")
@@ -1173,14 +1173,14 @@ SIXTEEN_BIT_FORMATS = {"ICNS", "ICO", "IM", "JPEG2000", "PNG", "PPM"}
 OPTIONAL_ALPHA_FORMATS = {"BMP", "DIB", "TGA"}
 COLOUR_MODES = {"1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 ALPHA_MODES = {"PA", "LA", "La", "RGBA", "RGBa"}
-LONGEST_SHAPE = 8  # times its width that a picture may be long: what is beyond would be cropped after the resizing
+LONGEST_SHAPE = 8  # ratio of the sides beyond which a picture is cropped before it is resized
 SAMPLED_PIECES, SAMPLED_BYTES = 4, 8192
 
 
 @cache
 def _pillow():
-    """(formats that Pillow can read, their file extensions), and Pillow's warnings turned off: what cannot be read is
-    an error, and the rest concerns nobody."""
+    """(formats that Pillow can read, their file extensions). Pillow's warnings are turned off: an image that cannot be
+    read is an error, and the others are read rightly."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", module=r"PIL\b")
@@ -1196,7 +1196,7 @@ def _opened(path, formats=None):
     from PIL import Image
 
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise ValueError("not a regular file")
         with Image.open(path, formats=formats or _pillow()[0]) as image:
             yield image
@@ -1239,12 +1239,12 @@ def _as_viewed(image):
     from PIL import Image
 
     _scale_transparent_colour(image)
-    fourth = _fourth_channel(image)
+    bmp_alpha = _bmp_alpha(image)
     image.load()
     orientation = _orientation(image)
     alpha_is_optional = image.format in OPTIONAL_ALPHA_FORMATS
-    if fourth is not None:
-        image.putalpha(fourth)
+    if bmp_alpha is not None:
+        image.putalpha(bmp_alpha)
     if image.mode not in COLOUR_MODES:
         image = _eight_bits(image)
     elif image.mode == "La":
@@ -1255,12 +1255,11 @@ def _as_viewed(image):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode != "RGB":
         image = image.convert("RGB")
-    method = _turns().get(orientation)
-    return image if method is None else image.transpose(method)
+    return image.transpose(_turns()[orientation]) if orientation > 1 else image
 
 
-def _fourth_channel(image):
-    """The fourth channel of a 32-bit BMP, which Pillow skips and other programs use for transparency; else None."""
+def _bmp_alpha(image):
+    """The fourth channel of a 32-bit BMP, which Pillow ignores and other programs use for opacity; None elsewhere."""
     from PIL import Image
 
     if image.format not in ("BMP", "DIB") or not image.tile or image.tile[0][3][0] != "BGRX":
@@ -1312,10 +1311,10 @@ def _eight_bits(image):
 
 def _orientation(image):
     """The EXIF orientation, 1 to 8; 1 where there is none or what there is cannot be read."""
-    try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:  # a damaged EXIF block: viewers show the picture as it is
-        return 1
+    with suppress(Exception):  # of a damaged EXIF block, without which viewers show the picture as it is
+        if (orientation := image.getexif().get(0x0112)) in _turns():
+            return orientation
+    return 1
 
 
 @cache

@@ -260,6 +260,7 @@ def test_a_file_without_permission_is_refused_or_left_out(root, monkeypatch, cap
     monkeypatch.setattr(Image, "open", refuse)
     assert "train/bee/1.png: not a readable image (Permission denied)" in refusal(root)
     assert len(load(root, skip_corrupt=True).train) == 5
+    assert "1 image cannot be read and is left out: bee/1.png" in capsys.readouterr().out
 
 
 def test_an_image_deleted_while_reading_is_named_with_the_reason(root):

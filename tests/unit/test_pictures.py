@@ -362,12 +362,14 @@ def test_a_damaged_exif_block_leaves_the_picture_as_it_is(block, tmp_path):
     assert np.array_equal(read(path), colours()) and utils._upright_size(path) == (SIDE, SIDE)
 
 
-def test_an_unknown_orientation_leaves_the_picture_as_it_is(tmp_path):
+@pytest.mark.parametrize("orientation", [0, 9, 77])
+def test_an_unknown_orientation_leaves_the_picture_as_it_is(orientation, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 77
+    exif[0x0112] = orientation
     path = written(Image.fromarray(rectangle()), tmp_path / "picture.png", exif=exif)
     with utils._opened(path) as image:
         assert np.array_equal(np.asarray(utils._as_viewed(image)), rectangle())
+    assert utils._upright_size(path) == (32, 8)
 
 
 def test_a_long_narrow_picture_needs_little_memory_and_keeps_its_centre(tmp_path):
