@@ -266,7 +266,7 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
             assert math.isnan(row["theory_coverage"]) and math.isnan(row["theory_coverage_resplit_std"])
         elif None not in q_hats:
             variance = np.mean([law.var() / m**2 for law, (*_, m) in zip(laws, sizes, strict=True)]) + np.var(means)
-            assert row["theory_coverage"] == pytest.approx(np.mean(means))
+            assert row["theory_coverage"] == pytest.approx(np.mean(means), rel=1e-12)
             assert row["theory_coverage_resplit_std"] == pytest.approx(math.sqrt(variance))
         assert row["coverage_outside"] is False
         expected = {*parts, *(f"{key}_resplit_std" for key in parts if num_draws > 1 and "misclassified" not in key)}
@@ -541,3 +541,30 @@ def test_verdicts_have_one_image_as_the_least_difference():
     assert comparison.at_least_one_image(0, 80) == 1 / 80 and comparison.at_least_one_image(0.5, 80) == 0.5
     assert comparison.share_tolerance(0.25, 300) == pytest.approx(2 * math.sqrt(2 * 0.25 * 0.75 / 300))
     assert comparison.share_tolerance(1, 10) == 0.1
+
+
+def test_sets_of_one_and_of_several_thresholds_by_hand():
+    sets, labels = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool(), torch.tensor([1, 0, 1])
+    inside, sizes = CR.in_set(sets, labels), sets.sum(dim=1)
+    assert inside.tolist() == [True, False, False] and CR.prediction_sets(torch.tensor([0.1, 0.2]), 0.2).all()
+    assert CR.fake_forgetting(inside, torch.tensor([True, True, False])) == 1
+    assert CR.fake_forgetting(torch.stack([inside, ~inside]), torch.tensor([True, True, False])).tolist() == [1, 1]
+    assert CR.conformal_ratio(inside, sizes).item() == pytest.approx(1 / 4)
+    nothing = torch.zeros(3).long()
+    assert CR.conformal_ratio(nothing.bool(), nothing) == CR.ratio_error(nothing.bool(), nothing) == 0
+    assert CR.judged_forget_images({"forget_by_retain_CR": math.nan}) == "forget_by_retain"
+    assert CR.judged_forget_images({"forget_CR": 1, "retain_CR": 1}) == "forget"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_alpha_of_zero_or_one_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha"):
+        CR.quantile_rank(5, alpha)
+
+
+def test_thresholds_given_as_plain_numbers_keep_their_digits():
+    outputs = some_outputs(1)
+    scored = CR.score_part(outputs.forget, scores.Score(), "forget")
+    q_hat = scored.own.sort().values[20].item()
+    assert CR.apply_thresholds(scored, [q_hat])[0].sum() == 21
+    assert CR.describe(scored, [q_hat])["coverage"].item() == 21 / 40
