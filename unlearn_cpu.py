@@ -42,11 +42,13 @@ class ConformalTerm:
     q_hats: list[float] = field(default_factory=list)
 
     def __post_init__(self):
-        least = math.ceil(1 / self.alpha) - 1
-        if len(self.calibration) < least:
+        count, least = len(self.calibration), math.ceil(1 / self.alpha) - 1
+        if count < least:
+            enough = math.ceil(1000 / (count + 1)) / 1000
+            remedy = f"choose --alpha {enough:g} or more" if count else "add held-out images of the retained classes"
             raise utils.UserError(
                 f"--alpha {self.alpha}: a finite q̂ needs at least {least} training-calibration images, and this data "
-                f"gives {len(self.calibration)} (a tenth of the held-out images); choose a larger --alpha"
+                f"gives {count} (of a tenth of the held-out images, the retained classes'); {remedy}"
             )
 
     def start_epoch(self, model):

@@ -174,6 +174,36 @@ def test_conformal_loss_of_no_image_is_zero():
     assert loss.item() == 0
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.25, 0.1, 0.07, 0.05, 0.021])
+def test_a_term_needs_as_many_calibration_images_as_make_q_hat_finite(alpha):
+    least = next(n for n in range(100) if CR.quantile_rank(n, alpha) <= n)
+    unlearn_cpu.ConformalTerm(None, torch.arange(least), alpha, 0.01, 0.5)
+    with pytest.raises(utils.UserError, match=f"--alpha {alpha}: .* at least {least} .* gives {least - 1} "):
+        unlearn_cpu.ConformalTerm(None, torch.arange(least - 1), alpha, 0.01, 0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 18, 98, 600])
+def test_the_suggested_alpha_is_large_enough_and_little_larger(count):
+    with pytest.raises(utils.UserError) as caught:
+        unlearn_cpu.ConformalTerm(None, torch.arange(count), 0.001, 0.01, 0.5)
+    suggested = float(str(caught.value).split("choose --alpha ")[1].split()[0])
+    unlearn_cpu.ConformalTerm(None, torch.arange(count), suggested, 0.01, 0.5)
+    assert suggested < 1 / (count + 1) + 0.002
+
+
+def test_without_calibration_images_no_alpha_is_suggested():
+    with pytest.raises(utils.UserError, match="gives 0 .* add held-out images of the retained classes$"):
+        unlearn_cpu.ConformalTerm(None, torch.arange(0), 0.9, 0.01, 0.5)
+
+
+def test_a_finished_run_whose_sets_held_one_label_gets_advice():
+    term = unlearn_cpu.ConformalTerm(None, torch.arange(9), 0.1, 0.01, 0.5)
+    term.q_hats[:] = [0.9, 0.9, 0.2]
+    assert term.advice() is None
+    term.q_hats[:] = [0.9, 0.31, 0.2]
+    assert "--alpha 0.1 is above" in term.advice() and "0.310" in term.advice()
+
+
 def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
     term, records = conformal_term(digits), []
     run = job(digits, term, num_epochs=3)
