@@ -328,7 +328,7 @@ def platt(decisions, signs, counts):
         h = torch.stack([(curvature * decisions**2).sum(dim=1), h12, h12, curvature.sum(dim=1)], 1).view(-1, 2, 2)
         if g.abs().max() < 1e-5:
             break
-        move = torch.linalg.solve(h + 1e-12 * torch.eye(2, dtype=torch.float64), -g)
+        move = torch.linalg.solve(h + 1e-12 * torch.eye(2).double(), -g)
         size = torch.ones(len(found), 1, dtype=torch.float64)
         expected = (g * move).sum(dim=1)
         for _ in range(30):

@@ -418,6 +418,17 @@ def test_dense_machines_minimize_their_objectives():
         )
 
 
+@pytest.mark.parametrize("scale", [1, 100])
+def test_interior_point_needs_few_iterations(monkeypatch, scale):
+    rng = np.random.default_rng(0)
+    members, non_members = scale * rng.random((300, 1)), scale * rng.random((300, 1)) ** 1.2
+    system = svm.system_of(np.concatenate([members, non_members]))
+    iterations, factor = [], system.factor
+    monkeypatch.setattr(system, "factor", lambda diagonal: iterations.append(1) or factor(diagonal))
+    svm.solve(system, torch.from_numpy(np.repeat([1.0, -1.0], 300)), torch.full((1, 600), 3.0).double())
+    assert 5 < len(iterations) <= 15
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e3, -1e5])
 def test_attack_does_not_depend_on_where_the_feature_is(shift):
     rng = np.random.default_rng(1)
