@@ -442,7 +442,7 @@ def failures(scenario, fingerprint):
     found = {}
     for path in sorted(scenario.glob(f"*/{unlearn.FAILURE_FILE}")):
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             forget_set, why = record["forget_set"], record["error"]
         except (OSError, ValueError, KeyError, TypeError):
             print(f"{path}: damaged, and left out")

@@ -788,9 +788,16 @@ def _load_tiny_imagenet(args):
             ) from error
     remedy = "remove the folder, so that it is unpacked again"
     try:
-        wnids = sorted((root / "wnids.txt").read_text().split())
-        words = dict(line.split("\t")[:2] for line in (root / "words.txt").read_text().splitlines() if "\t" in line)
-        rows = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+        wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
+        words = dict(
+            line.split("\t")[:2]
+            for line in (root / "words.txt").read_text(encoding="utf-8").splitlines()
+            if "\t" in line
+        )
+        rows = [
+            line.split("\t")[:2]
+            for line in (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+        ]
         held_out = sorted((f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows)
         train = []
         for number, wnid in enumerate(wnids):
