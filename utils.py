@@ -530,8 +530,12 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def unreadable(self):
         """{number: UserError} of the files that cannot be read, found by reading them all."""
-        found = self._read([[number] for number in range(len(self.paths))])
-        return {number: error for number, error in enumerate(found) if isinstance(error, UserError)}
+        found = enumerate(self._read([[number] for number in range(len(self.paths))]))
+        errors = {number: error for number, error in found if isinstance(error, UserError)}
+        for error in errors.values():
+            if not isinstance(error, UnreadableImage):  # not the image's fault
+                raise error
+        return errors
 
     def _read(self, parts):
         loader = torch.utils.data.DataLoader(
@@ -844,6 +848,10 @@ def _read_parts(parts, side, args):
         good = [number for number in range(len(samples)) if number not in bad]
         if not good:
             raise UserError(f"--skip_corrupt: none of {len(samples)} images in {where} can be read")
+        remaining = {samples[number][2] for number in good}
+        for _, name, label in samples:
+            if label not in remaining:
+                raise UserError(f"--skip_corrupt: no image of the class of {name} in {where} can be read")
         corrupt += [samples[number][1] for number in bad]
         if bad:
             files.paths = [files.paths[number] for number in good]
@@ -1089,7 +1097,7 @@ def _check_layout(root):
     wanted = "image_folder reads train/<class>/ and test/<class>/"
     where = f"--data_dir {printable(root)}"
     if not _is_kind(root, stat.S_ISDIR):
-        what = "is a file, not a folder" if os.path.lexists(root) else "no such folder"
+        what = "is a file or a broken link, not a folder" if os.path.lexists(root) else "no such folder"
         raise UserError(f"{where}: {what}; {wanted}")
     missing = [part for part in ("train", "test") if not _is_kind(root / part, stat.S_ISDIR)]
     if not missing:

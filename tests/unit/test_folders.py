@@ -235,18 +235,17 @@ def test_a_folder_without_permission_is_named_with_the_reason(refused, root, mon
     assert refusal(root) == f"{root / refused}: cannot be read (Permission denied)"
 
 
-def test_a_folder_whose_files_cannot_be_looked_at_is_named(root, monkeypatch):
-    """A folder that may be listed but not entered."""
+def test_a_file_that_cannot_be_looked_at_is_named(root, monkeypatch):
     plain = os.stat
 
     def refuse(path, *arguments, **options):
-        if Path(path).parent == root / "train/ant":
+        if Path(path) == root / "train/ant/0.png":
             raise PermissionError(13, "Permission denied", str(path))
         return plain(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", refuse)
     assert "train/ant/0.png: not a readable image (Permission denied)" in refusal(root)
-    assert load(root, skip_corrupt=True).train.names == ["bee/0.png", "bee/1.png", "bee/2.png"]
+    assert load(root, skip_corrupt=True).train.names[:2] == ["ant/1.png", "ant/2.png"]
 
 
 def test_a_file_without_permission_is_refused_or_left_out(root, monkeypatch, capsys):
@@ -261,6 +260,25 @@ def test_a_file_without_permission_is_refused_or_left_out(root, monkeypatch, cap
     assert "train/bee/1.png: not a readable image (Permission denied)" in refusal(root)
     assert len(load(root, skip_corrupt=True).train) == 5
     assert "1 image cannot be read and is left out: bee/1.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("memory_gb", [8, 0])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_whose_images_are_all_unreadable_is_named(part, memory_gb, root):
+    for path in (root / part / "bee").iterdir():
+        path.write_text("no picture")
+    said = refusal(root, skip_corrupt=True, memory_gb=memory_gb, workers=0)
+    assert "--skip_corrupt: no image of the class of bee/0.png" in said
+
+
+@pytest.mark.parametrize("memory_gb", [8, 0])
+def test_too_many_open_files_leave_no_image_out(memory_gb, root, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    said = refusal(root, skip_corrupt=True, memory_gb=memory_gb, workers=0, image_size=4)
+    assert "cannot be opened (Too many open files)" in said
 
 
 def test_an_image_deleted_while_reading_is_named_with_the_reason(root):
@@ -327,7 +345,7 @@ def test_files_without_class_folders_are_explained(root):
 
 
 def test_a_file_where_a_folder_is_expected_is_named(root, tmp_path):
-    assert "is a file, not a folder" in refusal(root / "train/ant/0.png")
+    assert "is a file or a broken link, not a folder" in refusal(root / "train/ant/0.png")
     assert "no such folder" in refusal(tmp_path / "nowhere")
     shutil.rmtree(root / "test")
     (root / "test").write_text("")
