@@ -1294,9 +1294,8 @@ def _scale_transparent_colour(image):
     layout = image.tile[0][3]
     if layout == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in colour)
-    white = {"L;2": 3, "L;4": 15}.get(layout, 0)
-    if colour in range(white + 1):
-        image.info["transparency"] = colour * 255 // max(1, white)
+    elif layout in ("L;2", "L;4"):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[layout]
 
 
 def _eight_bits(image):
