@@ -97,8 +97,8 @@ def _adaptive(ranked, u):
 
 
 def _log_odds(log_score, log_rest):
-    """log S − log(1 − S); FROM_ONE_ON · S where nothing of 1 remains."""
-    return torch.where(log_rest.isneginf(), FROM_ONE_ON * log_score.exp(), log_score - log_rest)
+    """log S − log(1 − S); FROM_ONE_ON where S = 1."""
+    return torch.where(log_rest.isneginf(), FROM_ONE_ON, log_score - log_rest)
 
 
 def _from_both_ends(score, rest):
