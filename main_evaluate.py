@@ -18,6 +18,7 @@ import json
 import math
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,11 +158,13 @@ def evaluate_seed(args, data, device):
         start = time.perf_counter()
         utils.prepare_folder(beside(path, name, folder, "samples.csv").parent, 2**20)
         utils.load_weights(model, state, path, data.train.spec)
-        outputs, scalars = collect_outputs(model, data, split, args, path)
+        with naming(path):
+            outputs, scalars = collect_outputs(model, data, split, args)
         more, rows = metrics.evaluate(outputs, settings)
         scalars |= more | {"seconds": meta.get("seconds"), "num_forget": len(split.forget)}
         if args.relearn:
-            scalars["relearn"] = relearn(model, outputs, data, split, settings, args)
+            with naming(f"--relearn {args.relearn} of {path}"):
+                scalars["relearn"] = relearn(model, outputs, data, split, settings, args)
         evaluated[name] = (scalars, rows, time.perf_counter() - start)
 
         class_rows += [{"method": name} | row for row in classwise.class_rows(outputs, settings, data.classes)]
@@ -196,6 +199,15 @@ def evaluate_seed(args, data, device):
     earlier = earlier_pictures(folder, {row["method"] for row in kept} if pictures else ())
     save(args, data, split, device, checkpoints, evaluated, every, pictures, earlier)
     return Evaluation(rows, every, class_rows)
+
+
+@contextmanager
+def naming(what):
+    """Put ``what`` in front of the error about outputs that are not finite."""
+    try:
+        yield
+    except utils.NotFinite as error:
+        raise utils.NotFinite(f"{what}: {error}") from error
 
 
 def pictures_of_outputs(args, folder, evaluated, histograms, alone):
@@ -295,11 +307,10 @@ def read_models(paths, args, data, split):
     return found
 
 
-def collect_outputs(model, data, split, args, path):
+def collect_outputs(model, data, split, args):
     """One pass of every scored image through the model. Returns (Outputs, numbers of the linear probe).
 
-    The probe sees the input of the last layer, caught on the way, where a class is forgotten. Raises UserError, with
-    the ``path`` of the model, for outputs that are not finite."""
+    The probe sees the input of the last layer, caught on the way, where a class is forgotten."""
     held_out = [split.calibration, split.test]
     forgotten = None
     if split.forget_class is not None:
@@ -318,11 +329,6 @@ def collect_outputs(model, data, split, args, path):
         else:
             *logits_labels, features[part] = utils.compute_features(model, images, indices, args.batch_size)
             found[part] = metrics.Output(*logits_labels)
-        if not found[part].logits.isfinite().all():
-            raise utils.UserError(
-                f"{path}: its outputs are not finite, although its weights are: the training that made it diverged; "
-                "train or unlearn again with a lower --learning_rate"
-            )
     draws = metrics.draw_splits(len(found["held_out"].labels), args.resplits, args.seed)
     outputs = metrics.Outputs(**found, cal_sizes=args.cal_sizes, draws=draws, forgotten=forgotten)
     if split.forget_class is None:

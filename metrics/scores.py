@@ -60,9 +60,8 @@ def raps_log_odds(logits, u, penalty, k_reg):
     From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
     """
     ranked, order = _ranked(logits)
-    ranks = torch.arange(1, logits.shape[1] + 1, dtype=torch.float64, device=logits.device)
     log_score, log_rest = _adaptive(ranked, u)
-    added = penalty * (ranks - k_reg).clamp(min=0)
+    added = penalty * (_ranks(ranked) - k_reg).clamp(min=0)
     regularised = _from_both_ends(log_score.exp() + added, log_rest.exp() - added)
     return _unranked(torch.where(added > 0, regularised, _log_odds(log_score, log_rest)), order)
 
@@ -77,7 +76,7 @@ def saps_log_odds(logits, u, weight):
     log_top, log_others = ranked[:, :1], ranked[:, 1:].logsumexp(dim=1, keepdim=True)
     log_u, log_rest = u.log()[:, None], torch.log1p(-u)[:, None]
     top = _log_odds(log_u + log_top, torch.logaddexp(log_rest, log_u + log_others))
-    added = (torch.arange(logits.shape[1] - 1, device=logits.device) + u[:, None]) * weight
+    added = (_ranks(ranked)[:, 1:] - 2 + u[:, None]) * weight
     others = _from_both_ends(log_top.exp() + added, log_others.exp() - added)
     return _unranked(torch.cat([top, others], dim=1), order)
 
@@ -97,8 +96,8 @@ def _adaptive(ranked, u):
 
 
 def _log_odds(log_score, log_rest):
-    """log S − log(1 − S); FROM_ONE_ON · S where nothing of 1 remains."""
-    return torch.where(log_rest.isneginf(), FROM_ONE_ON * log_score.exp(), log_score - log_rest)
+    """log S − log(1 − S); FROM_ONE_ON where S = 1."""
+    return torch.where(log_rest.isneginf(), FROM_ONE_ON, log_score - log_rest)
 
 
 def _from_both_ends(score, rest):
@@ -108,6 +107,11 @@ def _from_both_ends(score, rest):
 
 def _ranked(logits):
     return torch.log_softmax(logits.double(), dim=1).sort(dim=1, descending=True, stable=True)
+
+
+def _ranks(ranked):
+    """1, 2, …, K as 1×K."""
+    return torch.ones_like(ranked[:1]).cumsum(dim=1)
 
 
 def _unranked(ranked, order):

@@ -69,6 +69,10 @@ def test_scores_are_reported_as_S():
     # 0.7 + (rank − 2 + 1) · 0.4 passes 1 at the third rank
     assert scores.Score("saps", False, weight=0.4)(logits)[0].tolist() == pytest.approx([0.7, 1.1, 1.5])
     assert scores.Score("raps", False, penalty=0.25, k_reg=1)(logits)[0].tolist() == pytest.approx([0.7, 1.15, 1.5])
+    assert scores.Score("saps", False, weight=0.5)(torch.zeros(1, 2)).tolist() == [[0.5, 1.0]]  # 0.5 + 0.5, exactly 1
+    adaptive = scores.Score("aps", seed=4)
+    assert torch.equal(adaptive(logits), scores.from_log_odds(adaptive.log_odds(logits, "forget")))
+    assert torch.equal(adaptive(logits, "test"), scores.from_log_odds(adaptive.log_odds(logits, "test")))
     assert math.isnan(scores.from_log_odds(torch.tensor(math.nan).double()))
 
 
