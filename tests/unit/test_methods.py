@@ -205,6 +205,14 @@ def test_sfron_takes_turns_and_confines_the_ascent_to_salient_weights(monkeypatc
     assert job.model.weight.grad.eq(10).all()
 
 
+def test_sfron_takes_weights_of_equal_importance_for_salient(monkeypatch):
+    job = linear_job("sfron", ((0.3, 0.0), (0.0, 0.2)), inputs=((1.0, 0.0), (1.0, 0.0)))
+    _, keywords = caught(job, monkeypatch)
+    job.model.weight.grad = torch.full((2, 2), 1.0)
+    keywords["before_step"](batch(job, [[0.0, 0.0]], [1], 0))
+    assert job.model.weight.grad.eq(1).all()
+
+
 def test_fisher_noise_is_larger_where_the_retain_images_care_less():
     fisher = torch.tensor([1.0, 0.25, 0.0])
     deviation = unlearn.fisher_noise_deviation(fisher, 1e-4, 1e3)
