@@ -218,6 +218,7 @@ def train(
         for record in records:
             job.epoch_done(record)
     forward = _forward_pass(job)
+    adds_term = term is not None and term.lamda > 0
     bar = utils.progress_bar(desc=job.label, unit="img", unit_scale=True)
     for epoch in range(recipe.num_epochs + 1 if ended else done + 1, recipe.num_epochs + 1):
         start = time.perf_counter()
@@ -225,8 +226,8 @@ def train(
         steps = schedule(epoch)
         if term is not None:
             record |= term.start_epoch(model)
-            if term.lamda > 0:
-                steps = join_forget(job, steps, epoch)
+        if adds_term:
+            steps = join_forget(job, steps, epoch)
         bar.reset(recipe.num_epochs * sum(len(indices) for indices, _ in steps))
         utils.seed_everything(job.seed, job.name, "dropout", epoch)
         augmentation = utils.generator(job.seed, job.name, "augmentation", epoch, device=job.device)
@@ -240,7 +241,7 @@ def train(
             logits = forward(inputs, len(indices))
             batch = Batch(indices, job.data.train.labels[indices], num_retain, inputs, logits)
             loss = batch_loss(batch)
-            if term is not None and term.lamda > 0:
+            if adds_term:
                 loss = loss + term.lamda * term.loss(*batch.forget)
             optimizer.zero_grad(set_to_none=True)
             (loss * utils.world_size()).backward()  # of which each process has its images' part, and the mean is taken
@@ -348,7 +349,7 @@ def relearn(model, data, split, seed, num_steps, learning_rate, measure):
     again, others = order[:tenth], order[tenth:]
     stops = sorted({2**power for power in range(num_steps.bit_length()) if 2**power < num_steps} | {num_steps})
     batches = _endless_batches(again, utils.generator(seed, "relearn", "order"))
-    recipe = Recipe(len(stops), learning_rate, milestones=[len(stops) + 1])
+    recipe = Recipe(len(stops), learning_rate, milestones=[len(stops)])
     job = Job("relearn", "relearn", model, data, split, recipe, seed, quiet=True)
     job.epoch_done = lambda record: measure(stops[record["epoch"] - 1], others)
 
@@ -618,7 +619,7 @@ def last_layer(model, num_classes):
 def fisher_noise_deviation(fisher, noise, largest):
     """Standard deviation of the noise of each weight, from its diagonal Fisher information F: √(noise / F), with 1 / F
     at most ``largest``."""
-    return (noise * (1 / (fisher + 1e-8)).clamp(max=largest)).sqrt()
+    return (noise / fisher.clamp(min=1 / largest)).sqrt()
 
 
 @method(num_epochs=5, learning_rate=0.01, kd_T=1.0)

@@ -177,6 +177,39 @@ def test_another_networks_answers_are_those_for_the_named_part(world, num_retain
         assert not retain.requires_grad and not forget.requires_grad
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatch):
+    def gradients():
+        job = small_job("ga_plus", num_epochs=1, batch_size=64)
+        torch.manual_seed(0)
+        job.model, job.quiet = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), True
+        job.data.train = Shares(job.data.train)
+        taken = []
+
+        def loss(batch):
+            return unlearn.cross_entropy(*batch.retain) - 0.3 * unlearn.cross_entropy(*batch.forget)
+
+        def before_step(batch):
+            taken.append([parameter.grad.clone() for parameter in job.model.parameters()])
+
+        unlearn.train(job, loss, unlearn.PARTS, before_step=before_step)
+        return taken[0]
+
+    alone, wrapped = gradients(), []
+    monkeypatch.setattr(
+        unlearn, "DistributedDataParallel", lambda network, **options: wrapped.append(options) or network
+    )
+    synchronised = []
+    monkeypatch.setattr(unlearn.batch_norm, "synchronise", synchronised.append)
+    together = Processes(monkeypatch, world).run(gradients)
+    for number, gradient in enumerate(alone):
+        torch.testing.assert_close(sum(part[number] for part in together) / world, gradient)
+    # Each process has the running statistics of all images, so none are sent.
+    assert {str(options) for options in wrapped} == {"{'broadcast_buffers': False}"} and len(synchronised) == len(
+        wrapped
+    )
+
+
 def test_a_network_is_not_asked_about_no_image():
     def network(inputs):
         raise AssertionError("asked")
