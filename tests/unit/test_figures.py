@@ -48,6 +48,10 @@ def rgb(colour):
     return colors.to_hex(colour)
 
 
+def shares_x(axis, other):
+    return axis.get_shared_x_axes().joined(axis, other)
+
+
 def curve_numbers(values, alphas=(0.05, 0.1)):
     keys = ("forget_coverage", "test_coverage", "forget_CR", "test_CR")
     return {"alpha": list(alphas), **{key: list(values) for key in keys}}
@@ -251,6 +255,7 @@ def test_curves_against_alpha_show_every_known_number():
             assert line.get_xydata().tolist() == [list(pair) for pair in known]
             assert_looks(line, name, curves())
         assert lines[0].get_linewidth() > lines[1].get_linewidth() and lines[0].zorder > lines[1].zorder
+    assert all(shares_x(figure.axes[0], axis) for axis in figure.axes)
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", *["miscoverage level α"] * 2]
     assert legend(figure) == ["retrain", "cpu_ga"]
     for handle, name in zip(figure.legends[0].legend_handles, curves(), strict=True):
@@ -284,6 +289,7 @@ def test_relearning_curves_show_every_known_number():
     }
     figure = figures.relearn_curves(found, 0.05)
     accuracy, coverage = figure.axes
+    assert shares_x(accuracy, coverage)
     assert accuracy.get_title() == "Accuracy" and coverage.get_title() == "Coverage (α = 0.05)"
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [
         [[0, 0.1], [5, 0.2], [10, 0.3]], [[0, 0], [5, 0.5], [10, 0.9]],
@@ -457,6 +463,7 @@ def test_histograms_show_the_share_of_each_part_by_score():
     }
     figure = figures.score_histograms({"ga": sample, "retrain": histogram_numbers(math.nan)}, 0.05)
     axis, other = figure.axes
+    assert shares_x(axis, other)
     colours = {part: rgb(colour) for part, (colour, _) in figures.PARTS.items()}
     # Solid, dashed and dotted, as matplotlib stores the patterns.
     outlines = {rgb(patch.get_edgecolor()): patch for patch in axis.patches if len(patch.get_path().vertices) > 10}
