@@ -396,6 +396,7 @@ def test_bars_show_shares_of_the_forget_images():
         "means": (12.5, 2.25, 80),
         "unknown": (30, math.nan, 80),
         "nothing": (None, None, 80),
+        "no images": (3, 1, None),
     }
     figure = figures.fake_bars(counts, 0.05)
     (axis,) = figure.axes
@@ -404,23 +405,24 @@ def test_bars_show_shares_of_the_forget_images():
         for bar in axis.patches
     ]
     expected = []
-    for place, (wrong, fake, total) in zip(range(5, 1, -1), counts.values(), strict=False):
+    for place, (wrong, fake, total) in zip(range(6, 2, -1), counts.values(), strict=False):
         expected += [(place, 0, fake / total, rgb(figures.RED))]
         expected += [(place, fake / total, (wrong - fake) / total, rgb(figures.SKY))]
     assert [bar[:3] for bar in bars] == [pytest.approx(bar[:3]) for bar in expected]
     assert [bar[3] for bar in bars] == [bar[3] for bar in expected]
     said = {text.get_position()[1]: (text.get_position()[0], text.get_text().strip()) for text in axis.texts}
     assert said == {
-        5: (0.5, "10 of 40 (25%)"),
-        4: (0.25, "20 of 20 (100%)"),
-        3: (0, "0 of 0"),
-        2: (12.5 / 80, "2.2 of 12.5 (18%)"),
-        1: (0, "– of 30"),
-        0: (0, "– of –"),
+        6: (0.5, "10 of 40 (25%)"),
+        5: (0.25, "20 of 20 (100%)"),
+        4: (0, "0 of 0"),
+        3: (12.5 / 80, "2.2 of 12.5 (18%)"),
+        2: (0, "– of 30"),
+        1: (0, "– of –"),
+        0: (0, "– of 3"),
     }
-    assert axis.get_yticks().tolist() == [5, 4, 3, 2, 1, 0]
+    assert axis.get_yticks().tolist() == [6, 5, 4, 3, 2, 1, 0]
     assert [label.get_text() for label in axis.get_yticklabels()] == list(counts)
-    assert axis.get_ylim()[0] < 0 and axis.get_ylim()[1] > 5
+    assert axis.get_ylim()[0] < 0 and axis.get_ylim()[1] > 6
     assert axis.get_xlim()[0] == 0 and axis.get_xlim()[1] > 0.55
     assert axis.xaxis.get_major_formatter()(0.25, 0) == "25%"
     assert legend(figure) == ["label still in the set (fake)", "label out of the set"]
