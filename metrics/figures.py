@@ -382,7 +382,6 @@ def fake_bars(counts, alpha):
     axis.set_xlabel("share of the forget images that are misclassified")
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.2)
-    axis.set_xlim(left=0)
     axis.set_title(f"Fake forgetting (α = {alpha:g}): misclassified, and the label is still in the set")
     swatches = [Line2D([], [], color=colour, **SWATCH) for colour in (RED, SKY)]
     figure.legend(swatches, [IN_SET, OUT_OF_SET], loc="outside lower center", ncols=2)
