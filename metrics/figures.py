@@ -360,7 +360,8 @@ def spread_heights(heights, gap):
 def fake_bars(counts, alpha):
     """Of the misclassified forget images, how many keep their label in the set: bars, all models.
 
-    ``counts`` is {method: (misclassified, fake, number of forget images)}, fake NaN where no q̂ is finite.
+    ``counts`` is {method: (misclassified, fake, number of forget images)}, fake NaN where no q̂ is finite. A method
+    with a missing number has no bar.
     """
     width, around, height = SIZES["bars"]
     figure = Figure(figsize=(width, height * len(counts) + around))
@@ -368,7 +369,7 @@ def fake_bars(counts, alpha):
     places = np.arange(len(counts))[::-1]
     _say_if_nothing(axis, [fake for _, fake, _ in counts.values()])
     for place, (wrong, fake, total) in zip(places, counts.values(), strict=True):
-        if _missing(wrong) or _missing(fake):
+        if _missing(wrong) or _missing(fake) or not total:
             axis.text(0, place, f" – of {_short(wrong)}", va="center", **SMALL)
             continue
         axis.barh(place, fake / total, color=RED, **BAR)
@@ -381,7 +382,6 @@ def fake_bars(counts, alpha):
     axis.set_xlabel("share of the forget images that are misclassified")
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.2)
-    axis.set_xlim(left=0)
     axis.set_title(f"Fake forgetting (α = {alpha:g}): misclassified, and the label is still in the set")
     swatches = [Line2D([], [], color=colour, **SWATCH) for colour in (RED, SKY)]
     figure.legend(swatches, [IN_SET, OUT_OF_SET], loc="outside lower center", ncols=2)

@@ -48,6 +48,10 @@ def rgb(colour):
     return colors.to_hex(colour)
 
 
+def shares_x(axis, other):
+    return axis.get_shared_x_axes().joined(axis, other)
+
+
 def curve_numbers(values, alphas=(0.05, 0.1)):
     keys = ("forget_coverage", "test_coverage", "forget_CR", "test_CR")
     return {"alpha": list(alphas), **{key: list(values) for key in keys}}
@@ -251,6 +255,7 @@ def test_curves_against_alpha_show_every_known_number():
             assert line.get_xydata().tolist() == [list(pair) for pair in known]
             assert_looks(line, name, curves())
         assert lines[0].get_linewidth() > lines[1].get_linewidth() and lines[0].zorder > lines[1].zorder
+    assert all(shares_x(figure.axes[0], axis) for axis in figure.axes)
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", *["miscoverage level α"] * 2]
     assert legend(figure) == ["retrain", "cpu_ga"]
     for handle, name in zip(figure.legends[0].legend_handles, curves(), strict=True):
@@ -284,6 +289,7 @@ def test_relearning_curves_show_every_known_number():
     }
     figure = figures.relearn_curves(found, 0.05)
     accuracy, coverage = figure.axes
+    assert shares_x(accuracy, coverage)
     assert accuracy.get_title() == "Accuracy" and coverage.get_title() == "Coverage (α = 0.05)"
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [
         [[0, 0.1], [5, 0.2], [10, 0.3]], [[0, 0], [5, 0.5], [10, 0.9]],
@@ -390,6 +396,7 @@ def test_bars_show_shares_of_the_forget_images():
         "means": (12.5, 2.25, 80),
         "unknown": (30, math.nan, 80),
         "nothing": (None, None, 80),
+        "no images": (3, 1, None),
     }
     figure = figures.fake_bars(counts, 0.05)
     (axis,) = figure.axes
@@ -398,23 +405,24 @@ def test_bars_show_shares_of_the_forget_images():
         for bar in axis.patches
     ]
     expected = []
-    for place, (wrong, fake, total) in zip(range(5, 1, -1), counts.values(), strict=False):
+    for place, (wrong, fake, total) in zip(range(6, 2, -1), counts.values(), strict=False):
         expected += [(place, 0, fake / total, rgb(figures.RED))]
         expected += [(place, fake / total, (wrong - fake) / total, rgb(figures.SKY))]
     assert [bar[:3] for bar in bars] == [pytest.approx(bar[:3]) for bar in expected]
     assert [bar[3] for bar in bars] == [bar[3] for bar in expected]
     said = {text.get_position()[1]: (text.get_position()[0], text.get_text().strip()) for text in axis.texts}
     assert said == {
-        5: (0.5, "10 of 40 (25%)"),
-        4: (0.25, "20 of 20 (100%)"),
-        3: (0, "0 of 0"),
-        2: (12.5 / 80, "2.2 of 12.5 (18%)"),
-        1: (0, "– of 30"),
-        0: (0, "– of –"),
+        6: (0.5, "10 of 40 (25%)"),
+        5: (0.25, "20 of 20 (100%)"),
+        4: (0, "0 of 0"),
+        3: (12.5 / 80, "2.2 of 12.5 (18%)"),
+        2: (0, "– of 30"),
+        1: (0, "– of –"),
+        0: (0, "– of 3"),
     }
-    assert axis.get_yticks().tolist() == [5, 4, 3, 2, 1, 0]
+    assert axis.get_yticks().tolist() == [6, 5, 4, 3, 2, 1, 0]
     assert [label.get_text() for label in axis.get_yticklabels()] == list(counts)
-    assert axis.get_ylim()[0] < 0 and axis.get_ylim()[1] > 5
+    assert axis.get_ylim()[0] < 0 and axis.get_ylim()[1] > 6
     assert axis.get_xlim()[0] == 0 and axis.get_xlim()[1] > 0.55
     assert axis.xaxis.get_major_formatter()(0.25, 0) == "25%"
     assert legend(figure) == ["label still in the set (fake)", "label out of the set"]
@@ -457,6 +465,7 @@ def test_histograms_show_the_share_of_each_part_by_score():
     }
     figure = figures.score_histograms({"ga": sample, "retrain": histogram_numbers(math.nan)}, 0.05)
     axis, other = figure.axes
+    assert shares_x(axis, other)
     colours = {part: rgb(colour) for part, (colour, _) in figures.PARTS.items()}
     # Solid, dashed and dotted, as matplotlib stores the patterns.
     outlines = {rgb(patch.get_edgecolor()): patch for patch in axis.patches if len(patch.get_path().vertices) > 10}
