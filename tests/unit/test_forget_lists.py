@@ -230,6 +230,17 @@ def test_tables_with_one_column_of_names_and_json_lists_are_read(text, read):
     assert read(text, name="list.csv") == [0, 4]
 
 
+@pytest.mark.parametrize("text", ["filename\nbee/1.png\n", "file,label\nbee/1.png,bee\n", "index,label\n4,1\n"])
+def test_a_heading_above_a_single_image_is_left_out(text, read):
+    assert read(text) == [4]
+
+
+@pytest.mark.parametrize("text", ["x,ant/1.png\nbee/1.png,y,z\n", "x,y,ant/1.png\nx,bee/1.png\n"])
+def test_rows_of_different_lengths_are_no_table(text, refusal):
+    said = refusal(text)
+    assert "line 1" in said and "no such file in train/" in said
+
+
 def test_quotes_inside_quotes_are_doubled(read):
     names = ['ant/a"b.png', "ant/a'b.png"]
     assert read("\"ant/a\"\"b.png\"\n'ant/a''b.png'\n", make_data(names)) == [0, 1]
