@@ -724,7 +724,7 @@ def test_relearning_is_measured_on_the_other_images_with_each_steps_q_hat(bench,
         model.load_state_dict(state)
         calibration = split.calibration[~split.is_forgotten]
         logits, labels = utils.compute_logits(model, bench.data.held_out, calibration)
-        q_hat = CR.conformal_quantile(score.log_odds(logits, "held_out").gather(1, labels[:, None]), 0.2)
+        q_hat = CR.conformal_quantile(score.log_odds(logits, "held_out").gather(1, labels[:, None]).flatten(), 0.2)
         logits, labels = utils.compute_logits(model, bench.data.train, others)
         assert curve["accuracy"][number] == (logits.argmax(dim=1) == labels).double().mean()
         inside = score.log_odds(logits, "forget").gather(1, labels[:, None]) <= q_hat
