@@ -695,7 +695,8 @@ def test_cells_of_csv_are_empty_for_nan_and_none():
     assert text.splitlines() == ["a,b,c", "1,,", ",,0.5", ',0.0,"x,y"']
 
 
-def test_relearning_is_measured_on_the_other_images_with_each_steps_q_hat(bench, monkeypatch):
+@pytest.mark.parametrize("name", ["thr", "aps"])
+def test_relearning_is_measured_on_the_other_images_with_each_steps_q_hat(bench, monkeypatch, name):
     """Coverage at each step is under the q̂ of the retained classes at that step."""
     args = flags(unlearn_type="class", forget_class="bee", cal_sizes=[24], resplits=1, batch_size=None)
     args.relearn, args.relearn_rate = 2, 0.05
@@ -715,17 +716,18 @@ def test_relearning_is_measured_on_the_other_images_with_each_steps_q_hat(bench,
             measure(step, others)
 
     monkeypatch.setattr(main_evaluate.unlearn, "relearn", relearn)
-    chosen = metrics.Settings((0.2, 0.1))
+    score = scores.Score(name, seed=3)
+    chosen = metrics.Settings((0.2, 0.1), (score, scores.Score("saps")))
     curve = main_evaluate.relearn(model, outputs, bench.data, split, chosen, args)
     assert curve["step"] == [0, 1, 2]
     for number, (_, others, state) in enumerate(steps):
         model.load_state_dict(state)
         calibration = split.calibration[~split.is_forgotten]
-        own = scores.true_label_scores(*utils.compute_logits(model, bench.data.held_out, calibration))
+        logits, labels = utils.compute_logits(model, bench.data.held_out, calibration)
+        q_hat = CR.conformal_quantile(score.log_odds(logits, "held_out").gather(1, labels[:, None]).flatten(), 0.2)
         logits, labels = utils.compute_logits(model, bench.data.train, others)
-        q_hat = CR.conformal_quantile(own, 0.2)
         assert curve["accuracy"][number] == (logits.argmax(dim=1) == labels).double().mean()
-        inside = scores.true_label_scores(logits, labels) <= q_hat
+        inside = score.log_odds(logits, "forget").gather(1, labels[:, None]) <= q_hat
         assert curve["coverage"][number] == inside.double().mean()
     too_small = metrics.Settings((0.001,))
     assert all(map(math.isnan, main_evaluate.relearn(model, outputs, bench.data, split, too_small, args)["coverage"]))
