@@ -240,6 +240,14 @@ def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(origi
     assert asked == [False, False, True]  # to check the weights, for the job, for Retrain
 
 
+def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
+    status, said = unlearn_in(original, ["ga_plus", "GA", "scrub"], "--retain_ratio", 0.05, "--num_epochs", 1)
+    assert status == 0 and "nan" not in said.lower()
+    for name in ("ga_plus", "GA", "scrub"):
+        found = results(original / "resnet18w8_few_seed1/random_0.05" / name)
+        assert found["num_forget"] == 57 and all(0 <= value <= 1 for value in found["accuracies"].values())
+
+
 # ---------------------------------------------------------------- failures
 
 
