@@ -274,6 +274,37 @@ def test_a_failure_is_a_row_and_the_other_methods_still_run(original):
     assert not (root / "broken/failure.json").exists()
 
 
+def wrong_file(job):
+    """A method that cannot begin."""
+    raise utils.UserError("wrong file")
+
+
+def test_an_error_of_one_of_several_methods_is_a_row(original):
+    entry = unlearn.Method(wrong_file, None, None, 0.9, {}, {}, True, True)
+    status, said = unlearn_in(original, ["all"], methods={"wrong": entry, "other": entry})
+    assert status == 2 and [line.split()[0] for line in said.splitlines()[-2:]] == ["wrong", "other"]
+
+
+@pytest.mark.parametrize(("error", "ends"), [(utils.UserError("wrong file"), True), (unlearn.Diverged("fast"), False)])
+def test_on_several_processes_only_divergence_lets_the_other_methods_run(error, ends, original, few, monkeypatch):
+    """The other errors may have reached one process alone, and the others would wait for it."""
+
+    def execute(job, run, folder, *given):
+        folder.mkdir(parents=True)
+        raise error
+
+    names, args = ["finetune", "RL"], flags_in(original, *SCENARIO)
+    plan = unlearn.plan_runs(args, names, unlearn.METHODS, few, torch.device("cpu"), lambda *_: None)
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    monkeypatch.setattr(unlearn, "execute", execute)
+    rows = unlearn.run_plan(plan, unlearn.METHODS, few, torch.device("cpu"), "")
+    if ends:
+        with pytest.raises(utils.UserError, match="wrong file"):
+            list(rows)
+    else:
+        assert [row["method"] for row in rows] == names
+
+
 def test_one_method_that_fails_alone_is_an_error(original):
     with pytest.raises(unlearn.Diverged, match="too fast"):
         unlearn_in(original, ["broken"], methods=BROKEN)
