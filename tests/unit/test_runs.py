@@ -240,6 +240,14 @@ def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(origi
     assert asked == [False, False, True]  # to check the weights, for the job, for Retrain
 
 
+def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
+    status, said = unlearn_in(original, ["ga_plus", "GA", "scrub"], "--retain_ratio", 0.05, "--num_epochs", 1)
+    assert status == 0 and "nan" not in said.lower()
+    for name in ("ga_plus", "GA", "scrub"):
+        found = results(original / "resnet18w8_few_seed1/random_0.05" / name)
+        assert found["num_forget"] == 57 and all(0 <= value <= 1 for value in found["accuracies"].values())
+
+
 # ---------------------------------------------------------------- failures
 
 
@@ -264,6 +272,37 @@ def test_a_failure_is_a_row_and_the_other_methods_still_run(original):
     working = BROKEN | {"broken": unlearn.METHODS["finetune"]}
     assert unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=working)[0] == 0
     assert not (root / "broken/failure.json").exists()
+
+
+def wrong_file(job):
+    """A method that cannot begin."""
+    raise utils.UserError("wrong file")
+
+
+def test_an_error_of_one_of_several_methods_is_a_row(original):
+    entry = unlearn.Method(wrong_file, None, None, 0.9, {}, {}, True, True)
+    status, said = unlearn_in(original, ["all"], methods={"wrong": entry, "other": entry})
+    assert status == 2 and [line.split()[0] for line in said.splitlines()[-2:]] == ["wrong", "other"]
+
+
+@pytest.mark.parametrize(("error", "ends"), [(utils.UserError("wrong file"), True), (unlearn.Diverged("fast"), False)])
+def test_on_several_processes_only_divergence_lets_the_other_methods_run(error, ends, original, few, monkeypatch):
+    """The other errors may have reached one process alone, and the others would wait for it."""
+
+    def execute(job, run, folder, *given):
+        folder.mkdir(parents=True)
+        raise error
+
+    names, args = ["finetune", "RL"], flags_in(original, *SCENARIO)
+    plan = unlearn.plan_runs(args, names, unlearn.METHODS, few, torch.device("cpu"), lambda *_: None)
+    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    monkeypatch.setattr(unlearn, "execute", execute)
+    rows = unlearn.run_plan(plan, unlearn.METHODS, few, torch.device("cpu"), "")
+    if ends:
+        with pytest.raises(utils.UserError, match="wrong file"):
+            list(rows)
+    else:
+        assert [row["method"] for row in rows] == names
 
 
 def test_one_method_that_fails_alone_is_an_error(original):
@@ -360,6 +399,14 @@ def test_divergence_keeps_no_state_to_resume(original):
     with pytest.raises(unlearn.Diverged):
         unlearn_in(original, ["finetune"], "--save_every", 1000, methods=stops(unlearn.Diverged))
     assert not list(original.glob("*/*/*/resume.pth"))
+
+
+def test_time_and_accuracies_are_a_table_in_the_log(original, monkeypatch):
+    tables = []
+    monkeypatch.setattr(utils.RunLog, "table", lambda log, title, rows: tables.append((title, rows)))
+    unlearn_in(original, ["finetune"], "--num_epochs", 1)
+    found = results(original / "resnet18w8_few_seed1/random_0.7/finetune")
+    assert tables == [("run", [{"method": "finetune", "seconds": found["seconds"]} | found["accuracies"]])]
 
 
 def test_the_settings_for_compiling_and_saving_reach_the_job(original):
