@@ -456,6 +456,14 @@ def test_offset_is_the_middle_of_the_best():
         assert svm._offset(values, signs, bounds).item() == pytest.approx(middle.item(), abs=5e-3)
 
 
+@pytest.mark.parametrize(("members", "non_members"), [(10, 9), (9, 10), (4, 4), (4, 9), (9, 4)])
+def test_attack_refuses_unequal_or_too_few_images(members, non_members):
+    with pytest.raises(ValueError, match=f"equally many, at least 5, .* found {members} and {non_members}"):
+        MIA.Attack(column(range(members)), column(range(non_members)))
+    with pytest.raises(ValueError, match=f"found {members} and {non_members}"):
+        MIACR.attack_probabilities([torch.rand(members)], [torch.rand(non_members)], torch.rand(2))
+
+
 def test_machine_refuses_one_side_only():
     system = svm.system_of(column([0, 1, 2]))
     signs, bounds = torch.tensor([1.0, 1.0, -1.0]).double(), torch.ones(2, 3).double()
