@@ -68,6 +68,7 @@ def test_a_plain_folder_is_read_as_torchvision_reads_it(root, capsys):
     data, theirs = load(root), ImageFolder(root / "train")
     assert data.train.names == [os.path.relpath(path, root / "train") for path, _ in theirs.samples]
     assert data.train.labels.tolist() == theirs.targets and data.classes == theirs.classes
+    assert data.train.pixels.dtype == torch.uint8
     assert grey(data.train) == [np.asarray(Image.open(path))[0, 0, 0] for path, _ in theirs.samples]
     assert capsys.readouterr().out == ""
 
@@ -330,6 +331,24 @@ def test_validation_and_test_folders_that_both_could_be_meant_are_named(root):
 
 def test_one_part_as_data_dir_is_explained(root):
     assert f"use --data_dir {root}" in refusal(root / "train")
+
+
+def test_a_folder_called_test_that_is_no_part_is_explained_by_what_is_in_it(root):
+    (root / "train").rename(root.parent / "test")
+    assert "if these are the classes" in refusal(root.parent / "test")
+    (root / "test").rename(root / "images")
+    (root.parent / "train").mkdir()
+    assert "only images/" in refusal(root)
+
+
+def test_one_class_is_named(root):
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "bee")
+    assert "train/ has one class (ant); a classifier needs at least two" in refusal(root)
+
+
+def test_five_of_many_names_are_shown():
+    assert utils._some(list("abcde")) == "a, b, c, d, e" and utils._some(list("abcdef")) == "a, b, c, d, e, ..."
 
 
 def test_files_without_class_folders_are_explained(root):

@@ -464,6 +464,8 @@ def test_pillow_prints_no_warnings(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         read(path)
-    assert not caught
+        assert not caught
+        warnings.warn("of another package", stacklevel=1)
+    assert len(caught) == 1
     with pytest.warns(Image.DecompressionBombWarning):
         Image.open(path).close()
