@@ -21,14 +21,14 @@ def class_rows(outputs, settings, classes):
     for score in settings.scores:
         held_out = CR.score_part(outputs.held_out, score, "held_out")
         forget = CR.score_part(outputs.forget, score, "forget")
-        q_hats = CR.split_q_hats(held_out, outputs, size, settings.alphas, draws=1)[0].tolist()
-        for alpha, common in zip(settings.alphas, q_hats, strict=True):
+        q_hats = CR.split_q_hats(held_out, outputs, size, settings.alphas, draws=1)[0]
+        for alpha_number, alpha in enumerate(settings.alphas):
             for number, name in enumerate(classes):
                 own_images = calibration[labels[calibration] == number]
                 own = CR.finite_quantile(held_out.own[own_images], alpha)
-                thresholds = torch.tensor([common, own], dtype=torch.float64)
+                thresholds = torch.stack([q_hats[alpha_number], torch.full_like(q_hats[0], own)])
                 row = {"score": score.name, "alpha": alpha, "class": name, "calibration_images": len(own_images)}
-                row |= dict(zip(("q_hat", "own_q_hat"), scores.from_log_odds(thresholds).tolist(), strict=True))
+                row["q_hat"], row["own_q_hat"] = scores.from_log_odds(thresholds).tolist()
                 parts = {
                     "test": held_out.of(test[labels[test] == number]),
                     "forget": forget.of(outputs.forget.labels == number),
@@ -37,6 +37,6 @@ def class_rows(outputs, settings, classes):
                     row[f"{part}_images"] = len(scored.own)
                     found = CR.describe(scored, thresholds)
                     for key in ("coverage", "set_size"):
-                        row |= dict(zip((f"{part}_{key}", f"own_{part}_{key}"), found[key].tolist(), strict=True))
+                        row[f"{part}_{key}"], row[f"own_{part}_{key}"] = found[key].tolist()
                 rows.append(row)
     return rows

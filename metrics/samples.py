@@ -31,7 +31,8 @@ def sample_rows(outputs, settings, indices, names=None):
         "p_true": own.tolist(),
         "score": scores.from_log_odds(forget.own).tolist(),
     }
-    for alpha, q_hats in zip(settings.alphas, CR.split_q_hats(held_out, outputs, size, settings.alphas).T, strict=True):
+    for alpha in settings.alphas:
+        q_hats = CR.split_q_hats(held_out, outputs, size, [alpha]).flatten()
         inside, sizes = CR.apply_thresholds(forget, q_hats[:1])
         often = (forget.own[:, None] <= q_hats[~q_hats.isnan()]).double().mean(dim=1)
         found = {

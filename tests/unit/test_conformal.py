@@ -163,9 +163,9 @@ def plain_q_hat(values, alpha):
     return sorted(values)[k - 1] if k <= len(values) else None
 
 
-def plain_numbers(output, chosen, q_hat, set_sizes, score):
+def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
     """Every number of :func:`CR.describe`, image by image. None where there is no q̂ or nothing to count."""
-    numbers = score.log_odds(output.logits, "").tolist()
+    numbers = score.log_odds(output.logits, drawn).tolist()
     inside, sizes, wrong = [], [], []
     for image in chosen:
         label = int(output.labels[image])
@@ -363,55 +363,60 @@ def test_metrics_of_many_thresholds_are_those_of_each():
 # ---------------------------------------------------------------- classes, samples
 
 
-@pytest.mark.parametrize("forgotten_class", [None, 3])
-def test_class_rows_are_what_loops_give(forgotten_class):
+@pytest.mark.parametrize(("forgotten_class", "name"), [(None, "thr"), (3, "thr"), (3, "aps")])
+def test_class_rows_are_what_loops_give(forgotten_class, name):
     outputs = some_outputs(3, forgotten_class)
-    score, alphas = scores.Score(), (0.04, 0.2)
+    score, alphas = scores.Score(name, seed=5), (0.04, 0.2)
     rows = classwise.class_rows(outputs, metrics.Settings(alphas, (score,)), ["a", "b", "c", "d"])
     assert [(row["alpha"], row["class"]) for row in rows] == [(alpha, name) for alpha in alphas for name in "abcd"]
     held_out = outputs.held_out
     labels = held_out.labels.tolist()
-    own = [row[label] for row, label in zip(scores.thr_log_odds(held_out.logits).tolist(), labels, strict=True)]
+    own = [row[label] for row, label in zip(score.log_odds(held_out.logits, "held_out").tolist(), labels, strict=True)]
     for row in rows:
         number = "abcd".index(row["class"])
         common = plain_q_hat([own[image] for image in range(45) if labels[image] != forgotten_class], row["alpha"])
         calibration = [image for image in range(45) if labels[image] == number]
         mine = plain_q_hat([own[image] for image in calibration], row["alpha"])
         parts = {
-            "test": (held_out, [image for image in range(45, 90) if labels[image] == number]),
-            "forget": (outputs.forget, (outputs.forget.labels == number).nonzero().flatten().tolist()),
+            "test": (held_out, "held_out", [image for image in range(45, 90) if labels[image] == number]),
+            "forget": (outputs.forget, "forget", (outputs.forget.labels == number).nonzero().flatten().tolist()),
         }
         expected = {
-            "score": "thr",
+            "score": name,
             "alpha": row["alpha"],
             "class": row["class"],
             "calibration_images": len(calibration),
         }
         for key, q_hat in (("q_hat", common), ("own_q_hat", mine)):
             expected[key] = math.nan if q_hat is None else 1 / (1 + math.exp(-q_hat))
-        for part, (output, chosen) in parts.items():
+        for part, (output, drawn, chosen) in parts.items():
             expected[f"{part}_images"] = len(chosen)
             for prefix, q_hat in (("", common), ("own_", mine)):
-                numbers = plain_numbers(output, chosen, q_hat, (), score)
+                numbers = plain_numbers(output, chosen, q_hat, (), score, drawn)
                 for key in ("coverage", "set_size"):
                     expected[f"{prefix}{part}_{key}"] = math.nan if numbers[key] is None else numbers[key]
-        assert row == pytest.approx(expected, nan_ok=True)
+        texts = {key: expected.pop(key) for key in ("score", "class")}
+        assert {key: row.pop(key) for key in texts} == texts
+        assert row == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
-@pytest.mark.parametrize("forgotten_class", [None, 3])
-def test_sample_rows_are_what_loops_give(forgotten_class):
+@pytest.mark.parametrize(("forgotten_class", "kind"), [(None, "thr"), (3, "thr"), (None, "aps")])
+def test_sample_rows_are_what_loops_give(forgotten_class, kind):
     outputs = some_outputs(5, forgotten_class, cal_sizes=(10, 20))
-    score, alphas = scores.Score(), (0.01, 0.2)
+    score, alphas = scores.Score(kind, seed=5), (0.01, 0.2)
+    if forgotten_class is None:  # some forget images have the very scores of calibration images
+        outputs.forget = outputs.held_out.of(torch.arange(40))
     count = len(outputs.forget.labels)
     indices, names = torch.arange(count) + 100, [f"{number}.png" for number in range(count)]
     rows = samples.sample_rows(outputs, metrics.Settings(alphas, (score, scores.Score("aps"))), indices, names)
-    own = scores.true_label_log_odds(*outputs.held_out).tolist()
+    held_out = outputs.held_out
+    own = score.log_odds(held_out.logits, "held_out").gather(1, held_out.labels[:, None]).flatten().tolist()
     labels = outputs.held_out.labels.tolist()
     q_hats = [
         plain_q_hat([own[image] for image in draw[:20] if labels[image] != forgotten_class], 0.2)
         for draw in outputs.draws.tolist()
     ]
-    log_odds = scores.thr_log_odds(outputs.forget.logits).tolist()
+    log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     p = torch.softmax(outputs.forget.logits, dim=1)
     for number, row in enumerate(rows):
         label, prediction = int(outputs.forget.labels[number]), int(outputs.forget.logits[number].argmax())
@@ -423,7 +428,7 @@ def test_sample_rows_are_what_loops_give(forgotten_class):
                 "label": label,
                 "prediction": prediction,
                 "p_true": p[number, label].item(),
-                "score": 1 - p[number, label].item(),
+                "score": 1 / (1 + math.exp(-log_odds[number][label])),
                 "set_size@0.01": None,
                 "in_set@0.01": None,
                 "fake@0.01": None,
@@ -439,10 +444,17 @@ def test_sample_rows_are_what_loops_give(forgotten_class):
 
 def test_share_of_draws_counts_those_with_a_finite_q_hat():
     outputs = some_outputs(12, 3, cal_sizes=(20,))
+    order = sorted(range(12), key=lambda draw: len(outputs.calibration(20, draw)))
+    outputs.draws = outputs.draws[[*order[4:], *order[:4]]]  # draws with fewer and with more than the first
     counts = [len(outputs.calibration(20, draw)) for draw in range(12)]
     alpha = math.ceil(1000 / (counts[0] + 1)) / 1000  # finite with as many calibration images as the split has
     rows = samples.sample_rows(outputs, metrics.Settings((alpha,)), torch.arange(len(outputs.forget.labels)))
     finite = sum(count >= counts[0] for count in counts)
+    more = math.ceil(1000 / (counts[0] + 2)) / 1000  # needs one image more than the split has
+    chosen = metrics.Settings((more,))
+    assert counts[0] < CR.least_images(more) <= max(counts)
+    unknown = samples.sample_rows(outputs, chosen, torch.arange(len(outputs.forget.labels)))
+    assert all(row[f"in_set_share@{more:g}"] is None for row in unknown)
     own = scores.true_label_log_odds(*outputs.held_out)
     q_hats = [own[outputs.calibration(20, d)].max() for d in range(12) if counts[d] >= counts[0]]
     forget = scores.true_label_log_odds(*outputs.forget)
@@ -454,6 +466,8 @@ def test_share_of_draws_counts_those_with_a_finite_q_hat():
 @pytest.mark.parametrize("forgotten_class", [None, 3])
 def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class):
     outputs = some_outputs(2, forgotten_class, cal_sizes=(10, 20))
+    if forgotten_class is None:  # one label's score is q̂ itself
+        outputs.forget = outputs.held_out.of(torch.arange(40))
     chosen = metrics.Settings((0.2, 0.04))
     own = scores.true_label_log_odds(*outputs.held_out).tolist()
     labels = outputs.held_out.labels.tolist()

@@ -669,6 +669,8 @@ def test_lines_on_infinite_q_hats_join_what_is_of_one_kind():
         "found)",
     ]
     assert missing([q_hat_row(0.01, MIACR_calibration_images=99), q_hat_row(0.2)]) == []
+    (line,) = missing([], [{"alpha": 0.3, "class": "cow", "own_q_hat": nan, "calibration_images": 0}])
+    assert "1 class at alpha 0.3 (3 calibration images needed, at most 0 found)" in line
     (line,) = missing([q_hat_row(0.1, q_hat=nan, calibration_images=0), q_hat_row(0.1, q_hat=nan, cal_size=8)])
     assert "gives no calibration images; alpha 0.1 needs 9 and --cal_sizes 8 gives" in line
 
