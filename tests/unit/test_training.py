@@ -182,7 +182,7 @@ def test_a_term_needs_as_many_calibration_images_as_make_q_hat_finite(alpha):
         unlearn_cpu.ConformalTerm(None, torch.arange(least - 1), alpha, 0.01, 0.5)
 
 
-@pytest.mark.parametrize("count", [1, 2, 6, 18, 98, 600])  # the exact 0.5 for one image
+@pytest.mark.parametrize("count", [1, 2, 6, 18, 98, 600])
 def test_the_suggested_alpha_is_large_enough_and_little_larger(count):
     with pytest.raises(utils.UserError) as caught:
         unlearn_cpu.ConformalTerm(None, torch.arange(count), 0.001, 0.01, 0.5)
