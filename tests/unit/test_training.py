@@ -188,7 +188,7 @@ def test_the_suggested_alpha_is_large_enough_and_little_larger(count):
         unlearn_cpu.ConformalTerm(None, torch.arange(count), 0.001, 0.01, 0.5)
     suggested = float(str(caught.value).split("choose --alpha ")[1].split()[0])
     unlearn_cpu.ConformalTerm(None, torch.arange(count), suggested, 0.01, 0.5)
-    assert suggested < 1 / (count + 1) + 0.002
+    assert suggested < 1 / (count + 1) + 0.001
 
 
 def test_without_calibration_images_no_alpha_is_suggested():
