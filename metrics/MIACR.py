@@ -24,23 +24,13 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
     ``CalibratedClassifierCV(SVC(...), ensemble=False)`` does. NaN where an attack has no answer, because members and
     non-members have the same confidences. Raises ValueError for unequal or too few images.
     """
-    for one, other in zip(members, non_members, strict=True):
-        MIA.check_sizes(len(one), len(other))
-    grid = svm.Grid(0.0, 1.0, step)
-    feature_map = svm.FeatureMap(svm.chebyshev_landmarks(0.0, 1.0, 16))
+    for number, confidences in enumerate(members):
+        MIA.check_sizes(len(confidences), len(non_members[number]))
+    grid = svm.Grid(step)
+    feature_map = svm.FeatureMap(svm.chebyshev_landmarks(*svm.Grid.ENDS))
     system = svm.Dense(feature_map, np.tile(grid.nodes, 2)[:, None])
     signs = torch.cat([torch.ones(grid.size), -torch.ones(grid.size)]).double()
-    counts = torch.from_numpy(
-        np.stack(
-            [
-                [
-                    np.concatenate([grid.histogram(fold) for fold in folds])
-                    for folds in zip(one.tensor_split(MIA.FOLDS), other.tensor_split(MIA.FOLDS), strict=True)
-                ]
-                for one, other in zip(members, non_members, strict=True)
-            ]
-        )
-    )  # attacks × folds × nodes
+    counts = torch.cat([_fold_histograms(grid, members), _fold_histograms(grid, non_members)], dim=2)
     whole = counts.sum(dim=1, keepdim=True)
     trained = torch.cat([whole - counts, whole], dim=1)
     weights, tells_apart = svm.solve(system, signs, MIA.C * trained.flatten(0, 1))
@@ -51,6 +41,13 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
     probabilities = torch.sigmoid(-(sigmoids[:, :1] * decisions + sigmoids[:, 1:]))
     probabilities[~tells_apart.view(len(members), -1)[:, -1]] = torch.nan
     return probabilities
+
+
+def _fold_histograms(grid, confidences):
+    """Histograms of each fold of each of the tensors of confidences → (number of tensors)×folds×nodes, float64."""
+    return torch.from_numpy(
+        np.stack([[grid.histogram(fold) for fold in one.tensor_split(MIA.FOLDS)] for one in confidences])
+    )
 
 
 def membership_scores(probabilities):

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.special import logit
 from sklearn.isotonic import IsotonicRegression
 
 from . import CR, scores
@@ -58,6 +59,8 @@ HISTOGRAM = {"histtype": "step", "linewidth": 1.2}
 Q_HAT_LINE, Q_HAT_AREA = {"color": GREEN, "linewidth": 1.6}, {"color": GREEN, "alpha": 0.08, "linewidth": 0}
 BAR, SWATCH = {"height": 0.7}, {"linewidth": 6}
 MIDDLE = {"ha": "center", "va": "center"}
+LEGEND_BELOW = {"loc": "outside lower center", "ncols": 4}
+LEGEND_RIGHT = {"loc": "outside right center"}
 SIZES = {  # inches: width and height of the whole, or of each part and of what surrounds the parts
     "curves": (8.2, 5.6),
     "plane": (6.4, 4.8),
@@ -68,8 +71,10 @@ SIZES = {  # inches: width and height of the whole, or of each part and of what 
 }
 PER_ROW = {"histograms": 4, "sheet": 6}
 MARGIN = 0.16  # of the plane around the points
+BAR_MARGINS, BETWEEN_BARS = {"x": 0.2}, 0.6  # room for the text at the end of a bar, and above and below the bars
 LABELS_AT, LABEL_GAP = 1.03, 0.042  # of the plane's labels: place on the x-axis, least distance in height
-LONGEST_NAME, LONGEST_LINE, MOST_LABELS = 24, 22, 8  # characters of a name and of a line, labels of a set
+LONGEST_NAME, LONGEST_LINE, LONGEST_TITLE = 24, 22, 120  # characters
+MOST_LABELS = 8  # of a set
 LOGIT_EDGES = np.linspace(-14, 14, 57)
 NO_Q_HAT = "no finite q̂"
 NOTHING_FAKE = "no misclassified image\nkeeps its label in the set"
@@ -209,20 +214,21 @@ def score_histograms(samples, alpha):
     """
     figure, axes = _panels("histograms", len(samples), sharex=True)
     low, high = LOGIT_EDGES[0], LOGIT_EDGES[-1]
-    for axis, (name, sample) in zip(axes, samples.items(), strict=False):
+    for number, (name, sample) in enumerate(samples.items()):
+        axis = axes[number]
         for part, (colour, line) in PARTS.items():
-            values = np.clip(_logit(sample[part]), low, high)
-            share = np.full(len(values), 1 / max(len(values), 1))
-            axis.hist(values, LOGIT_EDGES, weights=share, color=colour, linestyle=line, **HISTOGRAM)
+            values = np.clip(logit(sample[part]), low, high)
+            shares = np.ones_like(values) / len(values)
+            axis.hist(values, LOGIT_EDGES, weights=shares, color=colour, linestyle=line, **HISTOGRAM)
         has_q_hat = not _missing(sample["q_hat"])
         if has_q_hat:
-            place = np.clip(_logit(sample["q_hat"]), low, high)
+            place = np.clip(logit(sample["q_hat"]), low, high)
             axis.axvline(place, **Q_HAT_LINE)
             axis.axvspan(low, place, **Q_HAT_AREA)
         axis.set_title(printable(name) if has_q_hat else f"{printable(name)} ({NO_Q_HAT})")
         axis.set_yticks([])
         axis.grid(False)
-        axis.set_xticks(_logit([1e-6, 1e-3, 0.5, 1 - 1e-3]), ["10⁻⁶", "10⁻³", "½", ".999"])
+        axis.set_xticks(logit([1e-6, 1e-3, 0.5, 1 - 1e-3]), ["10⁻⁶", "10⁻³", "½", ".999"])
     for number, axis in enumerate(axes):
         axis.set_visible(number < len(samples))
         # Panels of a column share their ticks; the lowest one shows the labels.
@@ -230,7 +236,7 @@ def score_histograms(samples, alpha):
     handles = [Line2D([], [], color=colour, linestyle=line) for colour, line in PARTS.values()]
     handles.append(Line2D([], [], **Q_HAT_LINE))
     labels = [*PARTS, "q̂: what is left of it is in the set"]
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, **LEGEND_BELOW)
     figure.suptitle(
         f"Score 1 − p of the true label: where forget images lie left of q̂, their label is in the set (α = {alpha:g})"
     )
@@ -246,11 +252,6 @@ def _panels(kind, count, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
-def _logit(values):
-    values = np.clip(values, 1e-300, 1 - 1e-16)
-    return np.log(values) - np.log1p(-values)
-
-
 def _missing(value):
     """Whether a number is unknown: None, NaN or infinite."""
     return value is None or not math.isfinite(value)
@@ -264,21 +265,22 @@ def against_alpha(curves):
     numbers (None, NaN) are left out.
     """
     figure = Figure(figsize=SIZES["curves"])
-    axes = figure.subplots(2, 2, sharex=True)
+    rows = [["forget_coverage", "test_coverage"], ["forget_CR", "test_CR"]]
+    axes = figure.subplot_mosaic(rows, sharex=True)
     titles = {
         "forget_coverage": "Coverage of forget images (low: forgotten)",
         "test_coverage": "Coverage of test images (1 − α, by construction)",
         "forget_CR": "CR of forget images (low: forgotten)",
         "test_CR": "CR of test images (high: useful)",
     }
-    for axis, (key, title) in zip(axes.ravel(), titles.items(), strict=True):
+    for key, axis in axes.items():
         handles = _draw_curves(axis, {name: (curve["alpha"], curve[key]) for name, curve in curves.items()})
         if key == "test_coverage":
             alphas = sorted({alpha for curve in curves.values() for alpha in curve["alpha"]})
             axis.plot(alphas, [1 - alpha for alpha in alphas], zorder=1, **GUIDE)
-        axis.set_title(title)
-    for axis in axes[1]:
-        axis.set_xlabel("miscoverage level α")
+        axis.set_title(titles[key])
+        if key in rows[-1]:
+            axis.set_xlabel("miscoverage level α")
     _name_curves(figure, handles, curves)
     return figure
 
@@ -306,7 +308,7 @@ def _face(colour, line):
 def _name_curves(figure, handles, names):
     # matplotlib leaves a label that starts with _ out of a legend
     labels = [" " + printable(name) if printable(name).startswith("_") else printable(name) for name in names]
-    figure.legend(handles, labels, loc="outside right center")
+    figure.legend(handles, labels, **LEGEND_RIGHT)
 
 
 @styled
@@ -329,9 +331,9 @@ def ratio_plane(points, alpha):
     axis.margins(MARGIN)
     low, high = axis.get_ylim()
     heights = spread_heights([(y - low) / (high - low) for _, y in points.values()], LABEL_GAP)
-    for name, height in zip(points, heights, strict=True):
+    for number, (name, point) in enumerate(points.items()):
         axis.annotate(
-            printable(name), points[name], xytext=(LABELS_AT, height), textcoords="axes fraction", va="center",
+            printable(name), point, xytext=(LABELS_AT, heights[number]), textcoords="axes fraction", va="center",
             arrowprops=LEADER, weight="bold" if name == "retrain" else "normal", **SMALL,
         )  # fmt: skip
     axis.set_xlabel("CR on test images (right: useful)")
@@ -366,9 +368,10 @@ def fake_bars(counts, alpha):
     width, around, height = SIZES["bars"]
     figure = Figure(figsize=(width, height * len(counts) + around))
     axis = figure.subplots()
-    places = np.arange(len(counts))[::-1]
+    places = {name: place for place, name in enumerate(reversed(counts))}
     _say_if_nothing(axis, [fake for _, fake, _ in counts.values()])
-    for place, (wrong, fake, total) in zip(places, counts.values(), strict=True):
+    for name, (wrong, fake, total) in counts.items():
+        place = places[name]
         if _missing(wrong) or _missing(fake) or not total:
             axis.text(0, place, f" – of {_short(wrong)}", va="center", **SMALL)
             continue
@@ -376,15 +379,15 @@ def fake_bars(counts, alpha):
         axis.barh(place, (wrong - fake) / total, left=fake / total, color=SKY, **BAR)
         text = f"{_short(fake)} of {_short(wrong)}" + (f" ({fake / wrong:.0%})" if wrong else "")
         axis.text(wrong / total, place, f" {text}", va="center", **SMALL)
-    axis.set_yticks(places, [printable(name) for name in counts])
-    axis.set_ylim(-0.6, len(counts) - 0.4)
+    axis.set_yticks(list(places.values()), map(printable, places))
+    axis.set_ylim(-BETWEEN_BARS, len(counts) - 1 + BETWEEN_BARS)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_xlabel("share of the forget images that are misclassified")
     axis.grid(axis="y", visible=False)
-    axis.margins(x=0.2)
+    axis.margins(**BAR_MARGINS)
     axis.set_title(f"Fake forgetting (α = {alpha:g}): misclassified, and the label is still in the set")
     swatches = [Line2D([], [], color=colour, **SWATCH) for colour in (RED, SKY)]
-    figure.legend(swatches, [IN_SET, OUT_OF_SET], loc="outside lower center", ncols=2)
+    figure.legend(swatches, [IN_SET, OUT_OF_SET], **LEGEND_BELOW)
     return figure
 
 
@@ -410,17 +413,18 @@ def fake_sheet(entries, classes, title):
     figure, axes = _panels("sheet", len(entries or []))
     for axis in axes:
         axis.set_axis_off()
-    for axis, (image, label, prediction, inside) in zip(axes, entries or [], strict=False):
+    for number, (image, label, prediction, inside) in enumerate(entries or []):
+        axis = axes[number]
         axis.imshow(image, interpolation="nearest")
         names = [
-            f"[{printable(classes[number])}]" if number == label else printable(classes[number]) for number in inside
+            f"[{printable(classes[chosen])}]" if chosen == label else printable(classes[chosen]) for chosen in inside
         ]
         shown = names[:MOST_LABELS] + ["…"] * (len(names) > MOST_LABELS)
         answer = f"{printable(classes[label])} → {printable(classes[prediction])}"
         axis.set_title("\n".join([answer, f"{{{_wrapped(shown)}}}"]), **TINY)
     if not entries:
         axes[0].text(0.5, 0.5, NO_Q_HAT if entries is None else NOTHING_FAKE, **MIDDLE)
-    figure.suptitle(printable(title, longest=120))
+    figure.suptitle(printable(title, LONGEST_TITLE))
     return figure
 
 
@@ -444,11 +448,11 @@ def relearn_curves(curves, alpha):
     """
     width, least, height, around = SIZES["relearn"]
     figure = Figure(figsize=(width, max(least, height * len(curves) + around)))
-    axes = figure.subplots(1, 2, sharex=True)
+    axes = figure.subplot_mosaic([["accuracy", "coverage"]], sharex=True)
     titles = {"accuracy": "Accuracy", "coverage": f"Coverage (α = {alpha:g})"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+    for key, axis in axes.items():
         handles = _draw_curves(axis, {name: (curve["step"], curve[key]) for name, curve in curves.items()})
-        axis.set_title(title)
+        axis.set_title(titles[key])
         axis.set_xlabel("steps of training on a tenth")
     _name_curves(figure, handles, curves)
     figure.suptitle("Do they come back? Nine tenths of the forget images while the other tenth is learnt again")

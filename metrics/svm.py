@@ -11,12 +11,15 @@ import math
 
 import numpy as np
 import torch
+from numpy.polynomial.chebyshev import chebpts1
 from scipy import sparse
 from scipy.linalg import cho_solve_banded, cholesky_banded
 from sklearn.kernel_approximation import Nystroem
 
 FINE, COARSE = 1 / 1024, 1 / 256  # steps of the grid on one feature; the kernel's width is 0.7
+SEED = 0
 LANDMARKS = 192  # for several features
+CHEBYSHEV, CHEBYSHEV_PER_UNIT = 12, 4  # landmarks for one feature, and how many more for each unit of its range
 ITERATIONS, TOLERANCE = 60, 1e-8
 TOGETHER = 100  # rows solved at a time
 PRODUCTS = 2**20  # numbers; up to so many, products of features are kept for all rows
@@ -32,46 +35,47 @@ class FeatureMap:
 
     def __init__(self, landmarks):
         landmarks = np.asarray(landmarks, dtype=np.float64)
-        self._nystroem = Nystroem(gamma=1 / landmarks.shape[1], n_components=len(landmarks), random_state=0)
+        self._nystroem = Nystroem(gamma=1 / landmarks.shape[1], n_components=len(landmarks), random_state=SEED)
         self._nystroem.fit(landmarks)
 
     def __call__(self, points):
         return torch.from_numpy(self._nystroem.transform(np.asarray(points, dtype=np.float64)))
 
 
-def chebyshev_landmarks(low, high, count):
-    """``count`` landmarks on [low, high], dense at the ends, where interpolation is least exact. → count×1."""
-    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
-    return (low + high) / 2 + (high - low) / 2 * nodes[:, None]
+def chebyshev_landmarks(low, high):
+    """Landmarks on [low, high], dense at the ends, where interpolation is least exact. → count×1."""
+    count = CHEBYSHEV + math.ceil(CHEBYSHEV_PER_UNIT * (high - low))
+    return ((low + high) / 2 + (high - low) / 2 * chebpts1(count))[:, None]
 
 
 class Grid:
-    """A grid on one feature. Each point becomes weights on its two neighbors that keep its place: the grid's
+    """A grid on [0, 1]. Each point becomes weights on its two neighbors that keep its place: the grid's
     histograms replace the points up to the curvature of the decision over a step, about 10⁻⁶ for the fine grid."""
 
-    def __init__(self, low, high, step=FINE):
-        self.size = max(2, round((high - low) / step) + 1)
-        self.nodes = low + (max(high - low, step) / (self.size - 1)) * np.arange(self.size)
-        self._low, self._step = low, self.nodes[1] - low
+    ENDS = 0.0, 1.0
+
+    def __init__(self, step):
+        self.size = round(1 / step) + 1
+        self.nodes = np.linspace(*self.ENDS, self.size)
 
     def histogram(self, points):
         """Weights of the nodes that replace ``points`` (N) → size, float64; they sum to N."""
-        place = (np.asarray(points) - self._low) / self._step
+        place = np.asarray(points) * (self.size - 1)
         left = np.clip(place.astype(np.int64), 0, self.size - 2)
         share = place - left
         return np.bincount(left, 1 - share, self.size) + np.bincount(left + 1, share, self.size)
 
 
-def system_of(points, seed=0):
+def system_of(points):
     """The :class:`Dense` or :class:`Line` whose features are exact on ``points`` N×d."""
     if points.shape[1] > 1:
         distinct = np.unique(points, axis=0)
-        return Dense(FeatureMap(np.random.default_rng(seed).permutation(distinct)[:LANDMARKS]), points)
+        return Dense(FeatureMap(np.random.default_rng(SEED).permutation(distinct)[:LANDMARKS]), points)
     points = _finite(points)
     if np.abs(points).max() > NARROW:
         return Line(points)
     low, high = points.min() - 1, points.max() + 1  # beyond the points, so that near-equal points are no special case
-    return Dense(FeatureMap(chebyshev_landmarks(low, high, 12 + math.ceil(4 * (high - low)))), points)
+    return Dense(FeatureMap(chebyshev_landmarks(low, high)), points)
 
 
 class Dense:
@@ -153,10 +157,9 @@ class Line:
         self._features = sparse.csr_matrix((values.ravel(), columns.ravel(), starts), shape)
         self._transposed = self._features.T.tocsr()
         # Row o, column j of the band of featuresᵀ D features is a sum over the points: one sparse product with D.
-        offsets = [np.arange(width - offset) for offset in range(width)]
-        products = np.concatenate([values[:, i] * values[:, i + o] for o, i in enumerate(offsets)], axis=1)
-        row_starts = [(columns[:, i + o] - columns[:, i]) * shape[1] for o, i in enumerate(offsets)]
-        places = np.concatenate([start + columns[:, i] for start, i in zip(row_starts, offsets, strict=True)], axis=1)
+        one, other = np.triu_indices(width)
+        products = values[:, one] * values[:, other]
+        places = (columns[:, other] - columns[:, one]) * shape[1] + columns[:, one]
         starts = np.arange(len(columns) + 1, dtype=np.int32) * products.shape[1]
         shape = (self._kernel_band.size, len(columns))
         self._products = sparse.csc_matrix((products.reshape(-1), places.reshape(-1), starts), shape)
@@ -199,14 +202,14 @@ class Line:
         gram = (self._products @ row).reshape(self._kernel_band.shape)
         band = gram + self._kernel_band
         band[0] *= 1 + self.JITTER_RELATIVE
-        triangle = cholesky_banded(band, lower=True, overwrite_ab=True, check_finite=False)
+        triangle = cholesky_banded(band, lower=True)
         # The offset borders the banded system: its row is eliminated last.
         border = self._transposed @ row
-        through = cho_solve_banded((triangle, True), border, check_finite=False)
+        through = cho_solve_banded((triangle, True), border)
         corner = row.sum() - border @ through
 
         def solve_for(right):
-            inner = cho_solve_banded((triangle, True), right[0, :-1].numpy(), check_finite=False)
+            inner = cho_solve_banded((triangle, True), right[0, :-1].numpy())
             offset = (right[0, -1].item() - border @ inner) / corner
             return torch.from_numpy(np.append(inner - through * offset, offset))[None]
 

@@ -334,6 +334,34 @@ def test_many_attacks_are_those_of_each_alone(monkeypatch):
         torch.testing.assert_close(alone[0], together[number], atol=1e-6, rtol=0)
 
 
+def test_attack_that_only_one_fold_can_train_has_an_answer():
+    """Members and non-members differ in one fold: the machine that is trained without it has no answer."""
+    members = [torch.full((10,), 0.5).double() for _ in range(MIA.FOLDS)]
+    for fold, confidences in enumerate(members):
+        confidences[2 * fold : 2 * fold + 2] = 0.9
+    non_members = [torch.full((10,), 0.5).double()] * MIA.FOLDS
+    points = torch.tensor([0.4, 0.9]).double()
+    assert not MIACR.attack_probabilities(members, non_members, points, step=1 / 32).isnan().any()
+
+
+@pytest.mark.parametrize(("held_out", "known"), [(54, False), (55, True)])
+def test_miacr_needs_five_images_to_train_on(held_out, known):
+    rows = MIACR.report(make_outputs(held_out=held_out), metrics.Settings((0.3,)))[1]
+    assert math.isfinite(rows["thr", 20, 0.3]["MIACR"]) == known
+
+
+@pytest.mark.parametrize("retain", [31, 160])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_calibration_images_of_miacr_are_counted_on_the_first_draw(retain, order):
+    outputs = make_outputs(retain=retain, num_draws=2, forgotten=True)
+    outputs.draws = outputs.draws[order]
+    rows = MIACR.report(outputs, metrics.Settings((0.3,)))[1]
+    for size in (20, 50):
+        retained = int((outputs.held_out.labels[outputs.draws[0, :size]] != 2).sum())
+        held_members = min(retain // 2, int((outputs.held_out.labels[outputs.draws[0, :50]] != 2).sum()))
+        assert rows["thr", size, 0.3]["MIACR_calibration_images"] == 2 * min(retained, held_members)
+
+
 def test_miacr_without_an_answer_is_not_a_number():
     unknown, known = MIACR.membership_scores(torch.full((9,), math.nan).double()), torch.rand(9, 2).double()
     assert math.isnan(MIACR.miacr(unknown, unknown, unknown, 0.3))
@@ -379,7 +407,7 @@ def test_miacr_trains_and_calibrates_each_draw_on_its_own_images(monkeypatch, nu
             true = torch.cat([1 - retain[held_members[:n]], held_out[calibration[:n]]])
             q_hat = CR.conformal_quantile(true, alpha)
             expected.append(((forget <= q_hat) & (1 - forget > q_hat)).double().mean().item())
-        assert row["MIACR"] == pytest.approx(np.mean(expected))
+        assert row["MIACR"] == pytest.approx(np.mean(expected), rel=1e-12)
         assert ("MIACR_resplit_std" in row) == (num_draws > 1)
         if num_draws > 1:
             assert row["MIACR_resplit_std"] == pytest.approx(np.std(expected, ddof=1))
@@ -473,15 +501,29 @@ def test_machine_refuses_one_side_only():
 
 
 def test_grid_keeps_number_mean_and_ends():
-    grid = svm.Grid(2.0, 5.0, 0.25)
-    assert grid.nodes.tolist() == [2 + 0.25 * number for number in range(13)] and grid.size == 13
-    counts = grid.histogram(np.array([2.0, 2.1, 3.25, 5.0, 5.0]))
-    expected = np.zeros(13)
-    expected[[0, 1, 5, 12]] = [1.6, 0.4, 1, 2]
-    assert counts == pytest.approx(expected)
-    assert counts @ grid.nodes == pytest.approx(2 + 2.1 + 3.25 + 10)
-    assert svm.Grid(1.0, 1.0, 0.5).nodes.tolist() == [1, 1.5]
-    assert svm.Grid(0.0, 1.0).size == 1025
+    grid = svm.Grid(1 / 4)
+    assert grid.nodes.tolist() == [0, 0.25, 0.5, 0.75, 1] and grid.size == 5
+    counts = grid.histogram(np.array([0.0, 0.1, 0.5, 1.0, 1.0]))
+    assert counts.tolist() == pytest.approx([1.6, 0.4, 1, 0, 2])
+    assert counts @ grid.nodes == pytest.approx(0.1 + 0.5 + 2)
+    assert svm.Grid(svm.FINE).size == 1025 and svm.Grid(svm.COARSE).size == 257
+
+
+@pytest.mark.parametrize(("low", "high", "count"), [(0, 1, 16), (-2, 0.6, 23), (3, 5, 20)])
+def test_landmarks_are_the_zeros_of_a_chebyshev_polynomial_on_the_range(low, high, count):
+    zeros = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    expected = sorted(low + (high - low) * (zeros + 1) / 2)
+    assert svm.chebyshev_landmarks(low, high).shape == (count, 1)
+    assert sorted(svm.chebyshev_landmarks(low, high)[:, 0]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [7, 150])
+def test_features_are_exact_on_the_landmarks_and_the_same_each_time(count):
+    landmarks = np.random.default_rng(0).normal(0, 3, (count, 4))
+    features = svm.FeatureMap(landmarks)(landmarks).numpy()
+    kernel = np.exp(-((landmarks[:, None] - landmarks) ** 2).sum(axis=2) / 4)
+    assert np.abs(features @ features.T - kernel).max() < 1e-8 and features.dtype == np.float64
+    assert np.array_equal(svm.FeatureMap(landmarks)(landmarks).numpy(), features)
 
 
 def test_platt_scaling_maximizes_the_likelihood():
@@ -545,6 +587,7 @@ def test_probe_takes_a_random_part_of_many_images(monkeypatch):
     fit = probe.LogisticRegression.fit
 
     def watch(self, features, labels):
+        assert self.max_iter == probe.MOST_ITERATIONS
         fitted.append((features, labels))
         return fit(self, features, labels)
 

@@ -420,9 +420,10 @@ def test_bars_show_shares_of_the_forget_images():
         1: (0, "– of –"),
         0: (0, "– of 3"),
     }
-    assert axis.get_yticks().tolist() == [6, 5, 4, 3, 2, 1, 0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == list(counts)
-    assert axis.get_ylim()[0] < 0 and axis.get_ylim()[1] > 6
+    assert axis.get_yticks().tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(reversed(counts))
+    low, high = axis.get_ylim()
+    assert low < -axis.patches[0].get_height() / 2 and low == pytest.approx(6 - high)
     assert axis.get_xlim()[0] == 0 and axis.get_xlim()[1] > 0.55
     assert axis.xaxis.get_major_formatter()(0.25, 0) == "25%"
     assert legend(figure) == ["label still in the set (fake)", "label out of the set"]
@@ -559,9 +560,15 @@ def test_sheet_shows_each_image_with_its_answer_and_set():
         "class number 7, …}"
     )
     assert figure.get_suptitle() == "the title"
+    assert {axis.images[0].get_interpolation() for axis in figure.axes} == {"nearest"}
     assert (
         figures.fake_sheet([(images[0], 0, 1, list(range(8)))], classes, "").axes[0].get_title().endswith("number 7}")
     )
+
+
+def test_long_title_of_sheet_is_shortened():
+    assert figures.fake_sheet([], ["cat"], "t" * 120).get_suptitle() == "t" * 120
+    assert figures.fake_sheet([], ["cat"], "t" * 121).get_suptitle() == "t" * 60 + "…" + "t" * 59
 
 
 def test_sheet_without_images_says_why():
