@@ -35,7 +35,7 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
     trained = torch.cat([whole - counts, whole], dim=1)
     weights, tells_apart = svm.solve(system, signs, MIA.C * trained.flatten(0, 1))
     weights = weights.view(len(members), MIA.FOLDS + 1, -1)
-    crossed = system.forward(weights[:, :-1].flatten(0, 1)).view_as(counts)
+    crossed = system.forward(weights[:, :-1])  # attacks × folds × nodes
     sigmoids = svm.platt(crossed.flatten(1), signs.repeat(MIA.FOLDS), counts.flatten(1))
     decisions = system.decision(points[:, None].numpy(), weights[:, -1])
     probabilities = torch.sigmoid(-(sigmoids[:, :1] * decisions + sigmoids[:, 1:]))

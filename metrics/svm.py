@@ -21,9 +21,16 @@ SEED = 0
 LANDMARKS = 192  # for several features
 CHEBYSHEV, CHEBYSHEV_PER_UNIT = 12, 4  # landmarks for one feature, and how many more for each unit of its range
 ITERATIONS, TOLERANCE = 60, 1e-8
+LEAST_BOUND = 1e-9  # of the largest; a point that is left out has this bound, so that there is an interior
+OF_STEP = 0.995  # of the longest step that keeps all positive
+FLAT = 1e-9  # slopes of less, as a share of all bounds, are zero
+PLATT_ITERATIONS, PLATT_HALVINGS, PLATT_TOLERANCE = 50, 30, 1e-5
+SUFFICIENT = 1e-4  # of the expected decrease (Armijo)
+DAMPING = 1e-12 * torch.eye(2).double()
 TOGETHER = 100  # rows solved at a time
 PRODUCTS = 2**20  # numbers; up to so many, products of features are kept for all rows
 NARROW = 8.0  # the largest absolute value that Chebyshev's landmarks cover
+LARGEST = np.finfo(np.float64).max / 4  # differences stay finite
 ROUNDING = 1e-6  # decisions that differ by less are equal; the two margins are 2 apart
 
 
@@ -85,7 +92,7 @@ class Dense:
         self._map = feature_map
         self._extended = self._extend(points)
         self.rank = self._extended.shape[1]
-        self._ridge = torch.ones(self.rank, dtype=torch.float64)
+        self._ridge = torch.ones(self.rank).double()
         self._ridge[-1] = 0.0
         self._products = None
         if self._extended.numel() * self.rank <= PRODUCTS:
@@ -93,14 +100,14 @@ class Dense:
 
     def _extend(self, points):
         features = self._map(points)
-        return torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
+        return torch.cat([features, torch.ones(len(features), 1).double()], dim=1)
 
     def decision(self, points, weights):
         """Which side: w · features + b. Points M×d, coefficients B×rank → B×M."""
         return weights @ self._extend(points).T
 
     def forward(self, weights):
-        """Decisions B×n of the coefficients B×rank."""
+        """Decisions …×n of the coefficients …×rank."""
         return weights @ self._extended.T
 
     def adjoint(self, values):
@@ -130,8 +137,9 @@ class Line:
     kernel is zero: far outliers cost nothing. Offers what :class:`Dense` does, for one row (B = 1).
     """
 
-    STEP, REACH, AROUND, GAP = 0.35, 13, 7, 12.0
-    JITTER, JITTER_RELATIVE = 1e-9, 1e-12  # keep the Cholesky factorization positive
+    STEP, REACH, AROUND = 0.35, 13, 7
+    GAP, HALF_GAP = 12.0, 6.0
+    JITTER, JITTER_RELATIVE = 1e-9, 1 + 1e-12  # keep the Cholesky factorization positive
 
     def __init__(self, points):
         points = points[:, 0]
@@ -152,7 +160,7 @@ class Line:
         )
         self._kernel = (lower + sparse.tril(lower, -1).T).tocsr()
         columns, values = self._sparse_features(points)
-        starts = np.arange(len(columns) + 1, dtype=np.int32) * width
+        starts = np.arange(len(columns) + 1) * width
         shape = (len(columns), self.rank - 1)
         self._features = sparse.csr_matrix((values.ravel(), columns.ravel(), starts), shape)
         self._transposed = self._features.T.tocsr()
@@ -160,7 +168,7 @@ class Line:
         one, other = np.triu_indices(width)
         products = values[:, one] * values[:, other]
         places = (columns[:, other] - columns[:, one]) * shape[1] + columns[:, one]
-        starts = np.arange(len(columns) + 1, dtype=np.int32) * products.shape[1]
+        starts = np.arange(len(columns) + 1) * products.shape[1]
         shape = (self._kernel_band.size, len(columns))
         self._products = sparse.csc_matrix((products.reshape(-1), places.reshape(-1), starts), shape)
 
@@ -170,7 +178,7 @@ class Line:
         right = np.searchsorted(self._distinct, points).clip(max=len(self._distinct) - 1)
         left = (right - 1).clip(min=0)
         nearest = np.where(points - self._distinct[left] < self._distinct[right] - points, left, right)
-        return self._places[nearest] + np.clip(points - self._distinct[nearest], -self.GAP / 2, self.GAP / 2)
+        return self._places[nearest] + np.clip(points - self._distinct[nearest], -self.HALF_GAP, self.HALF_GAP)
 
     def _sparse_features(self, points):
         """Which landmarks each point sees, and the kernel there (0 where there is none). → two N×width arrays."""
@@ -201,7 +209,7 @@ class Line:
         row = diagonal[0].numpy()
         gram = (self._products @ row).reshape(self._kernel_band.shape)
         band = gram + self._kernel_band
-        band[0] *= 1 + self.JITTER_RELATIVE
+        band[0] *= self.JITTER_RELATIVE
         triangle = cholesky_banded(band, lower=True)
         # The offset borders the banded system: its row is eliminated last.
         border = self._transposed @ row
@@ -217,8 +225,7 @@ class Line:
 
 
 def _finite(points):
-    largest = np.finfo(np.float64).max / 4  # differences stay finite
-    return np.nan_to_num(np.asarray(points, dtype=np.float64), posinf=largest, neginf=-largest).clip(-largest, largest)
+    return np.nan_to_num(np.clip(points, -LARGEST, LARGEST))
 
 
 def solve(system, signs, bounds):
@@ -246,16 +253,16 @@ def _offset(values, signs, bounds):
     The sum is convex and piecewise linear with a kink at b = signs_i − values_i. Where it is flat between two kinks (no
     point is exactly on a margin), b is the middle, as libsvm has it.
     """
-    kinks, order = (signs - values).sort(dim=1)
+    kinks, order = (signs - values).sort()
     slopes = bounds.gather(1, order).cumsum(dim=1) - bounds[:, signs > 0].sum(dim=1, keepdim=True)
-    rounding = 1e-9 * bounds.sum(dim=1, keepdim=True)
+    rounding = FLAT * bounds.sum(dim=1, keepdim=True)
     first = (slopes >= -rounding).double().argmax(dim=1, keepdim=True)
     last = (slopes > rounding).double().argmax(dim=1, keepdim=True)
     return (kinks.gather(1, first) + kinks.gather(1, last))[:, 0] / 2
 
 
 def _interior_point(system, signs, bounds):
-    upper = bounds.clamp(min=1e-9 * bounds.max())
+    upper = bounds.clamp(min=LEAST_BOUND * bounds.max())
     alpha = upper / 2  # multipliers of the margins; upper − alpha are those of xi ≥ 0
     weights = torch.zeros(len(bounds), system.rank, dtype=torch.float64)
     xi = torch.ones_like(upper)
@@ -283,11 +290,8 @@ def _interior_point(system, signs, bounds):
 
         def longest(d_alpha, d_slack, d_xi):
             """The largest step in [0, 1] that keeps everything positive."""
-            ratios = [
-                torch.where(d < 0, -v / d, torch.inf).amin(dim=1)
-                for v, d in ((alpha, d_alpha), (nu, -d_alpha), (slack, d_slack), (xi, d_xi))  # noqa: B023
-            ]
-            return torch.stack(ratios).amin(dim=0).clamp(max=1)[:, None]
+            decreases = torch.cat([-d_alpha / alpha, d_alpha / nu, -d_slack / slack, -d_xi / xi], dim=1)  # noqa: B023
+            return 1 / decreases.amax(dim=1, keepdim=True).clamp(min=1)
 
         _, d_alpha, d_slack, d_xi = direction(-alpha * slack, -nu * xi)
         step = longest(d_alpha, d_slack, d_xi)
@@ -297,7 +301,7 @@ def _interior_point(system, signs, bounds):
         d_weights, d_alpha, d_slack, d_xi = direction(
             centre - alpha * slack - d_alpha * d_slack, centre - nu * xi + d_alpha * d_xi
         )
-        step = torch.where(active, 0.995 * longest(d_alpha, d_slack, d_xi), 0.0)
+        step = active * OF_STEP * longest(d_alpha, d_slack, d_xi)
         weights = weights + step * d_weights
         alpha, slack, xi = alpha + step * d_alpha, slack + step * d_slack, xi + step * d_xi
     if not weights.isfinite().all():
@@ -313,30 +317,29 @@ def platt(decisions, signs, counts):
     positive = (counts * (signs > 0)).sum(dim=1, keepdim=True)
     negative = (counts * (signs < 0)).sum(dim=1, keepdim=True)
     targets = torch.where(signs > 0, (positive + 1) / (positive + 2), 1 / (negative + 2))
-    found = torch.stack(
-        [torch.zeros(len(decisions), dtype=torch.float64), ((negative + 1) / (positive + 1)).log()[:, 0]], 1
-    )
+    offset = ((negative + 1) / (positive + 1)).log()
+    found = torch.cat([torch.zeros_like(offset), offset], dim=1)
 
     def loss(at):
         z = at[:, :1] * decisions + at[:, 1:]
         return (counts * (targets * z + torch.nn.functional.softplus(-z))).sum(dim=1)
 
     value = loss(found)
-    for _ in range(50):
+    for _ in range(PLATT_ITERATIONS):
         p = torch.sigmoid(-(found[:, :1] * decisions + found[:, 1:]))
         gradient = counts * (targets - p)
         curvature = counts * (p * (1 - p))
         g = torch.stack([(gradient * decisions).sum(dim=1), gradient.sum(dim=1)], 1)
         h12 = (curvature * decisions).sum(dim=1)
         h = torch.stack([(curvature * decisions**2).sum(dim=1), h12, h12, curvature.sum(dim=1)], 1).view(-1, 2, 2)
-        if g.abs().max() < 1e-5:
+        if g.abs().max() < PLATT_TOLERANCE:
             break
-        move = torch.linalg.solve(h + 1e-12 * torch.eye(2).double(), -g)
-        size = torch.ones(len(found), 1, dtype=torch.float64)
+        move = torch.linalg.solve(h + DAMPING, -g)
+        size = torch.ones(len(found), 1).double()
         expected = (g * move).sum(dim=1)
-        for _ in range(30):
+        for _ in range(PLATT_HALVINGS):
             tried = loss(found + size * move)
-            worse = tried > value + 1e-4 * size[:, 0] * expected
+            worse = tried > value + SUFFICIENT * size[:, 0] * expected
             if not worse.any():
                 break
             size[worse] /= 2
