@@ -162,6 +162,17 @@ def test_a_conformal_variant_has_its_terms_numbers_in_its_identity(everything):
     assert all("q_hat" in json.loads(line) for line in lines)
 
 
+def test_the_terms_advice_is_printed_with_the_variants_name(original, monkeypatch):
+    for advice in ("a smaller alpha", None):
+        monkeypatch.setattr(unlearn_cpu.ConformalTerm, "advice", lambda term, advice=advice: advice)
+        status, said = unlearn_in(
+            original, ["finetune"], "--num_epochs", 1, "--alpha", 0.3, "--overwrite",
+            methods=unlearn_cpu.METHODS, term_of=conformal_term, prefix="cpu_",
+        )  # fmt: skip
+        assert status == 0 and ("cpu_finetune: a smaller alpha" in said.splitlines()) == (advice is not None)
+        assert "cpu_finetune: None" not in said
+
+
 def test_the_table_has_a_row_for_every_method(everything):
     lines = everything.said.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["method", "epochs"])
