@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the networks are tiny
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 TINY = ["--width", "8", "--device", "cpu"]
@@ -23,7 +24,7 @@ def run_script(script, *arguments, cwd, python_path=None, env=None, limit=300):
         "NETRC": str(Path(cwd) / "none"),
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",  # the networks are tiny: threads would only wait for each other
+        "OMP_NUM_THREADS": "1",
     }
     if python_path:
         environment["PYTHONPATH"] = str(python_path)
