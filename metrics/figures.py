@@ -43,7 +43,7 @@ ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000",
 )  # fmt: skip
 PALETTE = (BLUE, RED, GREEN, ORANGE, PINK, SKY)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d", "o")
 PARTS = {"forget": (RED, "-"), "test": (BLUE, "--"), "calibration": (BLACK, ":")}
 
 
@@ -153,7 +153,7 @@ def looks(names):
     bases = list(dict.fromkeys(name.removeprefix("cpu_") for name in names if name not in ("original", "retrain")))
     found = {"original": (BLACK, "*", ":"), "retrain": (BLACK, "o", "-")}
     for number, base in enumerate(base for base in bases if base != "retrain"):
-        found[base] = (PALETTE[number % len(PALETTE)], MARKERS[(number + 1) % len(MARKERS)], "-")
+        found[base] = (PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)], "-")
     for name in names:
         if name not in found:
             colour, marker, _ = found.get(name.removeprefix("cpu_"), (BLACK, "o", "-"))

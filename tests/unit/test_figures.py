@@ -204,6 +204,7 @@ def test_methods_differ_in_color_marker_or_line():
     for name in methods[1:]:
         assert found[f"cpu_{name}"] == (*found[name][:2], "--")
     assert [found[f"method{number}"][0] for number in range(6)] == list(figures.PALETTE)
+    assert [found[f"method{number}"][1] for number in range(12)] == list(figures.MARKERS)
 
 
 def test_cpu_variant_without_its_base_keeps_its_bases_look():
@@ -583,6 +584,13 @@ def test_sheet_without_images_says_why():
 def test_sheet_has_rows_of_six(count, panels):
     figure = figures.fake_sheet([(IMAGE, 0, 0, [0])] * count, ["cat"], "title")
     assert len(figure.axes) == panels and sum(bool(axis.images) for axis in figure.axes) == count
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(0, 1, 1), (1, 1, 1), (5, 5, 1), (6, 6, 1), (7, 6, 2)])
+def test_figure_of_panels_grows_with_its_rows_and_columns(count, columns, rows):
+    figure = figures.fake_sheet([(IMAGE, 0, 0, [0])] * count, ["cat"], "title")
+    width, height, around = figures.SIZES["sheet"]
+    assert figure.get_size_inches().tolist() == pytest.approx([columns * width, rows * height + around])
 
 
 # ---------------------------------------------------------------- overview
