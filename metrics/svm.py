@@ -170,7 +170,7 @@ class Line:
         places = (columns[:, other] - columns[:, one]) * shape[1] + columns[:, one]
         starts = np.arange(len(columns) + 1) * products.shape[1]
         shape = (self._kernel_band.size, len(columns))
-        self._products = sparse.csc_matrix((products.reshape(-1), places.reshape(-1), starts), shape)
+        self._products = sparse.csc_matrix((products.ravel(), places.ravel(), starts), shape)
 
     def _folded(self, points):
         """Places on the line with shortened gaps; a point within a gap keeps its distance to the nearer end."""

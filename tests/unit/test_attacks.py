@@ -73,6 +73,17 @@ def test_cost_of_attack_does_not_grow_with_range(kind):
     assert time.process_time() - start < 1
 
 
+@pytest.mark.parametrize("width", [2, 3])
+def test_attack_on_several_features_decides_as_scikit_learn(width):
+    rng = np.random.default_rng(0)
+    members, non_members = rng.normal(0, 1, (60, width)), rng.normal(0.5, 2, (60, width))
+    points = rng.normal(0, 2, (200, width))
+    trained, membership = np.concatenate([members, non_members]), np.repeat([1, 0], 60)
+    expected = SVC(C=3, gamma="auto", tol=1e-8).fit(trained, membership).decision_function(points)
+    attack = MIA.Attack(members, non_members)
+    assert np.abs(attack._system.decision(points, attack._weights)[0].numpy() - expected).max() < 1e-3
+
+
 def test_attack_takes_infinite_features():
     rng = np.random.default_rng(0)
     members, non_members = rng.random(50), 3 * rng.random(50)
