@@ -254,17 +254,17 @@ def _offset(values, signs, bounds):
     point is exactly on a margin), b is the middle, as libsvm has it.
     """
     kinks, order = (signs - values).sort()
-    slopes = bounds.gather(1, order).cumsum(dim=1) - bounds[:, signs > 0].sum(dim=1, keepdim=True)
+    slopes = bounds.gather(1, order).cumsum(dim=1) - bounds[:, signs == 1].sum(dim=1, keepdim=True)
     rounding = FLAT * bounds.sum(dim=1, keepdim=True)
-    first = (slopes >= -rounding).double().argmax(dim=1, keepdim=True)
-    last = (slopes > rounding).double().argmax(dim=1, keepdim=True)
-    return (kinks.gather(1, first) + kinks.gather(1, last))[:, 0] / 2
+    ends = torch.searchsorted(slopes, torch.cat([-rounding, rounding], dim=1))
+    return kinks.gather(1, ends).mean(dim=1)
 
 
 def _interior_point(system, signs, bounds):
     upper = bounds.clamp(min=LEAST_BOUND * bounds.max())
     alpha = upper / 2  # multipliers of the margins; upper − alpha are those of xi ≥ 0
     weights = torch.zeros(len(bounds), system.rank, dtype=torch.float64)
+    total = upper.sum(dim=1, keepdim=True)
     xi = torch.ones_like(upper)
     slack = torch.ones_like(upper)
     for _ in range(ITERATIONS):
@@ -272,9 +272,9 @@ def _interior_point(system, signs, bounds):
         margins = signs * system.forward(weights)
         r_weights = system.penalty(weights) - system.adjoint(signs * alpha)
         r_slack = margins + xi - 1 - slack
-        gap = ((alpha * slack).sum(dim=1) + (nu * xi).sum(dim=1)) / upper.sum(dim=1)
-        infeasible = torch.maximum(r_slack.abs().amax(dim=1), r_weights.abs().amax(dim=1) / upper.sum(dim=1))
-        active = (torch.maximum(gap, infeasible) > TOLERANCE)[:, None]
+        gap = (alpha * slack + nu * xi).sum(dim=1, keepdim=True)
+        wrong = torch.cat([gap / total, r_slack.abs(), r_weights.abs() / total], dim=1)
+        active = wrong.amax(dim=1, keepdim=True) > TOLERANCE
         if not active.any():
             break
         inverse = 1 / (slack / alpha + xi / nu)
@@ -295,9 +295,8 @@ def _interior_point(system, signs, bounds):
 
         _, d_alpha, d_slack, d_xi = direction(-alpha * slack, -nu * xi)
         step = longest(d_alpha, d_slack, d_xi)
-        before = (alpha * slack + nu * xi).sum(dim=1, keepdim=True)
         after = (alpha + step * d_alpha) * (slack + step * d_slack) + (nu - step * d_alpha) * (xi + step * d_xi)
-        centre = (after.sum(dim=1, keepdim=True) / before) ** 3 * before / (2 * upper.shape[1])
+        centre = (after.sum(dim=1, keepdim=True) / gap) ** 3 * gap / (2 * upper.shape[1])
         d_weights, d_alpha, d_slack, d_xi = direction(
             centre - alpha * slack - d_alpha * d_slack, centre - nu * xi + d_alpha * d_xi
         )
@@ -314,9 +313,10 @@ def platt(decisions, signs, counts):
 
     Decisions and counts (how many points each stands for) B×n, signs n (±1) → B×2, float64.
     """
-    positive = (counts * (signs > 0)).sum(dim=1, keepdim=True)
-    negative = (counts * (signs < 0)).sum(dim=1, keepdim=True)
-    targets = torch.where(signs > 0, (positive + 1) / (positive + 2), 1 / (negative + 2))
+    is_positive = signs == 1
+    positive = (counts * is_positive).sum(dim=1, keepdim=True)
+    negative = counts.sum(dim=1, keepdim=True) - positive
+    targets = torch.where(is_positive, (positive + 1) / (positive + 2), 1 / (negative + 2))
     offset = ((negative + 1) / (positive + 1)).log()
     found = torch.cat([torch.zeros_like(offset), offset], dim=1)
 

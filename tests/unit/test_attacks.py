@@ -465,7 +465,7 @@ def test_interior_point_needs_few_iterations(monkeypatch, scale):
     iterations, factor = [], system.factor
     monkeypatch.setattr(system, "factor", lambda diagonal: iterations.append(1) or factor(diagonal))
     svm.solve(system, torch.from_numpy(np.repeat([1.0, -1.0], 300)), torch.full((1, 600), 3.0).double())
-    assert 5 < len(iterations) <= 15
+    assert len(iterations) == pytest.approx(11, abs=1)  # one more or less by the rounding of a machine
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3, -1e5])
