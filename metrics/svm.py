@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 from numpy.polynomial.chebyshev import chebpts1
+from numpy.polynomial.polyutils import mapdomain
 from scipy import sparse
 from scipy.linalg import cho_solve_banded, cholesky_banded
 from sklearn.kernel_approximation import Nystroem
@@ -22,10 +23,10 @@ LANDMARKS = 192  # for several features
 CHEBYSHEV, CHEBYSHEV_PER_UNIT = 12, 4  # landmarks for one feature, and how many more for each unit of its range
 ITERATIONS, TOLERANCE = 60, 1e-8
 LEAST_BOUND = 1e-9  # of the largest; a point that is left out has this bound, so that there is an interior
+START = 0.5  # of the bounds
 OF_STEP = 0.995  # of the longest step that keeps all positive
 FLAT = 1e-9  # slopes of less, as a share of all bounds, are zero
 PLATT_ITERATIONS, PLATT_HALVINGS, PLATT_TOLERANCE = 50, 30, 1e-5
-SUFFICIENT = 1e-4  # of the expected decrease (Armijo)
 DAMPING = 1e-12 * torch.eye(2).double()
 TOGETHER = 100  # rows solved at a time
 PRODUCTS = 2**20  # numbers; up to so many, products of features are kept for all rows
@@ -35,24 +36,23 @@ ROUNDING = 1e-6  # decisions that differ by less are equal; the two margins are 
 
 
 class FeatureMap:
-    """Explicit features of the kernel exp(−γ|x − x'|²) with γ = 1 / d, exact on the ``landmarks`` r×d.
+    """Explicit features of the kernel exp(−γ|x − x'|²) with γ = 1 / d, exact on the ``landmarks`` r×d, float64.
 
-    Calling it maps M×d points to M×r features, float64.
+    Calling it maps M×d points, float64, to M×r features, float64.
     """
 
     def __init__(self, landmarks):
-        landmarks = np.asarray(landmarks, dtype=np.float64)
         self._nystroem = Nystroem(gamma=1 / landmarks.shape[1], n_components=len(landmarks), random_state=SEED)
         self._nystroem.fit(landmarks)
 
     def __call__(self, points):
-        return torch.from_numpy(self._nystroem.transform(np.asarray(points, dtype=np.float64)))
+        return torch.from_numpy(self._nystroem.transform(points))
 
 
 def chebyshev_landmarks(low, high):
     """Landmarks on [low, high], dense at the ends, where interpolation is least exact. → count×1."""
     count = CHEBYSHEV + math.ceil(CHEBYSHEV_PER_UNIT * (high - low))
-    return ((low + high) / 2 + (high - low) / 2 * chebpts1(count))[:, None]
+    return mapdomain(chebpts1(count), (-1, 1), (low, high))[:, None]
 
 
 class Grid:
@@ -244,7 +244,7 @@ def solve(system, signs, bounds):
     inside = bounds > 0
     highest = values.where(inside, -torch.inf).amax(dim=1)
     lowest = values.where(inside, torch.inf).amin(dim=1)
-    return weights, highest - lowest > ROUNDING
+    return weights, ((highest - lowest) / ROUNDING).trunc() != 0
 
 
 def _offset(values, signs, bounds):
@@ -262,7 +262,7 @@ def _offset(values, signs, bounds):
 
 def _interior_point(system, signs, bounds):
     upper = bounds.clamp(min=LEAST_BOUND * bounds.max())
-    alpha = upper / 2  # multipliers of the margins; upper − alpha are those of xi ≥ 0
+    alpha = START * upper  # multipliers of the margins; upper − alpha are those of xi ≥ 0
     weights = torch.zeros(len(bounds), system.rank, dtype=torch.float64)
     total = upper.sum(dim=1, keepdim=True)
     xi = torch.ones_like(upper)
@@ -336,10 +336,9 @@ def platt(decisions, signs, counts):
             break
         move = torch.linalg.solve(h + DAMPING, -g)
         size = torch.ones(len(found), 1).double()
-        expected = (g * move).sum(dim=1)
         for _ in range(PLATT_HALVINGS):
             tried = loss(found + size * move)
-            worse = tried > value + SUFFICIENT * size[:, 0] * expected
+            worse = tried > value
             if not worse.any():
                 break
             size[worse] /= 2
