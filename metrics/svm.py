@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.polynomial.chebyshev import chebpts1
 from numpy.polynomial.polyutils import mapdomain
 from scipy import sparse
@@ -139,7 +140,8 @@ class Line:
 
     STEP, REACH, AROUND = 0.35, 13, 7
     GAP, HALF_GAP = 12.0, 6.0
-    JITTER, JITTER_RELATIVE = 1e-9, 1 + 1e-12  # keep the Cholesky factorization positive
+    JITTER = 1 + 1e-12  # keeps the Cholesky factorization positive
+    FAR = 2**40  # steps: the kernel of landmarks so far apart is zero
 
     def __init__(self, points):
         points = points[:, 0]
@@ -149,15 +151,10 @@ class Line:
         self._ids = np.unique((occupied[:, None] + np.arange(-self.AROUND, self.AROUND + 1)).ravel())
         self.rank = len(self._ids) + 1
         width = 2 * self.REACH + 1
-        self._kernel_band = np.zeros((width, self.rank - 1))
-        for offset in range(min(width, self.rank - 1)):
-            apart = self.STEP * (self._ids[offset:] - self._ids[: self.rank - 1 - offset])
-            self._kernel_band[offset, : len(apart)] = np.exp(-(apart**2))
-        self._kernel_band[0] += self.JITTER
-        diagonals = self._kernel_band[: self.rank - 1]
-        lower = sparse.diags(
-            [row[: len(row) - offset] for offset, row in enumerate(diagonals)], [-o for o in range(len(diagonals))]
-        )
+        # Row o, column j of a band is the element in row j + o of column j: the kernel of landmarks j and j + o.
+        later = sliding_window_view(np.pad(self._ids, (0, width - 1), constant_values=self.FAR), len(self._ids))
+        self._kernel_band = np.exp(-((self.STEP * (later - self._ids)) ** 2))
+        lower = sparse.dia_matrix((self._kernel_band, -np.arange(width)), (len(self._ids), len(self._ids)))
         self._kernel = (lower + sparse.tril(lower, -1).T).tocsr()
         columns, values = self._sparse_features(points)
         starts = np.arange(len(columns) + 1) * width
@@ -209,7 +206,7 @@ class Line:
         row = diagonal[0].numpy()
         gram = (self._products @ row).reshape(self._kernel_band.shape)
         band = gram + self._kernel_band
-        band[0] *= self.JITTER_RELATIVE
+        band[0] *= self.JITTER
         triangle = cholesky_banded(band, lower=True)
         # The offset borders the banded system: its row is eliminated last.
         border = self._transposed @ row

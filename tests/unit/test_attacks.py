@@ -503,6 +503,16 @@ def test_attack_refuses_unequal_or_too_few_images(members, non_members):
         MIACR.attack_probabilities([torch.rand(members)], [torch.rand(non_members)], torch.rand(2))
 
 
+@pytest.mark.parametrize("weight", [0.3, 3.0])
+def test_machine_tells_apart_only_by_points_that_count(weight):
+    """Points 0 and 1 on both sides; another point has no weight in the first row, and a small one in the second."""
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0]).double()
+    bounds = torch.full((2, 5), weight).double()
+    bounds[0, 4], bounds[1, 4] = 0, 0.1 * weight
+    _, tells_apart = svm.solve(svm.system_of(column([0, 1, 0, 1, 3])), signs, bounds)
+    assert tells_apart.tolist() == [False, True]
+
+
 def test_machine_refuses_one_side_only():
     system = svm.system_of(column([0, 1, 2]))
     signs, bounds = torch.tensor([1.0, 1.0, -1.0]).double(), torch.ones(2, 3).double()
