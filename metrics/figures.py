@@ -279,7 +279,7 @@ def against_alpha(curves):
             alphas = sorted({alpha for curve in curves.values() for alpha in curve["alpha"]})
             axis.plot(alphas, [1 - alpha for alpha in alphas], zorder=1, **GUIDE)
         axis.set_title(titles[key])
-        if key in rows[-1]:
+        if key.endswith("_CR"):  # the lower row
             axis.set_xlabel("miscoverage level α")
     _name_curves(figure, handles, curves)
     return figure
