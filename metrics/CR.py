@@ -160,17 +160,16 @@ def score_part(output, score, part):
     return Scored(own, found.sort(dim=1).values, output.logits.argmax(dim=1) != output.labels)
 
 
-def split_q_hats(held_out, outputs, size, alphas, *, draws=None, forgotten=False):
+def split_q_hats(held_out, outputs, size, alphas, *, forgotten=False):
     """The q̂ that judge images, one per draw and α, as log-odds; NaN where too few images calibrate. → draws×alphas.
 
-    ``held_out`` is the :class:`Scored` of the held-out images; the first ``draws`` draws are taken, all when left out.
-    Calibrated on the first ``size`` images of each draw: those of the retained classes, or of the forgotten class.
+    ``held_out`` is the :class:`Scored` of the held-out images. Calibrated on the first ``size`` images of each draw:
+    those of the retained classes, or of the forgotten class.
     """
     indices_of = outputs.forget_calibration if forgotten else outputs.calibration
-    calibration = [held_out.own[indices_of(size, draw)] for draw in range(draws or outputs.num_draws)]
-    return torch.tensor(
-        [[finite_quantile(own, alpha) for alpha in alphas] for own in calibration], dtype=torch.float64
-    ).view(len(calibration), len(alphas))
+    calibration = [held_out.own[indices_of(size, draw)] for draw in range(outputs.num_draws)]
+    q_hats = [[finite_quantile(own, alpha) for alpha in alphas] for own in calibration]
+    return torch.tensor(q_hats, dtype=torch.float64)
 
 
 def apply_thresholds(scored, q_hats):

@@ -463,16 +463,18 @@ def test_share_of_draws_counts_those_with_a_finite_q_hat():
         assert row[f"in_set_share@{alpha:g}"] == pytest.approx(sum(bool(score <= q) for q in q_hats) / finite)
 
 
-@pytest.mark.parametrize("forgotten_class", [None, 3])
-def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class):
+@pytest.mark.parametrize(("forgotten_class", "kind"), [(None, "thr"), (3, "thr"), (None, "aps")])
+def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class, kind):
     outputs = some_outputs(2, forgotten_class, cal_sizes=(10, 20))
     if forgotten_class is None:  # one label's score is q̂ itself
         outputs.forget = outputs.held_out.of(torch.arange(40))
-    chosen = metrics.Settings((0.2, 0.04))
-    own = scores.true_label_log_odds(*outputs.held_out).tolist()
+    score = scores.Score(kind, seed=5)
+    chosen = metrics.Settings((0.2, 0.04), (score,))
+    own = score.log_odds(outputs.held_out.logits, "held_out")
+    own = own.gather(1, outputs.held_out.labels[:, None]).flatten().tolist()
     labels = outputs.held_out.labels.tolist()
     q_hat = plain_q_hat([own[image] for image in range(20) if labels[image] != forgotten_class], 0.2)
-    log_odds = scores.thr_log_odds(outputs.forget.logits).tolist()
+    log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     expected = []
     for place, (row, label) in enumerate(zip(log_odds, outputs.forget.labels.tolist(), strict=True)):
         order = sorted(range(4), key=row.__getitem__)
@@ -483,6 +485,12 @@ def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class):
     assert expected
     assert samples.most_fake(outputs, chosen, 100) == expected and samples.most_fake(outputs, chosen, 2) == expected[:2]
     assert samples.most_fake(outputs, metrics.Settings((0.01,)), 3) is None
+
+
+def test_labels_of_a_most_fake_image_that_tie_are_listed_by_number():
+    same = metrics.Output(torch.zeros(30, 100), torch.full((30,), 7))
+    outputs = metrics.Outputs(same.of([0]), same, same, [20], metrics.draw_splits(30, 1))
+    assert samples.most_fake(outputs, metrics.Settings((0.2,)), 1) == [(0, 0, list(range(100)))]
 
 
 # ---------------------------------------------------------------- outputs
