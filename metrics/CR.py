@@ -34,6 +34,7 @@ ROW_COLUMNS = {
 }
 SPREAD = "_resplit_std"  # ending of the keys that hold the standard deviation over the draws of calibration and test
 TOGETHER = 16  # thresholds that are applied to a part at a time
+ROUNDING = 1e-12  # of a mean coverage
 
 
 def conformal_quantile(scores, alpha):
@@ -157,7 +158,7 @@ def score_part(output, score, part):
     """:class:`Scored` for logits N×K and labels N; ``part`` names which random numbers a randomised score takes."""
     found = score.log_odds(output.logits, part)
     own = found.gather(1, output.labels[:, None]).squeeze(1)
-    return Scored(own, found.sort(dim=1).values, output.logits.argmax(dim=1) != output.labels)
+    return Scored(own, found.sort().values, output.logits.argmax(dim=1) != output.labels)
 
 
 def split_q_hats(held_out, outputs, size, alphas, *, forgotten=False):
@@ -310,12 +311,12 @@ def _against_theory(outputs, size, alpha, found):
     sizes = [(len(outputs.calibration(size, draw)), len(outputs.test(draw))) for draw in known]
     laws = {(n, m): coverage_law(n, m, alpha) for n, m in set(sizes)}
     moments = {(n, m): (law.mean() / m, law.var() / m**2) for (n, m), law in laws.items()}
-    means, variances = torch.tensor([moments[one] for one in sizes], dtype=torch.float64).unbind(dim=1)
+    means, variances = torch.tensor([moments[one] for one in sizes]).unbind(dim=1)  # float64, as SciPy's numbers are
     mean, std = means.mean().item(), math.sqrt(variances.mean().item() + means.var(correction=0).item())
     if len(known) == 1:
         m = sizes[0][1]
         low, high = laws[sizes[0]].interval(0.999)
         outside = not low <= round(found[0].item() * m) <= high
     else:
-        outside = abs(found[known].mean().item() - mean) > 4 * std / math.sqrt(len(known)) + 1e-12
+        outside = abs(found[known].mean().item() - mean) > 4 * std / math.sqrt(len(known)) + ROUNDING
     return {"theory_coverage": mean, "theory_coverage" + SPREAD: std, "coverage_outside": outside}

@@ -62,6 +62,12 @@ def test_scores_without_randomisation_take_u_one(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_raps_is_aps_to_the_last_digit_within_k_reg():
+    logits, u = torch.tensor([[900.0, 0.0, -1.0], [0.0, -900.0, -1000.0]]), torch.tensor([0.5, 0.25]).double()
+    raps, aps = scores.raps_log_odds(logits, u, 0.1, 2), scores.aps_log_odds(logits, u)
+    assert torch.equal(raps[:, :2], aps[:, :2]) and not (raps[:, 2] == aps[:, 2]).any()
+
+
 def test_scores_are_reported_as_S():
     logits = torch.tensor([[0.7, 0.2, 0.1]]).double().log()
     assert scores.thr(logits)[0].tolist() == pytest.approx([0.3, 0.8, 0.9])
@@ -591,6 +597,6 @@ def test_alpha_of_zero_or_one_is_refused(alpha):
 def test_thresholds_given_as_plain_numbers_keep_their_digits():
     outputs = some_outputs(1)
     scored = CR.score_part(outputs.forget, scores.Score(), "forget")
-    q_hat = scored.own.sort().values[20].item()
-    assert CR.apply_thresholds(scored, [q_hat])[0].sum() == 21
-    assert CR.describe(scored, [q_hat])["coverage"].item() == 21 / 40
+    q_hats = scored.own.sort().values.tolist()
+    assert CR.apply_thresholds(scored, q_hats)[0].sum(dim=1).tolist() == list(range(1, 41))
+    assert CR.describe(scored, q_hats)["coverage"].tolist() == [number / 40 for number in range(1, 41)]
