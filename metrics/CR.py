@@ -34,6 +34,7 @@ ROW_COLUMNS = {
 }
 SPREAD = "_resplit_std"  # ending of the keys that hold the standard deviation over the draws of calibration and test
 TOGETHER = 16  # thresholds that are applied to a part at a time
+ROUNDING = 1e-12  # of a mean coverage
 
 
 def conformal_quantile(scores, alpha):
@@ -157,20 +158,19 @@ def score_part(output, score, part):
     """:class:`Scored` for logits N×K and labels N; ``part`` names which random numbers a randomised score takes."""
     found = score.log_odds(output.logits, part)
     own = found.gather(1, output.labels[:, None]).squeeze(1)
-    return Scored(own, found.sort(dim=1).values, output.logits.argmax(dim=1) != output.labels)
+    return Scored(own, found.sort().values, output.logits.argmax(dim=1) != output.labels)
 
 
-def split_q_hats(held_out, outputs, size, alphas, *, draws=None, forgotten=False):
+def split_q_hats(held_out, outputs, size, alphas, *, forgotten=False):
     """The q̂ that judge images, one per draw and α, as log-odds; NaN where too few images calibrate. → draws×alphas.
 
-    ``held_out`` is the :class:`Scored` of the held-out images; the first ``draws`` draws are taken, all when left out.
-    Calibrated on the first ``size`` images of each draw: those of the retained classes, or of the forgotten class.
+    ``held_out`` is the :class:`Scored` of the held-out images. Calibrated on the first ``size`` images of each draw:
+    those of the retained classes, or of the forgotten class.
     """
     indices_of = outputs.forget_calibration if forgotten else outputs.calibration
-    calibration = [held_out.own[indices_of(size, draw)] for draw in range(draws or outputs.num_draws)]
-    return torch.tensor(
-        [[finite_quantile(own, alpha) for alpha in alphas] for own in calibration], dtype=torch.float64
-    ).view(len(calibration), len(alphas))
+    calibration = [held_out.own[indices_of(size, draw)] for draw in range(outputs.num_draws)]
+    q_hats = [[finite_quantile(own, alpha) for alpha in alphas] for own in calibration]
+    return torch.tensor(q_hats, dtype=torch.float64)
 
 
 def apply_thresholds(scored, q_hats):
@@ -311,12 +311,12 @@ def _against_theory(outputs, size, alpha, found):
     sizes = [(len(outputs.calibration(size, draw)), len(outputs.test(draw))) for draw in known]
     laws = {(n, m): coverage_law(n, m, alpha) for n, m in set(sizes)}
     moments = {(n, m): (law.mean() / m, law.var() / m**2) for (n, m), law in laws.items()}
-    means, variances = torch.tensor([moments[one] for one in sizes], dtype=torch.float64).unbind(dim=1)
+    means, variances = torch.tensor([moments[one] for one in sizes]).unbind(dim=1)  # float64, as SciPy's numbers are
     mean, std = means.mean().item(), math.sqrt(variances.mean().item() + means.var(correction=0).item())
     if len(known) == 1:
         m = sizes[0][1]
         low, high = laws[sizes[0]].interval(0.999)
         outside = not low <= round(found[0].item() * m) <= high
     else:
-        outside = abs(found[known].mean().item() - mean) > 4 * std / math.sqrt(len(known)) + 1e-12
+        outside = abs(found[known].mean().item() - mean) > 4 * std / math.sqrt(len(known)) + ROUNDING
     return {"theory_coverage": mean, "theory_coverage" + SPREAD: std, "coverage_outside": outside}

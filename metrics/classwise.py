@@ -21,12 +21,12 @@ def class_rows(outputs, settings, classes):
     for score in settings.scores:
         held_out = CR.score_part(outputs.held_out, score, "held_out")
         forget = CR.score_part(outputs.forget, score, "forget")
-        q_hats = CR.split_q_hats(held_out, outputs, size, settings.alphas, draws=1)[0]
+        q_hats = CR.split_q_hats(held_out, outputs, size, settings.alphas)[0].tolist()
         for alpha_number, alpha in enumerate(settings.alphas):
             for number, name in enumerate(classes):
                 own_images = calibration[labels[calibration] == number]
                 own = CR.finite_quantile(held_out.own[own_images], alpha)
-                thresholds = torch.stack([q_hats[alpha_number], torch.full_like(q_hats[0], own)])
+                thresholds = torch.tensor([q_hats[alpha_number], own], dtype=torch.float64)
                 row = {"score": score.name, "alpha": alpha, "class": name, "calibration_images": len(own_images)}
                 row["q_hat"], row["own_q_hat"] = scores.from_log_odds(thresholds).tolist()
                 parts = {

@@ -196,12 +196,12 @@ def histogram_data(outputs, settings):
     """What :func:`score_histograms` draws of one model: thr scores of the split's own parts, and q̂ at the first α."""
     size, held_out = max(outputs.cal_sizes), scores.true_label_scores(*outputs.held_out)
     scored = CR.score_part(outputs.held_out, scores.Score(), "held_out")
-    q_hat = CR.split_q_hats(scored, outputs, size, settings.alphas[:1], draws=1)
+    q_hats = CR.split_q_hats(scored, outputs, size, settings.alphas)
     return {
         "forget": scores.true_label_scores(*outputs.forget).numpy(),
         "test": held_out[outputs.test()].numpy(),
         "calibration": held_out[outputs.calibration(size)].numpy(),
-        "q_hat": scores.from_log_odds(q_hat).item(),
+        "q_hat": scores.from_log_odds(q_hats[0, 0]).item(),
     }
 
 

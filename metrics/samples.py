@@ -33,7 +33,7 @@ def sample_rows(outputs, settings, indices, names=None):
     }
     for alpha in settings.alphas:
         q_hats = CR.split_q_hats(held_out, outputs, size, [alpha]).flatten()
-        inside, sizes = CR.apply_thresholds(forget, q_hats[:1])
+        inside, sizes = CR.apply_thresholds(forget, [q_hats[0]])
         often = (forget.own[:, None] <= q_hats[~q_hats.isnan()]).double().mean(dim=1)
         found = {
             "set_size": sizes[0],
@@ -43,7 +43,7 @@ def sample_rows(outputs, settings, indices, names=None):
         }
         unknown = [None] * len(forget.own) if q_hats[0].isnan() else None
         columns |= {f"{key}@{alpha:g}": unknown or values.tolist() for key, values in found.items()}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [{key: values[place] for key, values in columns.items()} for place in range(len(forget.own))]
 
 
 def most_fake(outputs, settings, count):
@@ -53,7 +53,7 @@ def most_fake(outputs, settings, count):
     score, size, alpha = settings.scores[0], max(outputs.cal_sizes), settings.alphas[0]
     forget = CR.score_part(outputs.forget, score, "forget")
     held_out = CR.score_part(outputs.held_out, score, "held_out")
-    q_hat = CR.split_q_hats(held_out, outputs, size, [alpha], draws=1).item()
+    q_hat = CR.split_q_hats(held_out, outputs, size, [alpha])[0].item()
     if math.isnan(q_hat):
         return None
     fake = torch.where(forget.wrong & (forget.own <= q_hat), forget.own, math.inf)
@@ -61,8 +61,7 @@ def most_fake(outputs, settings, count):
     for place in fake.argsort()[:count].tolist():
         if math.isinf(fake[place]):
             break
-        logits = outputs.forget.logits[place : place + 1]
-        sizes = int((forget.ranked[place] <= q_hat).sum())
-        order = logits[0].argsort(descending=True, stable=True).tolist()
-        found.append((place, order[0], order[:sizes]))
+        order = outputs.forget.logits[place].argsort(descending=True, stable=True).tolist()
+        size_of_set = int((forget.ranked[place] <= q_hat).sum())
+        found.append((place, order[0], order[:size_of_set]))
     return found

@@ -83,7 +83,7 @@ def saps_log_odds(logits, u, weight):
 
 def from_log_odds(values):
     """The scores S behind log-odds (a float64 tensor of any shape, NaN included)."""
-    return torch.where(values > FROM_ONE_ON / 10, values / FROM_ONE_ON, torch.sigmoid(values))
+    return torch.maximum(torch.sigmoid(values), values / FROM_ONE_ON)
 
 
 def _adaptive(ranked, u):
@@ -106,7 +106,7 @@ def _from_both_ends(score, rest):
 
 
 def _ranked(logits):
-    return torch.log_softmax(logits.double(), dim=1).sort(dim=1, descending=True, stable=True)
+    return torch.log_softmax(logits.double(), dim=1).sort(descending=True, stable=True)
 
 
 def _ranks(ranked):

@@ -62,6 +62,12 @@ def test_scores_without_randomisation_take_u_one(name):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_raps_is_aps_to_the_last_digit_within_k_reg():
+    logits, u = torch.tensor([[900.0, 0.0, -1.0], [0.0, -900.0, -1000.0]]), torch.tensor([0.5, 0.25]).double()
+    raps, aps = scores.raps_log_odds(logits, u, 0.1, 2), scores.aps_log_odds(logits, u)
+    assert torch.equal(raps[:, :2], aps[:, :2]) and not (raps[:, 2] == aps[:, 2]).any()
+
+
 def test_scores_are_reported_as_S():
     logits = torch.tensor([[0.7, 0.2, 0.1]]).double().log()
     assert scores.thr(logits)[0].tolist() == pytest.approx([0.3, 0.8, 0.9])
@@ -463,16 +469,18 @@ def test_share_of_draws_counts_those_with_a_finite_q_hat():
         assert row[f"in_set_share@{alpha:g}"] == pytest.approx(sum(bool(score <= q) for q in q_hats) / finite)
 
 
-@pytest.mark.parametrize("forgotten_class", [None, 3])
-def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class):
+@pytest.mark.parametrize(("forgotten_class", "kind"), [(None, "thr"), (3, "thr"), (None, "aps")])
+def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class, kind):
     outputs = some_outputs(2, forgotten_class, cal_sizes=(10, 20))
     if forgotten_class is None:  # one label's score is q̂ itself
         outputs.forget = outputs.held_out.of(torch.arange(40))
-    chosen = metrics.Settings((0.2, 0.04))
-    own = scores.true_label_log_odds(*outputs.held_out).tolist()
+    score = scores.Score(kind, seed=5)
+    chosen = metrics.Settings((0.2, 0.04), (score,))
+    own = score.log_odds(outputs.held_out.logits, "held_out")
+    own = own.gather(1, outputs.held_out.labels[:, None]).flatten().tolist()
     labels = outputs.held_out.labels.tolist()
     q_hat = plain_q_hat([own[image] for image in range(20) if labels[image] != forgotten_class], 0.2)
-    log_odds = scores.thr_log_odds(outputs.forget.logits).tolist()
+    log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     expected = []
     for place, (row, label) in enumerate(zip(log_odds, outputs.forget.labels.tolist(), strict=True)):
         order = sorted(range(4), key=row.__getitem__)
@@ -483,6 +491,12 @@ def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class):
     assert expected
     assert samples.most_fake(outputs, chosen, 100) == expected and samples.most_fake(outputs, chosen, 2) == expected[:2]
     assert samples.most_fake(outputs, metrics.Settings((0.01,)), 3) is None
+
+
+def test_labels_of_a_most_fake_image_that_tie_are_listed_by_number():
+    same = metrics.Output(torch.zeros(30, 100), torch.full((30,), 7))
+    outputs = metrics.Outputs(same.of([0]), same, same, [20], metrics.draw_splits(30, 1))
+    assert samples.most_fake(outputs, metrics.Settings((0.2,)), 1) == [(0, 0, list(range(100)))]
 
 
 # ---------------------------------------------------------------- outputs
@@ -583,6 +597,6 @@ def test_alpha_of_zero_or_one_is_refused(alpha):
 def test_thresholds_given_as_plain_numbers_keep_their_digits():
     outputs = some_outputs(1)
     scored = CR.score_part(outputs.forget, scores.Score(), "forget")
-    q_hat = scored.own.sort().values[20].item()
-    assert CR.apply_thresholds(scored, [q_hat])[0].sum() == 21
-    assert CR.describe(scored, [q_hat])["coverage"].item() == 21 / 40
+    q_hats = scored.own.sort().values.tolist()
+    assert CR.apply_thresholds(scored, q_hats)[0].sum(dim=1).tolist() == list(range(1, 41))
+    assert CR.describe(scored, q_hats)["coverage"].tolist() == [number / 40 for number in range(1, 41)]
