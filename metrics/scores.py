@@ -132,14 +132,14 @@ class Score:
     def __call__(self, logits, part="forget"):
         return from_log_odds(self.log_odds(logits, part))
 
-    def log_odds(self, logits, part="forget"):
+    def log_odds(self, logits, part):
         """What sets and q̂ compare; see the head of the module. Logits N×K → N×K, float64."""
         if self.name == "thr":
             return thr_log_odds(logits)
-        u = torch.ones(len(logits), dtype=torch.float64)
+        u = np.ones(len(logits))
         if self.randomized:
-            u = torch.from_numpy(np.random.default_rng([self.seed, *part.encode()]).random(len(logits)))
-        u = u.to(logits.device)
+            u = np.random.default_rng([self.seed, *part.encode()]).random(len(logits))
+        u = torch.from_numpy(u).to(logits.device)
         if self.name == "aps":
             return aps_log_odds(logits, u)
         if self.name == "raps":

@@ -57,7 +57,7 @@ def test_log_odds_are_exact_however_sure_the_model_is(name, spread):
 @pytest.mark.parametrize("name", ["aps", "raps", "saps"])
 def test_scores_without_randomisation_take_u_one(name):
     logits = torch.tensor([[2.0, 45.0, 0.0], [0.0, 0.0, 0.0]]).double()
-    found = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2).log_odds(logits)
+    found = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2).log_odds(logits, "test")
     expected = torch.tensor([exact_log_odds(name, image, 1.0) for image in logits], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
