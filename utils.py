@@ -2117,14 +2117,11 @@ def _kind_of_file(path, error):
         if head.startswith(start):
             return f"{kind}; unpack or convert it, or {save}"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [name.rpartition("/")[2] for name in archive.namelist()]
-            if "constants.pkl" in names:
-                return f"a TorchScript archive; load it with torch.jit.load and {save}"
-            if "data.pkl" not in names:
-                return f"a zip archive without a torch checkpoint at its top; unpack it, or {save}"
-            with archive.open(next(name for name in archive.namelist() if name.endswith("data.pkl"))) as file:
-                return f"{_pickled_kind(file)}; load it where it was made and {save}"
+        try:
+            kind = _kind_of_archive(path)
+        except Exception:  # zipfile raises many kinds for damaged headers
+            kind = "a damaged zip archive"
+        return f"{kind}; {save}"
     if head[:1] == b"\x80":
         with open(path, "rb") as file:
             return f"{_pickled_kind(file)}; load it where it was made and {save}"
@@ -2141,6 +2138,18 @@ FILE_STARTS = {
     b"\x93NUMPY": "a NumPy array",
     b"GGUF": "a GGUF file",
 }
+
+
+def _kind_of_archive(path):
+    """What a zip archive is that torch does not load."""
+    with zipfile.ZipFile(path) as archive:
+        names = {name.rpartition("/")[2]: name for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "a TorchScript archive; load it with torch.jit.load"
+        if "data.pkl" not in names:
+            return "a zip archive without a torch checkpoint at its top; unpack it"
+        with archive.open(names["data.pkl"]) as file:
+            return f"{_pickled_kind(file)}; load it where it was made"
 
 
 def _pickled_kind(file):
