@@ -220,7 +220,7 @@ def train(
     forward = _forward_pass(job)
     adds_term = term is not None and term.lamda > 0
     bar = utils.progress_bar(desc=job.label, unit="img", unit_scale=True)
-    for epoch in range(recipe.num_epochs + 1 if ended else done + 1, recipe.num_epochs + 1):
+    for epoch in () if ended else range(done + 1, recipe.num_epochs + 1):
         start = time.perf_counter()
         record = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
         steps = schedule(epoch)
