@@ -266,8 +266,9 @@ def startup(args):
 
 @benchmark
 def busy(args):
-    """Training of the default network on digits beside as many busy processes as there are cores, against the otherwise
-    idle machine; while they wait, OpenMP's threads soon sleep (the scripts' setting), or spin."""
+    """Training speed on digits with one busy process per core, compared with an otherwise idle machine.
+
+    Waiting OpenMP threads either sleep (the scripts' setting) or spin."""
 
     def speed(policy):
         with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from small import ByHand, SmallNet, small_job
+from small import ByHand, SmallNet, by_definition, small_job
 from torch import nn
 
 import unlearn
@@ -42,18 +42,6 @@ def network(layers):
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
-
-
-def by_definition(model, images, labels, expected):
-    """One backward pass for each image and, for the expectation, each class."""
-    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    for image, label in zip(images, labels, strict=True):
-        log_p = model(image[None]).log_softmax(1)[0]
-        for number in range(5) if expected else [label]:
-            gradients = torch.autograd.grad(log_p[number], list(model.parameters()), retain_graph=True)
-            for name, gradient in zip(total, gradients, strict=True):
-                total[name] += gradient**2 * (log_p[number].exp().detach() if expected else 1) / len(labels)
-    return total
 
 
 @pytest.mark.parametrize("expected", [False, True])

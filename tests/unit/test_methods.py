@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import flags
-from small import run, small_job, training_steps
+from small import by_definition, run, small_job, training_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -235,18 +235,6 @@ class Tokens(nn.Module):
         return self.last(self.norm(self.first(images.mean(1).flatten(1))))
 
 
-def per_sample(model, images, labels, expected):
-    """The definition: one backward pass for each image and, for the expectation, each class."""
-    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    for image, label in zip(images, labels, strict=True):
-        log_p = model(image[None]).log_softmax(1)[0]
-        for number in range(10) if expected else [label]:
-            gradients = torch.autograd.grad(log_p[number], list(model.parameters()), retain_graph=True)
-            for name, gradient in zip(total, gradients, strict=True):
-                total[name] += gradient**2 * (log_p[number].exp().detach() if expected else 1)
-    return {name: square / len(labels) for name, square in total.items()}
-
-
 class ActivatedNorm(nn.BatchNorm2d):
     """A BatchNorm that does more than its class says, as timm has them."""
 
@@ -267,7 +255,7 @@ def test_the_diagonal_of_fisher_is_that_of_autograd_per_sample(network, expected
     model(digits.train.batch(torch.arange(100)))  # running statistics other than those at the start
     scores = unlearn.expected_scores if expected else unlearn.observed_score
     found = unlearn.diagonal_fisher(model, digits.train, torch.arange(10), scores, chunk=4)
-    reference = per_sample(model.eval(), digits.train.batch(torch.arange(10)), digits.train.labels[:10], expected)
+    reference = by_definition(model.eval(), digits.train.batch(torch.arange(10)), digits.train.labels[:10], expected)
     assert found.keys() == reference.keys()
     for name, square in reference.items():
         torch.testing.assert_close(found[name], square, rtol=1e-3, atol=1e-6 * square.max().item())
