@@ -597,7 +597,7 @@ def FisherForgetting(job):
     """
     fisher = diagonal_fisher(job.model, job.data.train, job.split.retain, expected_scores)
     rng = utils.generator(job.seed, job.name, "noise", device=job.device)
-    last = last_layer(job.model, len(job.data.classes))
+    last = last_layer(job.model)
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
             largest = 1e2 if name in last else 1e3
@@ -605,15 +605,10 @@ def FisherForgetting(job):
             parameter += deviation * torch.randn(parameter.shape, generator=rng, device=job.device)
 
 
-def last_layer(model, num_classes):
-    """Names of the parameters of the layer that gives the logits, or of all such heads."""
-    layers = [(name, layer) for name, layer in model.named_modules() if list(layer.parameters(recurse=False))]
-    names = set()
-    for name, layer in reversed(layers):
-        if not isinstance(layer, nn.Linear | nn.Conv2d) or len(layer.weight) != num_classes:
-            break
-        names |= {f"{name}.{key}".removeprefix(".") for key, _ in layer.named_parameters(recurse=False)}
-    return names
+def last_layer(model):
+    """Names of the parameters of the layers that turn features into logits."""
+    found = {parameter for layer in utils.classifier_layers(model) for parameter in layer.parameters()}
+    return {name for name, parameter in model.named_parameters() if parameter in found}
 
 
 def fisher_noise_deviation(fisher, noise, largest):

@@ -360,12 +360,13 @@ def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_
 
 
 def test_the_last_layer_is_found_where_other_layers_are_as_wide():
-    assert unlearn.last_layer(ResNet18(64, 8), 64) == {"fc.weight", "fc.bias"}  # the last stage has 64 channels
-    assert unlearn.last_layer(SmallNet(), CLASSES) == {"4.weight", "4.bias"}
-    assert unlearn.last_layer(torch.nn.Linear(8, 3, bias=False), 3) == {"weight"}
+    assert unlearn.last_layer(ResNet18(64, 8)) == {"fc.weight", "fc.bias"}  # the last stage has 64 channels
+    assert unlearn.last_layer(SmallNet()) == {"4.weight", "4.bias"}
+    assert unlearn.last_layer(torch.nn.Linear(8, 3, bias=False)) == {"weight"}
     heads = torch.nn.ModuleDict({"norm": torch.nn.BatchNorm1d(3), "head": torch.nn.Linear(8, 3)})
     heads["head_dist"] = torch.nn.Conv2d(8, 3, 1)
-    assert unlearn.last_layer(heads, 3) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    heads.get_classifier = lambda: (heads["head"], heads["head_dist"])  # timm's interface, with two heads
+    assert unlearn.last_layer(heads) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
 # ---------------------------------------------------------------- the original is only read
