@@ -1,6 +1,6 @@
 """Figures of an evaluation: pure functions from numbers to matplotlib Figures.
 
-The colours are those of Okabe and Ito, which color-blind readers can distinguish. Methods of one
+The colors are those of Okabe and Ito, which color-blind readers can distinguish. Methods of one
 color differ in marker or line. Names of classes and methods are drawn as plain text in any script:
 see :func:`printable` and :func:`font_families`.
 """
@@ -94,14 +94,14 @@ IN_SET, OUT_OF_SET = "label still in the set (fake)", "label out of the set"
 class Look(NamedTuple):
     """How a method is drawn."""
 
-    colour: str
+    color: str
     marker: str
     line: str
 
     @property
     def face(self):
         """The inside of a marker. The markers of CPU variants are hollow."""
-        return "white" if self.line == "--" else self.colour
+        return "white" if self.line == "--" else self.color
 
 
 class FakeCounts(NamedTuple):
@@ -209,8 +209,8 @@ def looks(names):
     bases = [name.removeprefix("cpu_") for name in names if name not in reserved]
     known = dict(reserved)
     for number, base in enumerate(dict.fromkeys(base for base in bases if base != "retrain")):
-        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-        known[base] = Look(colour, marker, "-")
+        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+        known[base] = Look(color, marker, "-")
     for name in names:
         if name not in known:
             base = known.get(name.removeprefix("cpu_"), reserved["retrain"])
@@ -306,7 +306,7 @@ def score_histograms(samples, alpha):
         axis.set_visible(number < len(samples))
         # Panels of a column share their ticks. The lowest one shows the labels.
         axis.tick_params(labelbottom=number + PER_ROW["histograms"] >= len(samples))
-    handles = [Line2D([], [], color=colour, linestyle=line) for colour, line in PARTS.values()]
+    handles = [Line2D([], [], color=color, linestyle=line) for color, line in PARTS.values()]
     handles.append(Line2D([], [], **Q_HAT_LINE))
     labels = [*PARTS, "q̂: labels to its left are in the set"]
     figure.legend(handles, labels, **LEGEND_BELOW)
@@ -320,10 +320,10 @@ def score_histograms(samples, alpha):
 def _draw_histograms(axis, name, sample):
     """The panel of one model."""
     low, high = LOGIT_EDGES[0], LOGIT_EDGES[-1]
-    for part, (colour, line) in PARTS.items():
+    for part, (color, line) in PARTS.items():
         values = np.clip(logit(sample[part]), low, high)
         shares = np.ones_like(values) / len(values)
-        style = {"color": colour, "linestyle": line} | HISTOGRAM
+        style = {"color": color, "linestyle": line} | HISTOGRAM
         axis.hist(values, LOGIT_EDGES, weights=shares, **style)
     has_q_hat = not _missing(sample["q_hat"])
     if has_q_hat:
@@ -392,7 +392,7 @@ def _draw_curves(axis, curves):
         lines += axis.plot(
             [x[number] for number in known],
             [y[number] for number in known],
-            color=look.colour,
+            color=look.color,
             marker=look.marker,
             linestyle=look.line,
             markerfacecolor=look.face,
@@ -451,7 +451,7 @@ def ratio_plane(points, alpha):
         axis.axhline(y, linestyle=":", **GUIDE)
         axis.plot(x, y, **RING)
     for name, look in looks(points).items():
-        style = {"marker": look.marker, "color": look.colour, "markerfacecolor": look.face}
+        style = {"marker": look.marker, "color": look.color, "markerfacecolor": look.face}
         axis.plot(*points[name], **style, **POINT)
     axis.margins(MARGIN)
     _label_points(axis, points)
@@ -520,7 +520,7 @@ def fake_bars(counts, alpha):
     axis.grid(axis="y", visible=False)
     axis.margins(**BAR_MARGINS)
     axis.set_title(f"Fake forgetting (α = {alpha:g}): misclassified, but the label is in the set")
-    swatches = [Line2D([], [], color=colour, **SWATCH) for colour in (RED, SKY)]
+    swatches = [Line2D([], [], color=color, **SWATCH) for color in (RED, SKY)]
     figure.legend(swatches, [IN_SET, OUT_OF_SET], **LEGEND_BELOW)
     return figure
 
