@@ -30,11 +30,12 @@ import unlearn_cpu
 from metrics import CR, classwise, comparison, figures, html_report, probe, samples, scores
 
 KEYS = ("score", "cal_size", "alpha", "method")
-MODEL_COLUMNS = {"method": ("method", "text")} | metrics.columns("COLUMNS")
-MODEL_COLUMNS |= {"gap": ("gap %", "percent"), "UA_word": ("by UA", "text")} | probe.COLUMNS
-MODEL_COLUMNS |= {"seconds": ("time s", "seconds"), "RTE": ("RTE", "number"), "note": ("note", "text")}
+MODEL_COLUMNS = {"method": ("method", "text")}
+MODEL_COLUMNS |= {key: (column.heading, column.kind) for key, column in metrics.columns_of("COLUMNS").items()}
+MODEL_COLUMNS |= {"seconds": ("time s", "seconds"), "note": ("note", "text")}
 SET_COLUMNS = {"score": ("score", "text"), "cal_size": ("n_cal", "text"), "alpha": ("alpha", "text")}
-SET_COLUMNS |= {"method": ("method", "text")} | metrics.columns("ROW_COLUMNS") | {"CR_word": ("by CR", "text")}
+SET_COLUMNS |= {"method": ("method", "text")}
+SET_COLUMNS |= {key: (column.heading, column.kind) for key, column in metrics.columns_of("ROW_COLUMNS").items()}
 COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the differences, …_minus_retrain
 
 

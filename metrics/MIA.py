@@ -12,13 +12,14 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from . import scores, svm
+from .columns import Column
 
 COLUMNS = {
-    "MIA": ("MIA %", "percent"),
-    "MIA_privacy": ("privacy %", "percent"),
-    "AUC": ("AUC", "number"),
-    "TPR@1%": ("TPR@1%", "percent"),
-    "TPR@0.1%": ("TPR@.1%", "percent"),
+    "MIA": Column("MIA", "percent"),
+    "MIA_privacy": Column("privacy", "percent"),
+    "AUC": Column("AUC", "number"),
+    "TPR@1%": Column("TPR@1%", "percent"),
+    "TPR@0.1%": Column("TPR@.1%", "percent"),
 }
 C = 3.0
 FOLDS = 5
@@ -84,7 +85,9 @@ class Attack:
         points = np.concatenate([members, non_members])
         signs = torch.from_numpy(np.repeat([1.0, -1.0], len(members)))
         self._system = svm.system_of(points)
-        self._weights, tells_apart = svm.solve(self._system, signs, torch.full((1, len(points)), C).double())
+        self._weights, tells_apart = svm.solve(
+            self._system, signs, torch.full((1, len(points)), C).double()
+        )
         self.tells_apart = tells_apart.item()
 
     def decide(self, points):
@@ -150,13 +153,15 @@ def attack_shares(members, non_members, held_members, held_non_members, targets)
     return 1 - member_share(targets), privacy
 
 
-def report(outputs, settings):
+def report(outputs, conformal_scores, settings):
     """For each attack its efficacy on the forget images (``MIA`` is the attack on confidence) and its accuracy on
     members and non-members that it was not trained on (privacy: a half is best); AUC and true-positive rates of
     telling the forget images from test images by confidence. NaN where there is nothing to say. Returns
     ``(scalars, {})``."""
     # As NumPy: an array that a tensor of one element indexes loses a dimension.
-    held_members, members, held_non_members, non_members = (part.numpy() for part in divide(outputs, settings.seed))
+    held_members, members, held_non_members, non_members = (
+        part.numpy() for part in divide(outputs, settings.seed)
+    )
     retain = attack_features(*outputs.retain)
     held_out = attack_features(*outputs.held_out)
     forget = attack_features(*outputs.forget)
@@ -172,6 +177,6 @@ def report(outputs, settings):
         )
     scalars["AUC"], (scalars["TPR@1%"], scalars["TPR@0.1%"]) = ranking_attack(
         scores.true_label_log_odds(*outputs.forget),
-        scores.true_label_log_odds(*outputs.held_out.of(outputs.test())),
+        scores.true_label_log_odds(*outputs.held_out.select(outputs.test())),
     )
     return scalars, {}

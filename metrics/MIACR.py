@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from . import CR, MIA, svm
+from .columns import Column
 
-ROW_COLUMNS = {"MIACR": ("MIACR %", "percent")}
+ROW_COLUMNS = {"MIACR": Column("MIACR", "percent")}
 NON_MEMBER, MEMBER = 0, 1
 
 
@@ -30,7 +31,9 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
     feature_map = svm.FeatureMap(svm.chebyshev_landmarks(*svm.Grid.ENDS))
     system = svm.Dense(feature_map, np.tile(grid.nodes, 2)[:, None])
     signs = torch.cat([torch.ones(grid.size), -torch.ones(grid.size)]).double()
-    counts = torch.cat([_fold_histograms(grid, members), _fold_histograms(grid, non_members)], dim=2)
+    counts = torch.cat(
+        [_fold_histograms(grid, members), _fold_histograms(grid, non_members)], dim=2
+    )
     whole = counts.sum(dim=1, keepdim=True)
     trained = torch.cat([whole - counts, whole], dim=1)
     weights, tells_apart = svm.solve(system, signs, MIA.C * trained.flatten(0, 1))
@@ -46,7 +49,9 @@ def attack_probabilities(members, non_members, points, step=svm.FINE):
 def _fold_histograms(grid, confidences):
     """Histograms of each fold of each of the tensors of confidences → (number of tensors)×folds×nodes, float64."""
     return torch.from_numpy(
-        np.stack([[grid.histogram(fold) for fold in one.tensor_split(MIA.FOLDS)] for one in confidences])
+        np.stack(
+            [[grid.histogram(fold) for fold in one.tensor_split(MIA.FOLDS)] for one in confidences]
+        )
     )
 
 
@@ -64,21 +69,25 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
     """
     if target_scores.isnan().any():
         return math.nan
-    q_hat = CR.finite_quantile(torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha)
+    q_hat = CR.finite_quantile(
+        torch.cat([member_scores[:, MEMBER], non_member_scores[:, NON_MEMBER]]), alpha
+    )
     if math.isnan(q_hat):
         return math.nan
     sets = CR.prediction_sets(target_scores, q_hat)
     return (sets[:, NON_MEMBER] & ~sets[:, MEMBER]).double().mean().item()
 
 
-def report(outputs, settings):
+def report(outputs, conformal_scores, settings):
     """MIACR per (score, calibration size, α): the same for every score. Returns ``({}, rows)``.
 
     Each draw of the held-out images trains an attack of its own, so that no image trains and calibrates one.
     ``MIACR_calibration_images`` counts the members and non-members that calibrate the split's own. NaN where too few
     images train or calibrate the attack.
     """
-    confidence = {name: MIA.confidences(*getattr(outputs, name)) for name in ("retain", "held_out", "forget")}
+    confidence = {
+        name: MIA.confidences(*getattr(outputs, name)) for name in ("retain", "held_out", "forget")
+    }
     parts = [MIA.divide(outputs, settings.seed, draw) for draw in range(outputs.num_draws)]
     points = torch.cat(list(confidence.values()))
     trainable = [draw for draw, (_, members, *_) in enumerate(parts) if len(members) >= MIA.FOLDS]
@@ -94,18 +103,21 @@ def report(outputs, settings):
     for size in outputs.cal_sizes:
         found = {alpha: [] for alpha in settings.alphas}
         for draw, (held_members, *_) in enumerate(parts):
-            retain, held_out, forget = probabilities[draw].split([len(part) for part in confidence.values()])
+            retain, held_out, forget = probabilities[draw].split(
+                [len(part) for part in confidence.values()]
+            )
             non_members = outputs.calibration(size, draw)
             n = min(len(held_members), len(non_members))
             targets = membership_scores(forget)
             members, non_members = (
-                membership_scores(part) for part in (retain[held_members[:n]], held_out[non_members[:n]])
+                membership_scores(part)
+                for part in (retain[held_members[:n]], held_out[non_members[:n]])
             )
             for alpha, values in found.items():
                 values.append(miacr(targets, members, non_members, alpha))
         calibrated = 2 * min(len(parts[0][0]), len(outputs.calibration(size)))
         for alpha, values in found.items():
-            row = CR.over_draws({"MIACR": torch.tensor(values, dtype=torch.float64)})
-            row["MIACR_calibration_images"] = calibrated
+            number = CR.over_draws(torch.tensor(values, dtype=torch.float64))
+            row = {"MIACR": number, "MIACR_calibration_images": calibrated}
             rows |= {(score.name, size, alpha): dict(row) for score in settings.scores}
     return {}, rows

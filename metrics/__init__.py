@@ -1,9 +1,13 @@
 """Metrics: pure functions on logits and labels; no model, no loader, no printing.
 
-A metric is a file with ``report(outputs, settings)``, which returns ``(scalars, rows)``: numbers of the
-model as a whole, and numbers per (score, calibration size, α); and ``COLUMNS`` or ``ROW_COLUMNS``, the heading and kind
-(percent, number, count) of those of either sort that the printed tables show. To add one, write the file and name it in
-``MODULES``.
+A metric is one file, named in ``MODULES``, with
+
+* ``report(outputs, conformal_scores, settings)``, which returns ``(scalars, rows)``: numbers of the model as a whole,
+  and numbers per (score, calibration size, α). A number that varies over resplits is a :class:`~metrics.columns.Spread`.
+* ``COLUMNS`` (scalars), ``ROW_COLUMNS`` (rows) and ``CSV_COLUMNS`` (numbers that only results.csv has): {key:
+  :class:`~metrics.columns.Column`}, the heading, kind, direction and meaning of each number.
+
+The numbers are explained in metrics/README.md, which is made from these columns.
 """
 
 from dataclasses import dataclass
@@ -12,15 +16,23 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import CR, MIA, MIACR, accuracy
+from . import CR, MIA, MIACR, accuracy, comparison, probe
+from .columns import Column, Spread
+from .conformal import ConformalScores
 from .scores import Score
 
 MODULES = (accuracy, MIA, CR, MIACR)
 
 
-def columns(kind):
-    """The headings that the modules have under the name ``kind``, in one dict."""
-    return {key: column for module in MODULES for key, column in getattr(module, kind, {}).items()}
+def columns_of(kind):
+    """{key: Column} of all metrics, of the comparison with Retrain and of the linear probe.
+
+    ``kind`` is ``"COLUMNS"``, ``"ROW_COLUMNS"`` or ``"CSV_COLUMNS"``.
+    """
+    merged = {}
+    for module in (*MODULES, comparison, probe):
+        merged |= getattr(module, kind, {})
+    return merged
 
 
 class Output(NamedTuple):
@@ -29,7 +41,8 @@ class Output(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
 
-    def of(self, indices):
+    def select(self, indices):
+        """The answers for some of the images (indices or booleans)."""
         return Output(self.logits[indices], self.labels[indices])
 
 
@@ -37,9 +50,9 @@ class Output(NamedTuple):
 class Outputs:
     """One model's answers for every part of the data.
 
-    ``held_out`` are the P images that calibrate and test. Each row of ``draws`` (R×P) divides them once, the
-    calibration images first; the first row is the split itself. Where a class is forgotten, ``forgotten`` says of
-    each of them whether it is of that class: calibration and test then are the retained classes' images.
+    ``held_out`` are the P images that calibrate and test. Each row of ``draws`` (R×P, int64) orders them, the
+    calibration images first. The first row is the split itself. Where a class is forgotten, ``forgotten`` (booleans P)
+    tells which of them belong to it. The calibration and test images are then those of the retained classes.
     """
 
     forget: Output
@@ -54,19 +67,19 @@ class Outputs:
         return len(self.draws)
 
     def calibration(self, size, draw=0):
-        """Indices into ``held_out`` of the first ``size`` calibration images, less the forgotten class's."""
+        """Indices into ``held_out`` of the first ``size`` images, without the forgotten class's."""
         return self._retained(self.draws[draw, :size])
 
     def test(self, draw=0):
-        """Indices into ``held_out`` of the images that no calibration size uses, less the forgotten class's."""
+        """Indices into ``held_out`` of the images behind the largest size, without the forgotten class's."""
         return self._retained(self.draws[draw, max(self.cal_sizes) :])
 
     def forget_calibration(self, size, draw=0):
-        """The forgotten class's images among the first ``size``."""
+        """Indices into ``held_out`` of the forgotten class's images among the first ``size``."""
         return self._forgotten(self.draws[draw, :size])
 
     def forget_test(self, draw=0):
-        """The forgotten class's images among the test images."""
+        """Indices into ``held_out`` of the forgotten class's images behind the largest size."""
         return self._forgotten(self.draws[draw, max(self.cal_sizes) :])
 
     def _retained(self, indices):
@@ -87,24 +100,41 @@ class Settings:
 
 
 def draw_splits(num_images, num_draws, seed=0):
-    """``num_draws`` orders of ``num_images``: the given one first, then random ones. → R×P, int64."""
+    """``num_draws`` orders of ``num_images``: the identity first, then random ones. → R×P, int64."""
     rng = np.random.default_rng([seed, num_images])
     orders = [np.arange(num_images), *(rng.permutation(num_images) for _ in range(num_draws - 1))]
     return torch.from_numpy(np.stack(orders))
 
 
-def evaluate(outputs, settings):
-    """Every metric of every module: ``(scalars, rows)`` with rows keyed by (score, calibration size, α)."""
-    keys = [
-        (score.name, size, alpha)
+def evaluate(conformal_scores):
+    """Every metric of one model: ``(scalars, rows)`` with rows keyed by (score name, calibration size, α).
+
+    ``conformal_scores`` is a :class:`~metrics.conformal.ConformalScores`, which holds the outputs and the settings.
+    """
+    outputs, settings = conformal_scores.outputs, conformal_scores.settings
+    rows = {
+        (score.name, size, alpha): {}
         for score in settings.scores
         for size in outputs.cal_sizes
         for alpha in settings.alphas
-    ]
-    scalars, rows = {}, {key: {} for key in keys}
+    }
+    scalars = {}
     for module in MODULES:
-        more_scalars, more_rows = module.report(outputs, settings)
+        more_scalars, more_rows = module.report(outputs, conformal_scores, settings)
         scalars |= more_scalars
         for key, row in more_rows.items():
             rows[key] |= row
     return scalars, rows
+
+
+__all__ = [
+    "Column",
+    "ConformalScores",
+    "Output",
+    "Outputs",
+    "Settings",
+    "Spread",
+    "columns_of",
+    "draw_splits",
+    "evaluate",
+]

@@ -1,10 +1,32 @@
-"""The scores that every unlearning paper reports: UA, RA, TA."""
+"""The accuracies that every unlearning paper reports: UA, RA, TA."""
+
+from .columns import Column
 
 COLUMNS = {
-    "UA": ("UA %", "percent"),
-    "RA": ("RA %", "percent"),
-    "TA": ("TA %", "percent"),
-    "UA_test": ("UA_test %", "percent"),
+    "UA": Column(
+        "UA",
+        "percent",
+        "near Retrain",
+        "unlearning accuracy: share of the forget images that are misclassified",
+    ),
+    "RA": Column(
+        "RA",
+        "percent",
+        "high",
+        "retain accuracy: share of the retain images that are classified correctly",
+    ),
+    "TA": Column(
+        "TA",
+        "percent",
+        "high",
+        "test accuracy: share of the test images that are classified correctly",
+    ),
+    "UA_test": Column(
+        "UA_test",
+        "percent",
+        "near Retrain",
+        "share of the forgotten class's test images that are misclassified",
+    ),
 }
 
 
@@ -18,13 +40,17 @@ def unlearning_accuracy(logits, labels):
     return 1 - accuracy(logits, labels)
 
 
-def report(outputs, settings):
-    """UA on the forget set, RA on the retain set, TA on the split's own test images. Returns ``(scalars, {})``."""
+def report(outputs, conformal_scores, settings):
+    """UA on the forget set, RA on the retain set, TA on the test images of the split itself.
+
+    Returns ``(scalars, {})``. ``UA_test`` is there where the forgotten class has test images.
+    """
     scalars = {
         "UA": unlearning_accuracy(*outputs.forget),
         "RA": accuracy(*outputs.retain),
-        "TA": accuracy(*outputs.held_out.of(outputs.test())),
+        "TA": accuracy(*outputs.held_out.select(outputs.test())),
     }
     if outputs.forgotten is not None and len(outputs.forget_test()):
-        scalars["UA_test"] = unlearning_accuracy(*outputs.held_out.of(outputs.forget_test()))
+        forget_test = outputs.held_out.select(outputs.forget_test())
+        scalars["UA_test"] = unlearning_accuracy(*forget_test)
     return scalars, {}
