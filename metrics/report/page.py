@@ -47,7 +47,8 @@ def page(title, *, facts, shown_tables, pictures, details):
 def meanings(shown_tables):
     """{heading: meaning} of every column that says what it means, and of the notation."""
     columns = [column for shown in shown_tables for column in shown.columns.values()]
-    return {column.heading: column.meaning for column in columns if column.meaning} | NOTATION
+    described = [column for column in columns if column.meaning]
+    return {tables.heading_of(column): column.meaning for column in described} | NOTATION
 
 
 def definition_list(items):
@@ -77,7 +78,7 @@ def table(columns, rows):
     parts = ['<div class=wide><table class="sortable"><thead><tr>']
     kinds = {key: _class_of(column) for key, column in columns.items()}
     for key, column in columns.items():
-        parts.append(f"<th{kinds[key]} scope=col>{html.escape(column.heading)}</th>")
+        parts.append(f"<th{kinds[key]} scope=col>{html.escape(tables.heading_of(column))}</th>")
     parts.append("</tr></thead><tbody>")
     for row in rows:
         parts.append("<tr class=reference>" if row.get("method") == "retrain" else "<tr>")

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .. import CR, columns_of
 from ..columns import Column, Spread
 
-WIDTH = 100  # characters of a printed line
+KEYS = ("score", "cal_size", "alpha", "method")  # what one row of results.csv is about
+WIDTH = 100  # characters of a printed line, where no method's name is longer than 16
 MISSING = "–"
 RESPLITS, SEEDS = "_resplit_std", "_std"  # how a file names the column of a standard deviation
 
@@ -36,6 +38,33 @@ class Table:
     heading: str
     columns: dict[str, Column]
     rows: list[dict]
+
+
+def _model_columns():
+    """{key: Column} of the numbers of a model as a whole, in the order of the table."""
+    measured = columns_of("COLUMNS")
+    efficiency = {"RTE": measured.pop("RTE")}
+    seconds = Column("time s", "seconds", "low", "seconds that unlearning or training took")
+    reason = Column("note", "text", "", "why a method left no model")
+    method = {"method": Column("method", "text")}
+    return method | measured | {"seconds": seconds} | efficiency | {"note": reason}
+
+
+def _set_columns():
+    """{key: Column} of the numbers of prediction sets, in the order of the table."""
+    keys = {
+        "score": Column("score", "text", "", "non-conformity score"),
+        "cal_size": Column("n_cal", "text", "", "held-out images that calibrate q̂ (--cal_sizes)"),
+        "alpha": Column("alpha", "text", "", "miscoverage level α: sets cover 1 − α of the images"),
+        "method": Column("method", "text"),
+    }
+    return keys | columns_of("ROW_COLUMNS")
+
+
+MODEL_COLUMNS = _model_columns()
+SET_COLUMNS = _set_columns()
+SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "UA_word", "seconds")
+FAKE_OF_WRONG = Column("fake of wrong", "text", "near Retrain", "fake-forgotten of misclassified")
 
 
 # ---------------------------------------------------------------- values
@@ -116,7 +145,95 @@ def _spread(values):
     return Spread(float(np.mean(values)), deviation)
 
 
+# ---------------------------------------------------------------- the tables of an evaluation
+
+
+def full_tables(rows):
+    """The :class:`Table` of the models and that of their prediction sets, with every column.
+
+    ``rows`` are those of results.csv. A table in which no row has a number is left out, as is a
+    column that no row fills, and a score or calibration size that all rows share.
+    """
+    models = filled_table("Models", MODEL_COLUMNS, one_per_method(rows))
+    sets = filled_table("Prediction sets", SET_COLUMNS, rows_of_sets(rows))
+    if sets is not None:
+        sets = without_constant(sets, ("score", "cal_size"))
+    return [table for table in (models, sets) if table is not None]
+
+
+def one_per_method(rows):
+    """The last row of each method."""
+    return list({row["method"]: row for row in rows}.values())
+
+
+def rows_of_sets(rows):
+    """The rows with prediction sets: those of methods that did not fail."""
+    return [row for row in rows if "q_hat" in row]
+
+
+def short_lines(rows, *, over_seeds=False):
+    """The lines that an evaluation prints, of at most WIDTH characters.
+
+    A table of the models, the reasons of failures, and a table of the prediction sets for each
+    score, calibration size and α. Numbers are means. ``over_seeds`` adds the standard deviations
+    over seeds: of all columns where they fit, else of the columns that decide the verdicts.
+    """
+    rows = rows if over_seeds else [means_of(row) for row in rows]
+    lines = []
+    columns = {key: MODEL_COLUMNS[key] for key in SHORT_MODEL_KEYS}
+    models = filled_table("Models", columns, one_per_method(rows))
+    if models is not None:
+        lines += [*lines_of(fit(models, ("UA", "gap"))), ""]
+    lines += failure_lines(rows)
+    return lines + _short_set_lines(rows_of_sets(rows))
+
+
+def failure_lines(rows):
+    """One line per failed method, and an empty line after them."""
+    notes = {row["method"]: row["note"] for row in rows if row.get("note")}
+    lines = [f"{method}: {note}" for method, note in notes.items()]
+    return [*lines, ""] if lines else []
+
+
+def _short_set_lines(rows):
+    """A block of lines for each score, calibration size and α, with common column widths."""
+    rows = [row | {"fake_of_wrong": _fake_of_wrong(row)} for row in rows]
+    judged = CR.judged_forget_images(rows[0]) if rows else "forget"
+    columns = {key: SET_COLUMNS[key] for key in _short_set_keys(judged)}
+    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
+    table = filled_table("Prediction sets", columns, rows)
+    if table is None:
+        return []
+    headings, *lines = lines_of(fit(table, (f"{judged}_CR",)))
+    blocks = {}
+    for row, line in zip(rows, lines, strict=True):
+        blocks.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(line)
+    printed = []
+    for (score, cal_size, alpha), block in blocks.items():
+        title = f"alpha {alpha:g} (score {score}, {cal_size} calibration images)"
+        printed += [title, headings, *block, ""]
+    return printed
+
+
+def _short_set_keys(judged):
+    forget = (f"{judged}_coverage", f"{judged}_set_size", f"{judged}_CR")
+    return ("method", *forget, "test_coverage", "test_CR")
+
+
+def _fake_of_wrong(row):
+    """E.g. "4 of 10": misclassified forget images, and how many of them keep their label."""
+    judged = CR.judged_forget_images(row)
+    fake, wrong = (mean_of(row.get(f"{judged}_{key}")) for key in ("fake", "misclassified"))
+    return f"{short_count(fake)} of {short_count(wrong)}"
+
+
 # ---------------------------------------------------------------- tables
+
+
+def heading_of(column):
+    """The heading of a column, with % where its numbers are shown as percentages."""
+    is_percent = column.kind == "percent" and not column.heading.endswith("%")
+    return f"{column.heading} %" if is_percent else column.heading
 
 
 def filled_table(heading, columns, rows):
@@ -138,7 +255,7 @@ def without_constant(table, keys):
 def fit(table, deciding, width=WIDTH):
     """The table with as many standard deviations as ``width`` characters hold.
 
-    Either all columns show their deviations, or those of ``deciding`` alone, or none does.
+    All columns show their deviations, or only those of ``deciding``, or none.
     """
     for kept in (table.columns, deciding, ()):
         rows = [
@@ -153,7 +270,7 @@ def fit(table, deciding, width=WIDTH):
 
 def lines_of(table):
     """The table as lines of text of equal length: the headings, then one line per row."""
-    cells = [[column.heading for column in table.columns.values()]]
+    cells = [[heading_of(column) for column in table.columns.values()]]
     for row in table.rows:
         cells.append(
             [format_cell(row.get(key), column.kind) for key, column in table.columns.items()]
