@@ -1,63 +1,101 @@
-"""Score models: UA, RA, TA, membership attacks, and Coverage, Set Size, CR, fake forgetting and MIACR at each α.
+"""Evaluate models: accuracy, membership attacks, conformal metrics at each α, and the gap to Retrain.
 
     python main_evaluate.py --data_name digits --unlearn_name all --alphas 0.01,0.02,0.05
 
-compares the methods whose models lie in the run folder, beside the original, and measures how far they are from
-Retrain. Each image goes through a model once. Writes results.json and samples.csv beside each model; results.csv,
-classes.csv, pictures and report.html for all of them; with --seeds 1,2,3 a table of mean±standard deviation too.
+compares the methods in the run folder with the original model and with Retrain. Each image passes
+through a model once. Writes results.json and samples.csv for each model, and results.csv,
+classes.csv, figures and report.html for all models together. With --seeds 1,2,3 it also writes the
+means and standard deviations over the seeds.
 """
 
 import utils  # before torch
 
 # isort: split
-import csv
+import argparse
 import hashlib
-import io
-import itertools
 import json
 import math
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import metrics
 import unlearn
 import unlearn_cpu
-from metrics import CR, classwise, comparison, figures, html_report, probe, samples, scores
+from metrics import CR, classwise, comparison, conformal, probe, samples, scores
+from metrics.report import figures, notes, page, tables
+from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
+from models import build_model, checkpoint, inference, input_size
 
-KEYS = ("score", "cal_size", "alpha", "method")
-MODEL_COLUMNS = {"method": ("method", "text")}
-MODEL_COLUMNS |= {key: (column.heading, column.kind) for key, column in metrics.columns_of("COLUMNS").items()}
-MODEL_COLUMNS |= {"seconds": ("time s", "seconds"), "note": ("note", "text")}
-SET_COLUMNS = {"score": ("score", "text"), "cal_size": ("n_cal", "text"), "alpha": ("alpha", "text")}
-SET_COLUMNS |= {"method": ("method", "text")}
-SET_COLUMNS |= {key: (column.heading, column.kind) for key, column in metrics.columns_of("ROW_COLUMNS").items()}
-COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the differences, …_minus_retrain
+COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the columns …_minus_retrain
+TEXT_COLUMNS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights")
+TEXT_COLUMNS += ("model", "settings", "forget_class", "compared_to")
+SCORES, RELEARNING = "scores.png", "relearn.png"
+MOST_FAKE = 18  # images of a fake_forgotten.png
+NUM_BYTES = 2**24  # of free disk space that the results need
 
 
 def main():
-    parser = utils.make_parser(__doc__)
-    utils.add_scenario_flags(parser, "original and the methods in the run folder", unlearn.MODEL_FILE)
-    add_evaluation_flags(parser)
-    args = parser.parse_args()
+    flags = parse_flags()
+    device = utils.pick_device(flags)
+    data = utils.load_data(flags, device, input_size(flags.model_name))
+    flags.cal_sizes = flags.cal_sizes or [utils.default_cal_size(data)]
 
-    device = utils.pick_device(args)
-    data = utils.load_data(args, device)
-    evaluations = [evaluate_seed(seed_args, data, device) for seed_args in utils.each_seed(args)]
-    rows = [row for evaluation in evaluations for row in evaluation.rows]
-    if args.seeds:
-        scored = {row["method"] for row in rows}
-        every = summarise([row for evaluation in evaluations for row in evaluation.every])
-        save_summary(args, data, device, every)
-        rows = [row for row in every if row["method"] in scored]
-    print_tables(rows)
-    for line in [*missing_q_hats(evaluations), *advice([evaluation.rows for evaluation in evaluations])]:
-        print(line)
+    evaluations = []
+    for args in utils.each_seed(flags):
+        evaluation = start_evaluation(args, data, device)
+        saved_models = read_models(locate_models(evaluation), evaluation)
+        with utils.unfinished_folder(evaluation.folder, NUM_BYTES) as unfinished:
+            network = (len(data.classes), data.train.size, device)
+            model = build_model(args, *network, pretrained=False)
+            for saved in saved_models:
+                evaluation.models[saved.name] = evaluate_model(model, saved, evaluation)
+            add_earlier_results(evaluation)
+            compare_with_retrain(evaluation)
+            save_evaluation(evaluation, unfinished)
+        evaluations.append(evaluation)
+
+    rows = [row for evaluation in evaluations for row in evaluation.rows()]
+    if flags.seeds:
+        scored_methods = {row["method"] for row in rows}
+        summary = summarise_seeds([row for each in evaluations for row in each.all_rows()])
+        save_summary(summary, flags, data=data, device=device)
+        rows = [row for row in summary if row["method"] in scored_methods]
+    print_results(rows, evaluations, flags)
     return 0
+
+
+def evaluate_model(model, saved, evaluation):
+    """Load the weights of one model, compute its logits, and score them. → :class:`ScoredModel`"""
+    args = evaluation.args
+    start = time.perf_counter()
+    checkpoint.load_weights(model, saved.state, saved.path, evaluation.data.train.spec)
+    with naming(saved.path):
+        outputs, probe_accuracy = compute_outputs(model, evaluation)
+    scored = score_outputs(outputs, saved, evaluation, probe_accuracy=probe_accuracy)
+    if args.relearn:
+        with naming(f"--relearn {args.relearn} of {saved.path}"):
+            scored.relearning = relearn(model, outputs, evaluation)
+    scored.seconds = time.perf_counter() - start
+    return scored
+
+
+# ---------------------------------------------------------------- flags
+
+
+def parse_flags():
+    parser = utils.make_parser(__doc__)
+    methods = "original and the methods in the run folder"
+    utils.add_scenario_flags(parser, methods, unlearn.MODEL_FILE)
+    add_evaluation_flags(parser)
+    return parser.parse_args()
 
 
 def add_evaluation_flags(parser):
@@ -65,767 +103,931 @@ def add_evaluation_flags(parser):
     group.add_argument(
         "--batch_size",
         type=utils.number(int, 1),
-        help="images a forward pass; when left out what fits a CPU's cache or a GPU's memory",
+        help="images per forward pass (default: chosen to fit the CPU cache or the GPU memory)",
     )
     group.add_argument(
-        "--alphas", type=utils.list_of(utils.ALPHA), default="0.05,0.1,0.15,0.2", help="miscoverage levels"
+        "--alphas",
+        type=utils.list_of(utils.ALPHA),
+        default="0.05,0.1,0.15,0.2",
+        help="comma-separated miscoverage levels",
     )
     group.add_argument(
         "--cal_sizes",
         type=utils.list_of(utils.number(int, 1)),
-        help="calibration images; when left out 2000, or a fifth of the held-out images where that is less",
+        help="comma-separated numbers of calibration images "
+        "(default: 2000, or a fifth of the held-out images if that is fewer)",
     )
     group.add_argument(
         "--resplits",
         type=utils.number(int, 1),
         default=100,
-        help="how often calibration and test images are divided anew for mean±standard deviation; 1: the split alone",
-    )
-    group.add_argument(
-        "--score",
-        type=utils.list_of(utils.one_of(scores.NAMES)),
-        default="thr",
-        help=f"one or more of {', '.join(scores.NAMES)}",
-    )
-    group.add_argument("--not_randomized", action="store_true", help="aps, raps, saps without their random part")
-    group.add_argument(
-        "--raps_penalty", type=utils.number(float, 0), default=0.01, help="raps: added for each rank beyond"
-    )
-    group.add_argument("--raps_k", type=utils.number(int, 0), default=5, help="raps: ranks that cost nothing")
-    group.add_argument(
-        "--saps_weight", type=utils.number(float, 0, exclusive=True), default=0.2, help="saps: cost of a rank"
-    )
-    group.add_argument(
-        "--set_sizes",
-        type=utils.list_of(utils.number(int, 0)),
-        default="1,5",
-        help="c of ECF@c and d of EuCF@d, in labels",
+        help="number of random calibration/test resplits to average over; 1 uses the split alone",
     )
     group.add_argument(
         "--relearn",
         type=utils.number(int, 0),
         default=0,
         metavar="K",
-        help="train each model K steps on a tenth of the forget images, and score the other nine tenths",
+        help="train each model for K steps on a tenth of the forget images and score the rest",
     )
     group.add_argument(
         "--relearn_rate",
         type=utils.number(float, 0, exclusive=True),
         default=0.001,
-        help="learning rate of those steps",
+        help="learning rate for --relearn",
     )
-    group.add_argument("--no_pictures", action="store_true", help="numbers only: no PNGs and no report.html")
+    group.add_argument(
+        "--columns",
+        choices=["short", "all"],
+        default="short",
+        help="columns of the printed tables; results.csv and report.html always have all",
+    )
+    group.add_argument(
+        "--no_pictures", action="store_true", help="write no figures and no report.html"
+    )
+    add_score_flags(group)
 
 
-def beside(path, name, folder, file):
-    """Where ``file`` about the model at ``path`` goes: the method's folder, or next to a model from elsewhere."""
-    return folder / name / file if path.parent in (folder / name, folder.parent) else path.with_suffix(f".{file}")
+def add_score_flags(group):
+    group.add_argument(
+        "--score",
+        type=utils.list_of(utils.one_of(scores.NAMES)),
+        default="thr",
+        help=f"comma-separated non-conformity scores: {', '.join(scores.NAMES)}",
+    )
+    group.add_argument(
+        "--not_randomized",
+        action="store_true",
+        help="use aps, raps and saps without their random term",
+    )
+    group.add_argument(
+        "--raps_penalty",
+        type=utils.number(float, 0),
+        default=0.01,
+        help="raps: penalty for each rank beyond --raps_k",
+    )
+    group.add_argument(
+        "--raps_k",
+        type=utils.number(int, 0),
+        default=5,
+        help="raps: number of ranks without penalty",
+    )
+    group.add_argument(
+        "--saps_weight",
+        type=utils.number(float, 0, exclusive=True),
+        default=0.2,
+        help="saps: score added per rank",
+    )
+    group.add_argument(
+        "--set_sizes",
+        type=utils.list_of(utils.number(int, 0)),
+        default="1,5",
+        help="set sizes c of ECF@c and EuCF@c, in labels",
+    )
 
 
 def settings_of(args):
-    """What the metrics are computed for, from the flags."""
+    """The :class:`metrics.Settings` that the flags ask for."""
     chosen = [
-        scores.Score(name, not args.not_randomized, args.raps_penalty, args.raps_k, args.saps_weight, args.seed)
+        scores.Score(
+            name,
+            randomized=not args.not_randomized,
+            penalty=args.raps_penalty,
+            k_reg=args.raps_k,
+            weight=args.saps_weight,
+            seed=args.seed,
+        )
         for name in args.score
     ]
-    return metrics.Settings(tuple(args.alphas), tuple(chosen), tuple(args.set_sizes), args.seed)
+    alphas, set_sizes = tuple(args.alphas), tuple(args.set_sizes)
+    return metrics.Settings(alphas, tuple(chosen), set_sizes, seed=args.seed)
+
+
+# ---------------------------------------------------------------- the evaluation of one seed
+
+
+@dataclass
+class SavedModel:
+    """A model on disk: its method, its file, its weights and the record saved with them."""
+
+    name: str
+    path: Path
+    state: dict[str, torch.Tensor]
+    meta: dict
+
+
+@dataclass
+class ScoredModel:
+    """One model and everything that was measured of it.
+
+    ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
+    (score, calibration size, α). ``origin`` says which weights and settings they belong to.
+    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv.
+    """
+
+    saved: SavedModel
+    origin: dict
+    numbers: dict
+    set_rows: dict[tuple, dict]
+    class_rows: list[dict]
+    sample_rows: list[dict]
+    score_histogram: dict | None = None
+    fake_sheet: bytes | None = None
+    relearning: dict | None = None
+    seconds: float = math.nan
+
+    def row(self, key):
+        """The model's row of results.csv for a (score, calibration size, α)."""
+        block = dict(zip(KEYS, key, strict=False)) | {"method": self.saved.name}
+        return block | self.numbers | self.set_rows[key] | self.origin
 
 
 @dataclass
 class Evaluation:
-    """What was found about the models of one seed: the rows scored now, every row of results.csv, and the rows of
-    the models scored now in classes.csv."""
+    """The models of one seed, what was measured of them, and what earlier evaluations left.
 
-    rows: list[dict]
-    every: list[dict]
-    class_rows: list[dict]
+    ``failed`` are {method: reason} of the requested methods without a model. ``earlier_rows`` and
+    ``earlier_class_rows`` are those of results.csv and classes.csv about models that are not scored
+    now.
+    """
+
+    args: argparse.Namespace
+    data: utils.Data
+    device: torch.device
+    split: utils.Split
+    folder: Path
+    settings: metrics.Settings
+    models: dict[str, ScoredModel] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    earlier_rows: list[dict] = field(default_factory=list)
+    earlier_class_rows: list[dict] = field(default_factory=list)
+
+    def rows(self):
+        """A row per score, calibration size, α and model scored now. Failed methods come last."""
+        keys = next(iter(self.models.values())).set_rows
+        rows = []
+        for key in keys:
+            rows += [model.row(key) for model in self.models.values()]
+            block = dict(zip(KEYS, key, strict=False))
+            rows += [block | {"method": name, "note": why} for name, why in self.failed.items()]
+        return rows
+
+    def all_rows(self):
+        """The rows of results.csv: of the models scored now and of earlier evaluations."""
+        return merge_rows(self.rows(), self.earlier_rows)
+
+    def class_rows(self):
+        """The rows of classes.csv about the models scored now."""
+        return [row for model in self.models.values() for row in model.class_rows]
+
+    def all_class_rows(self):
+        if not self.earlier_class_rows:
+            return self.class_rows()
+        return sorted([*self.class_rows(), *self.earlier_class_rows], key=table_position)
+
+    def has_own_folder(self, saved):
+        """Whether a model's files go to its method's folder, as those of this run's models do."""
+        return saved.path.parent in (self.folder / saved.name, self.folder.parent)
+
+    def path_of(self, saved, file):
+        """Where ``file`` about a model goes: its method's folder, or next to a model elsewhere."""
+        if self.has_own_folder(saved):
+            return self.folder / saved.name / file
+        return saved.path.with_suffix(f".{file}")
 
 
-def evaluate_seed(args, data, device):
-    """Score the models of one seed, then save what was found. Returns an :class:`Evaluation`.
-
-    Nothing is written before all models are scored."""
-    args.cal_sizes = args.cal_sizes or [utils.default_cal_size(data)]
+def start_evaluation(args, data, device):
+    """The :class:`Evaluation` of one seed, with its split and before any model is scored."""
     split = utils.make_split(data, args, max(args.cal_sizes))
-    root = utils.run_folder(args, data)
-    folder = root / split.folder
-    checkpoints = read_models(locate_models(args, root, folder), args, data, split)
-    model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
-    settings = settings_of(args)
-
-    utils.prepare_folder(folder, 2**24)
-    evaluated, histograms, class_rows, audits, pictures = {}, {}, [], {}, {}
-    for name, (path, state, meta) in checkpoints.items():
-        start = time.perf_counter()
-        utils.prepare_folder(beside(path, name, folder, "samples.csv").parent, 2**20)
-        utils.load_weights(model, state, path, data.train.spec)
-        with naming(path):
-            outputs, scalars = collect_outputs(model, data, split, args)
-        more, rows = metrics.evaluate(outputs, settings)
-        scalars |= more | {"seconds": meta.get("seconds"), "num_forget": len(split.forget)}
-        if args.relearn:
-            with naming(f"--relearn {args.relearn} of {path}"):
-                scalars["relearn"] = relearn(model, outputs, data, split, settings, args)
-        evaluated[name] = (scalars, rows, time.perf_counter() - start)
-
-        class_rows += [{"method": name} | row for row in classwise.class_rows(outputs, settings, data.classes)]
-        names = data.train.names and [data.train.names[index] for index in split.forget.tolist()]
-        audits[beside(path, name, folder, "samples.csv")] = [
-            row | {"label": data.classes[row["label"]], "prediction": data.classes[row["prediction"]]}
-            for row in samples.sample_rows(outputs, settings, split.forget, names)
-        ]
-        if not args.no_pictures:
-            histograms[name] = figures.histogram_data(outputs, settings)
-            pictures[beside(path, name, folder, "fake_forgotten.png")] = fake_sheet(
-                outputs, settings, data, split, name
-            )
-
-    origins = {name: origin(name, checkpoint, args, data, split) for name, checkpoint in checkpoints.items()}
-    failed = failures(folder, split.fingerprint)
-    tables = EarlierTables(folder)
-    kept = tables.kept(evaluated, split.fingerprint, failed)
-    compare_to_retrain(evaluated, kept, origins)
-    rows = table_rows(evaluated, asked_failures(args, failed, evaluated), origins)
-    every = merge_rows(rows, kept)
-    if not args.no_pictures:
-        shown = figures.overview(every, args.score[0], max(args.cal_sizes))
-        alone = {row["method"] for row in every} == {row["method"] for row in rows}
-        shown |= pictures_of_outputs(args, folder, evaluated, histograms, alone)
-        pictures = {folder / file: found for file, found in shown.items()} | pictures
-    kept_classes = tables.kept_classes({row["method"] for row in kept})
-    ordered = sorted(class_rows + kept_classes, key=_place) if kept_classes else class_rows
-    utils.save_text(folder / "classes.csv", as_csv(ordered))
-    for path, audit in audits.items():
-        utils.save_text(path, as_csv(audit))
-    earlier = earlier_pictures(folder, {row["method"] for row in kept} if pictures else ())
-    save(args, data, split, device, checkpoints, evaluated, every, pictures, earlier)
-    return Evaluation(rows, every, class_rows)
+    folder = utils.run_folder(args, data) / split.folder
+    return Evaluation(args, data, device, split=split, folder=folder, settings=settings_of(args))
 
 
 @contextmanager
-def naming(what):
-    """Put ``what`` in front of the error about outputs that are not finite."""
+def naming(subject):
+    """Put ``subject`` in front of the error that a network's outputs are not finite."""
     try:
         yield
     except utils.NotFinite as error:
-        raise utils.NotFinite(f"{what}: {error}") from error
+        raise utils.NotFinite(f"{subject}: {error}") from error
 
 
-def pictures_of_outputs(args, folder, evaluated, histograms, alone):
-    """{file name: (caption, Figure)} of what only the models scored now can show: their scores, and relearning.
-
-    Unless they are ``alone`` in results.csv, a picture of more models keeps its name: theirs gets another."""
-    shown = {}
-    if args.score[0] == "thr":
-        histogram = figures.score_histograms(histograms, args.alphas[0])
-        shown["scores.png"] = ("Non-conformity scores", histogram)
-    if args.relearn:
-        curves = {name: scalars["relearn"] for name, (scalars, *_) in evaluated.items()}
-        shown["relearn.png"] = ("Do they come back?", figures.relearn_curves(curves, args.alphas[0]))
-    for file in list(shown):
-        partial = file.replace(".png", "_partial.png")
-        if alone:
-            (folder / partial).unlink(missing_ok=True)
-        elif (folder / file).is_file():
-            caption, figure = shown.pop(file)
-            shown[partial] = (f"{caption} ({', '.join(evaluated)} alone)", figure)
-    return shown
+# ---------------------------------------------------------------- models
 
 
-def earlier_pictures(folder, methods):
-    """{caption: path} of the pictures of ``methods``, whose rows are kept, for the report."""
-    found = {f"Most fake-forgotten images of {name}": folder / name / "fake_forgotten.png" for name in methods}
-    if methods:
-        found["Non-conformity scores (earlier evaluation)"] = folder / "scores.png"
-        found["Do they come back? (earlier evaluation)"] = folder / "relearn.png"
-    return {caption: path for caption, path in found.items() if path.is_file()}
-
-
-def origin(name, checkpoint, args, data, split):
-    """The columns of results.csv that say what a model's rows are about: which weights, forget set and settings."""
-    path, state, _ = checkpoint
-    folder = utils.run_folder(args, data) / split.folder
-    chosen = ("seed", "resplits", "not_randomized", "raps_penalty", "raps_k", "saps_weight", "set_sizes")
-    settings = [data.fingerprint, max(args.cal_sizes), *(getattr(args, flag) for flag in chosen)]
-    known = {
-        "forget_set": split.fingerprint,
-        "weights": utils.weights_hash(state),
-        "model": os.path.relpath(path, folder)
-        if path.parent in (folder / name, folder.parent)
-        else str(path.resolve()),
-        "settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8],
-    }
-    return known | ({"forget_class": forgotten_name(args, data, split)} if split.forget_class is not None else {})
-
-
-def forgotten_name(args, data, split):
-    return (data.subclass_names if args.unlearn_type == "subclass" else data.classes)[split.forget_class]
-
-
-def locate_models(args, root, scenario):
-    """{name: path} of the models to score, in the order of the table; the original first, where it is at hand."""
+def locate_models(evaluation):
+    """{method: path} of the models to score, in the order of the table, the original first."""
+    args, folder = evaluation.args, evaluation.folder
     known = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
-    path = utils.locate(args.model_dir, root)
-    if path != root / args.model_dir:  # one file anywhere, not a name to look for in every method's folder
+    path = utils.locate(args.model_dir, folder.parent)
+    if path != folder.parent / args.model_dir:  # a path to one file, not a name in each folder
         names = utils.method_names(args.unlearn_name, known)
         if len(names) > 1:
-            raise utils.UserError(f"--model_dir {args.model_dir} is one file; name one method with --unlearn_name")
+            raise utils.UserError(
+                f"--model_dir {args.model_dir} is one file; name one method with --unlearn_name"
+            )
         paths = {names[0]: path}
     else:
-        on_disk = {found.parent.name for found in scenario.glob(f"*/{args.model_dir}")}
-        every = [*(name for name in known if name in on_disk), *sorted(on_disk.difference(known))]
-        names = every if "all" in args.unlearn_name else utils.method_names(args.unlearn_name, known)
+        on_disk = {path.parent.name for path in folder.glob(f"*/{args.model_dir}")}
+        names = [name for name in known if name in on_disk] + sorted(on_disk.difference(known))
+        if "all" not in args.unlearn_name:
+            names = utils.method_names(args.unlearn_name, known)
         if not names:
-            raise utils.UserError(f"{scenario}: no method with a {args.model_dir}; unlearn with the same flags first")
-        paths = {name: scenario / name / args.model_dir for name in names if name != "original"}
-    original = root / "original_model.pth"
+            raise utils.UserError(
+                f"{folder}: no method with a {args.model_dir}; run main_unlearn.py with the same "
+                "flags first"
+            )
+        paths = {name: folder / name / args.model_dir for name in names if name != "original"}
+    original = folder.parent / "original_model.pth"
     if original.exists() or "original" in names:
         paths = {"original": paths.get("original", original)} | paths
     return paths
 
 
-def read_models(paths, args, data, split):
-    """{name: (path, state_dict, meta)}, all read and checked before any is scored.
+def read_models(paths, evaluation):
+    """The :class:`SavedModel` of each method, all of them checked before any is scored.
 
-    Raises UserError for a model of another forget set, another original, other data or another network.
+    Raises UserError for a model of another forget set, original model, data set or network.
     """
-    found, originals = {}, {}
+    split = evaluation.split
+    saved_models, originals = [], {}
     for name, path in paths.items():
-        state, meta = utils.read_checkpoint(path, "make it first with the same flags")
-        utils.check_meta(path, meta, args, data)
+        state, meta = checkpoint.read(path, "make it first with the same flags")
+        checkpoint.check_meta(path, meta, evaluation.args, evaluation.data)
         if meta.get("forget_set") not in (None, split.fingerprint):
             raise utils.UserError(
-                f"{path}: unlearned another forget set ({meta['forget_set']}) than the flags say "
-                f"({split.fingerprint}); give the --seed and unlearning flags that made it"
+                f"{path}: unlearned another forget set ({meta['forget_set']}) than the flags "
+                f"select ({split.fingerprint}); pass the --seed and unlearning flags that made it"
             )
-        source = utils.weights_hash(state) if name == "original" else meta.get("identity", {}).get("original")
-        if source:
-            originals.setdefault(source, path)
-        found[name] = (path, state, meta)
+        identity = meta.get("identity", {}).get("original")
+        original = checkpoint.weights_hash(state) if name == "original" else identity
+        if original:
+            originals.setdefault(original, path)
+        saved_models.append(SavedModel(name, path, state=state, meta=meta))
     if len(originals) > 1:
         first, second, *_ = originals.values()
-        raise utils.UserError(f"{first} and {second}: not from one original model; unlearn again with --overwrite")
-    return found
+        raise utils.UserError(
+            f"{first} and {second}: not from one original model; unlearn again with --overwrite"
+        )
+    return saved_models
 
 
-def collect_outputs(model, data, split, args):
-    """One pass of every scored image through the model. Returns (Outputs, numbers of the linear probe).
-
-    The probe sees the input of the last layer, caught on the way, where a class is forgotten."""
-    held_out = [split.calibration, split.test]
-    forgotten = None
+def origin_of(saved, evaluation):
+    """The columns of results.csv that say which weights, forget set and settings a row is about."""
+    args, split = evaluation.args, evaluation.split
+    names = ("seed", "resplits", "not_randomized", "raps_penalty", "raps_k", "saps_weight")
+    flags = [getattr(args, name) for name in (*names, "set_sizes")]
+    settings = [evaluation.data.fingerprint, max(args.cal_sizes), *flags]
+    path = str(saved.path.resolve())
+    if evaluation.has_own_folder(saved):
+        path = os.path.relpath(saved.path, evaluation.folder)
+    origin = {
+        "forget_set": split.fingerprint,
+        "weights": checkpoint.weights_hash(saved.state),
+        "model": path,
+        "settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8],
+    }
     if split.forget_class is not None:
-        held_out.append(split.forget_test)
-        is_forgotten = [split.is_forgotten, torch.zeros(len(split.test)), torch.ones(len(split.forget_test))]
-        forgotten = torch.cat([part.bool() for part in is_forgotten])
-    parts = {
+        origin["forget_class"] = forget_class_name(evaluation)
+    return origin
+
+
+def forget_class_name(evaluation):
+    data = evaluation.data
+    names = data.subclass_names if evaluation.args.unlearn_type == "subclass" else data.classes
+    return names[evaluation.split.forget_class]
+
+
+# ---------------------------------------------------------------- logits and metrics
+
+
+def compute_outputs(model, evaluation):
+    """Pass every image through the model once. → (:class:`metrics.Outputs`, probe accuracies)
+
+    The accuracies are those of a linear probe of the features, for class-wise forgetting only.
+    """
+    args, data, split = evaluation.args, evaluation.data, evaluation.split
+    class_wise = split.forget_class is not None
+    held_out = [split.calibration, split.test] + [split.forget_test] * class_wise
+    images_of = {
         "retain": (data.train, split.retain),
         "forget": (data.train, split.forget),
         "held_out": (data.held_out, torch.cat(held_out)),
     }
-    found, features = {}, {}
-    for part, (images, indices) in parts.items():
-        if split.forget_class is None:
-            found[part] = metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
+    outputs, features = {}, {}
+    for part, (images, indices) in images_of.items():
+        if class_wise:
+            logits, labels, inner = inference.compute_features(
+                model, images, indices, args.batch_size
+            )
+            features[part] = inner.numpy()
         else:
-            *logits_labels, features[part] = utils.compute_features(model, images, indices, args.batch_size)
-            found[part] = metrics.Output(*logits_labels)
-    draws = metrics.draw_splits(len(found["held_out"].labels), args.resplits, args.seed)
-    outputs = metrics.Outputs(**found, cal_sizes=args.cal_sizes, draws=draws, forgotten=forgotten)
-    if split.forget_class is None:
-        return outputs, {}
-    features = {part: tensor.numpy() for part, tensor in features.items()}
-    labels = {part: output.labels.numpy() for part, output in found.items()}
-    tests = {"probe_forget": outputs.forget_test().numpy(), "probe_retain": outputs.test().numpy()}
-    return outputs, probe.linear_probe(
+            logits, labels = inference.compute_logits(model, images, indices, args.batch_size)
+        outputs[part] = metrics.Output(logits, labels)
+    draws = metrics.draw_splits(len(outputs["held_out"].labels), args.resplits, args.seed)
+    forgotten = held_out_forgotten(split) if class_wise else None
+    held_out = {"cal_sizes": args.cal_sizes, "draws": draws, "forgotten": forgotten}
+    outputs = metrics.Outputs(**outputs, **held_out)
+    return outputs, probe_features(features, outputs, args.seed) if class_wise else {}
+
+
+def held_out_forgotten(split):
+    """Which held-out images are of the forgotten class: calibration, test, then forget_test."""
+    is_forgotten = [
+        split.is_forgotten.bool(),
+        torch.zeros(len(split.test), dtype=torch.bool),
+        torch.ones(len(split.forget_test), dtype=torch.bool),
+    ]
+    return torch.cat(is_forgotten)
+
+
+def probe_features(features, outputs, seed):
+    """Accuracies of a linear probe that is fitted to the features of the training images."""
+    labels = {part: getattr(outputs, part).labels.numpy() for part in features}
+    test_images = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
+    return probe.linear_probe(
         np.concatenate([features["retain"], features["forget"]]),
         np.concatenate([labels["retain"], labels["forget"]]),
-        {key: (features["held_out"][chosen], labels["held_out"][chosen]) for key, chosen in tests.items()},
-        args.seed,
+        tests={
+            key: (features["held_out"][images.numpy()], labels["held_out"][images.numpy()])
+            for key, images in test_images.items()
+        },
+        seed=seed,
     )
 
 
-def relearn(model, outputs, data, split, settings, args):
-    """How accuracy and coverage of forget images come back while a tenth of them is learnt again (--relearn K).
-
-    Coverage is at the first α, under the first score, with each step's q̂ from the retained classes' calibration images;
-    NaN where these are too few.
-    """
-    score, size = settings.scores[0], max(args.cal_sizes)
-    calibration = split.calibration[:size][~split.is_forgotten[:size].to(split.calibration.device)]
-    curve = {"step": [], "accuracy": [], "coverage": []}
-
-    def measure(step, others):
-        if step:
-            held_out, forget = (
-                metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
-                for images, indices in ((data.held_out, calibration), (data.train, others))
-            )
-        else:  # these have passed through the model
-            held_out = outputs.held_out.of(outputs.calibration(size))
-            forget = outputs.forget.of(torch.searchsorted(split.forget, others).cpu())
-        held_out, forget = CR.score_part(held_out, score, "held_out"), CR.score_part(forget, score, "forget")
-        q_hat = CR.finite_quantile(held_out.own, settings.alphas[0])
-        curve["step"].append(step)
-        curve["accuracy"].append(1 - forget.wrong.double().mean().item())
-        curve["coverage"].append(CR.describe(forget, [q_hat])["coverage"].item())
-
-    unlearn.relearn(model, data, split, args.seed, args.relearn, args.relearn_rate, measure)
-    return curve
-
-
-def compare_to_retrain(evaluated, kept, origins):
-    """Where Retrain was scored too: the gap, signed differences, a plain word for them, and RTE, the ratio of running
-    times. Added to the numbers in ``evaluated`` and to the ``kept`` rows whose Retrain is another now.
-
-    Retrain is the one scored now, or the one in the kept rows of the same settings (:func:`origin`). The words'
-    tolerance is two standard errors over the images; several seeds have Retrain's spread (:func:`summarise`).
-    """
-    settings = {source["settings"] for source in origins.values()}
-    if "retrain" in evaluated:
-        reference, reference_rows, _ = evaluated["retrain"]
-    else:
-        same = [row for row in kept if row["method"] == "retrain" and "UA" in row and row["settings"] in settings]
-        reference_rows = {tuple(row[key] for key in KEYS[:-1]): row for row in same}
-        reference = same[0] if same else None
-    if reference is None:
-        return
-    weights = origins["retrain"]["weights"] if "retrain" in evaluated else reference["weights"]
-    for name, (scalars, rows, _) in evaluated.items():
-        for at, row in rows.items():
-            if at in reference_rows:
-                row |= compare_sets(row, reference_rows[at], scalars["num_forget"])
-        scalars |= compare_model(name, scalars, reference) | {"compared_to": weights}
-    if "retrain" in evaluated:
-        for row in kept:
-            at = tuple(row[key] for key in KEYS[:-1])
-            if "UA" not in row or row.get("compared_to") == weights:
-                continue
-            for key in [key for key in row if key in COMPARED or key.endswith("_minus_retrain")]:
-                row[key] = None
-            if row["settings"] in settings:
-                row |= compare_model(row["method"], row, reference) | {"compared_to": weights}
-                row |= compare_sets(row, reference_rows[at], row["num_forget"]) if at in reference_rows else {}
-
-
-def compare_model(name, scalars, reference):
-    """The columns that compare a model as a whole with Retrain."""
-    tolerance = comparison.share_tolerance(reference["UA"], scalars["num_forget"])
-    found = comparison.differences({key: scalars[key] for key in MODEL_COLUMNS if key in scalars}, reference)
-    found["gap"] = comparison.gap(scalars, reference)
-    found["UA_word"] = comparison.verdict(scalars["UA"] - reference["UA"], tolerance)
-    if name != "original" and _positive(scalars["seconds"]) and _positive(reference["seconds"]):
-        found["RTE"] = scalars["seconds"] / reference["seconds"]
-    return found
-
-
-def _positive(value):
-    return value is not None and value > 0
-
-
-def compare_sets(row, reference, num_forget):
-    """The columns that compare a model's prediction sets with Retrain's."""
-    key = f"{CR.judged_forget_images(row)}_CR"
-    found = comparison.differences({key: row[key] for key in SET_COLUMNS if key in row}, reference)
-    tolerance = comparison.at_least_one_image(
-        2 * math.hypot(row[f"{key}_error"], reference[f"{key}_error"]), num_forget
+def score_outputs(outputs, saved, evaluation, *, probe_accuracy):
+    """Every number of one model, from its outputs. → :class:`ScoredModel`"""
+    data, split = evaluation.data, evaluation.split
+    conformal_scores = metrics.ConformalScores(outputs, evaluation.settings)
+    numbers, set_rows = metrics.evaluate(conformal_scores)
+    facts = {"seconds": saved.meta.get("seconds"), "num_forget": len(split.forget)}
+    class_rows = classwise.class_rows(conformal_scores, data.classes)
+    scored = ScoredModel(
+        saved=saved,
+        origin=origin_of(saved, evaluation),
+        numbers=probe_accuracy | numbers | facts,
+        set_rows=set_rows,
+        class_rows=[{"method": saved.name} | row for row in class_rows],
+        sample_rows=name_samples(conformal_scores, evaluation),
     )
-    found["CR_word"] = comparison.verdict(reference[key] - row[key], tolerance)
-    return found
+    if not evaluation.args.no_pictures:
+        scored.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
+        if conformal_scores.first_score.name == "thr":
+            scored.score_histogram = figures.histogram_data(conformal_scores)
+    return scored
 
 
-def asked_failures(args, failed, evaluated):
-    """The failed methods ({method: why}) that --unlearn_name asks for and that left no model."""
-    wanted = set(utils.given_names(args.unlearn_name))
-    return {
-        name: f"seed {args.seed}: {why}" if args.seeds else why
-        for name, why in failed.items()
-        if name not in evaluated and {"all", name} & wanted
-    }
-
-
-def failures(scenario, fingerprint):
-    """{method: why} of those that failed on the forget set with this fingerprint and left no model."""
-    found = {}
-    for path in sorted(scenario.glob(f"*/{unlearn.FAILURE_FILE}")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            forget_set, why = record["forget_set"], record["error"]
-        except (OSError, ValueError, KeyError, TypeError):
-            print(f"{path}: damaged, and left out")
-            continue
-        if forget_set == fingerprint:
-            found[path.parent.name] = why
-    return found
-
-
-def table_rows(evaluated, failed, origins):
-    """One flat row per score, calibration size, α and model; the methods that failed at the end of each block."""
-    rows = []
-    for key in next(iter(evaluated.values()))[1]:
-        at = dict(zip(KEYS, key, strict=False))
-        for name, (scalars, per_key, _) in evaluated.items():
-            flat = {name: value for name, value in scalars.items() if not isinstance(value, dict)}
-            rows.append(at | {"method": name} | flat | per_key[key] | origins[name])
-        rows += [at | {"method": name, "note": why} for name, why in failed.items()]
+def name_samples(conformal_scores, evaluation):
+    """The rows of samples.csv, with the names of files and classes."""
+    data, forget = evaluation.data, evaluation.split.forget
+    names = data.train.names and [data.train.names[index] for index in forget.tolist()]
+    rows = samples.sample_rows(conformal_scores, forget, names)
+    for row in rows:
+        row["label"] = data.classes[row["label"]]
+        row["prediction"] = data.classes[row["prediction"]]
     return rows
 
 
-def merge_rows(rows, kept):
-    """The rows scored now and those kept, block by block (score, calibration size, α), in the order of the methods."""
+def draw_fake_sheet(conformal_scores, name, evaluation):
+    """The PNG of the forget images of one model that are fake-forgotten most clearly."""
+    data, forget = evaluation.data, evaluation.split.forget
+    most_fake = samples.most_fake(conformal_scores, MOST_FAKE)
+    images = None if most_fake is None else []
+    for fake in most_fake or ():
+        index = int(forget[fake.position])
+        pixels = data.train.pixels[index].permute(1, 2, 0).cpu().numpy()
+        label = int(conformal_scores.outputs.forget.labels[fake.position])
+        images.append(figures.SheetImage(pixels, label, fake.prediction, fake.labels))
+    title = f"{name}: misclassified forget images nearest to their label (label → answer, {{set}})"
+    return page.png(figures.fake_sheet(images, data.classes, title))
+
+
+# ---------------------------------------------------------------- relearning
+
+
+def relearn(model, outputs, evaluation):
+    """Train on a tenth of the forget images, and measure whether the other images come back.
+
+    SGD at a constant rate, in batches of at most 64 images, augmented anew in each step. Returns
+    {"step", "accuracy", "coverage"} of the other nine tenths, before the first step and after 1, 2,
+    4, ... and ``--relearn`` steps. Coverage is at the first α and score, with q̂ of the same model
+    from the retained classes' calibration images. It is NaN where these are too few. Raises
+    UserError for fewer than two forget images, and Diverged as :func:`unlearn.train` does.
+    """
+    args, data, split = evaluation.args, evaluation.data, evaluation.split
+    if len(split.forget) < 2:
+        raise utils.UserError("--relearn: one forget image cannot be divided; forget more images")
+    order = torch.from_numpy(utils.permutation(args.seed, "relearn", len(split.forget)))
+    num_relearned = max(1, len(order) // 10)
+    relearned, others = order[:num_relearned], order[num_relearned:]  # positions in the forget set
+    calibration = outputs.calibration(max(args.cal_sizes))  # positions in split.calibration
+    stops = relearning_stops(args.relearn)
+    rng = utils.generator(args.seed, "relearn", "order")
+    batches = shuffled_batches(take(split.forget, relearned), rng)
+    curve = {"step": [], "accuracy": [], "coverage": []}
+
+    def measure(step, forget, held_out):
+        measured = conformal.accuracy_and_coverage(forget, held_out, evaluation.settings)
+        curve["step"].append(step)
+        curve["accuracy"].append(measured.accuracy)
+        curve["coverage"].append(measured.coverage)
+
+    def measure_trained(record):
+        forget = compute_output(model, data.train, take(split.forget, others), args)
+        held_out = compute_output(model, data.held_out, take(split.calibration, calibration), args)
+        measure(stops[record["epoch"] - 1], forget, held_out)
+
+    def steps_of(epoch):
+        num_steps = stops[epoch - 1] - (stops[epoch - 2] if epoch > 1 else 0)
+        return [(next(batches), 0) for _ in range(num_steps)]  # 0 retain images in each
+
+    measure(0, outputs.forget.select(others), outputs.held_out.select(calibration))
+    recipe = unlearn.Recipe(len(stops), args.relearn_rate, milestones=[len(stops)])
+    job = unlearn.Job(
+        name="relearn",
+        label="relearn",
+        model=model,
+        data=data,
+        split=split,
+        recipe=recipe,
+        seed=args.seed,
+        epoch_done=measure_trained,
+        quiet=True,
+    )
+    unlearn.train(job, lambda batch: F.cross_entropy(*batch.forget), schedule=steps_of)
+    return curve
+
+
+def relearning_stops(num_steps):
+    """1, 2, 4, ... and ``num_steps``: the numbers of steps after which relearning is measured."""
+    powers = [2**power for power in range(num_steps.bit_length()) if 2**power < num_steps]
+    return [*powers, num_steps]
+
+
+def shuffled_batches(indices, rng):
+    """Endless near-equal batches of all ``indices``, shuffled again for each pass."""
+    num_batches = math.ceil(len(indices) / unlearn.Recipe.batch_size)
+    while True:
+        order = torch.randperm(len(indices), generator=rng)
+        yield from take(indices, order).tensor_split(num_batches)
+
+
+def take(indices, positions):
+    """``indices[positions]`` on the device of ``indices``."""
+    return indices[positions.to(indices.device)]
+
+
+def compute_output(model, images, indices, args):
+    """The :class:`metrics.Output` of the images at ``indices``."""
+    logits, labels = inference.compute_logits(model, images, indices, args.batch_size)
+    return metrics.Output(logits, labels)
+
+
+# ---------------------------------------------------------------- earlier results
+
+
+def add_earlier_results(evaluation):
+    """Add the failures of requested methods, and the rows about models that are not scored now."""
+    args, folder, scored = evaluation.args, evaluation.folder, evaluation.models
+    failed = failures(folder, evaluation.split.fingerprint)
+    evaluation.failed = requested_failures(failed, scored, args)
+    evaluation.earlier_rows = earlier_rows(evaluation, failed)
+    methods = {row["method"] for row in evaluation.earlier_rows}
+    needed = ("score", "alpha", "class", "method")
+    rows = tables.read_earlier(folder / "classes.csv", needed, texts=TEXT_COLUMNS)
+    evaluation.earlier_class_rows = [row for row in rows if row["method"] in methods]
+
+
+def failures(folder, fingerprint):
+    """{method: reason} of the methods that failed on the forget set and left no model."""
+    reasons = {}
+    for path in sorted(folder.glob(f"*/{unlearn.FAILURE_FILE}")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            forget_set, reason = record["forget_set"], record["error"]
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"{path}: damaged record, ignored")
+            continue
+        if forget_set == fingerprint:
+            reasons[path.parent.name] = reason
+    return reasons
+
+
+def requested_failures(failed, scored, args):
+    """The failures ({method: reason}) that --unlearn_name asks for, without the scored models."""
+    requested = set(utils.given_names(args.unlearn_name))
+    return {
+        name: f"seed {args.seed}: {reason}" if args.seeds else reason
+        for name, reason in failed.items()
+        if name not in scored and {"all", name} & requested
+    }
+
+
+def earlier_rows(evaluation, failed):
+    """The rows of results.csv about methods that are not scored now and have not changed since.
+
+    A row is kept if its model file still holds the same weights and it is about the same forget
+    set. The row of a failed method is kept while the method is in ``failed``.
+    """
+    path, scored = evaluation.folder / "results.csv", evaluation.models
+    needed = (*KEYS, "forget_set", "weights", "model", "settings")
+    kept, dropped, weights = [], {}, {}
+    for row in tables.read_earlier(path, needed, texts=TEXT_COLUMNS, replaced=scored):
+        name = row["method"]
+        if name in scored:
+            continue
+        if "UA" not in row:
+            is_current = name in failed
+        else:
+            file = row["model"]
+            weights[file] = weights.get(file) or weights_of(evaluation.folder / file)
+            same_forget_set = row["forget_set"] == evaluation.split.fingerprint
+            is_current = same_forget_set and row["weights"] == weights[file]
+        if is_current:
+            kept.append(row)
+        else:
+            dropped[name] = None
+    if dropped:
+        print(f"{path}: dropped the rows of {', '.join(dropped)}: the model was deleted or changed")
+    return kept
+
+
+def weights_of(path):
+    """The hash of the weights in a model file, or None where it cannot be read."""
+    try:
+        return checkpoint.weights_hash(checkpoint.read(path)[0])
+    except utils.UserError:
+        return None
+
+
+def merge_rows(rows, earlier):
+    """All rows by block (score, calibration size, α), each block in the order of the methods."""
     blocks = {}
-    for row in [*rows, *kept]:
-        blocks.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(row)
-    for block in blocks.values() if kept else ():
-        block.sort(key=_place)
+    for row in [*rows, *earlier]:
+        blocks.setdefault(block_of(row), []).append(row)
+    if earlier:
+        blocks = {key: sorted(block, key=table_position) for key, block in blocks.items()}
     return [row for block in blocks.values() for row in block]
 
 
-def _place(row):
-    """Where a row comes among those of other methods: the original, those that failed last."""
+def block_of(row):
+    """The (score, calibration size, α) of a row."""
+    return tuple(row[key] for key in KEYS[:-1])
+
+
+def table_position(row):
+    """Sorts rows by method: the original first, the order of the methods, failed ones last."""
     known = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
     name = row["method"]
     return "note" in row, known.index(name) if name in known else len(known), name
 
 
-class EarlierTables:
-    """What results.csv and classes.csv of earlier evaluations hold about methods that this one did not score.
+# ---------------------------------------------------------------- comparison with Retrain
 
-    Rows of other weights than the method's model file has now, or of another forget set, are left out. A file that is
-    not such a table is renamed, unless every method in it is scored now.
+
+@dataclass
+class Reference:
+    """Retrain: the hash of its weights, its numbers, and those of its prediction sets by block."""
+
+    weights: str
+    numbers: dict
+    set_rows: dict[tuple, dict]
+
+
+def compare_with_retrain(evaluation):
+    """Add the gap, signed differences, verdicts and RTE to every row that has a Retrain.
+
+    Retrain is the one that is scored now, else the one of an earlier evaluation with the same
+    settings. Earlier rows are compared again if Retrain has changed. The verdicts' tolerance is two
+    standard errors over the images. Several seeds have Retrain's spread (:func:`summarise_seeds`).
     """
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def kept(self, scored, fingerprint, failed):
-        """The rows of results.csv to keep, with numbers as numbers: all but those of the methods in ``scored``.
-
-        A failed method's rows are kept where it is in ``failed`` still."""
-        found, dropped, weights = [], {}, {}
-        for row in self._read("results.csv", (*KEYS, "forget_set", "weights", "model", "settings"), scored):
-            name = row["method"]
-            if name in scored:
-                continue
-            if "UA" not in row:
-                is_kept = name in failed
-            else:
-                path = row["model"]
-                weights[path] = weights.get(path) or _weights_of(self.folder / path)
-                is_kept = row["forget_set"] == fingerprint and row["weights"] == weights[path]
-            if is_kept:
-                found.append(row)
-            else:
-                dropped[name] = None
-        if dropped:
-            print(
-                f"{self.folder / 'results.csv'}: the rows of {', '.join(dropped)} are left out: the model is gone or "
-                "has changed since"
-            )
-        return found
-
-    def kept_classes(self, methods):
-        """The rows of classes.csv about ``methods``, those with rows kept."""
-        rows = self._read("classes.csv", ("score", "alpha", "class", "method"), ())
-        return [row for row in rows if row["method"] in methods]
-
-    def _read(self, file, needed, scored):
-        path = self.folder / file
-        if not os.path.lexists(path):
-            return []
-        try:
-            header, rows = _read_csv(path)
-            if missing := [key for key in needed if key not in header]:
-                if "method" in header and {row["method"] for row in rows} <= set(scored):
-                    return []
-                raise ValueError(f"no column {missing[0]}")
-            return [_typed(row) for row in rows]
-        except (OSError, ValueError, csv.Error) as error:
-            self._set_aside(path, error)
-            return []
-
-    def _set_aside(self, path, error):
-        numbers = itertools.chain([""], itertools.count(2))
-        free = next(old for number in numbers if not os.path.lexists(old := path.with_name(f"{path.name}.old{number}")))
-        try:
-            path.rename(free)
-        except OSError as failure:
-            raise utils.UserError(f"{path}: cannot be renamed ({failure.strerror}); remove it") from failure
-        print(f"{path}: not a table of this version ({error}); renamed to {free.name}")
+    models = evaluation.models
+    reference = find_reference(evaluation)
+    if reference is None:
+        return
+    for name, model in models.items():
+        for key, row in model.set_rows.items():
+            if key in reference.set_rows:
+                row |= compare_sets(row, reference.set_rows[key], model.numbers["num_forget"])
+        model.numbers |= compare_model(name, model.numbers, reference.numbers)
+        model.numbers["compared_to"] = reference.weights
+    if "retrain" in models:
+        compare_earlier_rows(evaluation, reference)
 
 
-TEXTS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights", "model", "settings")
-TEXTS += ("forget_class", "compared_to")
-
-
-def _read_csv(path):
-    """(column names, rows as dicts of texts). Raises ValueError or csv.Error for what is not a table."""
-    with open(path, newline="", encoding="utf-8") as file:
-        header, *lines = [*csv.reader(file, strict=True)] or [[]]
-    if any(len(line) != len(header) for line in lines):
-        raise ValueError("its lines differ in length")
-    return header, [dict(zip(header, line, strict=True)) for line in lines]
-
-
-def _typed(row):
-    """A row of texts with numbers as numbers. An empty cell is NaN, but left out where it is a text or in the row of a
-    method that failed. Raises ValueError for a cell that is not a number."""
-
-    def number(text):
-        if text in ("True", "False"):
-            return text == "True"
-        return int(text) if text.lstrip("-").isdecimal() else float(text or "nan")
-
-    failed = "UA" in row and not row["UA"]
-    return {
-        key: value if key in TEXTS else float(value) if key == "alpha" else number(value)
-        for key, value in row.items()
-        if value or not (failed or key in TEXTS)
-    }
-
-
-def _weights_of(path):
-    """The hash of the weights in a model file; None where there is no such file or it cannot be read."""
-    try:
-        return utils.weights_hash(utils.read_checkpoint(path)[0])
-    except utils.UserError:
-        return None
-
-
-def summarise(rows):
-    """The rows of several seeds as one for each (score, calibration size, α, method), with :class:`utils.Spread` of
-    each number, and words that take Retrain's spread over the seeds (two standard deviations) for the tolerance, or
-    one image of the smallest forget set where that is larger."""
-    found = utils.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
-    retrain = {tuple(row[key] for key in KEYS[:-1]): row for row in found if row["method"] == "retrain"}
-    fewest = min((row["num_forget"] for row in rows if row.get("num_forget")), default=1)
-
-    def word(mean, other, sign):
-        if not isinstance(mean, utils.Spread) or not isinstance(other, utils.Spread):
-            return None
-        return comparison.verdict(sign * (mean.mean - other.mean), comparison.at_least_one_image(2 * other.std, fewest))
-
-    for row in found:
-        reference = retrain.get(tuple(row[key] for key in KEYS[:-1]), {})
-        if isinstance(row.get("UA"), utils.Spread) and isinstance(reference.get("UA"), utils.Spread):
-            key = f"{CR.judged_forget_images(row)}_CR"
-            row["UA_word"] = word(row["UA"], reference["UA"], 1)
-            row["CR_word"] = word(row[key], reference[key], -1)
-    return found
-
-
-def print_tables(rows):
-    """The models in one table, and their prediction sets at every α in another."""
-    for _, columns, shown in shown_tables(rows):
-        utils.print_table(columns, shown)
-        print()
-
-
-def shown_tables(rows):
-    """[(heading, columns, rows)] of the two tables, with the columns that some row fills; numbers with a spread over
-    the draws of calibration and test images become :class:`utils.Spread`."""
-    models = list({row["method"]: row for row in rows}.values())
-
-    def over_draws(row, key, value):
-        spread = row.get(key + CR.SPREAD)  # over several seeds a Spread itself, also of a count that they agree in
-        known = isinstance(value, float) and isinstance(spread, float) and math.isfinite(spread)
-        return utils.Spread(value, spread) if known else value
-
-    sets = [{key: over_draws(row, key, value) for key, value in row.items()} for row in rows if "q_hat" in row]
-    tables = []
-    for heading, columns, shown in [("Models", MODEL_COLUMNS, models), ("Prediction sets", SET_COLUMNS, sets)]:
-        filled = {key: column for key, column in columns.items() if any(key in row for row in shown)}
-        if filled.keys() == KEYS[:1] or not shown:
-            continue
-        constant = [key for key in ("score", "cal_size") if len({row[key] for row in shown}) == 1]
-        tables.append((heading, {key: column for key, column in filled.items() if key not in constant}, shown))
-    return tables
-
-
-def missing_q_hats(evaluations):
-    """Lines on where no q̂ is finite, one per kind: which α, of how many calibration images, and what helps."""
-    needs, left_out, classes = {}, {}, {}
-    for row in (row for evaluation in evaluations for row in evaluation.rows if "q_hat" in row):
-        who = "all retained classes" if "q_hat_forget" in row else "all classes"
-        kinds = {"": (who, "q_hat", "calibration_images")}
-        if "q_hat_forget" in row:
-            kinds["forget_"] = (f"class {row['forget_class']}", "q_hat_forget", "forget_calibration_images")
-        for prefix, (name, key, images) in kinds.items():
-            if math.isnan(row[key]):
-                needs.setdefault(name, {}).setdefault((row["cal_size"], row[images]), set()).add(row["alpha"])
-            elif row[f"{prefix}draws_left_out"]:
-                left_out.setdefault(name, {})[row["alpha"]] = row[f"{prefix}draws_left_out"]
-        images = row["MIACR_calibration_images"]
-        if images < CR.least_images(row["alpha"]):
-            where = needs.setdefault("members and non-members (MIACR)", {})
-            where.setdefault((row["cal_size"], images), set()).add(row["alpha"])
-    for row in (row for evaluation in evaluations for row in evaluation.class_rows):
-        if math.isnan(row["own_q_hat"]):
-            counts = classes.setdefault(row["alpha"], {})
-            counts[row["class"]] = max(row["calibration_images"], counts.get(row["class"], 0))
-    lines = [f"no finite q̂ for {name}: {_needed(where)}; {REMEDY}" for name, where in needs.items()]
-    lines += [
-        f"draws without a finite q̂ for {name} are left out of the means: "
-        + ", ".join(f"{count} at alpha {alpha:g}" for alpha, count in sorted(where.items()))
-        for name, where in left_out.items()
+def find_reference(evaluation):
+    """The :class:`Reference` for the models scored now, or None."""
+    retrain = evaluation.models.get("retrain")
+    if retrain:
+        return Reference(retrain.origin["weights"], retrain.numbers, retrain.set_rows)
+    rows = [
+        row
+        for row in evaluation.earlier_rows
+        if row["method"] == "retrain" and "UA" in row and has_settings(row, evaluation)
     ]
-    if classes:
-        where = "; ".join(
-            f"{len(counts)} {'class' if len(counts) == 1 else 'classes'} at alpha {alpha:g} "
-            f"({CR.least_images(alpha)} calibration images needed, at most {max(counts.values())} found)"
-            for alpha, counts in sorted(classes.items())
-        )
-        lines.append(f"no finite q̂ of a class's own, in classes.csv: {where}; {REMEDY}")
-    return lines
+    if not rows:
+        return None
+    return Reference(rows[0]["weights"], rows[0], {block_of(row): row for row in rows})
 
 
-REMEDY = "– in its place; choose a larger --alphas or more --cal_sizes"
+def has_settings(row, evaluation):
+    """Whether a row was computed with the settings of this evaluation."""
+    return any(row["settings"] == model.origin["settings"] for model in evaluation.models.values())
 
 
-def _needed(where):
-    """What is there and what is needed, from {(calibration size, images): alphas}."""
-    return "; ".join(
-        ", ".join(f"alpha {alpha:g} needs {CR.least_images(alpha)}" for alpha in sorted(alphas))
-        + f" and --cal_sizes {size} gives {images or 'no'} calibration {'image' if images == 1 else 'images'}"
-        for (size, images), alphas in where.items()
-    )
+def compare_earlier_rows(evaluation, reference):
+    """Compare the earlier rows with the Retrain that is scored now, where it is another."""
+    for row in evaluation.earlier_rows:
+        if "UA" not in row or row.get("compared_to") == reference.weights:
+            continue
+        outdated = [key for key in row if key in COMPARED or key.endswith("_minus_retrain")]
+        row |= dict.fromkeys(outdated)
+        if not has_settings(row, evaluation):
+            continue
+        row |= compare_model(row["method"], row, reference.numbers)
+        row["compared_to"] = reference.weights
+        key = block_of(row)
+        if key in reference.set_rows:
+            row |= compare_sets(row, reference.set_rows[key], row["num_forget"])
 
 
-def advice(tables):
-    """Lines on what the numbers cannot say: α above a model's error rate, and test coverage that the theory excludes.
-
-    ``tables`` are the rows of each seed."""
-    flat, every, outside = {}, {}, {}
-    for row in (row for table in tables for row in table if "q_hat" in row):
-        every[row["method"]] = None
-        if row["score"] == "thr" and CR.at_most_one_label(row["q_hat"]):
-            flat.setdefault(row["alpha"], {})[row["method"]] = None
-        if row["coverage_outside"]:
-            found, law = row["test_coverage"], row["theory_coverage"]
-            outside.setdefault(f"{row['method']} at {row['alpha']:g} ({row['score']}: {found:.3f}, {law:.3f})")
-    lines = []
-    if flat:
-        where = "; ".join(
-            f"{alpha:g} for {'all' if len(names) == len(every) else ', '.join(names)}" for alpha, names in flat.items()
-        )
-        lines.append(
-            f"alpha above the error rate ({where}{'; in a seed at least' if len(tables) > 1 else ''}): q̂ < 0.5 there, "
-            "sets hold one label at most and CR tends to 1 whatever was forgotten; read the numbers of a smaller alpha"
-        )
-    if outside:
-        lines.append(
-            "test coverage outside what exchangeable images give (found, theory): "
-            f"{'; '.join(outside)}; tied scores, as of a model that answers all images alike, are the usual cause"
-        )
-    return lines
+def compare_model(name, numbers, reference):
+    """The columns that compare a model as a whole with Retrain. Both are {key: number}."""
+    tolerance = comparison.share_tolerance(reference["UA"], numbers["num_forget"])
+    shown = {key: numbers[key] for key in MODEL_COLUMNS if key in numbers}
+    compared = comparison.differences(shown, reference)
+    compared["gap"] = comparison.gap(numbers, reference)
+    compared["UA_word"] = comparison.verdict(numbers["UA"] - reference["UA"], tolerance)
+    seconds, reference_seconds = numbers["seconds"] or 0, reference["seconds"] or 0
+    if name != "original" and seconds > 0 and reference_seconds > 0:
+        compared["RTE"] = seconds / reference_seconds
+    return compared
 
 
-def fake_sheet(outputs, settings, data, split, name):
-    """(caption, Figure) of the images of one model that are fake-forgotten most."""
-    found = samples.most_fake(outputs, settings, 18)
-    entries = None if found is None else []
-    for place, prediction, inside in found or ():
-        index = split.forget[place]
-        pixels = data.train.pixels[int(index)].permute(1, 2, 0).cpu().numpy()
-        entries.append((pixels, int(outputs.forget.labels[place]), prediction, inside))
-    title = f"{name}: misclassified forget images nearest to their label (label → answer, {{set}})"
-    return f"Most fake-forgotten images of {name}", figures.fake_sheet(entries, data.classes, title)
+def compare_sets(row, reference, num_forget):
+    """The columns that compare a model's prediction sets with Retrain's. Both are {key: number}."""
+    row, reference = tables.means_of(row), tables.means_of(reference)
+    key = f"{CR.judged_forget_images(row)}_CR"
+    shown = {key: row[key] for key in SET_COLUMNS if key in row}
+    compared = comparison.differences(shown, reference)
+    error = math.hypot(row[f"{key}_error"], reference[f"{key}_error"])
+    tolerance = comparison.at_least_one_image(2 * error, num_forget)
+    compared["CR_word"] = comparison.verdict(reference[key] - row[key], tolerance)
+    return compared
 
 
-def save(args, data, split, device, checkpoints, evaluated, rows, pictures, earlier):
-    """results.json per model; results.csv, pictures and report.html for all; and the same in wandb."""
-    folder = utils.run_folder(args, data) / split.folder
-    evaluation = utils.describe_run(args, data, device) | {"forget_set": split.fingerprint}
-    for name, (path, _, meta) in checkpoints.items():
-        scalars, per_key, seconds = evaluated[name]
-        target = beside(path, name, folder, "results.json")
-        conformal = [dict(zip(KEYS, key, strict=False)) | row for key, row in per_key.items()]
-        record = {"metrics": scalars | {"conformal": conformal}, "evaluation": evaluation | {"seconds": seconds}}
-        utils.save_json(target, meta | {"method": name} | record)
-    utils.save_text(folder / "results.csv", as_csv(rows))
-    paths = save_report(args, data, folder, split.folder, evaluation, rows, pictures, earlier)
-    with utils.RunLog(folder, "evaluation", evaluation, args) as log:
-        log.table("evaluation", [{key: _cell(value) for key, value in row.items()} for row in rows])
-        log.numbers(
-            {
-                f"{name}/{key}": value
-                for name, (scalars, *_) in evaluated.items()
-                for key, value in scalars.items()
-                if isinstance(value, int | float) and math.isfinite(value)
-            }
-        )
-        log.pictures(paths)
-    others = len({row["method"] for row in rows} - evaluated.keys())
-    kept = f" and {others} more from earlier" if others else ""
-    print(f"{folder / 'results.csv'}: {len(evaluated)} models{kept}, forget {split.describe()}")
+def summarise_seeds(rows):
+    """One row per (score, calibration size, α, method), with a Spread over the seeds.
+
+    The verdicts' tolerance is two standard deviations of Retrain over the seeds, or one image of
+    the smallest forget set if that is larger.
+    """
+    summary = tables.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
+    retrain = {block_of(row): row for row in summary if row["method"] == "retrain"}
+    fewest = min((row["num_forget"] for row in rows if row.get("num_forget")), default=1)
+    for row in summary:
+        reference = retrain.get(block_of(row), {})
+        if has_spread(row, "UA") and has_spread(reference, "UA"):
+            key = f"{CR.judged_forget_images(row)}_CR"
+            more_UA = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
+            row["UA_word"] = more_UA
+            row["CR_word"] = verdict_over_seeds(row, reference, key=key, fewest=fewest)
+    return summary
 
 
-def save_report(args, data, folder, scenario, evaluation, rows, pictures, earlier=None):
-    """The pictures ({path: (caption, Figure)}) as PNG files, and report.html with all, those of ``earlier``
-    evaluations ({caption: path}) at the end. Returns {caption: path}."""
-    if not pictures:
-        return {}
-    paths, shown = {}, {}
-    for path, (caption, figure) in pictures.items():
-        shown[caption] = html_report.png(figure)
-        paths[caption] = path
-        utils.save_bytes(path, shown[caption])
-    shown |= {caption: path.read_bytes() for caption, path in (earlier or {}).items() if caption not in shown}
+def has_spread(row, key):
+    return isinstance(row.get(key), metrics.Spread)
+
+
+def verdict_over_seeds(row, reference, *, key, fewest):
+    """The verdict by UA or a CR. A higher UA and a lower CR mean more forgetting."""
+    if not has_spread(row, key) or not has_spread(reference, key):
+        return None
+    difference = row[key].mean - reference[key].mean
+    tolerance = comparison.at_least_one_image(2 * reference[key].std, fewest)
+    return comparison.verdict(difference if key == "UA" else -difference, tolerance)
+
+
+# ---------------------------------------------------------------- files
+
+
+class Picture(NamedTuple):
+    """A PNG with its caption."""
+
+    caption: str
+    png: bytes
+
+
+def save_evaluation(evaluation, unfinished):
+    """Write the files of one seed, all of them before any replaces an earlier one, and log to wandb."""
+    folder, models = evaluation.folder, evaluation.models
+    description = utils.describe_run(evaluation.args, evaluation.data, evaluation.device)
+    description["forget_set"] = evaluation.split.fingerprint
+    rows = evaluation.all_rows()
+    pictures = {} if evaluation.args.no_pictures else draw_pictures(evaluation)
+    files = {path: picture.png for path, picture in pictures.items()}
+    files[folder / "results.csv"] = tables.as_csv(rows)
+    files[folder / "classes.csv"] = tables.as_csv(evaluation.all_class_rows())
+    for model in models.values():
+        record = result_record(model, description)
+        files[evaluation.path_of(model.saved, "results.json")] = record
+        files[evaluation.path_of(model.saved, "samples.csv")] = tables.as_csv(model.sample_rows)
+    if pictures:
+        embedded = {picture.caption: picture.png for picture in pictures.values()}
+        for caption, png in earlier_pictures(evaluation).items():
+            embedded.setdefault(caption, png)
+        scope = ReportScope(evaluation.args, evaluation.data, folder.name, description)
+        files[folder / "report.html"] = report_page(rows, embedded, scope)
+    write_files(files, unfinished)
+    remove_outdated_pictures(folder, pictures)
+    log_to_wandb(evaluation, unfinished, description=description, pictures=pictures)
+    earlier = len({row["method"] for row in rows} - models.keys())
+    kept = f" and {earlier} from earlier evaluations" if earlier else ""
+    print(f"{folder / 'results.csv'}: {len(models)} models{kept}, {evaluation.split.describe()}")
+
+
+def write_files(files, unfinished):
+    """Write {path: text, bytes or JSON record}.
+
+    The files below the folder of ``unfinished`` replace earlier ones when all of them are written.
+    """
+    save = {str: utils.save_text, bytes: utils.save_bytes, dict: utils.save_json}
+    for path, content in files.items():
+        target = path
+        if path.is_relative_to(unfinished.parent):
+            target = unfinished / path.relative_to(unfinished.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        save[type(content)](target, content)
+    utils.move_up(unfinished)
+
+
+def result_record(model, description):
+    """The content of results.json: the record of the model file, the numbers, and how they were made."""
+    conformal_rows = [
+        dict(zip(KEYS, key, strict=False)) | tables.flat(row) for key, row in model.set_rows.items()
+    ]
+    numbers = model.numbers | {"conformal": conformal_rows}
+    if model.relearning:
+        numbers["relearn"] = model.relearning
+    record = {"method": model.saved.name, "metrics": numbers}
+    return model.saved.meta | record | {"evaluation": description | {"seconds": model.seconds}}
+
+
+def log_to_wandb(evaluation, unfinished, *, description, pictures):
+    """The table, the numbers of each model and the pictures, as the files have them."""
+    args, folder = evaluation.args, evaluation.folder
+    numbers = {
+        f"{name}/{key}": value
+        for name, model in evaluation.models.items()
+        for key, value in model.numbers.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    rows = [tables.without_nan(tables.flat(row)) for row in evaluation.all_rows()]
+    path = unfinished / "log.jsonl"
+    with utils.RunLog(folder, "evaluation", description, args, path=path) as log:
+        log.table("evaluation", rows)
+        log.numbers(numbers)
+        log.pictures({picture.caption: path for path, picture in pictures.items()})
+
+
+def save_summary(rows, flags, *, data, device):
+    """Write results.csv over the seeds, and pictures of the means with report.html."""
+    scenario = utils.scenario_folder(flags, data)
+    folder = utils.run_folder(flags, data, ",".join(map(str, flags.seeds))) / scenario
+    files = {folder / "results.csv": tables.as_csv(rows, ending=tables.SEEDS)}
+    if not flags.no_pictures:
+        cal_size = max(row["cal_size"] for row in rows)
+        overview = figures.overview(rows, flags.score[0], cal_size)
+        pngs = {file: page.png(figure) for file, (_, figure) in overview.items()}
+        files |= {folder / file: png for file, png in pngs.items()}
+        embedded = {caption: pngs[file] for file, (caption, _) in overview.items()}
+        forget_sets = dict.fromkeys(row["forget_set"] for row in rows if row.get("forget_set"))
+        description = utils.describe_run(flags, data, device)
+        description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
+        scope = ReportScope(flags, data, scenario, description)
+        files[folder / "report.html"] = report_page(rows, embedded, scope)
+    with utils.unfinished_folder(folder, NUM_BYTES) as unfinished:
+        write_files(files, unfinished)
+    seeds = ", ".join(map(str, flags.seeds))
+    print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {seeds}")
+
+
+# ---------------------------------------------------------------- pictures and report
+
+
+def draw_pictures(evaluation):
+    """{path: :class:`Picture`} of all models, of the models scored now, and of each of these."""
+    args, folder = evaluation.args, evaluation.folder
+    rows = evaluation.all_rows()
+    drawn = figures.overview(rows, args.score[0], max(args.cal_sizes))
+    drawn |= draw_scored_models(evaluation)
+    pictures = {
+        folder / file: Picture(caption, page.png(figure))
+        for file, (caption, figure) in drawn.items()
+    }
+    for name, model in evaluation.models.items():
+        path = evaluation.path_of(model.saved, "fake_forgotten.png")
+        pictures[path] = Picture(fake_sheet_caption(name), model.fake_sheet)
+    return pictures
+
+
+def draw_scored_models(evaluation):
+    """{file name: (caption, Figure)} of the scores and of relearning.
+
+    Earlier evaluations left no data for these. If the picture on disk shows models that are not
+    scored now, it is kept, and the new picture gets another name.
+    """
+    args, models = evaluation.args, evaluation.models
+    alpha, drawn = args.alphas[0], {}
+    if args.score[0] == "thr":
+        histograms = {name: model.score_histogram for name, model in models.items()}
+        drawn[SCORES] = ("Non-conformity scores", figures.score_histograms(histograms, alpha))
+    if args.relearn:
+        curves = {name: model.relearning for name, model in models.items()}
+        drawn[RELEARNING] = ("Relearning", figures.relearn_curves(curves, alpha))
+    if not evaluation.earlier_rows:
+        return drawn
+    named = {}
+    for file, (caption, figure) in drawn.items():
+        if (evaluation.folder / file).is_file():
+            file, caption = partial_name(file), f"{caption} ({', '.join(models)} only)"
+        named[file] = (caption, figure)
+    return named
+
+
+def partial_name(file):
+    return file.replace(".png", "_partial.png")
+
+
+def remove_outdated_pictures(folder, pictures):
+    """Remove a picture of some of the models where the new one shows all of them."""
+    for file in (SCORES, RELEARNING):
+        if folder / file in pictures:
+            (folder / partial_name(file)).unlink(missing_ok=True)
+
+
+def fake_sheet_caption(method):
+    return f"Most fake-forgotten images of {method}"
+
+
+def earlier_pictures(evaluation):
+    """{caption: PNG bytes} of the pictures of the methods whose earlier rows are kept."""
+    folder = evaluation.folder
+    methods = dict.fromkeys(row["method"] for row in evaluation.earlier_rows)
+    paths = {fake_sheet_caption(name): folder / name / "fake_forgotten.png" for name in methods}
+    if methods:
+        paths["Non-conformity scores (earlier evaluation)"] = folder / SCORES
+        paths["Relearning (earlier evaluation)"] = folder / RELEARNING
+    return {caption: path.read_bytes() for caption, path in paths.items() if path.is_file()}
+
+
+class ReportScope(NamedTuple):
+    """What a report is about. ``description`` is the record of the run with the forget set."""
+
+    args: argparse.Namespace
+    data: utils.Data
+    scenario: str
+    description: dict
+
+
+def report_page(rows, pictures, scope):
+    """report.html with all tables and ``pictures`` {caption: PNG bytes}, as text."""
+    args, data, description = scope.args, scope.data, scope.description
     facts = {
         "model": args.model_name,
         "data": f"{data.tag}: {len(data.train)} training images, {len(data.classes)} classes",
-        "forgotten": f"{scenario}, forget set {evaluation['forget_set']}",
+        "forgotten": f"{scope.scenario}, forget set {description['forget_set']}",
         "seed": ", ".join(map(str, args.seeds or [args.seed])),
-        "device": evaluation["device"],
-        "date": evaluation["date"],
+        "device": description["device"],
+        "date": description["date"],
     }
-
-    def cell(row, key, kind):
-        value = row.get(key)
-        return utils.format_cell(value, kind), value.mean if isinstance(value, utils.Spread) else value
-
-    tables = [(*table, cell) for table in shown_tables(rows)]
-    details = {"Flags": evaluation["flags"], "Versions": evaluation["versions"]}
-    text = html_report.page(f"Unlearning on {data.tag}: {scenario}", facts, tables, shown, details)
-    utils.save_text(folder / "report.html", text)
-    print(f"{folder / 'report.html'}: tables and pictures in one file")
-    return paths
+    return page.page(
+        f"Unlearning on {data.tag}: {scope.scenario}",
+        facts=facts,
+        shown_tables=tables.full_tables(rows),
+        pictures=pictures,
+        details={"Flags": description["flags"], "Versions": description["versions"]},
+    )
 
 
-def save_summary(args, data, device, rows):
-    """results.csv over the seeds: each number's mean, and its standard deviation in a column of its own; pictures of
-    the means and report.html."""
-    scenario = utils.scenario_folder(args, data)
-    folder = utils.run_folder(args, data, ",".join(map(str, args.seeds))) / scenario
-    utils.prepare_folder(folder, 2**20)
-    flat, means = [], []
-    for row in rows:
-        flat.append({})
-        for key, value in row.items():
-            spread = isinstance(value, utils.Spread)
-            flat[-1] |= {key: value.mean, f"{key}_std": value.std} if spread else {key: value}
-        means.append({key: value.mean if isinstance(value, utils.Spread) else value for key, value in row.items()})
-    utils.save_text(folder / "results.csv", as_csv(flat))
-    if not args.no_pictures:
-        pictures = figures.overview(means, args.score[0], max(row["cal_size"] for row in rows))
-        prints = "; ".join(dict.fromkeys(str(row["forget_set"]) for row in rows if row.get("forget_set")))
-        evaluation = utils.describe_run(args, data, device) | {"forget_set": prints or "one for each seed"}
-        pictures = {folder / file: found for file, found in pictures.items()}
-        save_report(args, data, folder, scenario, evaluation, rows, pictures)
-    print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {', '.join(map(str, args.seeds))}")
+# ---------------------------------------------------------------- the terminal
 
 
-def as_csv(rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-    return text.getvalue()
-
-
-def _cell(value):
-    """A value as CSV and wandb have it: NaN is empty."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+def print_results(rows, evaluations, flags):
+    """Print the tables, and notes on the numbers that need them."""
+    if flags.columns == "all":
+        for table in tables.full_tables(rows):
+            tables.print_table(table.columns, table.rows)
+            print()
+    else:
+        for line in tables.short_lines(rows, over_seeds=bool(flags.seeds)):
+            print(line)
+    seed_rows = [evaluation.rows() for evaluation in evaluations]
+    scored_rows = [row for rows in seed_rows for row in rows]
+    class_rows = [row for evaluation in evaluations for row in evaluation.class_rows()]
+    for line in notes.missing_q_hats(scored_rows, class_rows) + notes.advice(seed_rows):
+        print(line)
 
 
 if __name__ == "__main__":

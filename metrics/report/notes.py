@@ -12,7 +12,7 @@ REMEDY = "choose a larger --alphas or more --cal_sizes"
 
 
 def missing_q_hats(rows, class_rows=()):
-    """One line per kind of images without a finite q̂: which α, how many images it needs, and what helps."""
+    """Lines on the q̂ that are not finite, one per kind: which α, how many images are needed."""
     needs, left_out = {}, {}
     for row in rows:
         if "q_hat" in row:
@@ -105,7 +105,7 @@ def _alpha_above_error_rate(rows, num_seeds):
     )
     seeds = ", in at least one seed" if num_seeds > 1 else ""
     return [
-        f"alpha above the error rate ({where}{seeds}): q̂ < 0.5, so that sets hold at most one label "
+        f"alpha above the error rate ({where}{seeds}): q̂ < 0.5, so sets hold at most one label "
         "and CR approaches 1 on forget and test images alike; read the numbers of a smaller alpha"
     ]
 
