@@ -25,9 +25,11 @@ import numpy as np
 import torch
 
 import metrics
+import models
 import unlearn
 import unlearn_cpu
 from metrics import CR, classwise, comparison, figures, html_report, probe, samples, scores
+from models import checkpoint, inference
 
 KEYS = ("score", "cal_size", "alpha", "method")
 MODEL_COLUMNS = {"method": ("method", "text")} | metrics.columns("COLUMNS")
@@ -45,7 +47,7 @@ def main():
     args = parser.parse_args()
 
     device = utils.pick_device(args)
-    data = utils.load_data(args, device)
+    data = utils.load_data(args, device, models.input_size(args.model_name))
     evaluations = [evaluate_seed(seed_args, data, device) for seed_args in utils.each_seed(args)]
     rows = [row for evaluation in evaluations for row in evaluation.rows]
     if args.seeds:
@@ -149,15 +151,14 @@ def evaluate_seed(args, data, device):
     root = utils.run_folder(args, data)
     folder = root / split.folder
     checkpoints = read_models(locate_models(args, root, folder), args, data, split)
-    model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
+    model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     settings = settings_of(args)
 
-    utils.prepare_folder(folder, 2**24)
+    folder.mkdir(parents=True, exist_ok=True)
     evaluated, histograms, class_rows, audits, pictures = {}, {}, [], {}, {}
     for name, (path, state, meta) in checkpoints.items():
         start = time.perf_counter()
-        utils.prepare_folder(beside(path, name, folder, "samples.csv").parent, 2**20)
-        utils.load_weights(model, state, path, data.train.spec)
+        checkpoint.load_weights(model, state, path, data.train.spec)
         with naming(path):
             outputs, scalars = collect_outputs(model, data, split, args)
         more, rows = metrics.evaluate(outputs, settings)
@@ -248,7 +249,7 @@ def origin(name, checkpoint, args, data, split):
     settings = [data.fingerprint, max(args.cal_sizes), *(getattr(args, flag) for flag in chosen)]
     known = {
         "forget_set": split.fingerprint,
-        "weights": utils.weights_hash(state),
+        "weights": checkpoint.weights_hash(state),
         "model": os.path.relpath(path, folder)
         if path.parent in (folder / name, folder.parent)
         else str(path.resolve()),
@@ -290,14 +291,14 @@ def read_models(paths, args, data, split):
     """
     found, originals = {}, {}
     for name, path in paths.items():
-        state, meta = utils.read_checkpoint(path, "make it first with the same flags")
-        utils.check_meta(path, meta, args, data)
+        state, meta = checkpoint.read(path, "make it first with the same flags")
+        checkpoint.check_meta(path, meta, args, data)
         if meta.get("forget_set") not in (None, split.fingerprint):
             raise utils.UserError(
                 f"{path}: unlearned another forget set ({meta['forget_set']}) than the flags say "
                 f"({split.fingerprint}); give the --seed and unlearning flags that made it"
             )
-        source = utils.weights_hash(state) if name == "original" else meta.get("identity", {}).get("original")
+        source = checkpoint.weights_hash(state) if name == "original" else meta.get("identity", {}).get("original")
         if source:
             originals.setdefault(source, path)
         found[name] = (path, state, meta)
@@ -325,9 +326,9 @@ def collect_outputs(model, data, split, args):
     found, features = {}, {}
     for part, (images, indices) in parts.items():
         if split.forget_class is None:
-            found[part] = metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
+            found[part] = metrics.Output(*inference.compute_logits(model, images, indices, args.batch_size))
         else:
-            *logits_labels, features[part] = utils.compute_features(model, images, indices, args.batch_size)
+            *logits_labels, features[part] = inference.compute_features(model, images, indices, args.batch_size)
             found[part] = metrics.Output(*logits_labels)
     draws = metrics.draw_splits(len(found["held_out"].labels), args.resplits, args.seed)
     outputs = metrics.Outputs(**found, cal_sizes=args.cal_sizes, draws=draws, forgotten=forgotten)
@@ -357,7 +358,7 @@ def relearn(model, outputs, data, split, settings, args):
     def measure(step, others):
         if step:
             held_out, forget = (
-                metrics.Output(*utils.compute_logits(model, images, indices, args.batch_size))
+                metrics.Output(*inference.compute_logits(model, images, indices, args.batch_size))
                 for images, indices in ((data.held_out, calibration), (data.train, others))
             )
         else:  # these have passed through the model
@@ -586,7 +587,7 @@ def _typed(row):
 def _weights_of(path):
     """The hash of the weights in a model file; None where there is no such file or it cannot be read."""
     try:
-        return utils.weights_hash(utils.read_checkpoint(path)[0])
+        return checkpoint.weights_hash(checkpoint.read(path)[0])
     except utils.UserError:
         return None
 
@@ -743,7 +744,10 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures, earl
         utils.save_json(target, meta | {"method": name} | record)
     utils.save_text(folder / "results.csv", as_csv(rows))
     paths = save_report(args, data, folder, split.folder, evaluation, rows, pictures, earlier)
-    with utils.RunLog(folder, "evaluation", evaluation, args) as log:
+    with (
+        utils.unfinished_folder(folder, 2**20) as unfinished,
+        utils.RunLog(folder, "evaluation", evaluation, args, unfinished / "log.jsonl") as log,
+    ):
         log.table("evaluation", [{key: _cell(value) for key, value in row.items()} for row in rows])
         log.numbers(
             {
@@ -796,7 +800,7 @@ def save_summary(args, data, device, rows):
     the means and report.html."""
     scenario = utils.scenario_folder(args, data)
     folder = utils.run_folder(args, data, ",".join(map(str, args.seeds))) / scenario
-    utils.prepare_folder(folder, 2**20)
+    folder.mkdir(parents=True, exist_ok=True)
     flat, means = [], []
     for row in rows:
         flat.append({})
