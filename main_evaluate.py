@@ -180,7 +180,7 @@ def evaluate_seed(args, data, device):
                 outputs, settings, data, split, name
             )
 
-    origins = {name: origin(name, checkpoint, args, data, split) for name, checkpoint in checkpoints.items()}
+    origins = {name: origin(name, entry, args, data, split) for name, entry in checkpoints.items()}
     failed = failures(folder, split.fingerprint)
     tables = EarlierTables(folder)
     kept = tables.kept(evaluated, split.fingerprint, failed)
@@ -241,9 +241,9 @@ def earlier_pictures(folder, methods):
     return {caption: path for caption, path in found.items() if path.is_file()}
 
 
-def origin(name, checkpoint, args, data, split):
+def origin(name, entry, args, data, split):
     """The columns of results.csv that say what a model's rows are about: which weights, forget set and settings."""
-    path, state, _ = checkpoint
+    path, state, _ = entry
     folder = utils.run_folder(args, data) / split.folder
     chosen = ("seed", "resplits", "not_randomized", "raps_penalty", "raps_k", "saps_weight", "set_sizes")
     settings = [data.fingerprint, max(args.cal_sizes), *(getattr(args, flag) for flag in chosen)]
