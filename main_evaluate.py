@@ -1,4 +1,4 @@
-"""Evaluate models: accuracy, membership attacks, conformal metrics at each α, and the gap to Retrain.
+"""Evaluate models: accuracy, membership attacks, conformal metrics, and the gap to Retrain.
 
     python main_evaluate.py --data_name digits --unlearn_name all --alphas 0.01,0.02,0.05
 
@@ -820,7 +820,7 @@ class Picture(NamedTuple):
 
 
 def save_evaluation(evaluation, unfinished):
-    """Write the files of one seed, all of them before any replaces an earlier one, and log to wandb."""
+    """Write the files of one seed, and log the same to wandb."""
     folder, models = evaluation.folder, evaluation.models
     description = utils.describe_run(evaluation.args, evaluation.data, evaluation.device)
     description["forget_set"] = evaluation.split.fingerprint
@@ -863,7 +863,7 @@ def write_files(files, unfinished):
 
 
 def result_record(model, description):
-    """The content of results.json: the record of the model file, the numbers, and how they were made."""
+    """The content of results.json: the record of the model file, and all numbers."""
     conformal_rows = [
         dict(zip(KEYS, key, strict=False)) | tables.flat(row) for key, row in model.set_rows.items()
     ]

@@ -10,6 +10,7 @@ import utils  # before torch
 # isort: split
 from dataclasses import asdict
 
+import models
 import unlearn
 
 
@@ -26,7 +27,7 @@ def main():
     args = parser.parse_args()
 
     device = utils.pick_device(args)
-    data = utils.load_data(args, device)
+    data = utils.load_data(args, device, models.input_size(args.model_name))
     for seed_args in utils.each_seed(args):
         train_original(seed_args, data, device)
     return 0
@@ -45,13 +46,17 @@ def train_original(args, data, device):
         return
 
     utils.seed_everything(args.seed, "original", "initialisation")
-    model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
+    model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
     job = unlearn.Job("original", "original", model, data, split, recipe, args.seed)
     meta = utils.describe_run(args, data, device)
     meta |= {"method": "original", "identity": identity, "recipe": asdict(recipe)}
-    print(f"{args.model_name} on {data.tag}: {len(data.train)} images, {len(data.classes)} classes, {meta['device']}")
+    print(
+        f"{args.model_name} on {data.tag}: {len(data.train)} images, {len(data.classes)} classes, {meta['device']}"
+    )
     meta = unlearn.execute(job, train_on_all, folder, path.name, "original_model.json", meta, args)
-    print(f"{path}: test accuracy {100 * meta['accuracies']['test']:.2f} %, {meta['seconds']:.0f} s")
+    print(
+        f"{path}: test accuracy {100 * meta['accuracies']['test']:.2f} %, {meta['seconds']:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def main():
     args = parser.parse_args()
 
     def conformal_term(args, data, split):
-        return unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda)
+        return unlearn_cpu.ConformalTerm(
+            data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda
+        )
 
     return unlearn.run_methods(args, unlearn_cpu.METHODS, conformal_term, prefix="cpu_")
 

@@ -20,14 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import models
 import utils
-from models import batch_norm
+from models import batch_norm, checkpoint, distributed, fisher, inference
 
 MONITORED = 2000  # images of each part whose accuracy is measured after every epoch
 MODEL_FILE = "unlearning_model.pth"
 MASK_FILE = "saliency_mask.pth"
 FAILURE_FILE = "failure.json"
-RESUME_FILE = "resume.pth"
 PARTS = ("retain", "forget")
 RUN_COLUMNS = {
     "method": ("method", "text"),
@@ -105,9 +105,11 @@ class Progress:
         self.path, self.identity, self.found, self._every = path, identity, None, save_every
         self._state, self._saved, self._started = None, time.perf_counter(), time.perf_counter()
         if resume and path.exists():
-            self.found = utils.read_state(path)
+            self.found = checkpoint.read_state(path)
             if not isinstance(self.found, dict) or self.found.get("identity") != identity:
-                raise utils.UserError(f"--resume: {path} is of a run with other flags; leave it out to begin anew")
+                raise utils.UserError(
+                    f"--resume: {path} is of a run with other flags; leave it out to begin anew"
+                )
 
     @property
     def seconds(self):
@@ -127,25 +129,33 @@ class Progress:
 
     def epoch_done(self, model, optimizer, scheduler, term, epoch, records, ended):
         """Remember the state after an epoch, and save it when the last saving is ``save_every`` seconds ago."""
-        if utils.rank():
+        if distributed.rank():
             return
-        copied = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        copied = copy.deepcopy(utils.on_cpu(copied))
-        copied |= {"identity": self.identity, "epoch": epoch, "records": list(records), "ended": ended}
-        self._state = copied | {"q_hats": list(term.q_hats) if term is not None else [], "seconds": self.seconds}
+        copied = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+        copied = copy.deepcopy(checkpoint.on_cpu(copied))
+        copied |= {
+            "identity": self.identity,
+            "epoch": epoch,
+            "records": list(records),
+            "ended": ended,
+        }
+        self._state = copied | {
+            "q_hats": list(term.q_hats) if term is not None else [],
+            "seconds": self.seconds,
+        }
         if time.perf_counter() - self._saved >= self._every:
             self.save()
 
     def save(self):
         """Write the last epoch's state; returns whether there is one."""
         if self._state is not None:
-            utils.save_state(self.path, self._state)
+            checkpoint.save_state(self.path, self._state)
             self._saved = time.perf_counter()
         return self._state is not None or self.found is not None
-
-    def done(self):
-        if not utils.rank():
-            self.path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -169,13 +179,13 @@ class Batch:
 
     def answers(self, network, part):
         """Logits of another network, without gradient, for the ``retain`` or the ``forget`` images."""
-        retained = len(utils.own(self.labels[: self.num_retain]))
+        retained = len(distributed.local_rows(self.labels[: self.num_retain]))
         places = slice(retained) if part == "retain" else slice(retained, None)
         own = self.logits.new_zeros(len(self.inputs), self.logits.shape[1])
         if len(self.inputs[places]):  # not every network takes a batch of no images
             with torch.no_grad():
                 own[places] = network(self.inputs[places]).float()
-        every = utils.gather(own, len(self.labels))
+        every = distributed.gather_rows(own, len(self.labels))
         return every[: self.num_retain] if part == "retain" else every[self.num_retain :]
 
 
@@ -183,7 +193,14 @@ class Batch:
 
 
 def train(
-    job, batch_loss, passes_through=("retain",), *, schedule=None, before_step=None, after_step=None, finished=None
+    job,
+    batch_loss,
+    passes_through=("retain",),
+    *,
+    schedule=None,
+    before_step=None,
+    after_step=None,
+    finished=None,
 ):
     """Train ``job.model`` by ``batch_loss(batch)``, a scalar, over epochs through the named parts of the split.
 
@@ -219,7 +236,7 @@ def train(
             job.epoch_done(record)
     forward = _forward_pass(job)
     adds_term = term is not None and term.lamda > 0
-    bar = utils.progress_bar(desc=job.label, unit="img", unit_scale=True)
+    bar = distributed.progress_bar(desc=job.label, unit="img", unit_scale=True)
     for epoch in () if ended else range(done + 1, recipe.num_epochs + 1):
         start = time.perf_counter()
         record = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
@@ -244,7 +261,9 @@ def train(
             if adds_term:
                 loss = loss + term.lamda * term.loss(*batch.forget)
             optimizer.zero_grad(set_to_none=True)
-            (loss * utils.world_size()).backward()  # of which each process has its images' part, and the mean is taken
+            (
+                loss * distributed.world_size()
+            ).backward()  # of which each process has its images' part, and the mean is taken
             if before_step:
                 before_step(batch)
             optimizer.step()
@@ -269,7 +288,10 @@ def train(
         if not job.quiet:
             try:
                 with _autocast(job):
-                    record |= {f"{part}_acc": accuracy for part, accuracy in accuracies(job, MONITORED).items()}
+                    record |= {
+                        f"{part}_acc": accuracy
+                        for part, accuracy in accuracies(job, MONITORED).items()
+                    }
             except utils.NotFinite as error:
                 bar.close()
                 raise Diverged(f"{job.label} in epoch {epoch}: {error}") from error
@@ -296,10 +318,14 @@ def _forward_pass(job):
     """``forward(inputs, count)`` of :func:`train`: from a process's own augmented images the float32 logits of all
     ``count`` images of the step, with the gradient of its own."""
     device, network = job.device, job.model
-    if utils.world_size() > 1:
+    if distributed.world_size() > 1:
         batch_norm.synchronise(network)
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1×1 convolutions; only speed is at stake
-        with warnings.catch_warnings(action="ignore"):  # newer torch has another name for this argument
+        warnings.filterwarnings(
+            "ignore", "Grad strides do not match"
+        )  # of 1×1 convolutions; only speed is at stake
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # newer torch has another name for this argument
             network = DistributedDataParallel(network, broadcast_buffers=False)
     if job.compile:
         network = _compiled(network, device)
@@ -307,10 +333,10 @@ def _forward_pass(job):
     def forward(inputs, count):
         with _autocast(job):
             logits = network(inputs).float()
-        if utils.world_size() == 1:
+        if distributed.world_size() == 1:
             return logits
-        every = utils.gather(logits, count)
-        utils.own(every).copy_(logits)
+        every = distributed.gather_rows(logits, count)
+        distributed.local_rows(every).copy_(logits)
         return every
 
     return forward
@@ -322,14 +348,18 @@ def _autocast(job):
 
 def _compiled(network, device):
     """``torch.compile``, anew for each batch size, with CUDA graphs on a GPU. Raises UserError where it cannot."""
-    compiled = torch.compile(network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default")
+    compiled = torch.compile(
+        network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default"
+    )
 
     def forward(inputs):
         torch.compiler.cudagraph_mark_step_begin()
         try:
             return compiled(inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise utils.UserError(f"--compile: {str(error).strip().splitlines()[0]}; leave it out") from error
+            raise utils.UserError(
+                f"--compile: {str(error).strip().splitlines()[0]}; leave it out"
+            ) from error
 
     return forward
 
@@ -343,11 +373,15 @@ def relearn(model, data, split, seed, num_steps, learning_rate, measure):
     as :func:`train` does.
     """
     if len(split.forget) < 2:
-        raise utils.UserError("--relearn: one forget image cannot be divided; leave it out, or forget more")
+        raise utils.UserError(
+            "--relearn: one forget image cannot be divided; leave it out, or forget more"
+        )
     shuffled = torch.from_numpy(utils.permutation(seed, "relearn", len(split.forget)))
     order, tenth = split.forget[shuffled.to(split.forget.device)], max(1, len(split.forget) // 10)
     again, others = order[:tenth], order[tenth:]
-    stops = sorted({2**power for power in range(num_steps.bit_length()) if 2**power < num_steps} | {num_steps})
+    stops = sorted(
+        {2**power for power in range(num_steps.bit_length()) if 2**power < num_steps} | {num_steps}
+    )
     batches = _endless_batches(again, utils.generator(seed, "relearn", "order"))
     recipe = Recipe(len(stops), learning_rate, milestones=[len(stops)])
     job = Job("relearn", "relearn", model, data, split, recipe, seed, quiet=True)
@@ -375,13 +409,17 @@ def index_batches(job, parts, epoch):
     """
     own = {part: getattr(job.split, part) for part in parts}
     steps = math.ceil(sum(len(indices) for indices in own.values()) / job.recipe.batch_size)
-    shares = [_shares(job, part, epoch, steps) if part in own else _nothing(job, steps) for part in PARTS]
+    shares = [
+        _shares(job, part, epoch, steps) if part in own else _nothing(job, steps) for part in PARTS
+    ]
     return [(torch.cat([r, f]), len(r)) for r, f in zip(*shares, strict=True) if len(r) + len(f)]
 
 
 def join_forget(job, steps, epoch):
     """The same steps, with an equal share of the forget images in each that had none."""
-    without = [number for number, (indices, num_retain) in enumerate(steps) if len(indices) == num_retain]
+    without = [
+        number for number, (indices, num_retain) in enumerate(steps) if len(indices) == num_retain
+    ]
     joined = list(steps)
     for number, share in zip(without, _shares(job, "forget", epoch, len(without)), strict=True):
         joined[number] = torch.cat([steps[number][0], share]), steps[number][1]
@@ -392,7 +430,11 @@ def _shares(job, part, epoch, steps):
     """The images of a part, freshly shuffled and divided over ``steps``."""
     indices = getattr(job.split, part)
     rng = utils.generator(job.seed, job.name, "order", part, epoch)
-    return indices[torch.randperm(len(indices), generator=rng).to(job.device)].tensor_split(steps) if steps else ()
+    return (
+        indices[torch.randperm(len(indices), generator=rng).to(job.device)].tensor_split(steps)
+        if steps
+        else ()
+    )
 
 
 def _nothing(job, steps):
@@ -405,20 +447,29 @@ def accuracies(job, limit=None):
     Finite weights can still overflow inside the network. Raises utils.NotFinite where a logit is not finite.
     """
     found = {}
-    for part, images in (("retain", job.data.train), ("forget", job.data.train), ("test", job.data.held_out)):
+    for part, images in (
+        ("retain", job.data.train),
+        ("forget", job.data.train),
+        ("test", job.data.held_out),
+    ):
         indices = getattr(job.split, part)
         if limit is not None and len(indices) > limit:
             sample = utils.permutation(job.seed, "monitored", len(indices))[:limit]
             indices = indices[torch.from_numpy(sample).to(indices.device)]
         if len(indices):
-            logits, labels = utils.compute_logits(job.model, images, indices)
+            logits, labels = inference.compute_logits(job.model, images, indices)
             found[part] = (logits.argmax(dim=1) == labels).double().mean().item()
     return found
 
 
 def _line(job, record):
-    parts = [f"{job.label} epoch {record['epoch']}/{job.recipe.num_epochs}", f"loss {record['loss']:.4f}"]
-    parts += [f"{key[:-4]} {100 * value:.1f} %" for key, value in record.items() if key.endswith("_acc")]
+    parts = [
+        f"{job.label} epoch {record['epoch']}/{job.recipe.num_epochs}",
+        f"loss {record['loss']:.4f}",
+    ]
+    parts += [
+        f"{key[:-4]} {100 * value:.1f} %" for key, value in record.items() if key.endswith("_acc")
+    ]
     if "q_hat" in record:
         parts.append(f"q̂ {record['q_hat']:.4f}")
     return "  ".join([*parts, f"{record['images_per_second']:.0f} img/s"])
@@ -449,10 +500,16 @@ METHODS: dict[str, Method] = {}
 
 # Hyper-parameters of single methods: how a flag is read, and what it means. The defaults stand at the methods.
 OPTIONS = {
-    "stop_accuracy": (utils.number(float, 0, 1), "accuracy on the forget images at which the ascent ends"),
+    "stop_accuracy": (
+        utils.number(float, 0, 1),
+        "accuracy on the forget images at which the ascent ends",
+    ),
     "forget_weight": (utils.number(float, 0), "weight of the ascent on the forget images"),
     "kd_T": (utils.number(float, 0, exclusive=True), "temperature of the distillation"),
-    "msteps": (utils.number(int, 0), "epochs that begin with a pass of maximisation on the forget images"),
+    "msteps": (
+        utils.number(int, 0),
+        "epochs that begin with a pass of maximisation on the forget images",
+    ),
     "beta": (utils.number(float, 0), "weight of the distance to the original on the retain images"),
     "gamma": (utils.number(float, 0), "weight of the cross-entropy on the retain images"),
     "mask_ratio": (utils.number(float, 0, 1), "share of the weights that are salient"),
@@ -461,22 +518,50 @@ OPTIONS = {
         "a saved mask (saliency_mask.pth of an earlier run) instead of one computed on the fly",
     ),
     "noise": (utils.number(float, 0), "scale of the noise's variance"),
-    "selection_weighting": (utils.number(float, 0), "weights this many times more important for D_f than for D dampen"),
+    "selection_weighting": (
+        utils.number(float, 0),
+        "weights this many times more important for D_f than for D dampen",
+    ),
     "dampening_constant": (utils.number(float, 0), "factor of the dampening"),
-    "ascent": (utils.number(float, 0), "weight of the ascent at the start; it falls to zero as a cosine"),
+    "ascent": (
+        utils.number(float, 0),
+        "weight of the ascent at the start; it falls to zero as a cosine",
+    ),
     "ascent_every": (utils.number(int, 1), "repair steps from one ascent step to the next"),
     "adaptivity": (utils.number(float, 0), "exponent of the loss in the weight of a forget image"),
-    "saliency_threshold": (utils.number(float, 0), "weights whose importance ratio D_f / D_r is above are salient"),
-    "max_norm": (utils.number(float, 0, exclusive=True), "largest norm of an ascent step's gradient"),
+    "saliency_threshold": (
+        utils.number(float, 0),
+        "weights whose importance ratio D_f / D_r is above are salient",
+    ),
+    "max_norm": (
+        utils.number(float, 0, exclusive=True),
+        "largest norm of an ascent step's gradient",
+    ),
 }
 
 
-def method(num_epochs=None, learning_rate=None, momentum=0.9, *, vit=None, trained=True, extensible=True, **options):
+def method(
+    num_epochs=None,
+    learning_rate=None,
+    momentum=0.9,
+    *,
+    vit=None,
+    trained=True,
+    extensible=True,
+    **options,
+):
     """Register the decorated function under its own name, with its default hyper-parameters."""
 
     def register(function):
         entry = Method(
-            function, num_epochs, learning_rate, momentum, options, vit or {}, trained, trained and extensible
+            function,
+            num_epochs,
+            learning_rate,
+            momentum,
+            options,
+            vit or {},
+            trained,
+            trained and extensible,
         )
         METHODS[function.__name__] = entry
         return function
@@ -527,7 +612,9 @@ def random_label_loss(job):
     """Cross-entropy with the true labels of the retain images and wrong labels, drawn once, of the forget images."""
     labels, classes = job.data.train.labels, len(job.data.classes)
     rng = utils.generator(job.seed, "random labels")
-    shift = torch.randint(1, classes, (len(labels),), generator=rng).to(job.device)  # never 0: never the true label
+    shift = torch.randint(1, classes, (len(labels),), generator=rng).to(
+        job.device
+    )  # never 0: never the true label
     targets = labels.clone()
     targets[job.split.forget] = (labels + shift)[job.split.forget] % classes
     return lambda batch: F.cross_entropy(batch.logits, targets[batch.indices])
@@ -566,7 +653,9 @@ def ascent_end(job):
             f"{job.label}: none of the {len(job.data.held_out)} held-out images is left to measure the accuracy at "
             "which the ascent should stop; pass --stop_accuracy"
         )
-    logits, labels = utils.compute_logits(job.model, job.data.held_out, job.split.train_calibration)
+    logits, labels = inference.compute_logits(
+        job.model, job.data.held_out, job.split.train_calibration
+    )
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
@@ -595,20 +684,16 @@ def FisherForgetting(job):
     The information is exact: expected over the model's own answers, image by image. 1 / F is bounded as usual, by 1000,
     and by 100 in the last layer. Default: ten times as much noise leaves 10 % accuracy on digits, chance.
     """
-    fisher = diagonal_fisher(job.model, job.data.train, job.split.retain, expected_scores)
+    information = fisher.diagonal_fisher(
+        job.model, job.data.train, job.split.retain, fisher.expected_scores
+    )
     rng = utils.generator(job.seed, job.name, "noise", device=job.device)
-    last = last_layer(job.model)
+    last = fisher.last_layer(job.model)
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
             largest = 1e2 if name in last else 1e3
-            deviation = fisher_noise_deviation(fisher[name], job.options["noise"], largest)
+            deviation = fisher_noise_deviation(information[name], job.options["noise"], largest)
             parameter += deviation * torch.randn(parameter.shape, generator=rng, device=job.device)
-
-
-def last_layer(model):
-    """Names of the parameters of the layers that turn features into logits."""
-    found = {parameter for layer in utils.classifier_layers(model) for parameter in layer.parameters()}
-    return {name for name, parameter in model.named_parameters() if parameter in found}
 
 
 def fisher_noise_deviation(fisher, noise, largest):
@@ -629,7 +714,9 @@ def teacher(job):
     temperature = job.options["kd_T"]
 
     def loss(batch):
-        targets = torch.cat([batch.answers(competent, "retain"), batch.answers(incompetent, "forget")])
+        targets = torch.cat(
+            [batch.answers(competent, "retain"), batch.answers(incompetent, "forget")]
+        )
         return distance(batch.logits, targets, temperature)
 
     train(job, loss, PARTS)
@@ -646,7 +733,9 @@ def distance(logits, targets, temperature):
     return F.kl_div(student, tutor, log_target=True, reduction="batchmean") * temperature**2
 
 
-@method(trained=False, selection_weighting=8.0, dampening_constant=1.0, vit={"selection_weighting": 4.0})
+@method(
+    trained=False, selection_weighting=8.0, dampening_constant=1.0, vit={"selection_weighting": 4.0}
+)
 def ssd(job):
     """Selective synaptic dampening: weights that matter more for the forget images than for all training images
     shrink in proportion (Foster et al. 2024, 2308.07707).
@@ -658,7 +747,9 @@ def ssd(job):
     class of 5,000 CIFAR-10 images, 8 leaves it.
     """
     images, parts = job.data.train, (job.split.retain, job.split.forget)
-    retain, forget = (diagonal_fisher(job.model, images, part, observed_score) for part in parts)
+    retain, forget = (
+        fisher.diagonal_fisher(job.model, images, part, fisher.observed_score) for part in parts
+    )
     share = len(job.split.forget) / sum(map(len, parts))
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
@@ -708,7 +799,10 @@ def salun(job):
     path = job.options["mask_path"]
     masks = read_mask(path, job.model) if path else saliency_mask(job)
     job.by_products[MASK_FILE] = masks
-    pairs = [(p, p.detach().clone(), masks[name].to(job.device)) for name, p in job.model.named_parameters()]
+    pairs = [
+        (p, p.detach().clone(), masks[name].to(job.device))
+        for name, p in job.model.named_parameters()
+    ]
 
     @torch.no_grad()
     def restore():  # weight decay and momentum would move them too
@@ -722,13 +816,17 @@ def saliency_mask(job):
     """The ``mask_ratio`` of all weights with the largest |∇ cross-entropy of D_f|: booleans by parameter name."""
     job.model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in job.model.named_parameters()}
-    parts = job.split.forget.split(512 * utils.world_size())
+    parts = job.split.forget.split(512 * distributed.world_size())
     for indices, inputs in zip(parts, job.data.train.batches(parts), strict=True):
-        loss = F.cross_entropy(job.model(inputs), job.data.train.labels[utils.own(indices)], reduction="sum")
+        loss = F.cross_entropy(
+            job.model(inputs),
+            job.data.train.labels[distributed.local_rows(indices)],
+            reduction="sum",
+        )
         gradients = torch.autograd.grad(loss, list(job.model.parameters()))
         for name, gradient in zip(total, gradients, strict=True):
             total[name] += gradient
-    utils.add_up(total.values())
+    distributed.add_up(total.values())
     sizes = torch.cat([gradient.abs().flatten() for gradient in total.values()])
     chosen = torch.zeros(len(sizes), dtype=torch.bool, device=job.device)
     chosen[sizes.topk(round(job.options["mask_ratio"] * len(sizes))).indices] = True
@@ -738,12 +836,20 @@ def saliency_mask(job):
 
 def read_mask(path, model):
     """A saved mask, booleans by parameter name. Raises UserError for a file that is none, or another network's."""
-    masks, _ = utils.read_checkpoint(path, f"salun saves the mask that it used as {MASK_FILE} beside its model")
+    masks, _ = checkpoint.read(
+        path, f"salun saves the mask that it used as {MASK_FILE} beside its model"
+    )
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    masks = utils.match_names(masks, shapes, path)
-    odd = [name for name in shapes.keys() | masks.keys() if getattr(masks.get(name), "shape", None) != shapes.get(name)]
+    masks = checkpoint.match_names(masks, shapes, path)
+    odd = [
+        name
+        for name in shapes.keys() | masks.keys()
+        if getattr(masks.get(name), "shape", None) != shapes.get(name)
+    ]
     if odd:
-        raise utils.UserError(f"--mask_path {path}: not a mask of this network: {min(odd)} differs or is missing")
+        raise utils.UserError(
+            f"--mask_path {path}: not a mask of this network: {min(odd)} differs or is missing"
+        )
     if not all(((mask == 0) | (mask == 1)).all() for mask in masks.values()):
         raise utils.UserError(f"--mask_path {path}: not a mask: it holds other values than 0 and 1")
     return {name: masks[name].bool() for name in shapes}
@@ -768,7 +874,10 @@ def sfron(job):
     """
     options = job.options
     images, split = job.data.train, job.split
-    forget, retain = (diagonal_fisher(job.model, images, part, observed_score) for part in (split.forget, split.retain))
+    forget, retain = (
+        fisher.diagonal_fisher(job.model, images, part, fisher.observed_score)
+        for part in (split.forget, split.retain)
+    )
     masks = {name: forget[name] >= options["saliency_threshold"] * retain[name] for name in forget}
     steps = job.recipe.num_epochs * len(index_batches(job, ("retain",), 1))
     progress = [0]
@@ -813,140 +922,13 @@ def adaptive_cross_entropy(logits, labels, adaptivity):
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
     log_losses = losses.detach().clamp(min=torch.finfo(losses.dtype).eps).log()
-    weights = (-adaptivity * log_losses).softmax(dim=0)  # of sum 1; powers would overflow at a large λ
+    weights = (-adaptivity * log_losses).softmax(
+        dim=0
+    )  # of sum 1; powers would overflow at a large λ
     return (weights * losses).sum()
 
 
 # ---------------------------------------------------------------- importances of weights
-
-
-def observed_score(logits, label):
-    """∂ log p_y / ∂ logits of the true label: one row, for the empirical Fisher information. K → 1×K."""
-    return F.one_hot(label, len(logits))[None] - logits.softmax(0)
-
-
-def expected_scores(logits, label):
-    """Rows whose squares sum to the expected Fisher information: RᵀR = diag(p) − ppᵀ. K → (K−1)×K.
-
-    √p_c · ∂ log p_c / ∂ logits of every class c would be K such rows. Reflected so that √p becomes an axis
-    (Householder), one of them is zero: with the likeliest class's axis without cancellation.
-    """
-    order = logits.argsort(descending=True)
-    root = logits.softmax(0).sqrt()[order]
-    normal = root.clone()
-    normal[0] += 1
-    reflection = torch.eye(len(root), device=root.device) - normal[:, None] * normal / normal[0]
-    return (reflection[1:] * root)[:, order.argsort()]
-
-
-def diagonal_fisher(model, images, indices, scores, chunk=32):
-    """The diagonal of the Fisher information of each weight: mean over images of Σ_c (scores_c · ∂ logits / ∂ w)².
-
-    Eval mode, without augmentation, per image exactly. ``scores`` is :func:`expected_scores` (expectation over the
-    model's own answers, as in Golatkar et al. 2020) or :func:`observed_score` (the true labels, as in Foster et al.
-    2024). Returns tensors like the parameters, by name. Networks of convolutions, linear layers and BatchNorm take
-    one backward pass a row for a whole chunk of images; others go through torch.func, image by image.
-    """
-    model.eval()
-    squares = _layer_squares if _covers(model) else _functional_squares
-    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    parts = indices.split(chunk * utils.world_size())
-    with utils.progress_bar(total=len(indices), desc="importances", unit="img") as bar:
-        for part, inputs in zip(parts, images.batches(parts), strict=True):
-            if len(inputs):  # one of several processes may have none of a small part
-                for name, square in squares(model, inputs, images.labels[utils.own(part)], scores):
-                    total[name] += square
-            bar.update(len(part))
-    utils.add_up(total.values())
-    return {name: tensor / len(indices) for name, tensor in total.items()}
-
-
-def _covers(model):
-    """Whether :func:`_layer_squares` knows every layer that has weights, by its exact type: subclasses do more."""
-    layers = [module for module in model.modules() if list(module.parameters(recurse=False))]
-    convolutions = [layer for layer in layers if type(layer) is nn.Conv2d]
-    return all(type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d) for layer in layers) and all(
-        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        for layer in convolutions
-    )
-
-
-def _functional_squares(model, inputs, labels, scores):
-    """Pairs of (name, sum over images of the squared gradients), one image at a time, for any network."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for image, label in zip(inputs, labels, strict=True):
-        logits, pull = torch.func.vjp(
-            lambda p, x=image[None]: torch.func.functional_call(model, p, (x,))[0], parameters
-        )
-        (gradients,) = torch.func.vmap(pull)(scores(logits, label))
-        for name, gradient in gradients.items():
-            yield name, gradient.square().sum(0)
-
-
-def _layer_squares(model, inputs, labels, scores):
-    """Pairs of (name, sum over images of the squared gradients), from each layer's inputs and output gradients.
-
-    In eval mode images do not meet, so one backward pass gives each image's own gradients at every layer's output.
-    """
-    modules = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
-    layers = [(f"{name}." if name else "", module) for name, module in modules]
-    taken, given, handles = {}, {}, []
-    for name, layer in layers:
-
-        def keep(_, arguments, output, name=name):
-            taken[name], given[name] = arguments[0].detach(), output
-            return output.clone()  # what follows may work in place
-
-        handles.append(layer.register_forward_hook(keep))
-    try:
-        logits = model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    rows = torch.stack([scores(*pair) for pair in zip(logits.detach(), labels, strict=True)], dim=1)
-    inner = {name: _as_columns(layer, taken[name]) for name, layer in layers}
-    squares = {  # of weights × channels
-        name: layer.weight.new_zeros(layer.weight.flatten(1).shape[::-1])
-        for name, layer in layers
-        if not isinstance(layer, nn.BatchNorm2d)
-    }
-    for row in rows:
-        outer = torch.autograd.grad(logits, [given[name] for name, _ in layers], row, retain_graph=True)
-        for (name, layer), gradient in zip(layers, outer, strict=True):
-            gradient = gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]  # image × channel × position
-            if isinstance(layer, nn.BatchNorm2d):
-                yield f"{name}weight", (gradient * inner[name]).sum(2).square().sum(0)
-            else:
-                _add_squared_products(squares[name], inner[name], gradient)
-            if layer.bias is not None:
-                yield f"{name}bias", gradient.sum(2).square().sum(0)
-    for name, square in squares.items():
-        yield f"{name}weight", square.T.reshape(model.get_parameter(f"{name}weight").shape)
-
-
-def _add_squared_products(total, columns, gradient):
-    """Add Σ over images of (columns · gradientᵀ)², element by element, to ``total``. W×C, B×W×P, B×C×P."""
-    if gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
-        total.addmm_(columns.flatten(1).square().T, gradient.flatten(1).square())
-    elif gradient.is_cuda:
-        total += torch.bmm(columns, gradient.mT).square_().sum(0)
-    else:
-        # One image after the other, in one buffer: a product fits a CPU's cache, those of a chunk do not. The longer
-        # side comes first, which matrix products on CPUs prefer.
-        product = torch.empty_like(total)
-        for pair in zip(columns, gradient.mT, strict=True):
-            torch.mm(*pair, out=product)
-            total.addcmul_(product, product)
-
-
-def _as_columns(layer, inputs):
-    """What each weight of a layer is multiplied with: image × weight × position."""
-    if isinstance(layer, nn.Conv2d):
-        return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    if isinstance(layer, nn.BatchNorm2d):
-        spread = (layer.running_var + layer.eps).sqrt()
-        return ((inputs - layer.running_mean[:, None, None]) / spread[:, None, None]).flatten(2)
-    return inputs[:, :, None]
 
 
 def describe_methods(names=None):
@@ -955,7 +937,9 @@ def describe_methods(names=None):
     for name in names or METHODS:
         entry = METHODS[name.removeprefix("cpu_")]
         epochs, rate = entry.num_epochs or "the original's", entry.learning_rate or "the original's"
-        parts = [f"epochs: {epochs}", f"learning rate: {rate}"] if entry.trained else ["not trained"]
+        parts = (
+            [f"epochs: {epochs}", f"learning rate: {rate}"] if entry.trained else ["not trained"]
+        )
         parts += [f"{key}: {value}" for key, value in entry.options.items() if value is not None]
         parts += [f"{key} of vit: {value}" for key, value in entry.vit.items()]
         lines.append(f"  {name:<16} {', '.join(parts)}")
@@ -973,7 +957,9 @@ def add_option_flags(parser, names):
 
 def method_options(entry, args):
     """A method's own hyper-parameters: flags where given, else its defaults."""
-    defaults = entry.options | {key: value for key, value in _vit(entry, args).items() if key in entry.options}
+    defaults = entry.options | {
+        key: value for key, value in _vit(entry, args).items() if key in entry.options
+    }
     given = {key: getattr(args, key, None) for key in entry.options}
     return defaults | {key: value for key, value in given.items() if value is not None}
 
@@ -989,7 +975,8 @@ def original_recipe(args, device):
     """The recipe of an original model where flags are left out: from scratch, or from ImageNet weights."""
     spec, from_scratch = utils.SPECS[args.data_name], args.model_name == "resnet18"
     return Recipe(
-        num_epochs=args.num_epochs or (spec.num_epochs if from_scratch else min(spec.num_epochs, 20)),
+        num_epochs=args.num_epochs
+        or (spec.num_epochs if from_scratch else min(spec.num_epochs, 20)),
         learning_rate=args.learning_rate or (spec.learning_rate if from_scratch else 0.01),
         batch_size=args.batch_size or Recipe.batch_size,
         milestones=args.milestones,
@@ -1006,11 +993,14 @@ def method_recipe(entry, args, original_meta, device):
         return None
     original = original_meta.get("recipe") or asdict(original_recipe(args, device))
     follows_original = entry.num_epochs is None
-    defaults = {"num_epochs": entry.num_epochs, "learning_rate": entry.learning_rate} | _vit(entry, args)
+    defaults = {"num_epochs": entry.num_epochs, "learning_rate": entry.learning_rate} | _vit(
+        entry, args
+    )
     return Recipe(
         num_epochs=args.num_epochs or defaults["num_epochs"] or original["num_epochs"],
         learning_rate=args.learning_rate or defaults["learning_rate"] or original["learning_rate"],
-        batch_size=args.batch_size or (original["batch_size"] if follows_original else Recipe.batch_size),
+        batch_size=args.batch_size
+        or (original["batch_size"] if follows_original else Recipe.batch_size),
         milestones=args.milestones or (original["milestones"] if follows_original else None),
         momentum=entry.momentum,
         precision=utils.pick_precision(args, device),
@@ -1026,7 +1016,7 @@ def already_done(path, identity, args):
     if args.overwrite or not path.exists():
         return None
     try:
-        meta = utils.read_checkpoint(path)[1]
+        meta = checkpoint.read(path)[1]
     except utils.UserError as error:
         raise utils.UserError(f"{error}; --overwrite replaces it") from error
     found = meta.get("identity", {})
@@ -1035,39 +1025,46 @@ def already_done(path, identity, args):
         different.remove("precision")
     if not different:
         return meta
-    differences = ", ".join(f"{key} {found.get(key)} there, {identity.get(key)} now" for key in different)
-    raise utils.UserError(f"{path} exists and is another run's ({differences}); --overwrite replaces it")
+    differences = ", ".join(
+        f"{key} {found.get(key)} there, {identity.get(key)} now" for key in different
+    )
+    raise utils.UserError(
+        f"{path} exists and is another run's ({differences}); --overwrite replaces it"
+    )
 
 
 def execute(job, run, folder, file_name, record_name, meta, args):
     """Run ``run(job)``, record it, and save the model with its ``meta`` as ``folder/file_name``.
 
     Returns the meta with the wall time in seconds and the final accuracies added. A run that fails saves nothing. The
-    model takes its name last, so that a run which is killed at any moment is either done or goes on.
+    model is moved to its place last, so that an interrupted run is either done or can be resumed.
     """
-    utils.prepare_folder(folder, utils.checkpoint_size(job.model))
-    with utils.sole_writer(folder):
-        if done := already_done(folder / file_name, meta["identity"], args):  # since the flags were checked
+    with utils.unfinished_folder(folder, checkpoint.size(job.model)) as unfinished:
+        if done := already_done(
+            folder / file_name, meta["identity"], args
+        ):  # since the flags were checked
             return done
         job.compile = args.compile
-        job.progress = Progress(folder / RESUME_FILE, meta["identity"], args.resume, args.save_every)
+        job.progress = Progress(
+            unfinished / utils.RESUME_FILE, meta["identity"], args.resume, args.save_every
+        )
         if job.progress.found:
-            print(f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})")
-        with utils.RunLog(folder, job.label, meta, args) as log:
+            print(
+                f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})"
+            )
+        with utils.RunLog(folder, job.label, meta, args, unfinished / "history.jsonl") as log:
             job.epoch_done = log.epoch
             _run_and_keep_what_is_done(run, job)
             meta = meta | {"seconds": job.progress.seconds, "accuracies": final_accuracies(job)}
             for name, state in job.by_products.items():
-                utils.save_tensors(folder / name, state, meta)
-
-            def records():
-                history = {"history": log.history} if record_name == "original_model.json" else {}
-                utils.save_json(folder / record_name, meta | history)
-                log.keep()
-
-            utils.save_tensors(folder / file_name, job.model.state_dict(), meta, records)
-            job.progress.done()
-            log.table("run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]])
+                checkpoint.save(unfinished / name, state, meta)
+            history = {"history": log.history} if record_name == "original_model.json" else {}
+            utils.save_json(unfinished / record_name, meta | history)
+            checkpoint.save(unfinished / file_name, job.model.state_dict(), meta)
+            utils.move_up(unfinished, last=file_name)
+            log.table(
+                "run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]]
+            )
     return meta
 
 
@@ -1078,7 +1075,9 @@ def final_accuracies(job):
     with suppress(utils.NotFinite):
         found = accuracies(job)
     if found is None or not weights_are_finite(job.model):
-        flags = " or ".join(f"--{option}" for option in (["learning_rate"] if job.recipe else job.options))
+        flags = " or ".join(
+            f"--{option}" for option in (["learning_rate"] if job.recipe else job.options)
+        )
         raise Diverged(
             f"{job.label} diverged: some of its weights or outputs are NaN or infinite; lower {flags}. "
             "What was saved before is unchanged"
@@ -1094,7 +1093,9 @@ def _run_and_keep_what_is_done(run, job):
         raise
     except KeyboardInterrupt:
         if job.progress.save():
-            raise utils.Interrupted(f"{job.label} is saved; the same command with --resume goes on") from None
+            raise utils.Interrupted(
+                f"{job.label} is saved; the same command with --resume goes on"
+            ) from None
         raise
     except BrokenPipeError:  # such as main_unlearn.py | head
         if job.progress.save():
@@ -1118,8 +1119,11 @@ def run_methods(args, methods, term_of=lambda args, data, split: None, prefix=""
     names = utils.method_names(args.unlearn_name, methods, prefix)
     check_flags(args, [methods[name] for name in names], names)
     device = utils.pick_device(args)
-    data = utils.load_data(args, device)
-    plans = [plan_runs(seed_args, names, methods, data, device, term_of) for seed_args in utils.each_seed(args)]
+    data = utils.load_data(args, device, models.input_size(args.model_name))
+    plans = [
+        plan_runs(seed_args, names, methods, data, device, term_of)
+        for seed_args in utils.each_seed(args)
+    ]
     rows = [row for plan in plans for row in run_plan(plan, methods, data, device, prefix)]
     failures = [row for row in rows if "note" in row]
     columns = RUN_COLUMNS | {"note": ("note", "text")} if failures else RUN_COLUMNS
@@ -1138,9 +1142,13 @@ def check_flags(args, entries, names):
             if getattr(args, flag) is not None:
                 raise utils.UserError(f"--{flag}: {', '.join(names)} is not trained; leave it out")
     for option in OPTIONS:
-        if getattr(args, option, None) is not None and not any(option in entry.options for entry in entries):
+        if getattr(args, option, None) is not None and not any(
+            option in entry.options for entry in entries
+        ):
             owners = ", ".join(name for name, entry in METHODS.items() if option in entry.options)
-            raise utils.UserError(f"--{option} belongs to {owners}, not to {', '.join(names)}; leave it out")
+            raise utils.UserError(
+                f"--{option} belongs to {owners}, not to {', '.join(names)}; leave it out"
+            )
 
 
 @dataclass
@@ -1160,23 +1168,25 @@ def plan_runs(args, names, methods, data, device, term_of):
     split = utils.make_split(data, args)
     root = utils.run_folder(args, data)
     path = utils.locate(args.model_dir, root)
-    state, original = utils.read_checkpoint(path, "train it first with main_original_model.py and the same flags")
-    utils.check_meta(path, original, args, data)
-    model = utils.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
-    utils.load_weights(model, state, path, data.train.spec)
+    state, original = checkpoint.read(
+        path, "train it first with main_original_model.py and the same flags"
+    )
+    checkpoint.check_meta(path, original, args, data)
+    model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
+    checkpoint.load_weights(model, state, path, data.train.spec)
     try:
-        utils.compute_logits(model, data.train, split.retain[:64])
+        inference.compute_logits(model, data.train, split.retain[:64])
     except utils.NotFinite as error:
         raise utils.UserError(f"{path}: {error}") from error
     print(f"{path}: forget {split.describe()}")
 
-    runs, origin = [], {"original": utils.weights_hash(state), "forget_set": split.fingerprint}
+    runs, origin = [], {"original": checkpoint.weights_hash(state), "forget_set": split.fingerprint}
     for label in names:
         entry, term = methods[label], term_of(args, data, split)
         recipe, options = method_recipe(entry, args, original, device), method_options(entry, args)
         identity = (asdict(recipe) if recipe else {}) | options | origin
         if options.get("mask_path"):
-            identity["mask_path"] = utils.weights_hash(read_mask(options["mask_path"], model))
+            identity["mask_path"] = checkpoint.weights_hash(read_mask(options["mask_path"], model))
         if term is not None:
             identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
         done = already_done(root / split.folder / label / MODEL_FILE, identity, args)
@@ -1189,7 +1199,9 @@ def run_plan(plan, methods, data, device, prefix):
     args, split = plan.args, plan.split
 
     def build(pretrained):
-        return utils.build_model(args, len(data.classes), data.train.size, device, pretrained=pretrained)
+        return models.build_model(
+            args, len(data.classes), data.train.size, device, pretrained=pretrained
+        )
 
     def new_model(purpose):
         utils.seed_everything(args.seed, purpose, "initialisation")
@@ -1202,7 +1214,18 @@ def run_plan(plan, methods, data, device, prefix):
         else:
             model = build(pretrained=False)
             model.load_state_dict(plan.state)
-            job = Job(name, label, model, data, split, recipe, args.seed, options, partial(new_model, name), term)
+            job = Job(
+                name,
+                label,
+                model,
+                data,
+                split,
+                recipe,
+                args.seed,
+                options,
+                partial(new_model, name),
+                term,
+            )
             meta = utils.describe_run(args, data, device) | {
                 "method": label,
                 "identity": identity,
@@ -1214,17 +1237,28 @@ def run_plan(plan, methods, data, device, prefix):
                 "original_seconds": plan.original.get("seconds"),
             }
             try:
-                meta = execute(job, methods[label].run, folder, MODEL_FILE, "results.json", meta, args)
+                meta = execute(
+                    job, methods[label].run, folder, MODEL_FILE, "results.json", meta, args
+                )
             except utils.UserError as error:
                 alone = len(plan.runs) == 1 and not args.seeds
-                if alone or (utils.world_size() > 1 and not isinstance(error, Diverged)):
+                if alone or (distributed.world_size() > 1 and not isinstance(error, Diverged)):
                     raise  # of several processes, perhaps one alone has met it: they would not go on together
-                utils.save_json(folder / FAILURE_FILE, {"forget_set": split.fingerprint, "error": str(error)})
+                utils.save_json(
+                    folder / FAILURE_FILE, {"forget_set": split.fingerprint, "error": str(error)}
+                )
                 print(f"{label} (seed {args.seed}) failed: {error}")
-                yield {"method": label, "note": f"seed {args.seed}: {error}" if args.seeds else str(error)}
+                yield {
+                    "method": label,
+                    "note": f"seed {args.seed}: {error}" if args.seeds else str(error),
+                }
                 continue
-            if not utils.rank():
+            if not distributed.rank():
                 (folder / FAILURE_FILE).unlink(missing_ok=True)
             if term is not None and (advice := term.advice()):
                 print(f"{label}: {advice}")
-        yield {"method": label, "seconds": meta["seconds"]} | (meta["recipe"] or {}) | meta["accuracies"]
+        yield (
+            {"method": label, "seconds": meta["seconds"]}
+            | (meta["recipe"] or {})
+            | meta["accuracies"]
+        )

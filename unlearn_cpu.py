@@ -15,6 +15,7 @@ import torch
 import unlearn
 import utils
 from metrics import CR, scores
+from models import inference
 
 # Every method of unlearn.py that is trained by gradient steps.
 METHODS = {f"cpu_{name}": entry for name, entry in unlearn.METHODS.items() if entry.extensible}
@@ -45,7 +46,11 @@ class ConformalTerm:
         count, least = len(self.calibration), math.ceil(1 / self.alpha) - 1
         if count < least:
             enough = math.ceil(1000 / (count + 1)) / 1000
-            remedy = f"choose --alpha {enough:g} or more" if count else "add held-out images of the retained classes"
+            remedy = (
+                f"choose --alpha {enough:g} or more"
+                if count
+                else "add held-out images of the retained classes"
+            )
             raise utils.UserError(
                 f"--alpha {self.alpha}: a finite q̂ needs at least {least} training-calibration images, and this data "
                 f"gives {count} (of a tenth of the held-out images, the retained classes'); {remedy}"
@@ -53,7 +58,7 @@ class ConformalTerm:
 
     def start_epoch(self, model):
         """q̂ on the training-calibration images: eval mode, no gradient, the model's mode left as it was."""
-        logits, labels = utils.compute_logits(model, self.images, self.calibration)
+        logits, labels = inference.compute_logits(model, self.images, self.calibration)
         self.q_hat = CR.conformal_quantile(scores.true_label_scores(logits, labels), self.alpha)
         self.q_hats.append(self.q_hat)
         return {"q_hat": self.q_hat}

@@ -5,13 +5,11 @@ import codecs
 import csv
 import errno
 import hashlib
-import io
 import json
 import logging
 import math
 import os
 import pickle
-import pickletools
 import platform
 import posixpath
 import re
@@ -37,8 +35,13 @@ from typing import NamedTuple
 # they wait for as soon as other processes are busy.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # asleep at once, training on an idle machine is a fifth slower
-if Path(sys.argv[0]).name.startswith("main_") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    os.environ.setdefault(
+        "GOMP_SPINCOUNT", "1000"
+    )  # asleep at once, training on an idle machine is a fifth slower
+if (
+    Path(sys.argv[0]).name.startswith("main_")
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
     # While a script imports its libraries, Ctrl-C ends it at once and without a traceback. run_script() takes over.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -48,37 +51,34 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
-from tqdm import tqdm
 
-import models
+from models import distributed
+from models.checkpoint import write_file
+from models.errors import NotFinite, UserError, error_reason, first_line, printable  # noqa: F401 - utils.UserError
 
 # ---------------------------------------------------------------- errors
-
-
-class UserError(Exception):
-    """A mistake in the flags or files that a script was given: one line, exit status 2."""
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run whose state is saved; the message says how to go on."""
 
 
-class NotFinite(UserError):
-    """A network's outputs are NaN or infinite."""
-
-
 def run_script(main):
     """Run a script's ``main``. A user's mistake ends it with one line on stderr and status 2, Ctrl-C and SIGTERM end it
     with status 130, and a closed output pipe with status 141. With torchrun, only the first process prints."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs of shells set it
+        if (
+            signal.getsignal(number) is not signal.SIG_IGN
+        ):  # as nohup and background jobs of shells set it
             signal.signal(number, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" in place of q̂, λ and ±
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal without Unicode shows "?" in place of q̂, λ and ±
     name = Path(sys.argv[0]).name
     try:
-        with redirect_stdout(None) if rank() else nullcontext():
+        with redirect_stdout(None) if distributed.rank() else nullcontext():
             status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -93,16 +93,20 @@ def run_script(main):
     except (RuntimeError, ConnectionError, MemoryError) as error:
         if _out_of_memory(error):
             remedy = "lower --batch_size, --image_size, --memory_gb or --workers; --resume goes on with a training"
-            status = _ends(f"{name}: error: out of memory ({_first_line(error)}); {remedy}", 2)
-        elif world_size() > 1 and _of_processes(error):
+            status = _ends(f"{name}: error: out of memory ({first_line(error)}); {remedy}", 2)
+        elif distributed.world_size() > 1 and _of_processes(error):
             why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
-            status = _ends(f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1)
+            status = _ends(
+                f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1
+            )
         else:
             raise
     except OSError as error:  # permissions, paths that are too long, full or failing disks
         if error.filename is None:
             raise
-        status = _ends(f"{name}: error: {printable(error.filename)}: cannot be used ({_reason(error)})", 2)
+        status = _ends(
+            f"{name}: error: {printable(error.filename)}: cannot be used ({error_reason(error)})", 2
+        )
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -119,11 +123,13 @@ def run_script(main):
 def _ends(line, status):
     """Say why a script ends. All processes meet the same mistake: the others wait for the first one to say it, after
     which torchrun ends them, and speak only of what the first one does not know."""
-    if rank():
+    if distributed.rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-        line = f"[process {rank()}] {line}"
-    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)  # one line, whatever it cites
+        line = f"[process {distributed.rank()}] {line}"
+    line = "".join(
+        char if char.isprintable() else ascii(char)[1:-1] for char in line
+    )  # one line, whatever it cites
     print(line, file=sys.stderr, flush=True)
     return status
 
@@ -134,12 +140,9 @@ def _of_processes(error):
 
 
 def _out_of_memory(error):
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def progress_bar(**options):
-    """tqdm's, where the first process has a terminal."""
-    return tqdm(disable=True if rank() else None, leave=False, **options)
+    return isinstance(
+        error, MemoryError | torch.OutOfMemoryError
+    ) or "can't allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------- flags
@@ -154,7 +157,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Defaults in every line that has one, line breaks of description and epilog kept."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.required else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default is None or action.required
+            else super()._get_help_string(action)
+        )
 
 
 def number(kind, minimum=None, maximum=None, *, exclusive=False):
@@ -164,12 +171,18 @@ def number(kind, minimum=None, maximum=None, *, exclusive=False):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'an integer' if kind is int else 'a number'}"
+            ) from None
         low = minimum is not None and (value < minimum or (exclusive and value == minimum))
         high = maximum is not None and (value > maximum or (exclusive and value == maximum))
         if low or high or not math.isfinite(value):
-            bounds = [f"{'above' if exclusive else 'at least'} {minimum}"] if minimum is not None else []
-            bounds += [f"{'below' if exclusive else 'at most'} {maximum}"] if maximum is not None else []
+            bounds = (
+                [f"{'above' if exclusive else 'at least'} {minimum}"] if minimum is not None else []
+            )
+            bounds += (
+                [f"{'below' if exclusive else 'at most'} {maximum}"] if maximum is not None else []
+            )
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
         return value
 
@@ -207,7 +220,9 @@ def expand_path(text):
         raise argparse.ArgumentTypeError("the path is empty")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text}: no such user; write ./{text} for a file of that name")
+        raise argparse.ArgumentTypeError(
+            f"{text}: no such user; write ./{text} for a file of that name"
+        )
     return expanded
 
 
@@ -216,23 +231,42 @@ ALPHA = number(float, 0, 1, exclusive=True)
 
 def make_parser(description, epilog=None):
     """A parser with the flags that all four scripts share: model, data, run."""
-    parser = _Parser(description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
     group = parser.add_argument_group("model")
-    group.add_argument("--model_name", default="resnet18", help="resnet18 (for small images), vit, or a timm model")
-    group.add_argument("--width", type=number(int, 1, 512), default=64, help="channels of resnet18's first stage")
+    group.add_argument(
+        "--model_name", default="resnet18", help="resnet18 (for small images), vit, or a timm model"
+    )
+    group.add_argument(
+        "--width", type=number(int, 1, 512), default=64, help="channels of resnet18's first stage"
+    )
     group.add_argument(
         "--image_size",
         type=number(int, 1, 4096),
         help="side in pixels that images are resized to; when left out, the data's own (resnet18) or 224 (vit)",
     )
     group.add_argument(
-        "--pretrained_path", type=expand_path, help="ImageNet weights of vit or a timm model on disk, not downloaded"
+        "--pretrained_path",
+        type=expand_path,
+        help="ImageNet weights of vit or a timm model on disk, not downloaded",
     )
-    group.add_argument("--no_pretrained", action="store_true", help="start vit or a timm model from random weights")
+    group.add_argument(
+        "--no_pretrained", action="store_true", help="start vit or a timm model from random weights"
+    )
     group = parser.add_argument_group("data")
     group.add_argument("--data_name", choices=DATA_NAMES, default="digits", help="which images")
-    group.add_argument("--data_dir", type=expand_path, default="./data", help="where the data lies or is downloaded to")
-    group.add_argument("--num_classes", type=number(int, 2), help="checked against the data; inferred when left out")
+    group.add_argument(
+        "--data_dir",
+        type=expand_path,
+        default="./data",
+        help="where the data lies or is downloaded to",
+    )
+    group.add_argument(
+        "--num_classes",
+        type=number(int, 2),
+        help="checked against the data; inferred when left out",
+    )
     group.add_argument(
         "--memory_gb",
         type=number(float, 0),
@@ -247,17 +281,27 @@ def make_parser(description, epilog=None):
         help="processes that read images which stay on disk; any number gives the same results",
     )
     group.add_argument(
-        "--skip_corrupt", action="store_true", help="image_folder, tiny_imagenet: leave out images that cannot be read"
+        "--skip_corrupt",
+        action="store_true",
+        help="image_folder, tiny_imagenet: leave out images that cannot be read",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="of the split and the training")
     group.add_argument(
-        "--seeds", type=list_of(number(int, 0, 2**32 - 1)), help="several, as 1,2,3, in the place of --seed"
+        "--seed", type=number(int, 0, 2**32 - 1), default=1, help="of the split and the training"
     )
     group.add_argument(
-        "--device", default="auto", help="auto (CUDA if there is a GPU, else cpu), cpu, cuda, cuda:1, ..., mps"
+        "--seeds",
+        type=list_of(number(int, 0, 2**32 - 1)),
+        help="several, as 1,2,3, in the place of --seed",
     )
-    group.add_argument("--runs_dir", type=expand_path, default="./runs", help="where all results go")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="auto (CUDA if there is a GPU, else cpu), cpu, cuda, cuda:1, ..., mps",
+    )
+    group.add_argument(
+        "--runs_dir", type=expand_path, default="./runs", help="where all results go"
+    )
     group.add_argument(
         "--wandb_mode",
         choices=["online", "offline", "disabled"],
@@ -283,10 +327,18 @@ def add_training_flags(parser, defaults):
         default="auto",
         help="of the network while it trains; auto: bf16 on a GPU that has it, else fp32; losses and scores are fp32",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the network, with CUDA graphs on a GPU")
-    group.add_argument("--overwrite", action="store_true", help="redo what the run folder already holds")
     group.add_argument(
-        "--resume", action="store_true", help="go on with a run that was killed; the weights are as if it had not been"
+        "--compile",
+        action="store_true",
+        help="torch.compile the network, with CUDA graphs on a GPU",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="redo what the run folder already holds"
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was killed; the weights are as if it had not been",
     )
     group.add_argument(
         "--save_every",
@@ -301,13 +353,23 @@ def add_scenario_flags(parser, methods, model_dir):
     """Flags that say what is forgotten and with which methods."""
     group = parser.add_argument_group("unlearning")
     group.add_argument(
-        "--unlearn_name", nargs="+", required=True, metavar="METHOD", help=f"one or more of {methods}, or all"
+        "--unlearn_name",
+        nargs="+",
+        required=True,
+        metavar="METHOD",
+        help=f"one or more of {methods}, or all",
     )
     group.add_argument("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
     group.add_argument(
-        "--retain_ratio", type=float, default=0.9, help="random: share of the training images that stays"
+        "--retain_ratio",
+        type=float,
+        default=0.9,
+        help="random: share of the training images that stays",
     )
-    group.add_argument("--forget_class", help="class, subclass: its name or number; drawn from the seed when left out")
+    group.add_argument(
+        "--forget_class",
+        help="class, subclass: its name or number; drawn from the seed when left out",
+    )
     group.add_argument(
         "--forget_list",
         type=expand_path,
@@ -324,9 +386,13 @@ def add_scenario_flags(parser, methods, model_dir):
 def add_conformal_flags(parser):
     """Flags of the CPU loss (arXiv 2501.19403)."""
     group = parser.add_argument_group("conformal prediction unlearning")
-    group.add_argument("--alpha", type=ALPHA, default=0.05, help="miscoverage level of the q̂ in the loss")
+    group.add_argument(
+        "--alpha", type=ALPHA, default=0.05, help="miscoverage level of the q̂ in the loss"
+    )
     group.add_argument("--delta", type=number(float, 0), default=0.01, help="margin Δ beyond q̂")
-    group.add_argument("--lamda", type=number(float, 0), default=0.5, help="weight λ; 0 is the base method")
+    group.add_argument(
+        "--lamda", type=number(float, 0), default=0.5, help="weight λ; 0 is the base method"
+    )
 
 
 def given_names(given):
@@ -342,7 +408,9 @@ def method_names(given, known, prefix=""):
     names = list(dict.fromkeys(name if name in known else prefix + name for name in names))
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise UserError(f"--unlearn_name {' '.join(given)}: choose from {', '.join(known) or 'nothing yet'}, or all")
+        raise UserError(
+            f"--unlearn_name {' '.join(given)}: choose from {', '.join(known) or 'nothing yet'}, or all"
+        )
     return names
 
 
@@ -380,10 +448,14 @@ def pick_device(args):
 
     Raises UserError for a device that is not there.
     """
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if world_size() > 1 and name.startswith("cuda"):
+    name = (
+        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    )
+    if distributed.world_size() > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise UserError(f"--device {name}: torchrun gives each process a GPU of its own; say --device cuda")
+            raise UserError(
+                f"--device {name}: torchrun gives each process a GPU of its own; say --device cuda"
+            )
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -400,7 +472,7 @@ def pick_device(args):
         torch.backends.cudnn.benchmark = True
         tf32 = getattr(args, "precision", None) == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    join_processes(device)
+    distributed.join_processes(device)
     return device
 
 
@@ -410,59 +482,6 @@ def pick_precision(args, device):
         return args.precision
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if fast else "fp32"
-
-
-# ---------------------------------------------------------------- processes (torchrun)
-
-
-def rank():
-    """This process's number among those that torchrun started; 0 without it."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
-
-
-def world_size():
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-
-
-def join_processes(device):
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-
-
-def own(rows):
-    """The rows that are this process's: every world-th from its rank on, so that all get alike of every part."""
-    return rows[rank() :: world_size()]
-
-
-def gather(rows, count):
-    """From the :func:`own` rows of each process all ``count`` of them in order, on every process; no gradient."""
-    if world_size() == 1:
-        return rows
-    padded = rows.new_zeros(math.ceil(count / world_size()), *rows.shape[1:])
-    padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
-
-
-def add_up(tensors):
-    """Replace each tensor by its sum over the processes."""
-    if world_size() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def in_turn(call):
-    """``call()`` on the first process alone, then on the first of every other machine, then on the others: what one
-    has downloaded the next ones find."""
-    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    for number in range(3 if world_size() > 1 else 1):
-        if number == turn:
-            found = call()
-        if world_size() > 1:
-            dist.barrier()
-    return found
 
 
 # ---------------------------------------------------------------- data
@@ -485,7 +504,13 @@ SPECS = {
     # A digit mirrored is another sign, and 4 pixels would be half of it: 1 of 8 is 4 of 32. In 20 epochs of 13 steps
     # a rate of 0.1 does not settle (test accuracy 91 %, at 0.01 98.7 %).
     "digits": DataSpec(
-        (0.3053,) * 3, (0.3759,) * 3, crop_padding=1, flip=False, grayscale=0.0, num_epochs=20, learning_rate=0.01
+        (0.3053,) * 3,
+        (0.3759,) * 3,
+        crop_padding=1,
+        flip=False,
+        grayscale=0.0,
+        num_epochs=20,
+        learning_rate=0.01,
     ),
     "cifar10": DataSpec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": DataSpec((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -553,7 +578,7 @@ class ImageFiles(torch.utils.data.Dataset):
             if "DataLoader worker" not in str(error):
                 raise
             raise UserError(
-                f"a process that reads images has died ({_first_line(error)}); try fewer --workers"
+                f"a process that reads images has died ({first_line(error)}); try fewer --workers"
             ) from error
 
 
@@ -581,9 +606,9 @@ class Images:
 
     def batches(self, parts, augment=None):
         """For each of ``parts`` (indices) normalised float images B×3×size×size, of which each process gets
-        its :func:`own`; random augmentation only with a generator in ``augment``."""
+        its :func:`distributed.local_rows`; random augmentation only with a generator in ``augment``."""
         parts, device = list(parts), self.labels.device
-        source = self._pixels([own(part) for part in parts])
+        source = self._pixels([distributed.local_rows(part) for part in parts])
         # A GPU takes as long to start the work on 64 small images as on 4,096.
         together = 1
         if augment is not None and device.type == "cuda":
@@ -597,7 +622,7 @@ class Images:
                 pixels = random_augment(pixels, self.spec, augment, [len(part) for part in group])
             mean, std = _constants(self.spec, device)
             images = pixels.float().mul_(1 / 255).sub_(mean).div_(std)
-            yield from images.split([len(own(part)) for part in group])
+            yield from images.split([len(distributed.local_rows(part)) for part in group])
 
     def batch(self, indices, augment=None):
         """:meth:`batches` of one part."""
@@ -606,7 +631,10 @@ class Images:
     def _pixels(self, parts):
         if torch.is_tensor(self.pixels):
             return (self.pixels.index_select(0, part) for part in parts)
-        return (pixels.to(self.labels.device, non_blocking=True) for pixels in self.pixels.batches(parts))
+        return (
+            pixels.to(self.labels.device, non_blocking=True)
+            for pixels in self.pixels.batches(parts)
+        )
 
 
 @cache
@@ -619,7 +647,7 @@ def random_augment(pixels, spec, rng, parts=None):
     """Random crop after zero padding, horizontal flip (p = 0.5) and grayscale, drawn anew for each image.
 
     Pixels B×3×S×S, uint8 in and float32 out (0 to 255); ``rng`` is a generator on their device. Where they are this
-    process's :func:`own` of several parts, of the sizes in ``parts``, every process draws for all. Crop and flip are
+    process's :func:`distributed.local_rows` of several parts, of the sizes in ``parts``, every process draws for all. Crop and flip are
     one gather.
     """
     (count, channels, side, _), device = pixels.shape, pixels.device
@@ -628,7 +656,11 @@ def random_augment(pixels, spec, rng, parts=None):
 
     def drawn(draw, *bounds):
         numbers = draw(*bounds, (sum(sizes), 1), generator=rng, device=device)
-        return numbers if parts is None else torch.cat([own(part) for part in numbers.split(sizes)])
+        return (
+            numbers
+            if parts is None
+            else torch.cat([distributed.local_rows(part) for part in numbers.split(sizes)])
+        )
 
     def offsets():
         return drawn(torch.randint, 2 * spec.crop_padding + 1) + torch.arange(side, device=device)
@@ -636,7 +668,11 @@ def random_augment(pixels, spec, rng, parts=None):
     rows, columns = offsets(), offsets()
     if spec.flip:
         columns = torch.where(drawn(torch.rand) < 0.5, columns.flip(1), columns)
-    places = (rows[:, :, None] * padded_side + columns[:, None, :]).flatten(1)[:, None].expand(-1, channels, -1)
+    places = (
+        (rows[:, :, None] * padded_side + columns[:, None, :])
+        .flatten(1)[:, None]
+        .expand(-1, channels, -1)
+    )
     padded = F.pad(pixels, [spec.crop_padding] * 4).flatten(2)
     pixels = padded.gather(2, places).unflatten(2, (side, side)).float()
     if spec.grayscale:
@@ -666,16 +702,24 @@ class Data:
     fingerprint: str = field(init=False)
 
     def __post_init__(self):
-        train, held_out = self.contents or [_hash_contents(part.pixels) for part in (self.train, self.held_out)]
+        train, held_out = self.contents or [
+            _hash_contents(part.pixels) for part in (self.train, self.held_out)
+        ]
         held_out = hashlib.sha256(f"{_hash_labels(self.held_out)} {held_out}".encode()).hexdigest()
-        self.fingerprint = "-".join(part[:16] for part in (_hash_labels(self.train), train, held_out))
+        self.fingerprint = "-".join(
+            part[:16] for part in (_hash_labels(self.train), train, held_out)
+        )
 
     def difference(self, fingerprint):
         """Which images differ from those of another fingerprint, in words; None where none do.
 
         Earlier versions' fingerprints are the first part alone, and only it can be compared.
         """
-        names = ("other training images", "training images of other content", "other held-out images")
+        names = (
+            "other training images",
+            "training images of other content",
+            "other held-out images",
+        )
         if not isinstance(fingerprint, str) or fingerprint.count("-") not in (0, 2):
             return names[0]
         pairs = zip(names, fingerprint.split("-"), self.fingerprint.split("-"), strict=False)
@@ -698,26 +742,46 @@ class LoadedParts(NamedTuple):
     train_folder: str | None = None
 
 
-def load_data(args, device):
-    """The data set that the flags name, on ``device``. Raises UserError for missing or contradictory data."""
-    loaders = {"digits": _load_digits, "image_folder": _load_folder, "tiny_imagenet": _load_tiny_imagenet}
-    parts, classes, tag, train_folder = in_turn(lambda: loaders.get(args.data_name, _load_cifar)(args))
+def load_data(args, device, model_side=None):
+    """The data set that the flags name, on ``device``. Raises UserError for missing or contradictory data.
+
+    ``model_side`` is the side in pixels that the model was made for, None for a model that takes any.
+    """
+    loaders = {
+        "digits": _load_digits,
+        "image_folder": _load_folder,
+        "tiny_imagenet": _load_tiny_imagenet,
+    }
+    parts, classes, tag, train_folder = distributed.first_process_first(
+        lambda: loaders.get(args.data_name, _load_cifar)(args, model_side)
+    )
     num_classes = 20 if args.data_name == "cifar20" else len(classes)
     if args.num_classes not in (None, num_classes):
-        raise UserError(f"--num_classes {args.num_classes}: {args.data_name} has {num_classes} classes; leave it out")
+        raise UserError(
+            f"--num_classes {args.num_classes}: {args.data_name} has {num_classes} classes; leave it out"
+        )
     native, spec = parts[0][0].shape[-1], SPECS[args.data_name]
-    try:
-        size = args.image_size or models.input_size(args.model_name, native)
-    except ValueError as error:
-        raise UserError(error) from error
+    size = args.image_size or model_side or native
     try:
         train, held_out = (
-            Images(pixels.to(device) if torch.is_tensor(pixels) else pixels, labels.to(device), spec, size, names)
+            Images(
+                pixels.to(device) if torch.is_tensor(pixels) else pixels,
+                labels.to(device),
+                spec,
+                size,
+                names,
+            )
             for pixels, labels, names, _ in parts
         )
     except torch.OutOfMemoryError as error:
-        remedy = "lower it" if args.image_size or args.data_name != "image_folder" else "lower it, or set --image_size"
-        raise UserError(f"--memory_gb {args.memory_gb:g}: the images do not fit on {device}; {remedy}") from error
+        remedy = (
+            "lower it"
+            if args.image_size or args.data_name != "image_folder"
+            else "lower it, or set --image_size"
+        )
+        raise UserError(
+            f"--memory_gb {args.memory_gb:g}: the images do not fit on {device}; {remedy}"
+        ) from error
     subclass_names = None
     if args.data_name == "cifar20":
         subclass_names, classes = classes, _group_by_superclass((train, held_out), args)
@@ -725,7 +789,7 @@ def load_data(args, device):
     return Data(train, held_out, classes, tag, subclass_names, train_folder, contents)
 
 
-def _load_digits(args):
+def _load_digits(args, model_side):
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -740,7 +804,7 @@ def _load_digits(args):
     return LoadedParts(parts, [str(digit) for digit in range(10)], "digits")
 
 
-def _load_cifar(args):
+def _load_cifar(args, model_side):
     from torchvision import datasets
 
     kind = datasets.CIFAR10 if args.data_name == "cifar10" else datasets.CIFAR100
@@ -751,7 +815,7 @@ def _load_cifar(args):
         state = "incomplete or damaged" if os.path.lexists(where) else "missing"
         raise UserError(
             f"--data_name {args.data_name}: {printable(where)} is {state}, and the download failed "
-            f"({printable(_reason(error))}); put {kind.filename} into {printable(args.data_dir)} by hand, or check "
+            f"({printable(error_reason(error))}); put {kind.filename} into {printable(args.data_dir)} by hand, or check "
             "the network and the folder's permissions"
         ) from error
     parts = []
@@ -770,12 +834,15 @@ def _group_by_superclass(parts, args):
     for images, name in zip(parts, ("train", "test"), strict=True):
         with open(folder / name, "rb") as file:
             coarse = pickle.load(file, encoding="latin1")["coarse_labels"]
-        images.subclasses, images.labels = images.labels, torch.tensor(coarse).to(images.labels.device)
+        images.subclasses, images.labels = (
+            images.labels,
+            torch.tensor(coarse).to(images.labels.device),
+        )
     with open(folder / "meta", "rb") as file:
         return pickle.load(file, encoding="latin1")["coarse_label_names"]
 
 
-def _load_tiny_imagenet(args):
+def _load_tiny_imagenet(args, model_side):
     """Tiny ImageNet as published: train/<wnid>/images/, and val/images/ with the labels in val_annotations.txt."""
     from torchvision.datasets.utils import download_and_extract_archive
 
@@ -783,13 +850,17 @@ def _load_tiny_imagenet(args):
     if not os.path.isdir(root):
         try:
             Path(args.data_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=args.data_dir, suffix=".part") as part:  # whole, or not at all
-                download_and_extract_archive(TINY_IMAGENET_URL, args.data_dir, part, md5=TINY_IMAGENET_MD5)
+            with tempfile.TemporaryDirectory(
+                dir=args.data_dir, suffix=".part"
+            ) as part:  # whole, or not at all
+                download_and_extract_archive(
+                    TINY_IMAGENET_URL, args.data_dir, part, md5=TINY_IMAGENET_MD5
+                )
                 (Path(part) / root.name).rename(root)
         except (OSError, RuntimeError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"--data_name tiny_imagenet: not in {printable(args.data_dir)}, and the download failed "
-                f"({printable(_reason(error))}); put tiny-imagenet-200.zip there by hand, or check the network and the "
+                f"({printable(error_reason(error))}); put tiny-imagenet-200.zip there by hand, or check the network and the "
                 "folder's permissions"
             ) from error
     remedy = "remove the folder, so that it is unpacked again"
@@ -802,26 +873,39 @@ def _load_tiny_imagenet(args):
         )
         rows = [
             line.split("\t")[:2]
-            for line in (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+            for line in (root / "val" / "val_annotations.txt")
+            .read_text(encoding="utf-8")
+            .splitlines()
         ]
         held_out = sorted((f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows)
         train = []
         for number, wnid in enumerate(wnids):
-            names = sorted(name for name in os.listdir(root / "train" / wnid / "images") if name.endswith(".JPEG"))
+            names = sorted(
+                name
+                for name in os.listdir(root / "train" / wnid / "images")
+                if name.endswith(".JPEG")
+            )
             if not names:
                 raise ValueError(f"no images in train/{wnid}/images")
-            train += [(f"train/{wnid}/images/{name}", number) for name in names if not name.startswith(".")]
+            train += [
+                (f"train/{wnid}/images/{name}", number)
+                for name in names
+                if not name.startswith(".")
+            ]
         if not train or not held_out:
             raise ValueError("no images")
     except (OSError, ValueError) as error:
         unreadable = isinstance(error, PermissionError)
         path = printable(getattr(error, "filename", None) or root)
         raise UserError(
-            f"{path}: cannot be read ({_reason(error)}); check its permissions" if unreadable
+            f"{path}: cannot be read ({error_reason(error)}); check its permissions" if unreadable
             else f"{printable(root)}: incomplete ({printable(str(error))}); {remedy}"
         ) from error  # fmt: skip
     first = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
-    classes = [name if first.count(name) == 1 else f"{name} ({wnid})" for name, wnid in zip(first, wnids, strict=True)]
+    classes = [
+        name if first.count(name) == 1 else f"{name} ({wnid})"
+        for name, wnid in zip(first, wnids, strict=True)
+    ]
     parts = [
         [(root / name, name.removeprefix("train/"), number) for name, number in samples]
         for samples in (train, held_out)
@@ -837,7 +921,9 @@ def _read_parts(parts, side, args):
     streamed = gigabytes > args.memory_gb
     where = printable(args.data_dir)
     if streamed:
-        print(f"{where}: {gigabytes:.2f} GB of pixels, more than --memory_gb {args.memory_gb:g}, stay on disk")
+        print(
+            f"{where}: {gigabytes:.2f} GB of pixels, more than --memory_gb {args.memory_gb:g}, stay on disk"
+        )
     found, corrupt = [], []
     for samples in parts:
         files = ImageFiles([path for path, *_ in samples], side, args.workers)
@@ -853,7 +939,9 @@ def _read_parts(parts, side, args):
         remaining = {samples[number][2] for number in good}
         for _, name, label in samples:
             if label not in remaining:
-                raise UserError(f"--skip_corrupt: no image of the class of {name} in {where} can be read")
+                raise UserError(
+                    f"--skip_corrupt: no image of the class of {name} in {where} can be read"
+                )
         corrupt += [samples[number][1] for number in bad]
         if bad:
             files.paths = [files.paths[number] for number in good]
@@ -862,7 +950,11 @@ def _read_parts(parts, side, args):
         names = [samples[number][1] for number in good]
         found.append((files if streamed else pixels, labels, names, _hash_files(files.paths)))
     if corrupt:
-        what = f"{len(corrupt)} images cannot be read and are" if len(corrupt) > 1 else "1 image cannot be read and is"
+        what = (
+            f"{len(corrupt)} images cannot be read and are"
+            if len(corrupt) > 1
+            else "1 image cannot be read and is"
+        )
         print(f"--skip_corrupt: {what} left out: {_some(corrupt)}")
     return found
 
@@ -889,7 +981,7 @@ def _read_all(files, args):
     return pixels, dict(sorted(bad.items()))
 
 
-def _common_side(paths, args):
+def _common_side(paths, args, model_side):
     """The side that all images share, else what the model was made for: 64 for resnet18."""
 
     def size(path):
@@ -903,7 +995,7 @@ def _common_side(paths, args):
         sizes = set(pool.map(size, paths)) - {None}
     if len(sizes) == 1 and len(set(*sizes)) == 1:
         return sizes.pop()[0]
-    side = models.input_size(args.model_name, 64)
+    side = model_side or 64
     print(
         f"{printable(args.data_dir)}: images of {len(sizes)} sizes are resized and centre-cropped to {side}×{side} "
         "(--image_size)"
@@ -911,24 +1003,9 @@ def _common_side(paths, args):
     return side
 
 
-def printable(name):
-    """A file name as text that every file and terminal can hold: bytes that are not UTF-8, and control characters,
-    as ``\\xe9``."""
-    name = os.fspath(name)
-    with suppress(UnicodeEncodeError):
-        name = os.fsencode(name).decode(errors="backslashreplace")
-    name = name.encode(errors="backslashreplace").decode()
-    return "".join(f"\\x{ord(char):02x}" if ord(char) < 32 or ord(char) == 127 else char for char in name)
-
-
 def _some(names, count=5):
     """The first few names, for a message."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def _reason(error):
-    """Why a file cannot be used: the system's words without number and path, else the whole message."""
-    return getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # ---------------------------------------------------------------- image folders
@@ -977,7 +1054,9 @@ class FolderReader:
                 "remove an empty class from train/ and test/, or put its pictures there"
             )
         folder = os.path.join(self.root, part)
-        return classes, [(path, class_name, os.path.relpath(path, folder)) for path, class_name in samples]
+        return classes, [
+            (path, class_name, os.path.relpath(path, folder)) for path, class_name in samples
+        ]
 
     def summary(self):
         """What was left out, why and how many, with examples; "" for nothing."""
@@ -1013,7 +1092,11 @@ class FolderReader:
 
     def _is_system(self, entry):
         name = entry.name
-        if name.startswith(".") or name.casefold() in SYSTEM_NAMES or name.casefold().endswith(BACKUP_ENDINGS):
+        if (
+            name.startswith(".")
+            or name.casefold() in SYSTEM_NAMES
+            or name.casefold().endswith(BACKUP_ENDINGS)
+        ):
             self._leave_out("hidden, system or backup files or folders", entry.path)
             return True
         return False
@@ -1022,9 +1105,13 @@ class FolderReader:
         """Whether a file is a picture: by its extension, or by its content where Pillow does not know the extension.
         A file with a picture's extension that cannot be read is an error later."""
         extension = os.path.splitext(entry.name)[1].lower()
-        if extension in _pillow()[1] or (_is_kind(entry.path, stat.S_ISREG) and _is_picture(entry.path)):
+        if extension in _pillow()[1] or (
+            _is_kind(entry.path, stat.S_ISREG) and _is_picture(entry.path)
+        ):
             return True
-        self._leave_out("files that are not pictures, or of a format that Pillow cannot read", entry.path)
+        self._leave_out(
+            "files that are not pictures, or of a format that Pillow cannot read", entry.path
+        )
         return False
 
     def _leave_out(self, reason, path):
@@ -1034,8 +1121,12 @@ class FolderReader:
         """Raise UserError for a file that is in another class or part already, under whatever name."""
         first_path, first_place = self._places.setdefault(identity, (path, place))
         if first_place != place:
-            first, second = (printable(os.path.relpath(name, self.root)) for name in (first_path, path))
-            what = "training and test image" if first_place[0] != place[0] else "image of two classes"
+            first, second = (
+                printable(os.path.relpath(name, self.root)) for name in (first_path, path)
+            )
+            what = (
+                "training and test image" if first_place[0] != place[0] else "image of two classes"
+            )
             raise UserError(
                 f"--data_dir {printable(self.root)}: {first} and {second} are the same file (a link), which cannot be "
                 f"{what}; remove one of them"
@@ -1048,12 +1139,16 @@ def _entries(folder):
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"{printable(folder)}: cannot be read ({_reason(error)})") from error
+        raise UserError(f"{printable(folder)}: cannot be read ({error_reason(error)})") from error
 
 
 def _is_folder(entry):
     """Whether an entry of a folder is a folder or a link to one."""
-    return _is_kind(entry.path, stat.S_ISDIR) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
+    return (
+        _is_kind(entry.path, stat.S_ISDIR)
+        if entry.is_symlink()
+        else entry.is_dir(follow_symlinks=False)
+    )
 
 
 def _is_kind(path, test):
@@ -1063,7 +1158,7 @@ def _is_kind(path, test):
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return False
-        raise UserError(f"{printable(path)}: cannot be read ({_reason(error)})") from error
+        raise UserError(f"{printable(path)}: cannot be read ({error_reason(error)})") from error
 
 
 def _identity(path):
@@ -1075,7 +1170,7 @@ def _identity(path):
     return os.path.realpath(path)
 
 
-def _load_folder(args):
+def _load_folder(args, model_side):
     root = Path(args.data_dir)
     _check_layout(root)
     reader = FolderReader(root)
@@ -1083,15 +1178,21 @@ def _load_folder(args):
     if reader.left_out:
         print(f"{printable(root)}: left out {reader.summary()}")
     _check_classes(root, classes, test_classes)
-    side = args.image_size or _common_side([path for samples in (train, test) for path, *_ in samples], args)
+    paths = [path for samples in (train, test) for path, *_ in samples]
+    side = args.image_size or _common_side(paths, args, model_side)
     numbers = {class_name: number for number, class_name in enumerate(classes)}
     parts = [
-        [(path, printable(name).replace(os.sep, "/"), numbers[class_name]) for path, class_name, name in samples]
+        [
+            (path, printable(name).replace(os.sep, "/"), numbers[class_name])
+            for path, class_name, name in samples
+        ]
         for samples in (train, test)
     ]
     tag = printable(root.resolve().name).replace("\\", "-")
     folder = os.path.join(root, "train")
-    return LoadedParts(_read_parts(parts, side, args), list(map(printable, classes)), f"image_folder-{tag}", folder)
+    return LoadedParts(
+        _read_parts(parts, side, args), list(map(printable, classes)), f"image_folder-{tag}", folder
+    )
 
 
 def _check_layout(root):
@@ -1099,7 +1200,11 @@ def _check_layout(root):
     wanted = "image_folder reads train/<class>/ and test/<class>/"
     where = f"--data_dir {printable(root)}"
     if not _is_kind(root, stat.S_ISDIR):
-        what = "is a file or a broken link, not a folder" if os.path.lexists(root) else "no such folder"
+        what = (
+            "is a file or a broken link, not a folder"
+            if os.path.lexists(root)
+            else "no such folder"
+        )
         raise UserError(f"{where}: {what}; {wanted}")
     missing = [part for part in ("train", "test") if not _is_kind(root / part, stat.S_ISDIR)]
     if not missing:
@@ -1113,10 +1218,14 @@ def _check_layout(root):
     remedies = []
     for part in missing:
         if similar := [
-            name for name in folders if name.casefold().strip() in PART_NAMES[part] and name not in PART_NAMES
+            name
+            for name in folders
+            if name.casefold().strip() in PART_NAMES[part] and name not in PART_NAMES
         ]:
             shown = " and ".join(f"{printable(name)}/" for name in similar)
-            remedies.append(f"found {shown}: rename {'it' if len(similar) == 1 else 'one of them'} to {part}/")
+            remedies.append(
+                f"found {shown}: rename {'it' if len(similar) == 1 else 'one of them'} to {part}/"
+            )
     if remedies:
         raise UserError(f"{where}: no folder {absent} in it; {'; '.join(remedies)}")
     shown = _some([f"{printable(name)}/" for name in folders])
@@ -1126,10 +1235,14 @@ def _check_layout(root):
     for name in folders:
         if all(_is_kind(root / name / part, stat.S_ISDIR) for part in PART_NAMES):
             inside = printable(root / name)
-            raise UserError(f"{where}: train/ and test/ are inside {printable(name)}/; use --data_dir {inside}")
+            raise UserError(
+                f"{where}: train/ and test/ are inside {printable(name)}/; use --data_dir {inside}"
+            )
     above = root.resolve().parent
     if root.resolve().name in PART_NAMES and _is_kind(above / "train", stat.S_ISDIR):
-        raise UserError(f"{where}: train/ and test/ are in the folder above; use --data_dir {printable(above)}")
+        raise UserError(
+            f"{where}: train/ and test/ are in the folder above; use --data_dir {printable(above)}"
+        )
     if folders:
         raise UserError(
             f"{where}: no folder {absent} in it, only {shown}; {wanted}: if these are the classes, move most images of "
@@ -1151,7 +1264,11 @@ def _check_classes(root, train, test):
                     f"{where}: train/ and test/ have different classes: {printable(name)!r} and {printable(other)!r} "
                     f"differ only in {_name_difference(name, other)}; rename one of them"
                 )
-        only = [f"only {part}/ has {_some(list(map(printable, names)))}" for part, names in extra.items() if names]
+        only = [
+            f"only {part}/ has {_some(list(map(printable, names)))}"
+            for part, names in extra.items()
+            if names
+        ]
         raise UserError(
             f"{where}: train/ and test/ have different classes: {'; '.join(only)}; both need pictures of every class"
         )
@@ -1170,7 +1287,11 @@ def _loose(name):
 def _name_difference(name, other):
     if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other):
         return "their Unicode form (NFC and NFD: accents are single characters in one of them)"
-    return "blanks around the name" if name.strip() == other.strip() else "upper and lower case or blanks"
+    return (
+        "blanks around the name"
+        if name.strip() == other.strip()
+        else "upper and lower case or blanks"
+    )
 
 
 # ---------------------------------------------------------------- pictures
@@ -1188,7 +1309,22 @@ SIGNED_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "PSD",
 SIXTEEN_BIT_FORMATS = {"ICNS", "ICO", "IM", "JPEG2000", "PNG", "PPM"}
 # Formats whose fourth channel is often unused, which means 0 everywhere.
 OPTIONAL_ALPHA_FORMATS = {"BMP", "DIB", "TGA"}
-COLOUR_MODES = {"1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+COLOUR_MODES = {
+    "1",
+    "L",
+    "P",
+    "PA",
+    "LA",
+    "La",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+}
 ALPHA_MODES = {"PA", "LA", "La", "RGBA", "RGBa"}
 LONGEST_SHAPE = 8  # ratio of the sides beyond which a picture is cropped before it is resized
 SAMPLED_PIECES, SAMPLED_BYTES = 4, 8192
@@ -1204,7 +1340,9 @@ def _pillow():
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     extensions = Image.registered_extensions()  # loads every reader
     formats = tuple(name for name in Image.OPEN if name not in UNREADABLE_FORMATS)
-    return formats, {extension for extension, name in extensions.items() if name in (*formats, "MPO")}
+    return formats, {
+        extension for extension, name in extensions.items() if name in (*formats, "MPO")
+    }
 
 
 @contextmanager
@@ -1220,12 +1358,16 @@ def _opened(path, formats=None):
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds
-        reason = _reason(error)
+        reason = error_reason(error)
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise UserError(f"{printable(path)}: cannot be opened ({reason})") from error  # not the image's fault
+            raise UserError(
+                f"{printable(path)}: cannot be opened ({reason})"
+            ) from error  # not the image's fault
         if isinstance(error, Image.UnidentifiedImageError):
             empty = os.path.getsize(path) == 0
-            reason = "the file is empty" if empty else "its content is in no format that Pillow reads"
+            reason = (
+                "the file is empty" if empty else "its content is in no format that Pillow reads"
+            )
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = "a link to a file that does not exist"
         raise UnreadableImage(
@@ -1239,7 +1381,9 @@ def _read_image(path, side):
     with _opened(path) as image:
         image = _as_viewed(image)
         longest = LONGEST_SHAPE * min(image.size)
-        left, top = (max(0, length - longest) // 2 for length in image.size)  # the same on both sides
+        left, top = (
+            max(0, length - longest) // 2 for length in image.size
+        )  # the same on both sides
         if left or top:
             image = image.crop((left, top, image.width - left, image.height - top))
         pixels = transforms.pil_to_tensor(image)
@@ -1307,7 +1451,9 @@ def _eight_bits(image):
 
     white, inverted = 65535 if image.format in SIXTEEN_BIT_FORMATS else None, False
     if image.format == "TIFF":
-        bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (258, 339))  # BitsPerSample, SampleFormat
+        bits, kind = (
+            image.tag_v2.get(tag, (1,))[0] for tag in (258, 339)
+        )  # BitsPerSample, SampleFormat
         white = 2**bits - 1 if kind == 1 and bits <= 16 else None
         inverted = image.tag_v2.get(262) == 0  # PhotometricInterpretation: MinIsWhite
     integer = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "IM")
@@ -1327,7 +1473,9 @@ def _eight_bits(image):
 
 def _orientation(image):
     """The EXIF orientation, 1 to 8; 1 where there is none or what there is cannot be read."""
-    with suppress(Exception):  # of a damaged EXIF block, without which viewers show the picture as it is
+    with suppress(
+        Exception
+    ):  # of a damaged EXIF block, without which viewers show the picture as it is
         if (orientation := image.getexif().get(0x0112)) in _turns():
             return orientation
     return 1
@@ -1364,7 +1512,9 @@ def _upright_size(path):
 
 def _is_picture(path):
     """Whether a file of unknown or no extension is a picture, by its content."""
-    tiff = () if os.path.splitext(path)[1] else ("TIFF",)  # .dng, .nef, ...: TIFF with a thumbnail that Pillow reads
+    tiff = (
+        () if os.path.splitext(path)[1] else ("TIFF",)
+    )  # .dng, .nef, ...: TIFF with a thumbnail that Pillow reads
     with suppress(UnreadableImage), _opened(path, SIGNED_FORMATS + tiff):
         return True
     return False
@@ -1381,10 +1531,14 @@ def _hash_files(paths):
                 whole = size <= SAMPLED_PIECES * SAMPLED_BYTES
                 digest = hashlib.sha256(size.to_bytes(8, "little"))
                 for piece in range(1 if whole else SAMPLED_PIECES):
-                    file.seek(piece * (size - SAMPLED_BYTES) // (SAMPLED_PIECES - 1) if piece else 0)
-                    digest.update(file.read(SAMPLED_PIECES * SAMPLED_BYTES if whole else SAMPLED_BYTES))
+                    file.seek(
+                        piece * (size - SAMPLED_BYTES) // (SAMPLED_PIECES - 1) if piece else 0
+                    )
+                    digest.update(
+                        file.read(SAMPLED_PIECES * SAMPLED_BYTES if whole else SAMPLED_BYTES)
+                    )
         except OSError as error:
-            raise UserError(f"{printable(path)}: cannot be read ({_reason(error)})") from error
+            raise UserError(f"{printable(path)}: cannot be read ({error_reason(error)})") from error
         return digest.digest()
 
     def samples(start):
@@ -1433,7 +1587,9 @@ class Split:
     @property
     def fingerprint(self):
         """A hash of the sorted forget indices: the same forget set, the same fingerprint."""
-        return hashlib.sha256(np.sort(self.forget.cpu().numpy()).astype("<i8").tobytes()).hexdigest()[:16]
+        return hashlib.sha256(
+            np.sort(self.forget.cpu().numpy()).astype("<i8").tobytes()
+        ).hexdigest()[:16]
 
 
 def default_cal_size(data):
@@ -1471,7 +1627,11 @@ def make_split(data, args, cal_size=None, *, scenario=True):
             f"test image; choose at most {len(order) - first - 1}"
         )
     train_calibration, calibration, test = np.split(order, [first, first + cal_size])
-    groups = data.held_out.subclasses if scenario and args.unlearn_type == "subclass" else data.held_out.labels
+    groups = (
+        data.held_out.subclasses
+        if scenario and args.unlearn_type == "subclass"
+        else data.held_out.labels
+    )
     of_forget_class = groups.cpu().numpy() == (-1 if forget_class is None else forget_class)
 
     if of_forget_class[test].all():
@@ -1502,27 +1662,45 @@ def _forget_set(data, args, labels):
     if args.forget_list and args.unlearn_type != "list":
         raise UserError(f"--forget_list goes with --unlearn_type list, not {args.unlearn_type}")
     if args.forget_class is not None and args.unlearn_type not in ("class", "subclass"):
-        raise UserError(f"--forget_class goes with --unlearn_type class or subclass, not {args.unlearn_type}")
+        raise UserError(
+            f"--forget_class goes with --unlearn_type class or subclass, not {args.unlearn_type}"
+        )
     forgotten = np.zeros(len(labels), bool)
     if args.unlearn_type == "random":
         if not 0 < args.retain_ratio < 1:
-            raise UserError(f"--retain_ratio {args.retain_ratio}: must lie between 0 and 1, such as 0.9 to forget 10 %")
+            raise UserError(
+                f"--retain_ratio {args.retain_ratio}: must lie between 0 and 1, such as 0.9 to forget 10 %"
+            )
         order = permutation(args.seed, "forget", len(labels))
         forgotten[order[round(len(labels) * args.retain_ratio) :]] = True
-        return forgotten, f"random_{args.retain_ratio:g}", None, f"a random share drawn from seed {args.seed}"
+        return (
+            forgotten,
+            f"random_{args.retain_ratio:g}",
+            None,
+            f"a random share drawn from seed {args.seed}",
+        )
     if args.unlearn_type == "class":
         number = _class_number(args, data.classes)
-        return labels == number, f"class_{number}", number, _class_name(args, "class", data.classes[number])
+        return (
+            labels == number,
+            f"class_{number}",
+            number,
+            _class_name(args, "class", data.classes[number]),
+        )
     if args.unlearn_type == "subclass":
         if data.subclass_names is None:
-            raise UserError(f"--unlearn_type subclass: {args.data_name} has no subclasses; use --data_name cifar20")
+            raise UserError(
+                f"--unlearn_type subclass: {args.data_name} has no subclasses; use --data_name cifar20"
+            )
         number = _class_number(args, data.subclass_names)
         forgotten = data.train.subclasses.cpu().numpy() == number
         inside = ", ".join(data.classes[label] for label in np.unique(labels[forgotten]))
         name = _class_name(args, "subclass", data.subclass_names[number])
         return forgotten, f"subclass_{number}", number, f"{name} of class {inside}"
     if not args.forget_list:
-        raise UserError("--unlearn_type list: name the file of the images to forget with --forget_list FILE")
+        raise UserError(
+            "--unlearn_type list: name the file of the images to forget with --forget_list FILE"
+        )
     chosen = read_forget_list(Path(args.forget_list), data)
     forgotten[chosen] = True
     digest = hashlib.sha256(np.sort(chosen).astype("<i8").tobytes()).hexdigest()[:8]
@@ -1556,13 +1734,17 @@ def _class_number(args, classes):
     if len(composed) == 1:
         return classes.index(composed[0])
     if similar:
-        raise UserError(f"{flag}: no class has exactly this name; did you mean {' or '.join(map(repr, similar))}?")
+        raise UserError(
+            f"{flag}: no class has exactly this name; did you mean {' or '.join(map(repr, similar))}?"
+        )
     number = int(text) if text.strip().isdecimal() else None
     numbered = [name for name in classes if name.strip().isdecimal()]
     if number is not None and numbered:
         meanings = [f"class {name}" for name in numbered if int(name) == number]
         if number < len(classes):
-            meanings.append(f"class {classes[number]}, which is number {number} of {shown} counted from 0")
+            meanings.append(
+                f"class {classes[number]}, which is number {number} of {shown} counted from 0"
+            )
         if meanings:
             raise UserError(
                 f"{flag}: no class has exactly this name; it could mean {' or '.join(meanings)}; give the class's name"
@@ -1609,7 +1791,7 @@ def read_forget_list(path, data):
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({_reason(error)})") from error
+        raise UserError(f"{where}: cannot be read ({error_reason(error)})") from error
     for signature, kind in SIGNATURES.items():
         if content.startswith(signature):
             raise UserError(f"{where}: looks like {kind}; {LIST_WANTED}")
@@ -1647,7 +1829,9 @@ def _decode(content):
         (codecs.BOM_UTF16_BE, "utf-16"),
     ]:
         if content.startswith(mark):
-            return content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
+            return content.decode(
+                encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace"
+            )
     even, odd = content[::2].count(0), content[1::2].count(0)
     if max(even, odd) > len(content) // 4 and len(content) % 2 == 0:
         return content.decode("utf-16-be" if even > odd else "utf-16-le", "replace")
@@ -1662,9 +1846,13 @@ def _json_entries(text, where):
         items = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    plain = isinstance(items, list) and all(isinstance(item, str) or type(item) is int for item in items)
+    plain = isinstance(items, list) and all(
+        isinstance(item, str) or type(item) is int for item in items
+    )
     if not plain:
-        raise UserError(f"{where}: looks like JSON, but not a list of indices or file names; {LIST_WANTED}")
+        raise UserError(
+            f"{where}: looks like JSON, but not a list of indices or file names; {LIST_WANTED}"
+        )
     return [ListEntry(f"item {number}", str(item)) for number, item in enumerate(items, 1)]
 
 
@@ -1690,20 +1878,37 @@ def _table_column(entries, finder, where):
     Raises UserError where no column, or more than one, does.
     """
     for delimiter in ",;\t":
-        if not all(delimiter in entry.text for entry in entries) or any(finder.knows(entry.text) for entry in entries):
+        if not all(delimiter in entry.text for entry in entries) or any(
+            finder.knows(entry.text) for entry in entries
+        ):
             continue
-        rows = [next(csv.reader([entry.text], delimiter=delimiter, skipinitialspace=True)) for entry in entries]
+        rows = [
+            next(csv.reader([entry.text], delimiter=delimiter, skipinitialspace=True))
+            for entry in entries
+        ]
         width = len(rows[0])
         if width < 2 or any(len(row) != width for row in rows):
             continue
-        headings = [] if len(rows) == 1 or any(map(finder.knows, rows[0])) else [_loose(cell) for cell in rows[0]]
+        headings = (
+            []
+            if len(rows) == 1 or any(map(finder.knows, rows[0]))
+            else [_loose(cell) for cell in rows[0]]
+        )
         body = rows[1:] if headings else rows
-        columns = [number for number in range(width) if all(finder.names(row[number]) for row in body)]
+        columns = [
+            number for number in range(width) if all(finder.names(row[number]) for row in body)
+        ]
         if len(columns) != 1:
-            columns = [number for number, heading in enumerate(headings) if heading and heading in LIST_HEADINGS]
+            columns = [
+                number
+                for number, heading in enumerate(headings)
+                if heading and heading in LIST_HEADINGS
+            ]
         if len(columns) == 1:
             places = [entry.place for entry in entries][len(rows) - len(body) :]
-            return [ListEntry(place, row[columns[0]]) for place, row in zip(places, body, strict=True)]
+            return [
+                ListEntry(place, row[columns[0]]) for place, row in zip(places, body, strict=True)
+            ]
         raise UserError(
             f"{where}, {entries[0].place}: {printable(entries[0].text.strip())[:60]!r}: looks like a table of {width} "
             f"columns, or several items in a line; {LIST_WANTED}"
@@ -1729,7 +1934,9 @@ class TrainingImageFinder:
         self._by_form, self._by_file, self._by_case = {}, {}, {}
         for index, name in enumerate(self._names):
             self._by_form.setdefault(unicodedata.normalize("NFC", name), []).append(index)
-            self._by_file.setdefault(unicodedata.normalize("NFC", name.rpartition("/")[2]), []).append(index)
+            self._by_file.setdefault(
+                unicodedata.normalize("NFC", name.rpartition("/")[2]), []
+            ).append(index)
             self._by_case.setdefault(_loose(name), []).append(index)
         self._classes = {name.partition("/")[0] for name in self._names}
 
@@ -1796,7 +2003,10 @@ class TrainingImageFinder:
         perhaps by way of links."""
         folder = os.path.abspath(self._folder)
         parent = os.path.dirname(os.path.dirname(folder))
-        for path in (os.path.abspath(os.path.expanduser(text)), os.path.abspath(os.path.join(parent, text))):
+        for path in (
+            os.path.abspath(os.path.expanduser(text)),
+            os.path.abspath(os.path.join(parent, text)),
+        ):
             inside = os.path.relpath(path, folder).replace(os.sep, "/")
             if found := self._by_form.get(self._form(inside)):
                 return found
@@ -1807,7 +2017,10 @@ class TrainingImageFinder:
     @cached_property
     def _identities(self):
         """Indices by file, which a path may reach through a link."""
-        return {_identity(os.path.join(self._folder, name)): [index] for index, name in enumerate(self._names)}
+        return {
+            _identity(os.path.join(self._folder, name)): [index]
+            for index, name in enumerate(self._names)
+        }
 
     def _by_file_name(self, text):
         """Images with this file name in any class: the text has no folder."""
@@ -1847,97 +2060,7 @@ class TrainingImageFinder:
         return "no such file in train/"
 
 
-# ---------------------------------------------------------------- models and logits
-
-
-def build_model(args, num_classes, size, device, *, pretrained):
-    """The network of the flags, on ``device``; ``pretrained`` loads ImageNet weights where the model has them."""
-    try:
-        model = models.create_model(
-            args.model_name,
-            num_classes,
-            width=args.width,
-            image_size=size,
-            pretrained=pretrained and not args.no_pretrained,
-            pretrained_path=args.pretrained_path if pretrained else None,
-        )
-    except ValueError as error:
-        raise UserError(error) from error
-    return model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
-
-
-@torch.no_grad()
-def compute_logits(model, images, indices, batch_size=None):
-    """Logits (float32, on the CPU) and labels of the images at ``indices``: eval mode, no augmentation, one pass.
-
-    Every process passes its :func:`own` images and gets the logits of all. ``batch_size`` left out is what fits in a
-    GPU's memory, or in a CPU's cache: 64 of 32×32 (twice as fast as 512 there). Every module's mode is left as it was
-    found. Returns (M×K, M). Raises NotFinite where a logit is NaN or infinite.
-    """
-    device = images.labels.device
-    size = batch_size or (16_384 if device.type == "cuda" else min(512, max(4, 2**16 // images.size**2)))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        while True:
-            try:
-                found = [model(inputs).float() for inputs in images.batches(indices.split(size * world_size()))]
-                break
-            except torch.OutOfMemoryError:
-                if batch_size or size == 1:
-                    raise
-            size = max(1, size // 4)  # outside the handler, which keeps what filled the memory
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    logits = gather(torch.cat(found), len(indices)).cpu()
-    if not logits.isfinite().all():
-        count = (~logits.isfinite().all(dim=1)).sum().item()
-        raise NotFinite(
-            f"the network's outputs are NaN or infinite for {count} of {len(logits)} images: its training diverged, or "
-            "its BatchNorm statistics are damaged; train it again, with a lower --learning_rate if it diverged"
-        )
-    return logits, images.labels[indices].cpu()
-
-
-@torch.no_grad()
-def compute_features(model, images, indices, batch_size=None):
-    """:func:`compute_logits`, and what enters the model's classifier on the way: (M×K, M, M×F float32).
-
-    Features with places or tokens are averaged over them; those of several classifiers are joined. The logits take
-    their place in a network whose classifier is never called as a module.
-    """
-    seen = [[] for _ in classifier_layers(model)]
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, parts=parts: parts.append(_pooled(inputs[0].float())))
-        for layer, parts in zip(classifier_layers(model), seen, strict=True)
-    ]
-    try:
-        logits, labels = compute_logits(model, images, indices, batch_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = [torch.cat(parts)[-len(own(indices)) :] for parts in seen if parts]
-    return logits, labels, gather(torch.cat(found, dim=1), len(indices)).cpu() if found else logits
-
-
-def classifier_layers(model):
-    """The layers that turn features into logits: those that timm names, else the last linear layer."""
-    if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
-    else:
-        found = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
-    return list(found) if isinstance(found, tuple | list | torch.nn.ModuleList) else [found]
-
-
-def _pooled(features):
-    """N×F from N×F, N×F×H×W or N×tokens×F."""
-    if features.ndim == 4:
-        return features.mean(dim=(2, 3))
-    return features.mean(dim=1) if features.ndim == 3 else features
-
-
-# ---------------------------------------------------------------- checkpoints and run folders
+# ---------------------------------------------------------------- run folders
 
 
 def model_tag(args):
@@ -1954,7 +2077,10 @@ def model_tag(args):
 
 def run_folder(args, data, seeds=None):
     """Where the results of one seed go; with ``seeds`` (as 1,2,3) what is said of several together."""
-    return Path(args.runs_dir) / f"{model_tag(args)}_{data.tag}_{f'seeds{seeds}' if seeds else f'seed{args.seed}'}"
+    return (
+        Path(args.runs_dir)
+        / f"{model_tag(args)}_{data.tag}_{f'seeds{seeds}' if seeds else f'seed{args.seed}'}"
+    )
 
 
 def locate(model_dir, folder):
@@ -1962,76 +2088,94 @@ def locate(model_dir, folder):
     return Path(model_dir) if "/" in model_dir or os.sep in model_dir else folder / model_dir
 
 
-def prepare_folder(folder, num_bytes):
-    """Make ``folder`` and see that ``num_bytes`` can be written to it, before any work is done.
-
-    Raises UserError where a folder cannot be made, written to, or is full.
-    """
-    if rank():
-        return
-    probe = folder / f".space-{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            file.write(bytes(num_bytes))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot hold {num_bytes / 1e6:.0f} MB of results ({error.strerror})") from error
-    finally:
-        if probe.is_file():
-            probe.unlink()
+UNFINISHED = ".unfinished"
+RESUME_FILE = "resume.pth"
 
 
 @contextmanager
-def sole_writer(folder):
-    """Within it no other run may write to ``folder``, and what runs that were killed left half written is removed.
+def unfinished_folder(folder, num_bytes):
+    """``folder/.unfinished``, where one run at a time writes its files; :func:`move_up` ends it.
 
-    Raises UserError where another run is at work. The lock ends with the process, however that ends.
+    Checks that ``num_bytes`` can be written. Files of an interrupted run are removed, except the state that --resume
+    needs. Raises UserError if the folder cannot be created or written to, if the disk is full, or if another run
+    writes to it. The lock ends with the process.
     """
-    if rank():
-        yield
+    unfinished = folder / UNFINISHED
+    if distributed.rank():
+        yield unfinished
         return
+    with _creating(folder, num_bytes):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{folder}: another run is writing there; wait for its end, or choose another --runs_dir"
+            f"{folder}: another run is writing there; wait until it ends, or choose another --runs_dir"
         ) from None
-    except (OSError, NotImplementedError) as error:  # filelock's, on file systems without locks: the run is worth more
-        print(f"{folder}: cannot be locked ({_first_line(error)}); see that no other run writes there")
+    except (
+        OSError,
+        NotImplementedError,
+    ) as error:  # filelock raises it on file systems without locks
+        print(
+            f"{folder}: cannot be locked ({first_line(error)}); make sure that no other run writes there"
+        )
     try:
-        # Without the lock these may be another run's.
-        for name in ("*.pth.*.part", "history.jsonl.*.part", ".space-*.part") if lock.is_locked else ():
-            for path in folder.glob(name):
-                path.unlink(missing_ok=True)
-        yield
+        if lock.is_locked:  # without the lock these files may be another run's
+            _remove_files(unfinished)
+        with _creating(folder, num_bytes):
+            unfinished.mkdir(exist_ok=True)
+            space = unfinished / "space"
+            try:
+                space.write_bytes(bytes(num_bytes))
+            finally:
+                space.unlink(missing_ok=True)
+        yield unfinished
     finally:
+        _remove_files(unfinished)
         lock.release()
 
 
-def checkpoint_size(model):
-    """About how many bytes a checkpoint of ``model``, its records and the state for --resume take."""
-    return 3 * sum(tensor.nbytes for tensor in model.state_dict().values()) + 2**20
-
-
-def _write(path, write, before=lambda: None):
-    """``write(file)`` to a temporary file beside ``path``, synced, then renamed over it; the first process alone."""
-    if rank():
-        return
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    content = io.BytesIO()
-    write(content)  # in memory first: torch reports a full disk in words of its own
+@contextmanager
+def _creating(folder, num_bytes):
     try:
-        with open(part, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        before()
-        os.replace(part, path)
+        yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); the previous file is unchanged") from error
-    finally:
-        part.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder}: cannot hold {num_bytes / 1e6:.0f} MB of results ({error.strerror})"
+        ) from error
+
+
+def _remove_files(unfinished):
+    """Remove what a run left unfinished, except the state that --resume needs, and folders without files."""
+    for path in sorted(unfinished.rglob("*"), reverse=True):  # files before their folders
+        if path.is_dir():
+            path.rmdir()
+        elif path != unfinished / RESUME_FILE:
+            path.unlink()
+    with suppress(OSError):  # the state for --resume remains, or there is no such folder
+        unfinished.rmdir()
+
+
+def move_up(unfinished, last=None):
+    """Move all files of an :func:`unfinished_folder` to the folder above, the one named ``last`` at the end.
+
+    A file that is already there is replaced. The state that --resume needs is removed. Only the first process moves.
+    """
+    if distributed.rank():
+        return
+    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
+    state = unfinished / RESUME_FILE
+    for path in sorted(
+        (path for path in files if path != state), key=lambda path: path.name == last
+    ):
+        target = unfinished.parent / path.relative_to(unfinished)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        except OSError as error:
+            raise UserError(f"{target}: cannot be replaced ({error.strerror})") from error
+    state.unlink(missing_ok=True)
 
 
 def save_json(path, content):
@@ -2044,7 +2188,9 @@ def save_json(path, content):
             return None if math.isnan(value) else str(value)
         return value
 
-    save_text(path, json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    save_text(
+        path, json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    )
 
 
 def save_text(path, text):
@@ -2053,290 +2199,7 @@ def save_text(path, text):
 
 
 def save_bytes(path, content):
-    _write(path, lambda file: file.write(content))
-
-
-def save_tensors(path, state, meta, before=lambda: None):
-    """``{"model": state_dict, "meta": meta}``; a file that is already there is replaced whole or not at all, after
-    ``before()``, when all of the new one is on the disk."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    meta = meta | {"weights": weights_hash(state)}
-    _write(path, lambda file: torch.save({"model": state, "meta": meta}, file), before)
-
-
-def save_state(path, state):
-    """Any nest of dicts, lists, plain values and tensors; a file that is there is replaced whole or not at all."""
-    _write(path, lambda file: torch.save(state, file))
-
-
-def read_state(path):
-    """What :func:`save_state` wrote. Only tensors and plain values are unpickled, and every byte's checksum is tested.
-
-    Raises UserError for a file that is truncated, damaged or something else.
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                # torch reads an entry that is marked as a folder as whatever the memory holds.
-                folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-                if folders or archive.testzip():
-                    raise UserError(f"{path}: damaged: a checksum in it is wrong")
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)  # a foreign file is an error, not a warning
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many kinds for a truncated, foreign or unsafe file
-        if isinstance(error, OSError) and error.strerror:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        raise UserError(f"{path}: not a checkpoint: {_kind_of_file(Path(path), error)}") from error
-
-
-# What other training code stores beside the weights, and what unpickling builds without running code.
-HARMLESS = [
-    argparse.Namespace,
-    type(Path()),
-    np.ndarray,
-    np.dtype,
-    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-]
-
-
-def _kind_of_file(path, error):
-    """What a file is that torch does not load as tensors, and what to do, for the end of an error message."""
-    save = "save its weights with torch.save(model.state_dict(), FILE)"
-    with open(path, "rb") as file:
-        head = file.read(512)
-    text = head.decode("utf-8", "replace").lstrip("\ufeff \t\r\n").lower()
-    if not head:
-        return "the file is empty"
-    if text.startswith("version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself; fetch it with git lfs pull"
-    if text.startswith(("<!doctype", "<html", "<?xml", "<head")):
-        return "a web page, such as an error message or a login form in place of a download; download the file again"
-    for start, kind in FILE_STARTS.items():
-        if head.startswith(start):
-            return f"{kind}; unpack or convert it, or {save}"
-    if zipfile.is_zipfile(path):
-        try:
-            kind = _kind_of_archive(path)
-        except Exception:  # zipfile raises many kinds for damaged headers
-            kind = "a damaged zip archive"
-        return f"{kind}; {save}"
-    if head[:1] == b"\x80":
-        with open(path, "rb") as file:
-            return f"{_pickled_kind(file)}; load it where it was made and {save}"
-    return f"truncated, or a file of another kind ({type(error).__name__}); {save}"
-
-
-FILE_STARTS = {
-    b"\x89HDF": "an HDF5 file (Keras)",
-    b"\x1f\x8b": "a gzip archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"BZh": "a bzip2 archive",
-    b"7z\xbc\xaf": "a 7-Zip archive",
-    b"Rar!": "a RAR archive",
-    b"\x93NUMPY": "a NumPy array",
-    b"GGUF": "a GGUF file",
-}
-
-
-def _kind_of_archive(path):
-    """What a zip archive is that torch does not load."""
-    with zipfile.ZipFile(path) as archive:
-        names = {name.rpartition("/")[2]: name for name in archive.namelist()}
-        if "constants.pkl" in names:
-            return "a TorchScript archive; load it with torch.jit.load"
-        if "data.pkl" not in names:
-            return "a zip archive without a torch checkpoint at its top; unpack it"
-        with archive.open(names["data.pkl"]) as file:
-            return f"{_pickled_kind(file)}; load it where it was made"
-
-
-def _pickled_kind(file):
-    """Which Python objects a pickle holds, found without loading any."""
-    named, strings = [], []
-    with suppress(Exception):  # the end of the file, or a truncated pickle
-        for _ in range(5):  # older checkpoints are a sequence of pickles, the fourth of which holds the objects
-            for code, argument, _ in pickletools.genops(file):
-                if code.name == "GLOBAL":
-                    named.append(argument.replace(" ", "."))
-                elif code.name == "STACK_GLOBAL":
-                    named.append(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    plain = ("torch._utils.", "torch.storage.", "collections.OrderedDict", "numpy.", "_codecs.", "argparse.Namespace")
-    foreign = [name for name in dict.fromkeys(named) if not name.startswith(plain) and not name.endswith("Storage")]
-    if not foreign:
-        return "truncated, or a pickle that torch does not load"
-    kind = "a whole pickled model" if any("torch.nn" in name or "timm" in name for name in foreign) else "a pickle"
-    return (
-        f"{kind} with Python objects ({', '.join(foreign[:3])}), which are not loaded since that would run their code"
-    )
-
-
-def on_cpu(nest):
-    """The same nest of dicts and lists with every tensor on the CPU."""
-    if torch.is_tensor(nest):
-        return nest.detach().cpu()
-    if isinstance(nest, dict):
-        return {key: on_cpu(value) for key, value in nest.items()}
-    return [on_cpu(value) for value in nest] if isinstance(nest, list) else nest
-
-
-def weights_hash(state):
-    """A hash of a state_dict's names, shapes and bytes: which weights these are."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.ndim
-            else repr(tensor.item()).encode()
-        )
-    return digest.hexdigest()[:16]
-
-
-def read_checkpoint(path, hint=""):
-    """``(state_dict, meta)`` of a checkpoint, or of a bare state_dict (meta is then empty), on the CPU.
-
-    Only tensors and plain values are unpickled. Raises UserError for a file that is missing or something else.
-    """
-    path = Path(path)
-    try:
-        regular = stat.S_ISREG(path.stat().st_mode)
-        if regular:
-            path.open("rb").close()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file{hint and '; ' + hint}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
-    if not regular:
-        raise UserError(f"{path}: a folder or device, not a file; name the checkpoint in it")
-    content = read_state(path) if path.suffix != ".safetensors" else _read_safetensors(path)
-    meta = {}
-    if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        meta = content.get("meta") or {}
-        if not isinstance(meta, dict) or not all(
-            isinstance(meta.get(key) or {}, dict) for key in ("identity", "recipe")
-        ):
-            raise UserError(f"{path}: not a checkpoint of this project: malformed metadata")
-    while isinstance(content, dict) and (inner := [key for key in WEIGHTS_KEYS if isinstance(content.get(key), dict)]):
-        content = content[inner[0]]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(item) for item in content.values()):
-        raise UserError(f"{path}: not a checkpoint: no state_dict of tensors in it")
-    if odd := [name for name, tensor in content.items() if tensor.layout != torch.strided or tensor.is_meta]:
-        raise UserError(f"{path}: not a checkpoint: {odd[0]} is no plain tensor")
-    if "weights" in meta and meta["weights"] != weights_hash(content):
-        raise UserError(f"{path}: damaged: its weights are not those that were saved")
-    return dict(content), meta
-
-
-# The keys under which training code stores a state_dict.
-WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict", "net")
-# What wrappers (DataParallel, torch.compile, Lightning) put in front of a parameter's name.
-WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
-
-
-def _read_safetensors(path):
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise UserError(f"{path}: not a checkpoint: truncated, or not a safetensors file ({error})") from error
-
-
-def match_names(state, names, path):
-    """A state_dict without the wrappers' prefixes, in any order, that its entries have beyond ``names``.
-
-    Raises UserError where two entries would have one name.
-    """
-    found = {}
-    for name, tensor in state.items():
-        short = name
-        while short not in names and (wrapper := next((w for w in WRAPPERS if short.startswith(w)), None)):
-            short = short.removeprefix(wrapper)
-        if short in found:
-            raise UserError(f"{path}: two of its tensors are {short}, with and without a prefix")
-        found[short] = tensor
-    return found
-
-
-def _same_network(state, own, path, spec):
-    """A state_dict from other training code without what does not belong to the network whose entries are ``own``.
-
-    Profilers add the counters ``total_ops`` and ``total_params``. Older releases of torch lack ``num_batches_tracked``.
-    A layer ``normalize`` normalises images inside the network, which this project does outside: raises UserError where
-    its constants are not those of ``spec``, a :class:`DataSpec`.
-    """
-    state = match_names(state, own, path)
-    for name in ("mean", "std"):
-        tensor, constants = state.get(f"normalize.{name}"), getattr(spec, name, None)
-        if f"normalize.{name}" in own or tensor is None or constants is None:
-            continue
-        if not np.allclose(tensor.flatten().double().numpy(), constants, atol=2e-3):
-            raise UserError(
-                f"{path}: its network normalises images with {name} {tensor.flatten().tolist()}, while this data is "
-                f"normalised with {list(constants)}; train the original model here, or change SPECS in utils.py"
-            )
-    extra = ("total_ops", "total_params")
-    kept = {
-        name: tensor
-        for name, tensor in state.items()
-        if name in own or not (name.rpartition(".")[2] in extra or name in ("normalize.mean", "normalize.std"))
-    }
-    counters = {name: tensor.cpu() for name, tensor in own.items() if name.endswith(".num_batches_tracked")}
-    return counters | kept
-
-
-def check_meta(path, meta, args, data):
-    """Raise UserError where a checkpoint says that it is of another model or data set than the flags."""
-    for flag, found, wanted in [
-        ("--model_name", meta.get("model_name"), args.model_name),
-        ("--width", meta.get("width"), args.width),
-        ("--num_classes", meta.get("num_classes"), len(data.classes)),
-        ("--image_size", meta.get("image_size"), data.train.size),
-        ("--data_name", meta.get("data_name"), args.data_name),
-    ]:
-        if found not in (None, wanted):
-            raise UserError(f"{path}: made with {flag} {found}, and the flags say {wanted}")
-    found = meta.get("data_fingerprint")
-    if found is not None and (difference := data.difference(found)):
-        raise UserError(f"{path}: made on {difference} than those in {printable(args.data_dir)}")
-    if isinstance(found, str) and "-" not in found:
-        print(f"{path}: saved by an earlier version: only the images' names and labels could be checked")
-
-
-def load_weights(model, state, path, spec=None):
-    """Load a state_dict into ``model``, also one from other training code; ``spec`` is the data's normalisation.
-
-    Raises UserError where the weights are those of another architecture, or not finite.
-    """
-    own = model.state_dict()
-    state = _same_network(state, own, path, spec)
-    misshapen = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if own.keys() != state.keys():
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        parts = [f"{len(missing)} are missing, e.g. {missing[0]}"] if missing else []
-        parts += [f"{len(extra)} are unknown, e.g. {extra[0]}"] if extra else []
-        raise UserError(f"{path}: of another architecture: of its tensors {' and '.join(parts)}")
-    if misshapen:
-        name = misshapen[0]
-        raise UserError(
-            f"{path}: of another width or number of classes: {name} is {tuple(state[name].shape)}, "
-            f"not {tuple(own[name].shape)}"
-        )
-    odd = [
-        name for name, tensor in state.items()
-        if tensor.is_quantized or tensor.is_complex() or tensor.is_floating_point() != own[name].is_floating_point()
-    ]  # fmt: skip
-    if odd:
-        raise UserError(f"{path}: {odd[0]} is no plain tensor of numbers such as {own[odd[0]].dtype}")
-    if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise UserError(f"{path}: its weights are not finite: the training that made it diverged")
-    model.load_state_dict(state)
+    write_file(path, lambda file: file.write(content))
 
 
 # ---------------------------------------------------------------- records
@@ -2353,7 +2216,10 @@ def describe_run(args, data, device):
         except metadata.PackageNotFoundError:
             versions[package] = None
     return {
-        "flags": {name: printable(value) if isinstance(value, str) else value for name, value in vars(args).items()},
+        "flags": {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in vars(args).items()
+        },
         "seed": args.seed,
         "model_name": args.model_name,
         "width": args.width,
@@ -2362,8 +2228,10 @@ def describe_run(args, data, device):
         "data_name": args.data_name,
         "data_fingerprint": data.fingerprint,
         "versions": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads",
-        "processes": world_size(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {threads} threads",
+        "processes": distributed.world_size(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -2380,14 +2248,13 @@ class RunLog:
     _announced = _failed = False  # each is said once
     _mode = None  # of this process, once it is known
 
-    def __init__(self, folder, name, config, args):
-        self.path = folder / "history.jsonl"
-        self._part = self.path.with_name(f"history.jsonl.{os.getpid()}.part")
+    def __init__(self, folder, name, config, args, path):
+        self.path = path
         with self._writing():
-            self._file = open(os.devnull if rank() else self._part, "w", encoding="utf-8")  # noqa: SIM115 - keep() or close() closes it
+            self._file = open(os.devnull if distributed.rank() else path, "w", encoding="utf-8")  # noqa: SIM115 - close() closes it
         self.history = []
         self._run = None
-        if not rank():
+        if not distributed.rank():
             self._wandb(self._start, folder, name, config, args)
 
     def epoch(self, record):
@@ -2409,11 +2276,6 @@ class RunLog:
         """Pictures in wandb, from {name: file}."""
         self._wandb(self._log_pictures, paths)
 
-    def keep(self):
-        self._file.close()
-        if not rank():
-            os.replace(self._part, self.path)
-
     @contextmanager
     def _writing(self):
         try:
@@ -2424,7 +2286,6 @@ class RunLog:
     def close(self):
         with suppress(OSError):  # of what a full disk did not take
             self._file.close()
-        self._part.unlink(missing_ok=True)
         self._wandb(lambda: self._run and self._run.finish())
 
     def __enter__(self):
@@ -2442,11 +2303,19 @@ class RunLog:
             self._run = None
             RunLog.hangs = isinstance(error, _NoAnswer)
             if not RunLog._failed:
-                print(f"wandb: {_first_line(error)}; going on without it, records are in {self.path.parent}")
+                print(
+                    f"wandb: {first_line(error)}; going on without it, records are in {self.path.parent}"
+                )
             RunLog._failed = True
 
     def _start(self, folder, name, config, args):
-        disabled = os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off")
+        disabled = os.environ.get("WANDB_DISABLED", "").lower() not in (
+            "",
+            "0",
+            "false",
+            "no",
+            "off",
+        )
         environment = os.environ.get("WANDB_MODE") or ("disabled" if disabled else None)
         mode = RunLog._mode or args.wandb_mode or environment
         if mode == "disabled":
@@ -2478,15 +2347,19 @@ class RunLog:
 
         try:
             start()
-        except Exception as error:  # no connection, a stale key, ...: what cannot be sent now can be synced later
+        except (
+            Exception
+        ) as error:  # no connection, a stale key, ...: what cannot be sent now can be synced later
             if RunLog._mode == "offline":
                 raise
-            print(f"wandb: online failed ({_first_line(error)}); logging offline instead")
+            print(f"wandb: online failed ({first_line(error)}); logging offline instead")
             RunLog._mode = "offline"
             start()
         if RunLog._mode == "offline" and not RunLog._announced:
             files = directory / "wandb"
-            print(f"wandb: offline; look with: wandb leet {files}; upload with: wandb sync {files}/offline-run-*")
+            print(
+                f"wandb: offline; look with: wandb leet {files}; upload with: wandb sync {files}/offline-run-*"
+            )
             RunLog._announced = True
 
     def _log_table(self, title, rows):
@@ -2524,10 +2397,6 @@ def _answer(call, arguments, patience):
     return outcome.result()
 
 
-def _first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
 def _wandb_settings(wandb):
     """wandb's settings from its environment variables and settings files, or None where this release has no such."""
     try:
@@ -2561,16 +2430,22 @@ def summarise(rows, columns, keys):
     summary = []
     for group in groups.values():
         merged = dict(group[0])
-        for name in {name: None for row in group for name in row if len(group) > 1 and name not in keys}:
+        for name in {
+            name: None for row in group for name in row if len(group) > 1 and name not in keys
+        }:
             found = [row[name] for row in group if not _missing(row.get(name))]
             numeric = all(isinstance(value, int | float) for value in found)
             kind = columns[name][1] if name in columns else "number" if numeric else "text"
             if kind == "text" or (kind == "count" and len(set(found)) == 1):
                 merged[name] = (
-                    "; ".join(dict.fromkeys(map(str, found))) if len(set(found)) > 1 else (found or [None])[0]
+                    "; ".join(dict.fromkeys(map(str, found)))
+                    if len(set(found)) > 1
+                    else (found or [None])[0]
                 )
             elif found:
-                merged[name] = Spread(float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0)
+                merged[name] = Spread(
+                    float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+                )
         summary.append(merged)
     return summary
 
@@ -2599,7 +2474,9 @@ def format_cell(value, kind):
 def print_table(columns, rows):
     """Rows (dicts) under their headings; ``columns`` maps a key to (heading, kind), as :func:`format_cell` has them."""
     lines = [[heading for heading, _ in columns.values()]]
-    lines += [[format_cell(row.get(key), kind) for key, (_, kind) in columns.items()] for row in rows]
+    lines += [
+        [format_cell(row.get(key), kind) for key, (_, kind) in columns.items()] for row in rows
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     for line in lines:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))

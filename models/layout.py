@@ -32,7 +32,9 @@ def input_layout(model, device):
     if kind != "cpu":
         return torch.channels_last if kind == "cuda" else torch.contiguous_format
     first, *others = _convolutions(model) or [None]
-    risky = any(map(_is_narrow, others)) or (first is not None and _is_narrow(first) and max(first.kernel_size) == 1)
+    risky = any(map(_is_narrow, others)) or (
+        first is not None and _is_narrow(first) and max(first.kernel_size) == 1
+    )
     return torch.contiguous_format if risky else torch.channels_last
 
 

@@ -42,5 +42,6 @@ def _stage(in_channels, out_channels, stride):
             nn.BatchNorm2d(out_channels),
         )
     return nn.Sequential(
-        BasicBlock(in_channels, out_channels, stride, shortcut), BasicBlock(out_channels, out_channels)
+        BasicBlock(in_channels, out_channels, stride, shortcut),
+        BasicBlock(out_channels, out_channels),
     )

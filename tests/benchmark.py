@@ -39,6 +39,7 @@ import metrics
 import models
 import unlearn
 from metrics import MIA, MIACR, classwise, samples
+from models import fisher as importances
 
 BENCHMARKS = {}
 
@@ -225,7 +226,7 @@ def fisher(args):
         return [tensor / len(few) for tensor in total]
 
     def ours(indices):
-        return unlearn.diagonal_fisher(model, data.train, indices, unlearn.expected_scores)
+        return importances.diagonal_fisher(model, data.train, indices, importances.expected_scores)
 
     expected, found = plain(), ours(few)
     for sum_, tensor in zip(expected, found.values(), strict=True):

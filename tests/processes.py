@@ -18,6 +18,7 @@ import models
 import unlearn
 import unlearn_cpu
 import utils
+from models import distributed, inference
 
 METHODS = unlearn.METHODS | unlearn_cpu.METHODS
 
@@ -60,11 +61,11 @@ def main(out):
     passed = [0]
     net = model()
     net.register_forward_hook(lambda module, inputs, output: passed.__setitem__(0, passed[0] + len(output)))
-    found["logits"], found["labels"] = utils.compute_logits(net, data.train, split.retain, batch_size=32)
-    *_, found["features"] = utils.compute_features(net, data.train, split.retain, batch_size=7)
+    found["logits"], found["labels"] = inference.compute_logits(net, data.train, split.retain, batch_size=32)
+    *_, found["features"] = inference.compute_features(net, data.train, split.retain, batch_size=7)
     found["passed"] = torch.tensor(passed[0])
-    utils.add_up([found["passed"]])
-    if not utils.rank():
+    distributed.add_up([found["passed"]])
+    if not distributed.rank():
         torch.save(found, out)
 
 

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY, fails_in_one_line, read_json, run_script, succeed
 
 import utils
+from models import checkpoint
 
 COMMON = [*TINY, "--wandb_mode", "disabled", "--save_every", "0"]
 FOLDER = "runs/resnet18w8_digits_seed1"
@@ -21,7 +22,7 @@ EVALUATE = ["--unlearn_name", "all", "--resplits", "2", "--alphas", "0.1", "--no
 
 
 def weights(path):
-    return utils.weights_hash(utils.read_checkpoint(path)[0])
+    return checkpoint.weights_hash(checkpoint.read(path)[0])
 
 
 def start(*arguments, cwd):
@@ -152,7 +153,7 @@ def test_a_checkpoint_cut_off_anywhere_is_refused(whole, tmp_path):
     for length in [0, 1, 10, 100, len(content) // 3, len(content) // 2, len(content) - 1]:
         path.write_bytes(content[:length])
         with pytest.raises(utils.UserError, match="cut.pth"):
-            utils.read_checkpoint(path)
+            checkpoint.read(path)
 
 
 # ---------------------------------------------------------------- the disk, and other runs
@@ -182,7 +183,7 @@ def test_a_disk_that_fills_up_loses_nothing(whole, tmp_path):
     folder = tmp_path / FOLDER
     died = run_script(*command, cwd=tmp_path, python_path=fsync_says(tmp_path, 3, "ENOSPC"))
     fails_in_one_line(died, "resume.pth", "No space left on device", "unchanged")
-    assert utils.read_state(folder / "resume.pth")["epoch"] == 2
+    assert checkpoint.read_state(folder / "resume.pth")["epoch"] == 2
     died = run_script(*command, "--resume", cwd=tmp_path, python_path=fsync_says(tmp_path, 5, "ENOSPC"))
     fails_in_one_line(died, "original_model.pth", "No space left on device")
     assert not (folder / "original_model.pth").exists() and not list(folder.glob("*.part"))

@@ -17,6 +17,7 @@ import main_unlearn
 import main_unlearn_cpu
 import unlearn
 import utils
+from models import checkpoint
 from models.resnet import ResNet18
 
 FUZZ = settings(
@@ -163,9 +164,9 @@ def test_flags_of_an_evaluation(chosen, done):
 def load(path, digits):
     """Read a model as all scripts do."""
     model = ResNet18(10, 8)
-    state, meta = utils.read_checkpoint(path)
-    utils.check_meta(path, meta, flags(), digits)
-    utils.load_weights(model, state, path)
+    state, meta = checkpoint.read(path)
+    checkpoint.check_meta(path, meta, flags(), digits)
+    checkpoint.load_weights(model, state, path)
     return model.state_dict()
 
 
@@ -183,7 +184,7 @@ CHANGES = st.lists(
 def test_bytes_of_a_checkpoint(changes, done, digits, tmp_path):
     """It is refused, or holds the very same weights."""
     source = done / "runs/resnet18w8_digits_seed1/original_model.pth"
-    content, expected = bytearray(source.read_bytes()), utils.read_checkpoint(source)[0]
+    content, expected = bytearray(source.read_bytes()), checkpoint.read(source)[0]
     for kind, place, more in changes:
         at = int(place * len(content))
         if kind == "mark":  # an entry of the archive becomes a folder
@@ -236,7 +237,7 @@ TENSORS = {
 )  # fmt: skip
 def test_contents_of_a_checkpoint(place, kind, more, meta, done, digits, tmp_path):
     """Tensors of another kind, missing and superfluous ones, and any meta: refused in one line, or read as they are."""
-    state, good = utils.read_checkpoint(done / "runs/resnet18w8_digits_seed1/original_model.pth")
+    state, good = checkpoint.read(done / "runs/resnet18w8_digits_seed1/original_model.pth")
     good.pop("weights")  # the hash, which would find all of these
     name = list(state)[place]
     original = state.pop(name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, read_json, run_script, succeed
 
-import utils
+from models import checkpoint
 
 FOLDER = "runs/resnet18w8_digits_seed1"
 COMMON = [*TINY, "--wandb_mode", "disabled"]
@@ -104,7 +104,7 @@ def test_a_dead_process_ends_all_with_an_error(tmp_path):
     # What the two have done one goes on with, and the other way round.
     done = run_script(*command[:-4], "--num_epochs", 60, "--resume", cwd=tmp_path)
     assert "goes on after epoch" in done.stdout and done.returncode == 0, done.stderr
-    assert utils.read_checkpoint(tmp_path / FOLDER / "original_model.pth")[1]["processes"] == 1
+    assert checkpoint.read(tmp_path / FOLDER / "original_model.pth")[1]["processes"] == 1
 
 
 def test_a_mistake_is_said_once(tmp_path):

@@ -22,6 +22,7 @@ import unlearn
 import unlearn_cpu
 import utils
 from metrics import comparison
+from models import checkpoint
 
 METHODS = ["original", "retrain", "finetune", "cpu_finetune"]
 PUBLISHED = """
@@ -120,7 +121,7 @@ def test_evaluating_twice_gives_the_same_numbers(pipeline):
 
 
 def test_a_model_at_a_path_and_a_bare_state_dict_are_scored(pipeline, tmp_path):
-    state, _ = utils.read_checkpoint(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
+    state, _ = checkpoint.read(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "other.pth")
     arguments = [*TINY, "--unlearn_name", "retrain", "--alphas", "0.05", "--cal_sizes", "200"]
     succeed("main_evaluate.py", *arguments, "--model_dir", tmp_path / "other.pth", cwd=tmp_path)
@@ -191,14 +192,14 @@ def test_a_saved_mask_is_reused(pipeline, tmp_path):
     common += ["--wandb_mode", "disabled", "--num_epochs", 1, "--unlearn_name", "salun"]
     scenario = tmp_path / "m" / pipeline.root.name / "random_0.9"
     succeed("main_unlearn.py", *common, "--mask_ratio", "0.25", cwd=tmp_path)
-    mask, _ = utils.read_checkpoint(scenario / "salun/saliency_mask.pth")
+    mask, _ = checkpoint.read(scenario / "salun/saliency_mask.pth")
     share = sum(part.sum().item() for part in mask.values()) / sum(part.numel() for part in mask.values())
     assert share == pytest.approx(0.25, abs=1e-4)
     saved = scenario / "salun/saliency_mask.pth"
-    first = utils.read_checkpoint(scenario / "salun/unlearning_model.pth")[0]
+    first = checkpoint.read(scenario / "salun/unlearning_model.pth")[0]
     (tmp_path / "mask.pth").write_bytes(saved.read_bytes())
     succeed("main_unlearn.py", *common, "--mask_path", "mask.pth", "--overwrite", cwd=tmp_path)
-    second = utils.read_checkpoint(scenario / "salun/unlearning_model.pth")[0]
+    second = checkpoint.read(scenario / "salun/unlearning_model.pth")[0]
     assert all(first[name].equal(second[name]) for name in first)
     other = run_script("main_unlearn.py", *common, "--mask_path", scenario / "salun/unlearning_model.pth", cwd=tmp_path)
     fails_in_one_line(other, "--mask_path", "not a mask")
@@ -253,7 +254,7 @@ def test_class_forgetting_end_to_end(pipeline):
 
 
 def test_coverage_that_ties_drive_off_its_level_is_said(pipeline, tmp_path):
-    state, _ = utils.read_checkpoint(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
+    state, _ = checkpoint.read(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
     state["fc.weight"].zero_()  # every image gets the same logits, those of the bias
     torch.save(state, tmp_path / "same.pth")
     arguments = [

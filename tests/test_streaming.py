@@ -9,6 +9,7 @@ from conftest import TINY, fails_in_one_line, flags, read_json, run_script, succ
 from PIL import Image
 
 import utils
+from models import checkpoint
 
 COMMON = ["--data_name", "image_folder", "--wandb_mode", "disabled"]
 FOLDER = "resnet18w8_image_folder-pictures_seed1"
@@ -43,7 +44,7 @@ def run_all(pictures, where, *how, epochs=2):
         "main_evaluate.py", *common, "--unlearn_name", "finetune", "--resplits", 2, "--alphas", 0.2, cwd=where
     )
     folder = where / "runs" / FOLDER / "random_0.9/finetune"
-    weights = utils.weights_hash(utils.read_checkpoint(folder / "unlearning_model.pth")[0])
+    weights = checkpoint.weights_hash(checkpoint.read(folder / "unlearning_model.pth")[0])
     return weights, plain(read_json(folder / "results.json")), done.stdout
 
 

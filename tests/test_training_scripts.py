@@ -5,7 +5,7 @@ import json
 import torch
 from conftest import TINY, fails_in_one_line, read_json, run_script, succeed
 
-import utils
+from models import checkpoint
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_another_forget_set(tmp_path):
@@ -19,7 +19,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_another_forget_se
 
     for name in ("original_model.pth", "random_0.9/cpu_finetune/unlearning_model.pth"):
         first, second, third = (
-            utils.read_checkpoint(result(runs, seed, name))[0]
+            checkpoint.read(result(runs, seed, name))[0]
             for runs, seed in (("first", 1), ("second", 1), ("third", 2))
         )
         assert all(first[key].equal(second[key]) for key in first)
@@ -39,8 +39,8 @@ def test_lamda_zero_through_the_scripts(pipeline):
     )  # fmt: skip
     zero = pipeline.folder / "zero" / pipeline.root.name / "random_0.9"
     for method in ("finetune", "retrain"):
-        base = utils.read_checkpoint(pipeline.root / "random_0.9" / method / "unlearning_model.pth")[0]
-        same = utils.read_checkpoint(zero / f"cpu_{method}" / "unlearning_model.pth")[0]
+        base = checkpoint.read(pipeline.root / "random_0.9" / method / "unlearning_model.pth")[0]
+        same = checkpoint.read(zero / f"cpu_{method}" / "unlearning_model.pth")[0]
         assert all(base[name].equal(same[name]) for name in base), method
         history = [json.loads(line) for line in (zero / f"cpu_{method}" / "history.jsonl").read_text().splitlines()]
         assert len(history) == 3 and all("q_hat" in record for record in history)
@@ -51,7 +51,7 @@ def test_a_compiled_network_gives_the_same_weights_within_rounding(tmp_path):
     for runs, more in (("plain", []), ("compiled", ["--compile"])):
         succeed("main_original_model.py", *common, *more, "--runs_dir", runs, cwd=tmp_path, limit=600)
     one, two = (
-        utils.read_checkpoint(tmp_path / runs / "resnet18w8_digits_seed1/original_model.pth")[0]
+        checkpoint.read(tmp_path / runs / "resnet18w8_digits_seed1/original_model.pth")[0]
         for runs in ("plain", "compiled")
     )
     assert all(torch.allclose(one[name].double(), two[name].double(), atol=1e-3) for name in one)

@@ -9,6 +9,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 import utils
+from models import distributed
 
 PLAIN = utils.DataSpec((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_padding=2, flip=False, grayscale=0.0)
 
@@ -93,10 +94,10 @@ def test_two_processes_draw_together_what_one_draws(monkeypatch):
     whole = utils.random_augment(pixels, spec, utils.generator(1, "test"), [8, 9])
     assert whole.equal(utils.random_augment(pixels, spec, utils.generator(1, "test")))
     parts = [pixels[:8], pixels[8:]]
-    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
-        mine = torch.cat([utils.own(part) for part in parts])
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        mine = torch.cat([distributed.local_rows(part) for part in parts])
         made = utils.random_augment(mine, spec, utils.generator(1, "test"), [8, 9])
         assert made.equal(torch.cat([part[rank::2] for part in whole.split([8, 9])]))
 
@@ -169,9 +170,9 @@ def test_two_processes_get_every_second_image_of_each_part(monkeypatch):
     data = images()
     parts = [torch.tensor([3, 1, 9]), torch.tensor([5]), torch.tensor([7, 6, 0, 2])]
     whole = list(data.batches(parts, utils.generator(1, "test")))
-    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):
-        monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         mine = list(data.batches(parts, utils.generator(1, "test")))
         assert all(batch.equal(full[rank::2]) for batch, full in zip(mine, whole, strict=True))
 
@@ -186,29 +187,29 @@ def test_gather_brings_the_rows_of_all_processes_into_order(count, monkeypatch):
 
     def all_gather(parts, mine):
         assert len(mine) == math.ceil(count / world)  # no more is sent than the longest share
-        padded[utils.rank()] = mine.clone()
+        padded[distributed.rank()] = mine.clone()
         for number, part in enumerate(parts):
             part.copy_(padded.get(number, torch.full_like(mine, math.nan)))
 
-    monkeypatch.setattr(utils, "world_size", lambda: world)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
     monkeypatch.setattr(utils.dist, "all_gather", all_gather)
     for attempt in (1, 2):  # in the second all rows are known
         for rank in range(world):
-            monkeypatch.setattr(utils, "rank", lambda rank=rank: rank)
-            assert utils.own(rows).equal(rows[rank::world])
-            found = utils.gather(utils.own(rows), count)
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            assert distributed.local_rows(rows).equal(rows[rank::world])
+            found = distributed.gather_rows(distributed.local_rows(rows), count)
             assert attempt == 1 or (found.equal(rows) and not found.requires_grad)
 
 
 def test_one_process_keeps_its_rows_and_their_gradient(monkeypatch):
     rows = torch.ones(3, 2, requires_grad=True)
-    assert utils.gather(rows, 3) is rows and utils.own(rows).equal(rows)
+    assert distributed.gather_rows(rows, 3) is rows and distributed.local_rows(rows).equal(rows)
     monkeypatch.setattr(utils.dist, "all_reduce", lambda tensor: tensor.mul_(2))
     totals = [torch.ones(2), torch.ones(1)]
-    utils.add_up(totals)
+    distributed.add_up(totals)
     assert [total.tolist() for total in totals] == [[1, 1], [1]]
-    monkeypatch.setattr(utils, "world_size", lambda: 2)
-    utils.add_up(totals)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    distributed.add_up(totals)
     assert [total.tolist() for total in totals] == [[2, 2], [2]]
 
 

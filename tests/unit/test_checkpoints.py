@@ -14,6 +14,7 @@ from torch import nn
 
 import models
 import utils
+from models import checkpoint, inference
 
 SPEC = utils.SPECS["cifar10"]
 
@@ -25,10 +26,10 @@ def network():
 
 
 def load(path, spec=SPEC):
-    state, meta = utils.read_checkpoint(path)
+    state, meta = checkpoint.read(path)
     torch.manual_seed(1)
     model = models.create_model("resnet18", 10, width=8)
-    utils.load_weights(model, state, path, spec)
+    checkpoint.load_weights(model, state, path, spec)
     return model.state_dict(), meta
 
 
@@ -67,7 +68,7 @@ def test_prefixes_of_wrappers_are_removed_in_any_order(prefix, network, tmp_path
 def test_a_prefix_that_belongs_to_the_network_is_kept():
     names = ["model.weight", "model.module.bias"]
     state = {name: torch.zeros(1) for name in ("module.model.weight", "model.module.bias")}
-    assert list(utils.match_names(state, names, "file")) == names
+    assert list(checkpoint.match_names(state, names, "file")) == names
 
 
 def test_one_tensor_under_two_names_is_refused(network, tmp_path):
@@ -173,22 +174,22 @@ def test_a_foreign_file_is_named_in_one_line(words, tmp_path):
     path = tmp_path / "model.pth"
     FOREIGN[words](path)
     with pytest.raises(utils.UserError) as caught:
-        utils.read_checkpoint(path)
+        checkpoint.read(path)
     line = str(caught.value)
     assert line.startswith(f"{path}: not a checkpoint: ") and words.replace("os.", "") in line and "\n" not in line
 
 
 def test_a_folder_and_a_missing_file_are_told_apart(tmp_path):
     with pytest.raises(utils.UserError, match="a folder or device"):
-        utils.read_checkpoint(tmp_path)
+        checkpoint.read(tmp_path)
     with pytest.raises(utils.UserError, match="no such file; train it"):
-        utils.read_checkpoint(tmp_path / "none.pth", "train it")
+        checkpoint.read(tmp_path / "none.pth", "train it")
     with pytest.raises(utils.UserError, match="cannot be read .*long"):
-        utils.read_checkpoint(tmp_path / ("n" * 300))
+        checkpoint.read(tmp_path / ("n" * 300))
 
 
 def test_outputs_that_are_not_finite_are_an_error(network, digits):
     damaged = copy.deepcopy(network)
     damaged.bn1.running_var.fill_(-1.0)
     with pytest.raises(utils.NotFinite, match="NaN or infinite for 20 of 20 images"):
-        utils.compute_logits(damaged, digits.train, torch.arange(20))
+        inference.compute_logits(damaged, digits.train, torch.arange(20))

@@ -16,8 +16,10 @@ from conftest import flags
 
 import main_evaluate
 import metrics
+import models
 import utils
 from metrics import CR, MIA, MIACR, scores
+from models import checkpoint, inference
 
 COMMON = ["--wandb_mode", "disabled", "--device", "cpu", "--resplits", "3", "--cal_sizes", "24"]
 
@@ -51,8 +53,8 @@ class Bench:
             pixels, labels = torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels)
             parts.append(utils.Images(pixels, labels, utils.SPECS["cifar10"], 4))
         self.data = utils.Data(*parts, ["ant", "bee", "cat"], "tiny")
-        monkeypatch.setattr(utils, "load_data", lambda args, device: self.data)
-        monkeypatch.setattr(utils, "build_model", lambda *_, **__: self.network())
+        monkeypatch.setattr(utils, "load_data", lambda args, device, model_side=None: self.data)
+        monkeypatch.setattr(models, "build_model", lambda *_, **__: self.network())
         monkeypatch.setattr(MIA, "attack_shares", attack_shares)
         monkeypatch.setattr(MIACR, "attack_probabilities", probabilities)
         monkeypatch.chdir(root)
@@ -75,7 +77,7 @@ class Bench:
         if name == "original":
             path = self.folder(seed, scenario).parent / "original_model.pth"
         path.parent.mkdir(parents=True, exist_ok=True)
-        utils.save_tensors(path, state or network.state_dict(), {"seconds": float(number)} | meta)
+        checkpoint.save(path, state or network.state_dict(), {"seconds": float(number)} | meta)
         return path
 
     def evaluate(self, *arguments, pictures=False):
@@ -449,8 +451,8 @@ def test_models_are_found_in_the_order_of_the_table(bench):
 def test_models_of_another_forget_set_or_original_are_refused(bench):
     args = flags(unlearn_name=["all"], runs_dir=str(bench.root / "runs"))
     split = utils.make_split(bench.data, args, 24)
-    state, _ = utils.read_checkpoint(bench.folder().parent / "original_model.pth")
-    original = utils.weights_hash(state)
+    state, _ = checkpoint.read(bench.folder().parent / "original_model.pth")
+    original = checkpoint.weights_hash(state)
     right = bench.save("GA", 4, forget_set=split.fingerprint, identity={"original": original})
     paths = {"original": bench.folder().parent / "original_model.pth", "GA": right}
     found = main_evaluate.read_models(paths, args, bench.data, split)
@@ -725,9 +727,9 @@ def test_relearning_is_measured_on_the_other_images_with_each_steps_q_hat(bench,
     for number, (_, others, state) in enumerate(steps):
         model.load_state_dict(state)
         calibration = split.calibration[~split.is_forgotten]
-        logits, labels = utils.compute_logits(model, bench.data.held_out, calibration)
+        logits, labels = inference.compute_logits(model, bench.data.held_out, calibration)
         q_hat = CR.conformal_quantile(score.log_odds(logits, "held_out").gather(1, labels[:, None]).flatten(), 0.2)
-        logits, labels = utils.compute_logits(model, bench.data.train, others)
+        logits, labels = inference.compute_logits(model, bench.data.train, others)
         assert curve["accuracy"][number] == (logits.argmax(dim=1) == labels).double().mean()
         inside = score.log_odds(logits, "forget").gather(1, labels[:, None]) <= q_hat
         assert curve["coverage"][number] == inside.double().mean()
@@ -745,7 +747,7 @@ def test_outputs_hold_each_part_of_the_split(bench, unlearn_type):
         ("forget", bench.data.train, split.forget),
         ("held_out", bench.data.held_out, torch.cat([split.calibration, split.test, split.forget_test])),
     ):
-        logits, labels = utils.compute_logits(model, images, indices)
+        logits, labels = inference.compute_logits(model, images, indices)
         torch.testing.assert_close(getattr(outputs, part).logits, logits)
         assert torch.equal(getattr(outputs, part).labels, labels)
     assert torch.equal(outputs.draws, metrics.draw_splits(len(outputs.held_out.labels), 4, 2))
@@ -787,11 +789,11 @@ def test_features_enter_the_last_layer_of_any_network(bench):
     for network in (Convolutional(), Distilled()):
         pooled = network.stem(images).mean(dim=(2, 3))
         expected = pooled if type(network) is Convolutional else torch.cat([pooled, pooled], dim=1)
-        logits, labels, features = utils.compute_features(network, bench.data.train, indices, 2)
+        logits, labels, features = inference.compute_features(network, bench.data.train, indices, 2)
         torch.testing.assert_close(features, expected)
         assert logits.shape == (5, 3) and torch.equal(labels, bench.data.train.labels[indices])
     linear = bench.network()
-    features = utils.compute_features(linear, bench.data.train, indices)[2]
+    features = inference.compute_features(linear, bench.data.train, indices)[2]
     torch.testing.assert_close(features, images.flatten(1))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import utils
+from models import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -499,12 +500,12 @@ def old_fingerprint(data):
 def test_a_checkpoint_of_an_earlier_version_is_compared_by_labels_and_names(root, capsys):
     data = load(root)
     args = flags(data_name="image_folder", data_dir=str(root))
-    utils.check_meta("model.pth", {"data_fingerprint": old_fingerprint(data)}, args, data)
+    checkpoint.check_meta("model.pth", {"data_fingerprint": old_fingerprint(data)}, args, data)
     assert "earlier version" in capsys.readouterr().out
     with pytest.raises(utils.UserError, match="model.pth: made on other training images"):
-        utils.check_meta("model.pth", {"data_fingerprint": "0" * 16}, args, data)
-    utils.check_meta("model.pth", {}, args, data)
-    utils.check_meta("model.pth", {"data_fingerprint": data.fingerprint}, args, data)
+        checkpoint.check_meta("model.pth", {"data_fingerprint": "0" * 16}, args, data)
+    checkpoint.check_meta("model.pth", {}, args, data)
+    checkpoint.check_meta("model.pth", {"data_fingerprint": data.fingerprint}, args, data)
     assert capsys.readouterr().out == ""
 
 
@@ -719,23 +720,23 @@ def test_a_checkpoint_that_cannot_be_opened_is_named_with_the_reason(tmp_path, m
     path = tmp_path / "model.pth"
     path.write_bytes(b"x")
     with pytest.raises(utils.UserError, match="not a file"):
-        utils.read_checkpoint(tmp_path)
+        checkpoint.read(tmp_path)
     with pytest.raises(utils.UserError, match="none.pth: no such file; train it"):
-        utils.read_checkpoint(tmp_path / "none.pth", "train it")
+        checkpoint.read(tmp_path / "none.pth", "train it")
     with pytest.raises(utils.UserError, match="x.pth: no such file"):
-        utils.read_checkpoint(path / "x.pth")
+        checkpoint.read(path / "x.pth")
     with pytest.raises(utils.UserError, match=r"cannot be read \(File name too long\)"):
-        utils.read_checkpoint(tmp_path / ("x" * 300))
+        checkpoint.read(tmp_path / ("x" * 300))
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(utils.UserError, match="not a file"):
-        utils.read_checkpoint(tmp_path / "pipe.pth")
+        checkpoint.read(tmp_path / "pipe.pth")
 
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(utils.UserError, match=r"model.pth: cannot be read \(Permission denied\)"):
-        utils.read_checkpoint(path)
+        checkpoint.read(path)
 
 
 def test_files_that_are_written_hold_any_name_as_utf8(tmp_path):
@@ -745,8 +746,8 @@ def test_files_that_are_written_hold_any_name_as_utf8(tmp_path):
     assert json.loads((tmp_path / "record.json").read_text(encoding="utf-8")) == {"data_dir": name}
     assert (tmp_path / "rows.csv").read_text(encoding="utf-8") == "caf\\udce9 é 漢,1\n"
     args = flags(data_dir=name)
-    utils.save_tensors(tmp_path / "model.pth", {"a": torch.zeros(1)}, {"flags": vars(args)})
-    assert utils.read_checkpoint(tmp_path / "model.pth")[1]["flags"]["data_dir"] == name
+    checkpoint.save(tmp_path / "model.pth", {"a": torch.zeros(1)}, {"flags": vars(args)})
+    assert checkpoint.read(tmp_path / "model.pth")[1]["flags"]["data_dir"] == name
 
 
 def test_flags_in_records_can_be_encoded(digits):

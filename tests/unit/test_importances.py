@@ -9,6 +9,7 @@ from torch import nn
 
 import unlearn
 import utils
+from models import distributed, fisher
 
 
 def head(channels, side):
@@ -48,10 +49,10 @@ def network(layers):
 @pytest.mark.parametrize("layers", [*NETWORKS, *OTHERS])
 def test_importances_are_the_mean_squared_gradients_of_single_images(layers, expected):
     model, data = network((NETWORKS | OTHERS)[layers]()), small_job("ssd").data.train
-    assert unlearn._covers(model) == (layers in NETWORKS)
+    assert fisher._covers(model) == (layers in NETWORKS)
     indices = torch.tensor([4, 9, 2, 17, 5, 11, 29])
-    scores = unlearn.expected_scores if expected else unlearn.observed_score
-    found = unlearn.diagonal_fisher(model.train(), data, indices, scores, chunk=3)
+    scores = fisher.expected_scores if expected else fisher.observed_score
+    found = fisher.diagonal_fisher(model.train(), data, indices, scores, chunk=3)
     reference = by_definition(model.eval(), data.inputs[indices], data.labels[indices], expected)
     assert found.keys() == reference.keys()
     for name, square in reference.items():
@@ -70,10 +71,10 @@ def test_importances_on_a_gpu_are_the_same_sums(monkeypatch):
     expected = torch.einsum("bwp,bcp->bwc", columns, gradient).square().sum(0)
     for kind in (torch.Tensor, OnGPU):
         total = torch.ones(4, 3)
-        unlearn._add_squared_products(total, columns, gradient.as_subclass(kind))
+        fisher._add_squared_products(total, columns, gradient.as_subclass(kind))
         torch.testing.assert_close(total, 1 + expected)
     total = torch.ones(4, 3)
-    unlearn._add_squared_products(total, columns[:, :, :1], gradient[:, :, :1])
+    fisher._add_squared_products(total, columns[:, :, :1], gradient[:, :, :1])
     torch.testing.assert_close(total, 1 + torch.einsum("bw,bc->bwc", columns[..., 0], gradient[..., 0]).square().sum(0))
 
 
@@ -85,8 +86,8 @@ class Processes:
 
     def __init__(self, monkeypatch, world):
         self.world, self.sent, self.rank, self.exchange = world, {}, 0, None
-        monkeypatch.setattr(utils, "world_size", lambda: world)
-        monkeypatch.setattr(utils, "rank", lambda: self.rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        monkeypatch.setattr(distributed, "rank", lambda: self.rank)
         monkeypatch.setattr(utils.dist, "all_gather", self.all_gather)
         monkeypatch.setattr(utils.dist, "all_reduce", self.all_reduce)
 
@@ -121,17 +122,17 @@ class Shares:
     def batches(self, parts, augment=None):
         for part in parts:
             self.seen.append(len(part))
-            yield from self.images.batches([utils.own(part)], augment)
+            yield from self.images.batches([distributed.local_rows(part)], augment)
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_importances_of_several_processes_are_those_of_one(world, monkeypatch):
     model, data = SmallNet(), small_job("ssd").data.train
     indices = torch.arange(3, 28)
-    alone = unlearn.diagonal_fisher(model, data, indices, unlearn.observed_score)
+    alone = fisher.diagonal_fisher(model, data, indices, fisher.observed_score)
     shares = Shares(data)
     together = Processes(monkeypatch, world).run(
-        lambda: unlearn.diagonal_fisher(model, shares, indices, unlearn.observed_score, chunk=4)
+        lambda: fisher.diagonal_fisher(model, shares, indices, fisher.observed_score, chunk=4)
     )
     assert set(shares.seen) <= {4 * world, len(indices) % (4 * world)}
     for found in together:
@@ -156,7 +157,7 @@ def test_another_networks_answers_are_those_for_the_named_part(world, num_retain
     expected = ByHand(network).logits(inputs).detach().float()
 
     def answers():
-        batch = unlearn.Batch(indices, job.data.train.labels[indices], num_retain, utils.own(inputs), torch.zeros(6, 5))
+        batch = unlearn.Batch(indices, job.data.train.labels[indices], num_retain, distributed.local_rows(inputs), torch.zeros(6, 5))
         return batch.answers(network, "retain"), batch.answers(network, "forget")
 
     for retain, forget in Processes(monkeypatch, world).run(answers):

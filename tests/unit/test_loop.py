@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import unlearn
 import utils
+from models import checkpoint, distributed
 
 
 class Bar:
@@ -43,7 +44,7 @@ class Bar:
 @pytest.fixture
 def bars(monkeypatch):
     made = []
-    monkeypatch.setattr(utils, "progress_bar", lambda **options: made.append(Bar(**options)) or made[-1])
+    monkeypatch.setattr(distributed, "progress_bar", lambda **options: made.append(Bar(**options)) or made[-1])
     return made
 
 
@@ -333,7 +334,7 @@ def test_the_state_of_another_run_is_an_error(content, tmp_path):
         with pytest.raises(Stop):
             run(resumable(tmp_path, "finetune", stop_in=3, identity={"a": 2}))
     else:
-        utils.save_state(tmp_path / "resume.pth", content)
+        checkpoint.save_state(tmp_path / "resume.pth", content)
     with pytest.raises(utils.UserError, match=r"--resume: .*resume.pth"):
         resumable(tmp_path, "finetune", resume=True)
 
@@ -350,26 +351,22 @@ def test_the_state_is_saved_after_save_every_seconds_and_on_demand(tmp_path, mon
     for epoch, seconds in enumerate([3, 9.9, 10, 12, 19.9, 20, 25], 1):
         now[0] = seconds
         progress.epoch_done(job.model, optimizer, scheduler, None, epoch, [{"epoch": epoch}], False)
-        saved.append(utils.read_state(path)["epoch"] if path.exists() else 0)
+        saved.append(checkpoint.read_state(path)["epoch"] if path.exists() else 0)
     assert saved == [0, 0, 3, 3, 3, 6, 6] and progress.seconds == 25
-    assert progress.save() and utils.read_state(path)["epoch"] == 7
+    assert progress.save() and checkpoint.read_state(path)["epoch"] == 7
     now[0] = 100.0
     resumed = unlearn.Progress(path, {}, True, 10.0)
     now[0] = 104.0
     assert resumed.seconds == 29 and resumed.save()  # 25 before it stopped, 4 since
-    resumed.done()
-    assert not path.exists()
-    resumed.done()
 
 
-def test_only_the_first_process_saves_and_removes_the_state(tmp_path, monkeypatch):
+def test_only_the_first_process_saves_the_state(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(resumable(tmp_path, "finetune", stop_in=3))
     before = (tmp_path / "resume.pth").read_bytes()
-    monkeypatch.setattr(utils, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
     second = resumable(tmp_path, "finetune", resume=True)
     run(second)
-    second.progress.done()
     assert (tmp_path / "resume.pth").read_bytes() == before
 
 
@@ -386,7 +383,7 @@ def test_a_saved_state_is_a_copy_that_training_does_not_change(tmp_path):
     )
     run(after_two)
     assert job.progress.save()
-    state = utils.read_state(tmp_path / "resume.pth")
+    state = checkpoint.read_state(tmp_path / "resume.pth")
     assert state["epoch"] == 2 and same(state["model"], snapshots[1]) and len(state["records"]) == 2
 
 

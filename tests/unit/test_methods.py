@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import unlearn
 import unlearn_cpu
 import utils
+from models import fisher
 from models.resnet import ResNet18
 
 LN3 = math.log(3)
@@ -253,8 +254,8 @@ def test_the_diagonal_of_fisher_is_that_of_autograd_per_sample(network, expected
     torch.manual_seed(0)
     model = network().train()
     model(digits.train.batch(torch.arange(100)))  # running statistics other than those at the start
-    scores = unlearn.expected_scores if expected else unlearn.observed_score
-    found = unlearn.diagonal_fisher(model, digits.train, torch.arange(10), scores, chunk=4)
+    scores = fisher.expected_scores if expected else fisher.observed_score
+    found = fisher.diagonal_fisher(model, digits.train, torch.arange(10), scores, chunk=4)
     reference = by_definition(model.eval(), digits.train.batch(torch.arange(10)), digits.train.labels[:10], expected)
     assert found.keys() == reference.keys()
     for name, square in reference.items():
@@ -264,7 +265,7 @@ def test_the_diagonal_of_fisher_is_that_of_autograd_per_sample(network, expected
 @pytest.mark.parametrize("logits", [[1.0, 0.0, -2.0], [0.0, 0.0], [-9.0, 1.0, 12.0, -30.0], [16.0, 0.0, 0.0, -3.0]])
 def test_rows_of_the_expected_scores_make_the_fisher_of_the_logits(logits):
     """To the last digits where a class is nearly certain, too: most training images are like that."""
-    rows, p = unlearn.expected_scores(torch.tensor(logits), torch.tensor(0)), torch.tensor(logits).double().softmax(0)
+    rows, p = fisher.expected_scores(torch.tensor(logits), torch.tensor(0)), torch.tensor(logits).double().softmax(0)
     assert rows.shape == (len(logits) - 1, len(logits))
     expected = torch.diag(p) - torch.outer(p, p)
     torch.testing.assert_close(rows.double().T @ rows.double(), expected, rtol=2e-6, atol=1e-12)

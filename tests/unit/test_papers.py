@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 import unlearn
 import unlearn_cpu
 import utils
+from models import fisher
 from models.resnet import ResNet18
 
 LAMDA, ALPHA, DELTA = 0.7, 0.25, 0.03
@@ -360,13 +361,13 @@ def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_
 
 
 def test_the_last_layer_is_found_where_other_layers_are_as_wide():
-    assert unlearn.last_layer(ResNet18(64, 8)) == {"fc.weight", "fc.bias"}  # the last stage has 64 channels
-    assert unlearn.last_layer(SmallNet()) == {"4.weight", "4.bias"}
-    assert unlearn.last_layer(torch.nn.Linear(8, 3, bias=False)) == {"weight"}
+    assert fisher.last_layer(ResNet18(64, 8)) == {"fc.weight", "fc.bias"}  # the last stage has 64 channels
+    assert fisher.last_layer(SmallNet()) == {"4.weight", "4.bias"}
+    assert fisher.last_layer(torch.nn.Linear(8, 3, bias=False)) == {"weight"}
     heads = torch.nn.ModuleDict({"norm": torch.nn.BatchNorm1d(3), "head": torch.nn.Linear(8, 3)})
     heads["head_dist"] = torch.nn.Conv2d(8, 3, 1)
     heads.get_classifier = lambda: (heads["head"], heads["head_dist"])  # timm's interface, with two heads
-    assert unlearn.last_layer(heads) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert fisher.last_layer(heads) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
 
 
 # ---------------------------------------------------------------- the original is only read

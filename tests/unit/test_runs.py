@@ -11,9 +11,11 @@ import torch
 from small import arguments
 
 import main_original_model
+import models
 import unlearn
 import unlearn_cpu
 import utils
+from models import checkpoint, distributed
 from models.resnet import ResNet18
 
 TRAINING = ["--width", 8, "--device", "cpu", "--wandb_mode", "disabled", "--batch_size", 16]
@@ -32,7 +34,7 @@ def few(digits):
 
 @pytest.fixture(autouse=True)
 def few_images(few, monkeypatch):
-    monkeypatch.setattr(utils, "load_data", lambda args, device: few)
+    monkeypatch.setattr(utils, "load_data", lambda args, device, model_side=None: few)
 
 
 def flags_in(folder, *given):
@@ -77,7 +79,7 @@ def original(trained, tmp_path):
 def everything(trained, few):
     """All methods and variants, one epoch each."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "load_data", lambda args, device: few)
+        patch.setattr(utils, "load_data", lambda args, device, model_side=None: few)
         status, said = unlearn_in(trained, ["all"], "--num_epochs", 1)
         cpu_status, cpu_said = unlearn_in(
             trained, ["finetune", "scrub"], "--num_epochs", 2, "--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02,
@@ -98,7 +100,7 @@ def results(folder):
 
 def model_of(path):
     model = ResNet18(10, 8)
-    model.load_state_dict(utils.read_checkpoint(path)[0])
+    model.load_state_dict(checkpoint.read(path)[0])
     return model
 
 
@@ -116,14 +118,14 @@ def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
     assert len(split.retain) == 60
     job = unlearn.Job("x", "x", model_of(root / "original_model.pth"), few, split, None, 1)
     assert unlearn.accuracies(job) == record["accuracies"]
-    other = utils.read_checkpoint(trained / "resnet18w8_few_seed2/original_model.pth")[0]
-    assert utils.weights_hash(other) != utils.weights_hash(job.model.state_dict())
+    other = checkpoint.read(trained / "resnet18w8_few_seed2/original_model.pth")[0]
+    assert checkpoint.weights_hash(other) != checkpoint.weights_hash(job.model.state_dict())
 
 
 def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everything, few):
     assert everything.status == (0, 0)
     split = utils.make_split(few, flags_in("unused", *SCENARIO))
-    original = utils.weights_hash(utils.read_checkpoint(everything.root.parent / "original_model.pth")[0])
+    original = checkpoint.weights_hash(checkpoint.read(everything.root.parent / "original_model.pth")[0])
     hashes = {original}
     for name in [*unlearn.METHODS, "cpu_finetune", "cpu_scrub"]:
         folder, entry = everything.root / name, unlearn.METHODS[name.removeprefix("cpu_")]
@@ -142,8 +144,8 @@ def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everythi
         assert (found["recipe"] is not None) == entry.trained and set(found["options"]) == set(entry.options)
         lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         assert len(lines) == (0 if not entry.trained else 2 if name.startswith("cpu_") else 1)
-        assert not (folder / "resume.pth").exists() and not (folder / "failure.json").exists()
-        hashes.add(utils.weights_hash(model.state_dict()))
+        assert not (folder / ".unfinished").exists() and not (folder / "failure.json").exists()
+        hashes.add(checkpoint.weights_hash(model.state_dict()))
         assert f"{name} epoch 1" in everything.said + everything.cpu_said or not entry.trained
     assert len(hashes) == len(unlearn.METHODS) + 3 - ("ssd" in unlearn.METHODS and ssd_did_nothing(everything))
     assert [path.name for path in everything.root.glob("*/saliency_mask.pth")] == ["saliency_mask.pth"]
@@ -151,7 +153,7 @@ def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everythi
 
 def ssd_did_nothing(everything):
     models = [everything.root.parent / "original_model.pth", everything.root / "ssd/unlearning_model.pth"]
-    return len({utils.weights_hash(utils.read_checkpoint(path)[0]) for path in models}) == 1
+    return len({checkpoint.weights_hash(checkpoint.read(path)[0]) for path in models}) == 1
 
 
 def test_a_conformal_variant_has_its_terms_numbers_in_its_identity(everything):
@@ -206,24 +208,24 @@ def test_overwrite_replaces_a_run_and_the_first_seed_gives_the_same_weights(ever
     """In another folder, since the tests above read the first."""
     assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_ratio", 0.2)[0] == 0
     folder = original / "resnet18w8_few_seed1/random_0.7/salun"
-    sparse = utils.read_checkpoint(folder / "saliency_mask.pth")[0]
+    sparse = checkpoint.read(folder / "saliency_mask.pth")[0]
     assert sum(mask.sum() for mask in sparse.values()) == round(0.2 * sum(mask.numel() for mask in sparse.values()))
     status, said = unlearn_in(original, ["salun"], "--num_epochs", 1, "--overwrite")
     assert status == 0 and "salun epoch 1" in said
     again, first = (
-        utils.read_checkpoint(path / "salun/unlearning_model.pth")[0] for path in (folder.parent, everything.root)
+        checkpoint.read(path / "salun/unlearning_model.pth")[0] for path in (folder.parent, everything.root)
     )
-    assert utils.weights_hash(again) == utils.weights_hash(first)
+    assert checkpoint.weights_hash(again) == checkpoint.weights_hash(first)
 
 
 def test_a_saved_mask_is_used_and_part_of_the_identity(everything, original):
     path = everything.root / "salun/saliency_mask.pth"
     assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_path", path)[0] == 0
     folder = original / "resnet18w8_few_seed1/random_0.7/salun"
-    used, saved = (utils.read_checkpoint(part / "saliency_mask.pth")[0] for part in (folder, path.parent))
-    assert results(folder)["identity"]["mask_path"] == utils.weights_hash(saved) == utils.weights_hash(used)
-    model, expected = (utils.read_checkpoint(part / "unlearning_model.pth")[0] for part in (folder, path.parent))
-    assert utils.weights_hash(model) == utils.weights_hash(expected)
+    used, saved = (checkpoint.read(part / "saliency_mask.pth")[0] for part in (folder, path.parent))
+    assert results(folder)["identity"]["mask_path"] == checkpoint.weights_hash(saved) == checkpoint.weights_hash(used)
+    model, expected = (checkpoint.read(part / "unlearning_model.pth")[0] for part in (folder, path.parent))
+    assert checkpoint.weights_hash(model) == checkpoint.weights_hash(expected)
 
 
 def test_initialisation_differs_between_seeds_and_not_between_runs(trained, few, monkeypatch):
@@ -235,18 +237,18 @@ def test_initialisation_differs_between_seeds_and_not_between_runs(trained, few,
         caught = []
         entry = SimpleNamespace(run=lambda job, caught=caught: caught.append(job.new_model()))
         list(unlearn.run_plan(plan, {"retrain": entry}, few, torch.device("cpu"), ""))
-        made.append(utils.weights_hash(caught[0].state_dict()))
+        made.append(checkpoint.weights_hash(caught[0].state_dict()))
     assert made[0] == made[1] != made[2]
 
 
 def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(original, few, monkeypatch):
-    asked, plain = [], utils.build_model
+    asked, plain = [], models.build_model
 
     def build_model(*arguments, pretrained):
         asked.append(pretrained)
         return plain(*arguments, pretrained=pretrained)
 
-    monkeypatch.setattr(utils, "build_model", build_model)
+    monkeypatch.setattr(models, "build_model", build_model)
     unlearn_in(original, ["retrain"], "--num_epochs", 1)
     assert asked == [False, False, True]  # to check the weights, for the job, for Retrain
 
@@ -306,7 +308,7 @@ def test_on_several_processes_only_divergence_lets_the_other_methods_run(error, 
 
     names, args = ["finetune", "RL"], flags_in(original, *SCENARIO)
     plan = unlearn.plan_runs(args, names, unlearn.METHODS, few, torch.device("cpu"), lambda *_: None)
-    monkeypatch.setattr(utils, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(unlearn, "execute", execute)
     rows = unlearn.run_plan(plan, unlearn.METHODS, few, torch.device("cpu"), "")
     if ends:
@@ -381,7 +383,7 @@ def whole(trained, few):
     model = model_of(trained / "resnet18w8_few_seed1/original_model.pth")
     job = unlearn.Job("finetune", "finetune", model, few, split, unlearn.Recipe(4, 0.1, 16), 1, quiet=True)
     unlearn.train(job, unlearn.retain_cross_entropy)
-    return utils.weights_hash(model.state_dict())
+    return checkpoint.weights_hash(model.state_dict())
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
@@ -392,24 +394,24 @@ def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, whol
         unlearn_in(original, ["finetune"], *given, methods=methods)
     assert "--resume" in str(caught.value) or kind is not KeyboardInterrupt
     folder = original / "resnet18w8_few_seed1/random_0.7/finetune"
-    assert utils.read_state(folder / "resume.pth")["epoch"] == 2 and not (folder / "unlearning_model.pth").exists()
+    assert checkpoint.read_state(folder / ".unfinished" / "resume.pth")["epoch"] == 2 and not (folder / "unlearning_model.pth").exists()
     status, said = unlearn_in(original, ["finetune"], *given, "--resume", methods=methods)
     assert status == 0 and "after epoch 2" in said and "epoch 2/4" not in said and "epoch 3/4" in said
-    resumed = utils.read_checkpoint(folder / "unlearning_model.pth")[0]
-    assert len((folder / "history.jsonl").read_text().splitlines()) == 4 and not (folder / "resume.pth").exists()
-    assert utils.weights_hash(resumed) == whole
+    resumed = checkpoint.read(folder / "unlearning_model.pth")[0]
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 4 and not (folder / ".unfinished").exists()
+    assert checkpoint.weights_hash(resumed) == whole
 
 
 def test_an_interruption_before_the_first_epoch_has_nothing_to_resume(original):
     with pytest.raises(KeyboardInterrupt) as caught:
         unlearn_in(original, ["finetune"], methods=stops(KeyboardInterrupt, after=0))
-    assert not isinstance(caught.value, utils.Interrupted) and not list(original.glob("*/*/*/resume.pth"))
+    assert not isinstance(caught.value, utils.Interrupted) and not list(original.rglob("resume.pth"))
 
 
 def test_divergence_keeps_no_state_to_resume(original):
     with pytest.raises(unlearn.Diverged):
         unlearn_in(original, ["finetune"], "--save_every", 1000, methods=stops(unlearn.Diverged))
-    assert not list(original.glob("*/*/*/resume.pth"))
+    assert not list(original.rglob("resume.pth"))
 
 
 def test_time_and_accuracies_are_a_table_in_the_log(original, monkeypatch):
@@ -436,7 +438,7 @@ def test_the_settings_for_compiling_and_saving_reach_the_job(original):
 
 def test_only_an_equal_run_is_already_done(tmp_path):
     path, identity = tmp_path / "model.pth", {"num_epochs": 3, "precision": "fp32"}
-    utils.save_tensors(path, {"w": torch.zeros(1)}, {"identity": identity, "seconds": 2.5})
+    checkpoint.save(path, {"w": torch.zeros(1)}, {"identity": identity, "seconds": 2.5})
 
     def found(given, **flags):
         return unlearn.already_done(path, given, SimpleNamespace(**{"overwrite": False, "precision": "auto"} | flags))
@@ -464,7 +466,7 @@ def test_a_mask_of_another_network_or_no_mask_is_refused(tmp_path):
     model = torch.nn.Linear(2, 3)
     path = tmp_path / "mask.pth"
     good = {"weight": torch.tensor([[1, 0], [0, 0], [1, 1]]), "bias": torch.tensor([True, False, True])}
-    utils.save_tensors(path, good, {})
+    checkpoint.save(path, good, {})
     masks = unlearn.read_mask(path, model)
     assert {name: mask.tolist() for name, mask in masks.items()} == {
         "weight": [[True, False], [False, False], [True, True]],
@@ -476,6 +478,6 @@ def test_a_mask_of_another_network_or_no_mask_is_refused(tmp_path):
         (good | {"extra": torch.ones(1)}, "extra differs or is missing"),
         (good | {"weight": torch.full((3, 2), 0.5)}, "other values than 0 and 1"),
     ]:
-        utils.save_tensors(path, odd, {})
+        checkpoint.save(path, odd, {})
         with pytest.raises(utils.UserError, match=f"--mask_path .*{words}"):
             unlearn.read_mask(path, model)

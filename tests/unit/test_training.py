@@ -12,6 +12,7 @@ import unlearn
 import unlearn_cpu
 import utils
 from metrics import CR, scores
+from models import inference
 from models.resnet import ResNet18
 
 
@@ -93,7 +94,7 @@ def test_evaluation_leaves_every_modules_mode_as_it_was(digits):
     model.bn1.eval()  # a method may freeze one layer
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    utils.compute_logits(model, digits.train, torch.arange(20))
+    inference.compute_logits(model, digits.train, torch.arange(20))
     assert [module.training for module in model.modules()] == modes
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
@@ -110,8 +111,8 @@ def test_batch_norm_keeps_learning_after_the_first_epoch(digits):
 def test_logits_do_not_depend_on_the_batch_size(digits):
     model = ResNet18(10, 8)
     torch.testing.assert_close(
-        utils.compute_logits(model, digits.train, torch.arange(30), 7)[0],
-        utils.compute_logits(model, digits.train, torch.arange(30), 30)[0],
+        inference.compute_logits(model, digits.train, torch.arange(30), 7)[0],
+        inference.compute_logits(model, digits.train, torch.arange(30), 30)[0],
     )
 
 
@@ -207,11 +208,11 @@ def test_a_finished_run_whose_sets_held_one_label_gets_advice():
 def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
     term, records = conformal_term(digits), []
     run = job(digits, term, num_epochs=3)
-    expected = [utils.compute_logits(run.model, digits.held_out, term.calibration)]
+    expected = [inference.compute_logits(run.model, digits.held_out, term.calibration)]
 
     def epoch_done(record):
         records.append(record)
-        expected.append(utils.compute_logits(run.model, digits.held_out, term.calibration))
+        expected.append(inference.compute_logits(run.model, digits.held_out, term.calibration))
 
     run.epoch_done = epoch_done
     unlearn.train(run, unlearn.retain_cross_entropy)
