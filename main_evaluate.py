@@ -27,12 +27,13 @@ import torch
 from torch.nn import functional as F
 
 import metrics
+import models
 import unlearn
 import unlearn_cpu
 from metrics import CR, classwise, comparison, conformal, probe, samples, scores
 from metrics.report import figures, notes, page, tables
 from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
-from models import build_model, checkpoint, inference, input_size
+from models import checkpoint, inference
 
 COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the columns …_minus_retrain
 TEXT_COLUMNS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights")
@@ -45,7 +46,7 @@ NUM_BYTES = 2**24  # of free disk space that the results need
 def main():
     flags = parse_flags()
     device = utils.pick_device(flags)
-    data = utils.load_data(flags, device, input_size(flags.model_name))
+    data = utils.load_data(flags, device, models.input_size(flags.model_name))
     flags.cal_sizes = flags.cal_sizes or [utils.default_cal_size(data)]
 
     evaluations = []
@@ -54,7 +55,7 @@ def main():
         saved_models = read_models(locate_models(evaluation), evaluation)
         with utils.unfinished_folder(evaluation.folder, NUM_BYTES) as unfinished:
             network = (len(data.classes), data.train.size, device)
-            model = build_model(args, *network, pretrained=False)
+            model = models.build_model(args, *network, pretrained=False)
             for saved in saved_models:
                 evaluation.models[saved.name] = evaluate_model(model, saved, evaluation)
             add_earlier_results(evaluation)
@@ -702,17 +703,17 @@ def compare_with_retrain(evaluation):
     settings. Earlier rows are compared again if Retrain has changed. The verdicts' tolerance is two
     standard errors over the images. Several seeds have Retrain's spread (:func:`summarise_seeds`).
     """
-    models = evaluation.models
+    scored = evaluation.models
     reference = find_reference(evaluation)
     if reference is None:
         return
-    for name, model in models.items():
+    for name, model in scored.items():
         for key, row in model.set_rows.items():
             if key in reference.set_rows:
                 row |= compare_sets(row, reference.set_rows[key], model.numbers["num_forget"])
         model.numbers |= compare_model(name, model.numbers, reference.numbers)
         model.numbers["compared_to"] = reference.weights
-    if "retrain" in models:
+    if "retrain" in scored:
         compare_earlier_rows(evaluation, reference)
 
 
@@ -821,7 +822,7 @@ class Picture(NamedTuple):
 
 def save_evaluation(evaluation, unfinished):
     """Write the files of one seed, and log the same to wandb."""
-    folder, models = evaluation.folder, evaluation.models
+    folder, scored = evaluation.folder, evaluation.models
     description = utils.describe_run(evaluation.args, evaluation.data, evaluation.device)
     description["forget_set"] = evaluation.split.fingerprint
     rows = evaluation.all_rows()
@@ -829,7 +830,7 @@ def save_evaluation(evaluation, unfinished):
     files = {path: picture.png for path, picture in pictures.items()}
     files[folder / "results.csv"] = tables.as_csv(rows)
     files[folder / "classes.csv"] = tables.as_csv(evaluation.all_class_rows())
-    for model in models.values():
+    for model in scored.values():
         record = result_record(model, description)
         files[evaluation.path_of(model.saved, "results.json")] = record
         files[evaluation.path_of(model.saved, "samples.csv")] = tables.as_csv(model.sample_rows)
@@ -842,9 +843,10 @@ def save_evaluation(evaluation, unfinished):
     write_files(files, unfinished)
     remove_outdated_pictures(folder, pictures)
     log_to_wandb(evaluation, unfinished, description=description, pictures=pictures)
-    earlier = len({row["method"] for row in rows} - models.keys())
+    earlier = len({row["method"] for row in rows} - scored.keys())
     kept = f" and {earlier} from earlier evaluations" if earlier else ""
-    print(f"{folder / 'results.csv'}: {len(models)} models{kept}, {evaluation.split.describe()}")
+    forgotten = f"forget {evaluation.split.describe()}"
+    print(f"{folder / 'results.csv'}: {len(scored)} models{kept}, {forgotten}")
 
 
 def write_files(files, unfinished):
@@ -938,20 +940,20 @@ def draw_scored_models(evaluation):
     Earlier evaluations left no data for these. If the picture on disk shows models that are not
     scored now, it is kept, and the new picture gets another name.
     """
-    args, models = evaluation.args, evaluation.models
+    args, scored = evaluation.args, evaluation.models
     alpha, drawn = args.alphas[0], {}
     if args.score[0] == "thr":
-        histograms = {name: model.score_histogram for name, model in models.items()}
+        histograms = {name: model.score_histogram for name, model in scored.items()}
         drawn[SCORES] = ("Non-conformity scores", figures.score_histograms(histograms, alpha))
     if args.relearn:
-        curves = {name: model.relearning for name, model in models.items()}
+        curves = {name: model.relearning for name, model in scored.items()}
         drawn[RELEARNING] = ("Relearning", figures.relearn_curves(curves, alpha))
     if not evaluation.earlier_rows:
         return drawn
     named = {}
     for file, (caption, figure) in drawn.items():
         if (evaluation.folder / file).is_file():
-            file, caption = partial_name(file), f"{caption} ({', '.join(models)} only)"
+            file, caption = partial_name(file), f"{caption} ({', '.join(scored)} only)"
         named[file] = (caption, figure)
     return named
 
