@@ -33,7 +33,7 @@ import unlearn_cpu
 from metrics import CR, classwise, comparison, conformal, probe, samples, scores
 from metrics.report import figures, notes, page, tables
 from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
-from models import checkpoint, inference
+from models import checkpoint, distributed, inference
 
 COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the columns …_minus_retrain
 TEXT_COLUMNS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights")
@@ -838,7 +838,8 @@ def save_evaluation(evaluation, unfinished):
         embedded = {picture.caption: picture.png for picture in pictures.values()}
         for caption, png in earlier_pictures(evaluation).items():
             embedded.setdefault(caption, png)
-        scope = ReportScope(evaluation.args, evaluation.data, folder.name, description)
+        scenario = evaluation.split.folder
+        scope = ReportScope(evaluation.args, evaluation.data, scenario, description)
         files[folder / "report.html"] = report_page(rows, embedded, scope)
     write_files(files, unfinished)
     remove_outdated_pictures(folder, pictures)
@@ -850,10 +851,12 @@ def save_evaluation(evaluation, unfinished):
 
 
 def write_files(files, unfinished):
-    """Write {path: text, bytes or JSON record}.
+    """Write {path: text, bytes or JSON record}. The first process alone writes.
 
     The files below the folder of ``unfinished`` replace earlier ones when all of them are written.
     """
+    if distributed.rank():
+        return
     save = {str: utils.save_text, bytes: utils.save_bytes, dict: utils.save_json}
     for path, content in files.items():
         target = path
@@ -862,6 +865,8 @@ def write_files(files, unfinished):
             target.parent.mkdir(parents=True, exist_ok=True)
         save[type(content)](target, content)
     utils.move_up(unfinished)
+    for report in (path for path in files if path.name == "report.html"):
+        print(f"{report}: tables and figures in one file")
 
 
 def result_record(model, description):

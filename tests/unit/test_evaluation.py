@@ -1,24 +1,31 @@
 """main_evaluate in process: a linear network on tiny images, so that a whole evaluation takes a tenth of a second."""
 
 import contextlib
+import copy
 import csv
 import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import flags
+from small import BRIGHTER, ByHand, SmallNet, small_job
+from torch.nn import functional as F
 
 import main_evaluate
 import metrics
 import models
 import utils
-from metrics import CR, MIA, MIACR, scores
+from metrics import CR, MIA, MIACR, Spread, scores
+from metrics.report import notes, tables
 from models import checkpoint, inference
 
 COMMON = ["--wandb_mode", "disabled", "--device", "cpu", "--resplits", "3", "--cal_sizes", "24"]
@@ -93,6 +100,25 @@ class Bench:
         return table_of(self.folder(**where) / file)
 
 
+def evaluation_of(data, *arguments, runs_dir="runs"):
+    """An evaluation before any model is scored."""
+    command = ["main_evaluate.py", "--device", "cpu", "--runs_dir", runs_dir, "--cal_sizes", "24"]
+    if "--unlearn_name" not in arguments:
+        command += ["--unlearn_name", "all"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*map(str, [*command, *arguments])])
+        args = main_evaluate.parse_flags()
+    return main_evaluate.start_evaluation(args, data, torch.device("cpu"))
+
+
+def printed_sets(said, alpha):
+    """{method: {heading: text}} of the short table of prediction sets at an α."""
+    block = said.split(f"\nalpha {alpha:g} (")[1].split("\n\n")[0].splitlines()[1:]
+    headings, *lines = (re.split(r"\s{2,}", line.strip()) for line in block)
+    rows = [dict(zip(headings, line, strict=True)) for line in lines]
+    return {row["method"]: row for row in rows}
+
+
 def table_of(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
@@ -139,10 +165,10 @@ def test_what_an_infinite_q_hat_judges_is_empty_in_every_file(scored, evaluated)
         assert {key: row[key] != "" for key in judged} == dict.fromkeys(judged, known)
         assert (row["CR_word"] != "") == known and row["UA_word"] != "" and row["gap"] != ""
         assert row["forget_misclassified"] != "" and row["coverage_outside"] == "False"
-    lines = [line.split() for line in said.splitlines() if line.strip().startswith("0.01 ")]
-    headings = next(line.split() for line in said.splitlines() if line.startswith("alpha "))
-    assert len(lines) == 4 and all(line.count("–") == len(line) - 3 for line in lines), lines  # alpha, method, wrong
-    assert "wrong" in headings
+    for row in printed_sets(said, 0.01).values():
+        assert re.fullmatch(r"– of \d+", row.pop("fake of wrong")) and row.pop("method")
+        assert set(row.values()) == {"–"}
+    assert len(printed_sets(said, 0.01)) == len(printed_sets(said, 0.2)) == 4
     found = json.loads((bench.folder() / "GA/results.json").read_text())["metrics"]["conformal"]
     assert found[0]["forget_coverage"] is None and found[0]["CR_word"] is None and found[1]["forget_coverage"] > 0
     sample = bench.table("GA/samples.csv")[0]
@@ -156,12 +182,15 @@ def test_what_an_infinite_q_hat_judges_is_empty_in_every_file(scored, evaluated)
 
 def test_an_infinite_q_hat_is_said_in_one_line_per_kind(bench):
     said = bench.evaluate("--unlearn_name", "GA", "--alphas", "0.01,0.02,0.2").splitlines()
-    lines = [line for line in said if line.startswith("no finite q̂")]
+    lines = [line for line in said if line.startswith("no finite ")]
     assert len(lines) == 3
-    need = "alpha 0.01 needs 99, alpha 0.02 needs 49 and --cal_sizes 24 gives "
-    assert lines[0].startswith(f"no finite q̂ for all classes: {need}24 calibration images; ")
-    assert lines[1].startswith(f"no finite q̂ for members and non-members (MIACR): {need}48 calibration images; ")
-    assert lines[2].startswith("no finite q̂ of a class's own, in classes.csv: 3 classes at alpha 0.01 (99 calibration")
+    need = "(shown as –): alpha 0.01 needs 99, alpha 0.02 needs 49, and --cal_sizes 24 gives "
+    members = "members and non-members (MIACR)"
+    assert lines[0].startswith(f"no finite q̂ for all classes {need}24 calibration images; ")
+    assert lines[1].startswith(f"no finite q̂ for {members} {need}48 calibration images; ")
+    assert lines[2].startswith(
+        "no finite class-conditional q̂ (classes.csv): 3 classes at alpha 0.01 (99 calibration"
+    )
     assert all("choose a larger --alphas or more --cal_sizes" in line for line in lines)
     assert "no finite" not in bench.evaluate("--unlearn_name", "original", "--alphas", "0.3")
 
@@ -175,7 +204,7 @@ def test_the_forgotten_class_without_a_finite_q_hat_is_named(bench):
     count = int(split.is_forgotten.sum())
     assert 3 <= count < 12
     line = next(line for line in said.splitlines() if line.startswith("no finite q̂ for class bee"))
-    assert f"alpha 0.06 needs 16 and --cal_sizes 24 gives {count} calibration images" in line
+    assert f"alpha 0.06 needs 16, and --cal_sizes 24 gives {count} calibration images" in line
     assert "no finite q̂ for all retained classes" not in said or 24 - count < 16
     for row in table_of(bench.folder(scenario="class_1") / "results.csv"):
         known = row["alpha"] == "0.3"
@@ -198,7 +227,8 @@ def test_draws_without_a_finite_q_hat_are_counted_in_a_line(bench):
     row = table_of(bench.folder(scenario=f"class_{number}") / "results.csv")[0]
     left_out, name = int(row["forget_draws_left_out"]), bench.data.classes[number]
     assert 0 < left_out < 39 and row["forget_coverage"] != ""
-    assert f"draws without a finite q̂ for class {name} are left out of the means: {left_out} at alpha {alpha:g}" in said
+    line = f"resplits without a finite q̂ for class {name}, left out of the means"
+    assert f"{line}: {left_out} at alpha {alpha:g}" in said
 
 
 def test_a_class_without_calibration_image_is_said(monkeypatch, tmp_path):
@@ -207,8 +237,9 @@ def test_a_class_without_calibration_image_is_said(monkeypatch, tmp_path):
     said = bench.evaluate("--unlearn_type", "class", "--forget_class", "1", "--unlearn_name", "all", "--alphas", "0.3")
     split = utils.make_split(bench.data, flags(unlearn_type="class", forget_class="1"), 24)
     count = int(split.is_forgotten.sum())
-    found = "1 calibration image;" if count else "no calibration images;"
-    assert f"no finite q̂ for class bee: alpha 0.3 needs 3 and --cal_sizes 24 gives {found}" in said
+    found = "1 calibration image;" if count else "0 calibration images;"
+    line = "no finite q̂ for class bee (shown as –): alpha 0.3 needs 3, and --cal_sizes 24 gives"
+    assert f"{line} {found}" in said
 
 
 # ---------------------------------------------------------------- rows of other methods
@@ -220,11 +251,8 @@ def test_a_partial_evaluation_keeps_the_other_methods_rows(scored):
     before = [path.read_bytes() for path in files]
     said = bench.evaluate("--unlearn_name", "finetune", *ALPHAS)
     assert [path.read_bytes() for path in files] == before
-    assert "2 models and 2 more from earlier" in said
-    assert [line.split()[1] for line in said.splitlines() if line.strip().startswith("0.2 ")] == [
-        "original",
-        "finetune",
-    ]
+    assert "2 models and 2 from earlier evaluations" in said
+    assert list(printed_sets(said, 0.2)) == ["original", "finetune"]
     # Compared with the Retrain that was scored before.
     assert json.loads((bench.folder() / "finetune/results.json").read_text())["metrics"]["gap"] > 0
     bench.save("finetune", 9)
@@ -255,7 +283,7 @@ def test_rows_of_a_model_that_is_no_longer_there_are_left_out(scored, change):
     said = bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.2")
     assert {row["method"] for row in bench.table()} == {"original", "retrain", "finetune"}
     assert {row["method"] for row in bench.table("classes.csv")} == {"original", "retrain", "finetune"}
-    assert "the rows of GA are left out: the model is gone or has changed since" in said
+    assert "dropped the rows of GA: the model was deleted or changed" in said
 
 
 def test_rows_of_another_forget_set_are_left_out(scored):
@@ -263,7 +291,7 @@ def test_rows_of_another_forget_set_are_left_out(scored):
     path = bench.folder() / "results.csv"
     path.write_text(path.read_text().replace(bench.table()[0]["forget_set"], "0123456789abcdef"))
     said = bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.2")
-    assert {row["method"] for row in bench.table()} == {"original", "finetune"} and "retrain, GA are left out" in said
+    assert {row["method"] for row in bench.table()} == {"original", "finetune"} and "dropped the rows of retrain, GA:" in said
 
 
 def test_kept_rows_are_compared_with_a_new_retrain(scored):
@@ -308,6 +336,14 @@ FOREIGN = {
 }
 
 
+def read_earlier(path, replaced):
+    needed = ("score", "alpha", "class", "method")
+    if path.name == "results.csv":
+        needed = (*tables.KEYS, "forget_set", "weights", "model", "settings")
+    texts = main_evaluate.TEXT_COLUMNS
+    return tables.read_earlier(path, needed, texts=texts, replaced=replaced)
+
+
 @pytest.mark.parametrize("file", ["results.csv", "classes.csv"])
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_file_that_is_not_such_a_table_is_renamed(scored, capsys, kind, file):
@@ -320,9 +356,8 @@ def test_a_file_that_is_not_such_a_table_is_renamed(scored, capsys, kind, file):
         content = content.replace(b",0.2,", b",x0.2,", 1)
     path.write_bytes(FOREIGN[kind] or content)
     (folder / f"{file}.old").write_text("another")
-    tables = main_evaluate.EarlierTables(folder)
-    found = tables.kept({"GA"}, "f", {}) if file == "results.csv" else tables.kept_classes({"retrain"})
-    assert found == [] and (folder / f"{file}.old2").read_bytes() == FOREIGN[kind] or content
+    found = read_earlier(path, {"GA"} if file == "results.csv" else ())
+    assert found == [] and (folder / f"{file}.old2").read_bytes() == (FOREIGN[kind] or content)
     assert (folder / f"{file}.old").read_text() == "another" and not path.exists()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: not a table of this version") and line.endswith(f"renamed to {file}.old2")
@@ -331,9 +366,9 @@ def test_a_file_that_is_not_such_a_table_is_renamed(scored, capsys, kind, file):
 def test_an_older_table_whose_methods_are_all_scored_is_replaced(bench, capsys):
     path = bench.folder() / "results.csv"
     path.write_bytes(FOREIGN["older"])
-    assert main_evaluate.EarlierTables(path.parent).kept({"retrain", "GA"}, "f", {}) == []
+    assert read_earlier(path, {"retrain", "GA"}) == []
     assert path.exists() and capsys.readouterr().out == ""
-    assert main_evaluate.EarlierTables(path.parent).kept({"GA"}, "f", {}) == [] and not path.exists()
+    assert read_earlier(path, {"GA"}) == [] and not path.exists()
 
 
 def test_a_folder_in_the_place_of_the_table_is_renamed(bench):
@@ -389,7 +424,7 @@ def test_a_summary_over_seeds_keeps_the_other_methods(bench):
     assert filled() == before
     rows = table_of(summary)
     assert [row["method"] for row in rows if row["alpha"] == "0.2"] == ["original", "retrain", "GA"]
-    assert [line.split()[1] for line in said.splitlines() if line.strip().startswith("0.2 ")] == ["original", "GA"]
+    assert list(printed_sets(said, 0.2)) == ["original", "GA"]
     seeds = [bench.table(seed=seed) for seed in (1, 2)]
     for row, first, second in zip(rows, *seeds, strict=True):
         for key in ("UA", "TA", "forget_CR", "gap"):
@@ -420,59 +455,61 @@ def test_outputs_that_are_not_finite_end_the_evaluation_before_anything_is_writt
 def test_models_are_found_in_the_order_of_the_table(bench):
     (bench.folder() / "mine").mkdir()
     bench.save("mine", 3)
-    args = flags(unlearn_name=["all"], model_dir="unlearning_model.pth", runs_dir=str(bench.root / "runs"))
-    root = bench.folder().parent
-    paths = main_evaluate.locate_models(args, root, bench.folder())
+    root, folder = bench.folder().parent, bench.folder()
+
+    def locate(*names, model_dir="unlearning_model.pth"):
+        arguments = ["--unlearn_name", *names, "--model_dir", model_dir]
+        evaluation = evaluation_of(bench.data, *arguments, runs_dir=bench.root / "runs")
+        return main_evaluate.locate_models(evaluation)
+
+    paths = locate("all")
     assert list(paths) == ["original", "retrain", "finetune", "GA", "mine"]
-    assert (
-        paths["original"] == root / "original_model.pth" and paths["GA"] == bench.folder() / "GA/unlearning_model.pth"
-    )
-    args.unlearn_name = ["GA"]
-    assert list(main_evaluate.locate_models(args, root, bench.folder())) == ["original", "GA"]
-    args.unlearn_name = ["original"]
-    assert main_evaluate.locate_models(args, root, bench.folder()) == {"original": root / "original_model.pth"}
-    args.unlearn_name, args.model_dir = ["GA"], "some/where.pth"
-    found = main_evaluate.locate_models(args, root, bench.folder())
-    assert {name: str(path) for name, path in found.items()} == {
-        "original": str(root / "original_model.pth"),
-        "GA": "some/where.pth",
-    }
-    args.unlearn_name = ["GA", "retrain"]
+    assert paths["original"] == root / "original_model.pth"
+    assert paths["GA"] == folder / "GA/unlearning_model.pth"
+    assert list(locate("GA")) == ["original", "GA"]
+    assert locate("original") == {"original": root / "original_model.pth"}
+    elsewhere = {name: str(path) for name, path in locate("GA", model_dir="a/b.pth").items()}
+    assert elsewhere == {"original": str(root / "original_model.pth"), "GA": "a/b.pth"}
     with pytest.raises(utils.UserError, match="is one file; name one method"):
-        main_evaluate.locate_models(args, root, bench.folder())
-    args.unlearn_name, args.model_dir = ["all"], "other.pth"
+        locate("GA", "retrain", model_dir="a/b.pth")
     with pytest.raises(utils.UserError, match="no method with a other.pth"):
-        main_evaluate.locate_models(args, root, bench.folder())
+        locate("all", model_dir="other.pth")
     (root / "original_model.pth").unlink()
-    args.model_dir = "unlearning_model.pth"
-    assert list(main_evaluate.locate_models(args, root, bench.folder())) == ["retrain", "finetune", "GA", "mine"]
+    assert list(locate("all")) == ["retrain", "finetune", "GA", "mine"]
 
 
 def test_models_of_another_forget_set_or_original_are_refused(bench):
-    args = flags(unlearn_name=["all"], runs_dir=str(bench.root / "runs"))
-    split = utils.make_split(bench.data, args, 24)
-    state, _ = checkpoint.read(bench.folder().parent / "original_model.pth")
-    original = checkpoint.weights_hash(state)
+    evaluation = evaluation_of(bench.data, runs_dir=bench.root / "runs")
+    split, original_path = evaluation.split, bench.folder().parent / "original_model.pth"
+    original = checkpoint.weights_hash(checkpoint.read(original_path)[0])
     right = bench.save("GA", 4, forget_set=split.fingerprint, identity={"original": original})
-    paths = {"original": bench.folder().parent / "original_model.pth", "GA": right}
-    found = main_evaluate.read_models(paths, args, bench.data, split)
-    assert list(found) == ["original", "GA"] and found["GA"][0] == right and found["GA"][2]["seconds"] == 4
+    paths = {"original": original_path, "GA": right}
+    saved = main_evaluate.read_models(paths, evaluation)
+    assert [model.name for model in saved] == ["original", "GA"]
+    assert saved[1].path == right and saved[1].meta["seconds"] == 4
     bench.save("GA", 4, forget_set="0" * 16)
     with pytest.raises(utils.UserError, match="unlearned another forget set"):
-        main_evaluate.read_models(paths, args, bench.data, split)
+        main_evaluate.read_models(paths, evaluation)
     other = bench.save("GA", 4, identity={"original": "f" * 16})
     with pytest.raises(utils.UserError, match="not from one original model") as caught:
-        main_evaluate.read_models(paths, args, bench.data, split)
-    assert str(other) in str(caught.value) and str(paths["original"]) in str(caught.value)
+        main_evaluate.read_models(paths, evaluation)
+    assert str(other) in str(caught.value) and str(original_path) in str(caught.value)
 
 
-def test_files_of_a_model_elsewhere_are_written_next_to_it(tmp_path):
-    scenario = tmp_path / "run/random_0.9"
-    inside = scenario / "GA/unlearning_model.pth"
-    assert main_evaluate.beside(inside, "GA", scenario, "samples.csv") == scenario / "GA/samples.csv"
-    original = tmp_path / "run/original_model.pth"
-    assert main_evaluate.beside(original, "original", scenario, "results.json") == scenario / "original/results.json"
-    assert main_evaluate.beside(tmp_path / "a/b.pth", "GA", scenario, "results.json") == tmp_path / "a/b.results.json"
+def test_files_of_a_model_elsewhere_are_written_next_to_it(bench, tmp_path):
+    evaluation = evaluation_of(bench.data, runs_dir=bench.root / "runs")
+    folder = bench.folder()
+
+    def path_of(path, name, file):
+        saved = main_evaluate.SavedModel(name, path, state={}, meta={})
+        return evaluation.path_of(saved, file)
+
+    inside = folder / "GA/unlearning_model.pth"
+    assert path_of(inside, "GA", "samples.csv") == folder / "GA/samples.csv"
+    original = folder.parent / "original_model.pth"
+    assert path_of(original, "original", "results.json") == folder / "original/results.json"
+    elsewhere = tmp_path / "a/b.pth"
+    assert path_of(elsewhere, "GA", "results.json") == tmp_path / "a/b.results.json"
 
 
 @pytest.mark.parametrize("cal_sizes", ["1", "1,2", "5"])
@@ -534,52 +571,59 @@ def test_words_over_seeds_have_one_image_as_the_least_difference():
     reference = seeds_of("retrain", [1.0, 1.0], [0.1, 0.1])
     near, far = seeds_of("GA", [1 - 1e-10] * 2, [0.119] * 2), seeds_of("finetune", [0.97] * 2, [0.0, 0.15])
     high = seeds_of("salun", [0.97] * 2, [0.12, 0.13])
-    found = {row["method"]: row for row in main_evaluate.summarise(reference + near + far + high)}
+    found = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + near + far + high)}
     assert (found["GA"]["UA_word"], found["GA"]["CR_word"]) == ("matches", "matches")  # one image is 0.02
     assert found["finetune"]["UA_word"] == "under-forgets" and found["finetune"]["CR_word"] == "over-forgets"
     assert found["salun"]["CR_word"] == "under-forgets" and found["retrain"]["UA_word"] == "matches"
     # The smallest forget set of all rows counts.
     few = [row | {"num_forget": 10} for row in far[:1]] + far[1:]
-    found = {row["method"]: row for row in main_evaluate.summarise(reference + few)}
+    found = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + few)}
     assert found["finetune"]["UA_word"] == "matches"
 
 
 def test_words_over_seeds_take_twice_retrains_deviation():
     reference = seeds_of("retrain", [0.4, 0.6], [0.2, 0.4], num_forget=1000)  # deviations of 0.1414
     row = seeds_of("GA", [0.79, 0.79], [0.02, 0.02], num_forget=1000)
-    found = {row["method"]: row for row in main_evaluate.summarise(reference + row)}
+    found = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + row)}
     assert found["GA"]["UA_word"] == "over-forgets" and found["GA"]["CR_word"] == "matches"
     assert found["GA"]["UA"] == (pytest.approx(0.79), pytest.approx(0))
-    found = main_evaluate.summarise(reference + seeds_of("GA", [0.77, 0.77], [0.01, 0.01], num_forget=1000))
+    found = main_evaluate.summarise_seeds(reference + seeds_of("GA", [0.77, 0.77], [0.01, 0.01], num_forget=1000))
     assert found[1]["UA_word"] == "matches" and found[1]["CR_word"] == "over-forgets"
 
 
 def test_there_is_no_word_over_seeds_without_numbers():
     nan = [math.nan, math.nan]
-    found = main_evaluate.summarise(seeds_of("retrain", [0.4, 0.5], nan) + seeds_of("GA", [0.4, 0.5], [0.1, 0.2]))
+    found = main_evaluate.summarise_seeds(seeds_of("retrain", [0.4, 0.5], nan) + seeds_of("GA", [0.4, 0.5], [0.1, 0.2]))
     assert [row["CR_word"] for row in found] == [None, None] and found[1]["UA_word"] == "matches"
-    alone = main_evaluate.summarise(seeds_of("retrain", [0.4, 0.5], [0.1, 0.2]) + seeds_of("GA", [0.4], [0.1]))
+    alone = main_evaluate.summarise_seeds(seeds_of("retrain", [0.4, 0.5], [0.1, 0.2]) + seeds_of("GA", [0.4], [0.1]))
     assert "UA_word" not in alone[1]
-    without = main_evaluate.summarise(seeds_of("GA", [0.4, 0.5], [0.1, 0.2]))
+    without = main_evaluate.summarise_seeds(seeds_of("GA", [0.4, 0.5], [0.1, 0.2]))
     assert "UA_word" not in without[0]
 
 
-def test_rows_are_one_per_key_and_model_and_failures_come_last():
+def scored_model(name, numbers, set_rows, **origin):
+    saved = main_evaluate.SavedModel(name, None, state={}, meta={})
+    empty = {"class_rows": [], "sample_rows": []}
+    return main_evaluate.ScoredModel(saved, origin, numbers, set_rows=set_rows, **empty)
+
+
+def test_rows_are_one_per_key_and_model_and_failures_come_last(bench):
+    evaluation = evaluation_of(bench.data)
     keys = [("thr", 20, 0.1), ("thr", 20, 0.2)]
-    evaluated = {
-        "retrain": ({"UA": 0.5, "relearn": {"step": [0]}}, {key: {"forget_CR": key[2]} for key in keys}, 1.0),
-        "GA": ({"UA": 0.4}, {key: {"forget_CR": 2 * key[2]} for key in keys}, 1.0),
-    }
-    origins = {"retrain": {"weights": "a"}, "GA": {"weights": "b"}}
-    rows = main_evaluate.table_rows(evaluated, {"salun": "diverged"}, origins)
+    rows = {key: {"forget_CR": Spread(key[2], 0.3)} for key in keys}
+    evaluation.models["retrain"] = scored_model("retrain", {"UA": 0.5}, rows, weights="a")
+    rows = {key: {"forget_CR": 2 * key[2]} for key in keys}
+    evaluation.models["GA"] = scored_model("GA", {"UA": 0.4}, rows, weights="b")
+    evaluation.failed["salun"] = "diverged"
     at = {"score": "thr", "cal_size": 20}
-    assert rows == [
-        {**at, "alpha": 0.1, "method": "retrain", "UA": 0.5, "forget_CR": 0.1, "weights": "a"},
-        {**at, "alpha": 0.1, "method": "GA", "UA": 0.4, "forget_CR": 0.2, "weights": "b"},
-        {**at, "alpha": 0.1, "method": "salun", "note": "diverged"},
-        {**at, "alpha": 0.2, "method": "retrain", "UA": 0.5, "forget_CR": 0.2, "weights": "a"},
-        {**at, "alpha": 0.2, "method": "GA", "UA": 0.4, "forget_CR": 0.4, "weights": "b"},
-        {**at, "alpha": 0.2, "method": "salun", "note": "diverged"},
+    retrain, GA = at | {"method": "retrain", "UA": 0.5}, at | {"method": "GA", "UA": 0.4}
+    assert evaluation.rows() == [
+        retrain | {"alpha": 0.1, "forget_CR": Spread(0.1, 0.3), "weights": "a"},
+        GA | {"alpha": 0.1, "forget_CR": 0.2, "weights": "b"},
+        at | {"alpha": 0.1, "method": "salun", "note": "diverged"},
+        retrain | {"alpha": 0.2, "forget_CR": Spread(0.2, 0.3), "weights": "a"},
+        GA | {"alpha": 0.2, "forget_CR": 0.4, "weights": "b"},
+        at | {"alpha": 0.2, "method": "salun", "note": "diverged"},
     ]
 
 
@@ -599,11 +643,14 @@ def test_merged_rows_are_in_the_order_of_the_methods_in_each_block():
 
 def test_only_the_failures_asked_for_are_shown():
     failed = {"GA": "a", "salun": "b"}
-    names = lambda given, evaluated=(), seeds=None: main_evaluate.asked_failures(  # noqa: E731
-        flags(unlearn_name=given, seeds=seeds, seed=3), failed, evaluated
-    )
-    assert names(["all"]) == failed and names(["GA"]) == {"GA": "a"} and names(["retrain"]) == {}
-    assert names(["all"], ["GA"]) == {"salun": "b"} and names(["GA,salun"], seeds=[3, 4])["GA"] == "seed 3: a"
+
+    def requested(names, scored=(), seeds=None):
+        args = flags(unlearn_name=names, seeds=seeds, seed=3)
+        return main_evaluate.requested_failures(failed, scored, args)
+
+    assert requested(["all"]) == failed and requested(["GA"]) == {"GA": "a"}
+    assert requested(["retrain"]) == {} and requested(["all"], ["GA"]) == {"salun": "b"}
+    assert requested(["GA,salun"], seeds=[3, 4])["GA"] == "seed 3: a"
 
 
 def test_failures_are_those_of_this_forget_set(tmp_path, capsys):
@@ -614,7 +661,7 @@ def test_failures_are_those_of_this_forget_set(tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / main_evaluate.unlearn.FAILURE_FILE).write_text(text)
     assert main_evaluate.failures(tmp_path, "x") == {"GA": "diverged"}
-    assert capsys.readouterr().out.count("damaged, and left out") == 2
+    assert capsys.readouterr().out.count("damaged record, ignored") == 2
 
 
 def advised(**given):
@@ -625,21 +672,21 @@ def advised(**given):
 def test_an_alpha_above_the_error_rate_is_said():
     tables = [[advised(q_hat=0.3), advised(method="salun"), advised(method="salun", alpha=0.2, q_hat=0.1)]]
     tables[0] += [advised(alpha=0.2, q_hat=0.4), advised(score="aps", q_hat=0.1, alpha=0.3), advised(q_hat=math.nan)]
-    (line,) = main_evaluate.advice(tables)
+    (line,) = notes.advice(tables)
     assert line.startswith("alpha above the error rate (0.1 for GA; 0.2 for all): q̂ < 0.5 there")
-    (line,) = main_evaluate.advice([*tables, [advised()]])
-    assert "(0.1 for GA; 0.2 for all; in a seed at least)" in line
-    assert main_evaluate.advice([[advised(), {"method": "sfron", "note": "diverged"}]]) == []
+    (line,) = notes.advice([*tables, [advised()]])
+    assert "(0.1 for GA; 0.2 for all, in at least one seed)" in line
+    assert notes.advice([[advised(), {"method": "sfron", "note": "diverged"}]]) == []
 
 
 def test_coverage_outside_the_theory_is_said():
     tables = [[advised(coverage_outside=True, test_coverage=0.99, alpha=0.05), advised()]]
-    (line,) = main_evaluate.advice(tables)
+    (line,) = notes.advice(tables)
     assert "GA at 0.05 (thr: 0.990, 0.950)" in line and "GA at 0.1" not in line
 
 
 def missing(rows, class_rows=()):
-    return main_evaluate.missing_q_hats([main_evaluate.Evaluation(rows, rows, list(class_rows))])
+    return notes.missing_q_hats(rows, class_rows)
 
 
 def q_hat_row(alpha, **given):
@@ -659,104 +706,163 @@ def test_lines_on_infinite_q_hats_join_what_is_of_one_kind():
         for name, q, n in (("cat", nan, 1), ("dog", nan, 2), ("cow", 0.1, 3), ("cat", nan, 1))
     ]
     lines = missing(rows, class_rows)
+    shown = "(shown as –): alpha 0.01 needs 99"
+    left_out = "left out of the means"
     assert [line.split(";")[0] for line in lines] == [
-        "no finite q̂ for class cat: alpha 0.01 needs 99, alpha 0.1 needs 9, alpha 0.2 needs 4 and --cal_sizes 30 gives "
-        "1 calibration image",
-        "no finite q̂ for all retained classes: alpha 0.01 needs 99 and --cal_sizes 30 gives 30 calibration images",
-        "no finite q̂ for members and non-members (MIACR): alpha 0.01 needs 99 and --cal_sizes 30 gives 98 calibration "
-        "images",
-        "draws without a finite q̂ for all retained classes are left out of the means: 2 at alpha 0.3",
-        "draws without a finite q̂ for class cat are left out of the means: 7 at alpha 0.3",
-        "no finite q̂ of a class's own, in classes.csv: 2 classes at alpha 0.3 (3 calibration images needed, at most 2 "
-        "found)",
+        f"no finite q̂ for class cat {shown}, alpha 0.1 needs 9, alpha 0.2 needs 4, "
+        "and --cal_sizes 30 gives 1 calibration image",
+        f"no finite q̂ for all retained classes {shown}, "
+        "and --cal_sizes 30 gives 30 calibration images",
+        f"no finite q̂ for members and non-members (MIACR) {shown}, "
+        "and --cal_sizes 30 gives 98 calibration images",
+        f"resplits without a finite q̂ for all retained classes, {left_out}: 2 at alpha 0.3",
+        f"resplits without a finite q̂ for class cat, {left_out}: 7 at alpha 0.3",
+        "no finite class-conditional q̂ (classes.csv): 2 classes at alpha 0.3 "
+        "(3 calibration images needed, at most 2 available)",
     ]
     assert missing([q_hat_row(0.01, MIACR_calibration_images=99), q_hat_row(0.2)]) == []
     (line,) = missing([], [{"alpha": 0.3, "class": "cow", "own_q_hat": nan, "calibration_images": 0}])
-    assert "1 class at alpha 0.3 (3 calibration images needed, at most 0 found)" in line
+    assert "1 class at alpha 0.3 (3 calibration images needed, at most 0 available)" in line
     (line,) = missing([q_hat_row(0.1, q_hat=nan, calibration_images=0), q_hat_row(0.1, q_hat=nan, cal_size=8)])
-    assert "gives no calibration images; alpha 0.1 needs 9 and --cal_sizes 8 gives" in line
+    assert "gives 0 calibration images; alpha 0.1 needs 9, and --cal_sizes 8 gives" in line
 
 
-def test_tables_show_spreads_over_draws_and_leave_out_empty_and_constant_columns():
-    at = {"score": "thr", "cal_size": 20, "UA": 0.5}
-    row = at | {"alpha": 0.1, "method": "GA", "q_hat": 0.9, "forget_CR": 0.4, "forget_CR_resplit_std": 0.1}
-    row |= {"forget_coverage": 0.7, "forget_coverage_resplit_std": math.nan, "forget_misclassified": 3}
-    other = row | {"alpha": 0.2, "method": "salun"}
-    failed = {"score": "thr", "cal_size": 20, "alpha": 0.1, "method": "sfron", "note": "diverged"}
-    (_, columns, models), (_, set_columns, sets) = main_evaluate.shown_tables([row, other, failed])
-    assert list(columns) == ["method", "UA", "note"] and [one["method"] for one in models] == ["GA", "salun", "sfron"]
-    assert list(set_columns) == ["alpha", "method", "forget_coverage", "forget_CR", "forget_misclassified"]
-    assert [one["method"] for one in sets] == ["GA", "salun"]
-    assert sets[0]["forget_CR"] == utils.Spread(0.4, 0.1)
-    assert sets[0]["forget_coverage"] == 0.7 and sets[0]["forget_misclassified"] == 3
-    several = main_evaluate.shown_tables([row, other | {"score": "aps", "cal_size": 40}])[1][1]
-    assert list(several)[:4] == ["score", "cal_size", "alpha", "method"]
-    assert [heading for heading, *_ in main_evaluate.shown_tables([failed])] == ["Models"]
+# ---------------------------------------------------------------- relearning
 
 
-def test_cells_of_csv_are_empty_for_nan_and_none():
-    text = main_evaluate.as_csv([{"a": 1, "b": math.nan}, {"a": None, "c": 0.5}, {"b": 0.0, "c": "x,y"}])
-    assert text.splitlines() == ["a,b,c", "1,,", ",,0.5", ',0.0,"x,y"']
+def relearning(job, num_steps, *, rate=0.02, cal_size=8):
+    """An evaluation of a job's model with --relearn, its outputs, and no image used so far."""
+    args = flags(seed=3, relearn=num_steps, relearn_rate=rate, resplits=1, batch_size=None)
+    args.cal_sizes = [cal_size]
+    settings = metrics.Settings((0.2,))
+    evaluation = SimpleNamespace(args=args, data=job.data, split=job.split, settings=settings)
+    outputs, _ = main_evaluate.compute_outputs(job.model, evaluation)
+    job.data.train.uses.clear()
+    return outputs, evaluation
+
+
+def relearning_steps(job):
+    """The training images of each step."""
+    return [indices for indices, seed in job.data.train.uses if seed is not None]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 11])
+def test_relearning_measures_at_powers_of_two_and_trains_a_tenth(num_steps):
+    job = small_job("finetune", forget=41)
+    curve = main_evaluate.relearn(job.model, *relearning(job, num_steps))
+    stops = [0, *sorted({1, 2, 4, 8, num_steps} & set(range(num_steps + 1)))]
+    assert curve["step"] == stops and len(curve["accuracy"]) == len(curve["coverage"]) == len(stops)
+    steps, measured, others = 0, [0], None
+    for indices, seed in job.data.train.uses:
+        if seed is not None:
+            steps += 1
+            continue
+        measured.append(steps)
+        others = others or indices
+        assert indices == others
+    assert measured == stops
+    tenth = set(job.split.forget.tolist()) - set(others)
+    assert len(others) == 37 and len(tenth) == 4
+    assert all(sorted(indices) == sorted(tenth) for indices in relearning_steps(job))
+    assert tenth != set(job.split.forget[:4].tolist())  # drawn, not the first
+
+
+def test_relearning_is_sgd_at_a_constant_rate_on_the_forgotten_labels():
+    job = small_job("finetune", forget=41)
+    main_evaluate.relearn(job.model, *relearning(job, 6))
+    net, train = ByHand(SmallNet()), job.data.train
+    assert len(relearning_steps(job)) == 6
+    for indices in relearning_steps(job):
+        logits = net.logits(BRIGHTER * train.inputs[indices], training=True)
+        loss = F.cross_entropy(logits, train.labels[indices])
+        net.descend(net.gradients(loss), rate=0.02, momentum=0.9, weight_decay=5e-4)
+    net.assert_equal(job.model.state_dict())
+
+
+def test_relearning_visits_a_large_tenth_in_near_equal_shuffled_batches():
+    job = small_job("finetune", forget=655)
+    main_evaluate.relearn(job.model, *relearning(job, 4, rate=0.001))
+    steps = relearning_steps(job)
+    assert [len(step) for step in steps] == [33, 32, 33, 32]
+    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) and steps[0] != steps[2]
+    assert len(set(steps[0] + steps[1])) == 65
+
+
+def test_relearning_two_images_trains_on_one_and_one_is_an_error():
+    job = small_job("finetune", forget=2)
+    main_evaluate.relearn(job.model, *relearning(job, 1))
+    assert [len(indices) for indices, _ in job.data.train.uses] == [1, 1]
+    job = small_job("finetune", forget=1)
+    with pytest.raises(utils.UserError, match="--relearn"):
+        main_evaluate.relearn(job.model, *relearning(job, 1))
 
 
 @pytest.mark.parametrize("name", ["thr", "aps"])
-def test_relearning_is_measured_on_the_other_images_with_each_steps_q_hat(bench, monkeypatch, name):
-    """Coverage at each step is under the q̂ of the retained classes at that step."""
-    args = flags(unlearn_type="class", forget_class="bee", cal_sizes=[24], resplits=1, batch_size=None)
-    args.relearn, args.relearn_rate = 2, 0.05
-    split = utils.make_split(bench.data, args, 24)
-    model = bench.network()
-    outputs, _ = main_evaluate.collect_outputs(model, bench.data, split, args)
-    steps = []
-
-    def relearn(model, data, split, seed, steps_to_do, rate, measure):
-        assert (seed, steps_to_do, rate) == (1, 2, 0.05)
-        others = split.forget[torch.tensor([7, 3, 5, 11])]
-        for step in range(3):
-            if step:
-                with torch.no_grad():
-                    model[1].weight.mul_(-1.5)
-            steps.append((step, others, {name: value.clone() for name, value in model.state_dict().items()}))
-            measure(step, others)
-
-    monkeypatch.setattr(main_evaluate.unlearn, "relearn", relearn)
+def test_relearning_measures_the_other_images_under_each_steps_q_hat(bench, monkeypatch, name):
+    """The forget set is not sorted. The q̂ is that of the retained classes."""
+    arguments = ["--unlearn_type", "class", "--forget_class", "bee", "--relearn", 2]
+    evaluation = evaluation_of(bench.data, *arguments, "--resplits", 1)
+    split = replace(evaluation.split, forget=evaluation.split.forget.flip(0))
     score = scores.Score(name, seed=3)
-    chosen = metrics.Settings((0.2, 0.1), (score, scores.Score("saps")))
-    curve = main_evaluate.relearn(model, outputs, bench.data, split, chosen, args)
+    evaluation.split = split
+    evaluation.settings = metrics.Settings((0.2, 0.1), (score, scores.Score("saps")))
+    model = bench.network()
+    outputs, _ = main_evaluate.compute_outputs(model, evaluation)
+    states = [copy.deepcopy(model.state_dict())]
+
+    def train(job, batch_loss, schedule):
+        assert job.model is model and job.seed == 1
+        for epoch in (1, 2):
+            with torch.no_grad():
+                model[1].weight.mul_(-1.5)
+            states.append(copy.deepcopy(model.state_dict()))
+            job.epoch_done({"epoch": epoch})
+
+    monkeypatch.setattr(main_evaluate.unlearn, "train", train)
+    curve = main_evaluate.relearn(model, outputs, evaluation)
+    others = split.forget[utils.permutation(1, "relearn", 20)[2:]]
+    calibration = split.calibration[~split.is_forgotten]
     assert curve["step"] == [0, 1, 2]
-    for number, (_, others, state) in enumerate(steps):
+    for number, state in enumerate(states):
         model.load_state_dict(state)
-        calibration = split.calibration[~split.is_forgotten]
         logits, labels = inference.compute_logits(model, bench.data.held_out, calibration)
-        q_hat = CR.conformal_quantile(score.log_odds(logits, "held_out").gather(1, labels[:, None]).flatten(), 0.2)
+        own = score.log_odds(logits, "held_out").gather(1, labels[:, None]).flatten()
+        q_hat = CR.conformal_quantile(own, 0.2)
         logits, labels = inference.compute_logits(model, bench.data.train, others)
         assert curve["accuracy"][number] == (logits.argmax(dim=1) == labels).double().mean()
         inside = score.log_odds(logits, "forget").gather(1, labels[:, None]) <= q_hat
         assert curve["coverage"][number] == inside.double().mean()
-    too_small = metrics.Settings((0.001,))
-    assert all(map(math.isnan, main_evaluate.relearn(model, outputs, bench.data, split, too_small, args)["coverage"]))
+    evaluation.settings = metrics.Settings((0.001,))
+    coverage = main_evaluate.relearn(model, outputs, evaluation)["coverage"]
+    assert all(map(math.isnan, coverage))
+
+
+# ---------------------------------------------------------------- outputs
 
 
 @pytest.mark.parametrize("unlearn_type", ["random", "class"])
 def test_outputs_hold_each_part_of_the_split(bench, unlearn_type):
-    args = flags(unlearn_type=unlearn_type, cal_sizes=[10, 24], resplits=4, batch_size=7, seed=2)
-    split, model = utils.make_split(bench.data, args, 24), bench.network()
-    outputs, scalars = main_evaluate.collect_outputs(model, bench.data, split, args)
+    arguments = ["--unlearn_type", unlearn_type, "--seed", 2, "--cal_sizes", "10,24"]
+    arguments += ["--resplits", 4, "--batch_size", 7]
+    evaluation, model = evaluation_of(bench.data, *arguments), bench.network()
+    split = evaluation.split
+    outputs, probe_accuracy = main_evaluate.compute_outputs(model, evaluation)
+    held_out = torch.cat([split.calibration, split.test, split.forget_test])
     for part, images, indices in (
         ("retain", bench.data.train, split.retain),
         ("forget", bench.data.train, split.forget),
-        ("held_out", bench.data.held_out, torch.cat([split.calibration, split.test, split.forget_test])),
+        ("held_out", bench.data.held_out, held_out),
     ):
         logits, labels = inference.compute_logits(model, images, indices)
         torch.testing.assert_close(getattr(outputs, part).logits, logits)
         assert torch.equal(getattr(outputs, part).labels, labels)
-    assert torch.equal(outputs.draws, metrics.draw_splits(len(outputs.held_out.labels), 4, 2))
-    assert outputs.cal_sizes == [10, 24]
+    draws = metrics.draw_splits(len(outputs.held_out.labels), 4, 2)
+    assert torch.equal(outputs.draws, draws) and outputs.cal_sizes == [10, 24]
     if unlearn_type == "random":
-        assert outputs.forgotten is None and scalars == {}
+        assert outputs.forgotten is None and probe_accuracy == {}
     else:
         assert torch.equal(outputs.forgotten, outputs.held_out.labels == split.forget_class)
-        assert set(scalars) == {"probe_forget", "probe_retain"}
+        assert set(probe_accuracy) == {"probe_forget", "probe_retain"}
 
 
 def test_features_enter_the_last_layer_of_any_network(bench):
@@ -797,10 +903,9 @@ def test_features_enter_the_last_layer_of_any_network(bench):
     torch.testing.assert_close(features, images.flatten(1))
 
 
-def test_settings_hold_the_flags():
-    args = flags(alphas=[0.1], score=["thr", "raps"], set_sizes=[2], not_randomized=True, raps_penalty=0.3, raps_k=4)
-    args.saps_weight, args.seed = 0.7, 9
-    found = main_evaluate.settings_of(args)
-    assert found == metrics.Settings(
-        (0.1,), tuple(scores.Score(name, False, 0.3, 4, 0.7, 9) for name in ("thr", "raps")), (2,), 9
-    )
+def test_settings_hold_the_flags(bench):
+    arguments = ["--alphas", "0.1", "--score", "thr,raps", "--set_sizes", "2", "--not_randomized"]
+    arguments += ["--raps_penalty", 0.3, "--raps_k", 4, "--saps_weight", 0.7, "--seed", 9]
+    chosen = tuple(scores.Score(name, False, 0.3, 4, 0.7, 9) for name in ("thr", "raps"))
+    expected = metrics.Settings((0.1,), chosen, (2,), 9)
+    assert evaluation_of(bench.data, *arguments).settings == expected
