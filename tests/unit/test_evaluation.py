@@ -673,7 +673,7 @@ def test_an_alpha_above_the_error_rate_is_said():
     tables = [[advised(q_hat=0.3), advised(method="salun"), advised(method="salun", alpha=0.2, q_hat=0.1)]]
     tables[0] += [advised(alpha=0.2, q_hat=0.4), advised(score="aps", q_hat=0.1, alpha=0.3), advised(q_hat=math.nan)]
     (line,) = notes.advice(tables)
-    assert line.startswith("alpha above the error rate (0.1 for GA; 0.2 for all): q̂ < 0.5 there")
+    assert line.startswith("alpha above the error rate (0.1 for GA; 0.2 for all): q̂ < 0.5,")
     (line,) = notes.advice([*tables, [advised()]])
     assert "(0.1 for GA; 0.2 for all, in at least one seed)" in line
     assert notes.advice([[advised(), {"method": "sfron", "note": "diverged"}]]) == []

@@ -16,7 +16,8 @@ from PIL import Image
 from scipy.optimize import minimize
 
 import metrics
-from metrics import CR, figures, html_report, scores
+from metrics import CR, Spread, scores
+from metrics.report import figures, page
 
 STRANGE = {
     "mathematics": "$x$ costs $5_{^\\frac",
@@ -68,12 +69,13 @@ IMAGE = np.zeros((4, 4, 3), dtype=np.uint8)
 def figure_of(kind, names):
     """One of the pictures, with ``names`` as those of methods or classes."""
     if kind == "fake_sheet":
-        entries = [(IMAGE, number, number, [number]) for number in range(len(names))]
-        return figures.fake_sheet(entries, names, "".join(names))
+        numbers = range(len(names))
+        images = [figures.SheetImage(IMAGE, number, number, [number]) for number in numbers]
+        return figures.fake_sheet(images, names, "".join(names))
     numbers = {
         "against_alpha": curve_numbers([0.1, 0.2]),
         "ratio_plane": (0.1, 0.2),
-        "fake_bars": (10, 5, 20),
+        "fake_bars": figures.FakeCounts(10, 5, 20),
         "score_histograms": histogram_numbers(),
         "relearn_curves": {"step": [0, 1], "accuracy": [0, 1], "coverage": [0, 1]},
     }[kind]
@@ -144,7 +146,7 @@ def test_character_that_matplotlibs_font_lacks_is_drawn_with_a_font_that_has_it(
     assert figures.font_families(["cat", "猫 é α →"]) == ["DejaVu Sans", font_of_one_character]
     assert figures.font_families(["cat é α →"]) == ["DejaVu Sans"]
     assert figures.font_families(["\udce9\x00"]) == ["DejaVu Sans"]
-    figure = figures.fake_bars({"猫": (1, 1, 2)}, 0.1)
+    figure = figures.fake_bars({"猫": figures.FakeCounts(1, 1, 2)}, 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of a glyph that it cannot draw
         figure.draw_without_rendering()
@@ -203,6 +205,7 @@ def test_methods_differ_in_color_marker_or_line():
     assert found["original"][2] == ":" and found["retrain"][2] == "-"
     for name in methods[1:]:
         assert found[f"cpu_{name}"] == (*found[name][:2], "--")
+        assert found[name].face == found[name].color and found[f"cpu_{name}"].face == "white"
     assert [found[f"method{number}"][0] for number in range(6)] == list(figures.PALETTE)
     assert [found[f"method{number}"][1] for number in range(12)] == list(figures.MARKERS)
 
@@ -299,8 +302,9 @@ def test_relearning_curves_show_every_known_number():
     for line, name in zip(accuracy.lines, found, strict=True):
         assert_looks(line, name, found)
     assert legend(figure) == ["retrain", "ga"] and not coverage.texts
-    assert all(axis.get_xlabel() == "steps of training on a tenth" for axis in figure.axes)
-    assert "tenth" in figure.get_suptitle()
+    label = "training steps on a tenth of the forget images"
+    assert all(axis.get_xlabel() == label for axis in figure.axes)
+    assert "nine tenths" in figure.get_suptitle()
     many = figures.relearn_curves({f"m{number}": found["ga"] for number in range(40)}, 0.1)
     assert many.get_figheight() > 2 * figure.get_figheight()
     figure = figures.relearn_curves({"ga": found["retrain"]}, 0.1)
@@ -399,6 +403,7 @@ def test_bars_show_shares_of_the_forget_images():
         "nothing": (None, None, 80),
         "no images": (3, 1, None),
     }
+    counts = {name: figures.FakeCounts(*numbers) for name, numbers in counts.items()}
     figure = figures.fake_bars(counts, 0.05)
     (axis,) = figure.axes
     bars = [
@@ -439,19 +444,20 @@ def test_bars_show_shares_of_the_forget_images():
 
 
 def test_bars_without_any_number_say_so():
-    figure = figures.fake_bars({"ga": (3, math.nan, 8), "retrain": (2, None, 8)}, 0.1)
+    counts = {"ga": (3, math.nan, 8), "retrain": (2, None, 8)}
+    counts = {name: figures.FakeCounts(*numbers) for name, numbers in counts.items()}
+    figure = figures.fake_bars(counts, 0.1)
     assert [text.get_text().strip() for text in figure.axes[0].texts] == ["no finite q̂", "– of 3", "– of 2"]
     assert not figure.axes[0].patches
-    assert figures.fake_bars({"ga": (3, 1, 8)}, 0.1).axes[0].texts[0].get_text() == " 1 of 3 (33%)"
-
-
-def test_counts_are_whole_or_have_one_decimal():
-    counts = {5: "5", 6.0: "6", 0: "0", 2.25: "2.2", 99.96: "100.0", 100.4: "100", 1234.5: "1234", math.nan: "–"}
-    assert {count: figures._short(count) for count in counts} == counts
+    known = figures.fake_bars({"ga": figures.FakeCounts(3, 1, 8)}, 0.1)
+    assert known.axes[0].texts[0].get_text() == " 1 of 3 (33%)"
 
 
 def test_figure_of_bars_grows_with_the_methods():
-    few, many = (figures.fake_bars({f"m{i}": (1, 1, 2) for i in range(count)}, 0.1) for count in (2, 22))
+    few, many = (
+        figures.fake_bars({f"m{i}": figures.FakeCounts(1, 1, 2) for i in range(count)}, 0.1)
+        for count in (2, 22)
+    )
     assert many.get_figheight() - few.get_figheight() == pytest.approx(20 * figures.SIZES["bars"][2])
 
 
@@ -497,7 +503,7 @@ def test_histograms_show_the_share_of_each_part_by_score():
     box = area.get_extents().transformed(axis.transData.inverted())
     assert (box.x0, box.x1) == (pytest.approx(-14), pytest.approx(math.log(3)))
     assert axis.get_title() == "ga" and other.get_title() == "retrain (no finite q̂)" and not other.lines
-    assert legend(figure) == [*figures.PARTS, "q̂: what is left of it is in the set"]
+    assert legend(figure) == [*figures.PARTS, "q̂: labels to its left are in the set"]
     handles = figure.legends[0].legend_handles
     assert [(rgb(h.get_color()), h.get_linestyle()) for h in handles] == [
         *((rgb(colour), line) for colour, line in figures.PARTS.values()), (rgb(figures.GREEN), "-"),
@@ -535,22 +541,28 @@ def test_histogram_data_are_the_scores_of_the_splits_own_parts():
     forget, retain, held_out = output(5), output(9), output(40)
     draws = metrics.draw_splits(40, 3, seed=1)
     outputs = metrics.Outputs(forget, retain, held_out, [10, 20], draws)
-    found = figures.histogram_data(outputs, metrics.Settings((0.1, 0.4)))
+    settings = metrics.Settings((0.1, 0.4))
+    found = figures.histogram_data(metrics.ConformalScores(outputs, settings))
     own = scores.true_label_scores(*held_out)
     assert found["forget"].tolist() == scores.true_label_scores(*forget).tolist()
     assert found["calibration"].tolist() == own[:20].tolist() and found["test"].tolist() == own[20:].tolist()
     assert found["q_hat"] == pytest.approx(CR.conformal_quantile(own[:20], 0.1))
-    assert math.isnan(figures.histogram_data(outputs, metrics.Settings((0.01,)))["q_hat"])
+    too_few = metrics.ConformalScores(outputs, metrics.Settings((0.01,)))
+    assert math.isnan(figures.histogram_data(too_few)["q_hat"])
 
 
 # ---------------------------------------------------------------- sheet
+
+
+def sheet(*images):
+    return [figures.SheetImage(*image) for image in images]
 
 
 def test_sheet_shows_each_image_with_its_answer_and_set():
     classes = ["cat", "dog", "eel", *(f"class number {number}" for number in range(3, 12))]
     images = [np.full((4, 4, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
     entries = [(images[0], 0, 1, [1, 0]), (images[1], 2, 0, list(range(12))), (images[2], 1, 2, [])]
-    figure = figures.fake_sheet(entries, classes, "the title")
+    figure = figures.fake_sheet(sheet(*entries), classes, "the title")
     assert len(figure.axes) == 3 and not any(axis.axison for axis in figure.axes)
     assert [axis.images[0].get_array()[0, 0, 0] for axis in figure.axes] == [10, 20, 30]
     titles = [axis.get_title() for axis in figure.axes]
@@ -562,9 +574,8 @@ def test_sheet_shows_each_image_with_its_answer_and_set():
     )
     assert figure.get_suptitle() == "the title"
     assert {axis.images[0].get_interpolation() for axis in figure.axes} == {"nearest"}
-    assert (
-        figures.fake_sheet([(images[0], 0, 1, list(range(8)))], classes, "").axes[0].get_title().endswith("number 7}")
-    )
+    eight = figures.fake_sheet(sheet((images[0], 0, 1, list(range(8)))), classes, "")
+    assert eight.axes[0].get_title().endswith("number 7}")
 
 
 def test_long_title_of_sheet_is_shortened():
@@ -582,13 +593,13 @@ def test_sheet_without_images_says_why():
 
 @pytest.mark.parametrize(("count", "panels"), [(1, 1), (6, 6), (7, 12), (18, 18)])
 def test_sheet_has_rows_of_six(count, panels):
-    figure = figures.fake_sheet([(IMAGE, 0, 0, [0])] * count, ["cat"], "title")
+    figure = figures.fake_sheet(sheet(*[(IMAGE, 0, 0, [0])] * count), ["cat"], "title")
     assert len(figure.axes) == panels and sum(bool(axis.images) for axis in figure.axes) == count
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(0, 1, 1), (1, 1, 1), (5, 5, 1), (6, 6, 1), (7, 6, 2)])
 def test_figure_of_panels_grows_with_its_rows_and_columns(count, columns, rows):
-    figure = figures.fake_sheet([(IMAGE, 0, 0, [0])] * count, ["cat"], "title")
+    figure = figures.fake_sheet(sheet(*[(IMAGE, 0, 0, [0])] * count), ["cat"], "title")
     width, height, around = figures.SIZES["sheet"]
     assert figure.get_size_inches().tolist() == pytest.approx([columns * width, rows * height + around])
 
@@ -627,6 +638,14 @@ def test_overview_draws_the_rows_of_the_score_and_size_at_the_smallest_alpha():
 
 
 KEYS = {"score": "thr", "cal_size": 20, "alpha": 0.05, "note": "it failed"}
+
+
+def test_overview_draws_the_means_of_numbers_with_a_spread():
+    plain = row("ga", 0.1, 0.5)
+    keys = ("test_coverage", "test_CR", "forget_coverage", "forget_CR", "forget_fake")
+    varied = plain | {key: Spread(plain[key], 0.1) for key in keys}
+    for name, (_, figure) in figures.overview([varied], "thr", 20).items():
+        assert page.png(figure) == page.png(figures.overview([plain], "thr", 20)[name][1])
 
 
 def test_overview_of_class_forgetting_judges_by_the_retained_classes():
@@ -670,7 +689,7 @@ def test_names_of_any_characters_are_drawn_as_plain_text_without_warnings(kind):
     figure.set_dpi(20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Image.open(io.BytesIO(html_report.png(figure))).size[0] > 50
+        assert Image.open(io.BytesIO(page.png(figure))).size[0] > 50
     shown = [text for text in figure.findobj(Text) if text.get_text()]
     for name in names:
         named = [text for text in shown if figures.printable(name) in text.get_text()]
