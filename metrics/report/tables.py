@@ -205,13 +205,17 @@ def _short_set_lines(rows):
     if table is None:
         return []
     headings, *lines = lines_of(fit(table, (f"{judged}_CR",)))
-    blocks = {}
+    blocks, known = {}, set()
     for row, line in zip(rows, lines, strict=True):
-        blocks.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(line)
+        key = tuple(row[key] for key in KEYS[:-1])
+        blocks.setdefault(key, []).append(line)
+        if has_number(table.columns, row):
+            known.add(key)
     printed = []
-    for (score, cal_size, alpha), block in blocks.items():
+    for key, block in blocks.items():
+        score, cal_size, alpha = key
         title = f"alpha {alpha:g} (score {score}, {cal_size} calibration images)"
-        printed += [title, headings, *block, ""]
+        printed += [title, headings, *block, ""] if key in known else [f"{title}: no finite q̂", ""]
     return printed
 
 
@@ -239,10 +243,15 @@ def heading_of(column):
 def filled_table(heading, columns, rows):
     """The :class:`Table` of the columns that some row fills. None where no row has a number."""
     filled = {key: column for key, column in columns.items() if any(key in row for row in rows)}
-    numeric = [key for key, column in filled.items() if column.kind != "text"]
-    if all(is_missing(mean_of(row.get(key))) for key in numeric for row in rows):
+    if not any(has_number(filled, row) for row in rows):
         return None
     return Table(heading, filled, rows)
+
+
+def has_number(columns, row):
+    """Whether a row has a number in one of the columns."""
+    numeric = [key for key, column in columns.items() if column.kind != "text"]
+    return any(not is_missing(mean_of(row.get(key))) for key in numeric)
 
 
 def without_constant(table, keys):

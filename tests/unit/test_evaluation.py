@@ -165,10 +165,8 @@ def test_what_an_infinite_q_hat_judges_is_empty_in_every_file(scored, evaluated)
         assert {key: row[key] != "" for key in judged} == dict.fromkeys(judged, known)
         assert (row["CR_word"] != "") == known and row["UA_word"] != "" and row["gap"] != ""
         assert row["forget_misclassified"] != "" and row["coverage_outside"] == "False"
-    for row in printed_sets(said, 0.01).values():
-        assert re.fullmatch(r"– of \d+", row.pop("fake of wrong")) and row.pop("method")
-        assert set(row.values()) == {"–"}
-    assert len(printed_sets(said, 0.01)) == len(printed_sets(said, 0.2)) == 4
+    assert "\nalpha 0.01 (score thr, 24 calibration images): no finite q̂\n" in said
+    assert len(printed_sets(said, 0.2)) == 4
     found = json.loads((bench.folder() / "GA/results.json").read_text())["metrics"]["conformal"]
     assert found[0]["forget_coverage"] is None and found[0]["CR_word"] is None and found[1]["forget_coverage"] > 0
     sample = bench.table("GA/samples.csv")[0]

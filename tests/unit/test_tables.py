@@ -208,8 +208,11 @@ def test_short_tables_without_finite_q_hat_show_no_sets():
     unknown = dict.fromkeys(("forget_coverage", "forget_set_size", "forget_CR"), NAN)
     unknown |= {"test_coverage": NAN, "test_CR": NAN, "forget_fake": NAN}
     assert not any("alpha" in line for line in tables.short_lines([set_row(0.01, "GA", **unknown)]))
-    lines = tables.short_lines([set_row(0.01, "GA", **unknown), set_row(0.1, "GA")])
-    assert any("– of 10" in line for line in lines)
+    rows = [set_row(0.01, "GA", **unknown), set_row(0.1, "GA"), set_row(0.1, "mine", **unknown)]
+    lines = tables.short_lines(rows)[4:]
+    assert lines[:2] == ["alpha 0.01 (score thr, 20 calibration images): no finite q̂", ""]
+    assert lines[2] == "alpha 0.1 (score thr, 20 calibration images)" and len(lines) == 7
+    assert lines[5].split() == ["mine", *"–––––", *"–", "of", "10", "over-forgets"]
 
 
 def test_deviations_are_dropped_from_all_columns_but_the_deciding_ones():
