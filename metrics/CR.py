@@ -1,11 +1,13 @@
-"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403), ECF and EuCF (2508.03245).
+"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403), ECF and
+EuCF (2508.03245).
 
-Everything here is a pure function of tensors. The metrics of a group of images need two facts per image: whether its
-own label is in its prediction set, and how many labels the set holds. Both may have leading dimensions, one per q̂.
-Which q̂ judges which images is decided in :mod:`metrics.conformal`.
+Everything here is a pure function of tensors. The metrics of a group of images need two facts per
+image: whether its own label is in its prediction set, and how many labels the set holds. Both may
+have leading dimensions, one per q̂. Which q̂ judges which images is decided in
+:mod:`metrics.conformal`.
 
-Where too few images calibrate, q̂ is infinite and every set holds every label, whatever the model does.
-:func:`finite_quantile` alone decides this. A q̂ of NaN makes every number that it judges NaN.
+Where too few images calibrate, q̂ is infinite and every set holds every label, whatever the model
+does. :func:`finite_quantile` alone decides this. A q̂ of NaN makes every number that it judges NaN.
 """
 
 import math
@@ -135,7 +137,8 @@ ROUNDING = 1e-12  # of a mean coverage
 def conformal_quantile(scores, alpha):
     """q̂: the k-th smallest of n calibration scores, k = ⌈(n+1)(1−α)⌉; infinity where k > n.
 
-    ``scores`` is a tensor of n values. An exact order statistic. Raises ValueError for an α outside (0, 1).
+    ``scores`` is a tensor of n values. An exact order statistic. Raises ValueError for an α outside
+    (0, 1).
     """
     k = quantile_rank(scores.numel(), alpha)
     if k > scores.numel():
@@ -164,18 +167,21 @@ def quantile_rank(n, alpha):
 
 
 def at_most_one_label(q_hat):
-    """Whether no set of the score 1 − p can hold two labels: q̂ < 1/2, i.e. α is above the model's error rate.
+    """Whether no set of the score 1 − p can hold two labels: q̂ < 1/2, i.e. α is above the model's
+    error rate.
 
-    S ≤ q̂ then means a probability above 1/2. Coverage and Set Size fall together and CR tends to 1 on forget and test
-    images alike, so such an α says nothing about forgetting.
+    S ≤ q̂ then means a probability above 1/2. Coverage and Set Size fall together and CR tends to 1
+    on forget and test images alike, so such an α says nothing about forgetting.
     """
     return q_hat < 0.5
 
 
 def judged_forget_images(row):
-    """The group of a row that tells how much was forgotten: ``forget``, or ``forget_by_retain`` for a forgotten class.
+    """The group of a row that tells how much was forgotten: ``forget``, or ``forget_by_retain`` for
+    a forgotten class.
 
-    Calibrated on the forgotten class's own images, a model that has forgotten the class answers with every label.
+    Calibrated on the forgotten class's own images, a model that has forgotten the class answers
+    with every label.
     """
     return "forget_by_retain" if "forget_by_retain_CR" in row else "forget"
 
@@ -201,7 +207,8 @@ def set_size(sizes):
 
 
 def conformal_ratio(inside, sizes):
-    """The paper's CR = Coverage / Set Size; 0 where every set is empty. Low on forget images, high on test images.
+    """The paper's CR = Coverage / Set Size; 0 where every set is empty. Low on forget images, high
+    on test images.
 
     Booleans and numbers …×N → …, float64.
     """
@@ -216,7 +223,8 @@ def ratio_error(inside, sizes):
 
 
 def fake_forgetting(inside, misclassified):
-    """How many misclassified images still have their own label in the set (the paper's fake forgetting).
+    """How many misclassified images still have their own label in the set (the paper's fake
+    forgetting).
 
     Booleans …×N and N → …, int64.
     """
@@ -234,10 +242,12 @@ def efficient_miscoverage(inside, sizes, d):
 
 
 def coverage_law(n, m, alpha):
-    """The exact law of how many of m test images n calibration images cover, for exchangeable scores without ties.
+    """The exact law of how many of m test images n calibration images cover, for exchangeable
+    scores without ties.
 
-    beta-binomial(m; k, n + 1 − k), the beta law of split conformal prediction seen through m images (Vovk 2012,
-    1209.2673). Returns a frozen scipy distribution, or None where q̂ is infinite and all images are covered.
+    beta-binomial(m; k, n + 1 − k), the beta law of split conformal prediction seen through m images
+    (Vovk 2012, 1209.2673). Returns a frozen scipy distribution, or None where q̂ is infinite and
+    all images are covered.
     """
     from scipy import stats  # imports slowly (one second)
 
@@ -248,8 +258,9 @@ def coverage_law(n, m, alpha):
 def describe(part, q_hats, set_sizes=()):
     """Every metric of one group of images under each of Q thresholds: a dict of tensors Q, float64.
 
-    ``part`` is a :class:`metrics.conformal.PartScores`, ``q_hats`` are Q log-odds, ``set_sizes`` the c of ECF@c and
-    EuCF@c. Numbers under a q̂ of NaN are NaN, except the number of misclassified images, which no q̂ judges.
+    ``part`` is a :class:`metrics.conformal.PartScores`, ``q_hats`` are Q log-odds, ``set_sizes``
+    the c of ECF@c and EuCF@c. Numbers under a q̂ of NaN are NaN, except the number of misclassified
+    images, which no q̂ judges.
     """
     chunks = torch.as_tensor(q_hats, dtype=torch.float64).split(THRESHOLDS_PER_CHUNK)
     described = [_describe_chunk(part, chunk, set_sizes) for chunk in chunks]
@@ -278,10 +289,11 @@ def _describe_chunk(part, q_hats, set_sizes):
 
 
 def over_draws(values):
-    """A number over the draws as :class:`Spread`. Values R, float64 → Spread, or a float for one draw.
+    """A number over the draws as :class:`Spread`. Values R, float64 → Spread, or a float for one
+    draw.
 
-    The first draw is the split itself: where it does not know the number (NaN), the result is NaN. Other draws that do
-    not know it are left out.
+    The first draw is the split itself: where it does not know the number (NaN), the result is NaN.
+    Other draws that do not know it are left out.
     """
     known = values[:1] if values[0].isnan() else values[~values.isnan()]
     agree = bool((known == known[0]).all())
@@ -296,11 +308,12 @@ def over_draws(values):
 def report(outputs, conformal_scores, settings):
     """All conformal numbers of one model, per (score, calibration size, α). Returns ``({}, rows)``.
 
-    A number that varies over the draws is a :class:`Spread`. The groups of images and the q̂ that judges each are those
-    of :meth:`metrics.conformal.ConformalScores.judgements`. ``theory_coverage`` is the mean test coverage that
-    exchangeability gives, and ``coverage_outside`` says that the test coverage contradicts it.
-    ``calibration_images`` counts those of the split itself. ``draws_left_out`` counts the draws without a finite q̂
-    where the split has one. Where classes are forgotten both are also given with the prefix ``forget_``.
+    A number that varies over the draws is a :class:`Spread`. The groups of images and the q̂ that
+    judges each are those of :meth:`metrics.conformal.ConformalScores.judgements`.
+    ``theory_coverage`` is the mean test coverage that exchangeability gives, and
+    ``coverage_outside`` says that the test coverage contradicts it. ``calibration_images`` counts
+    those of the split itself. ``draws_left_out`` counts the draws without a finite q̂ where the
+    split has one. Where classes are forgotten both are also given with the prefix ``forget_``.
     """
     rows = {}
     for score in settings.scores:
@@ -352,7 +365,8 @@ def _reported(key, values):
 
 
 def _calibration_facts(outputs, size, numbers):
-    """How many images calibrate each q̂, and how many draws have no finite q̂ where the split has one.
+    """How many images calibrate each q̂, and how many draws have no finite q̂ where the split has
+    one.
 
     ``numbers`` holds ``q_hat`` R and, where classes are forgotten, ``q_hat_forget`` R.
     """
@@ -370,11 +384,13 @@ def _calibration_facts(outputs, size, numbers):
 
 
 def _against_theory(outputs, size, alpha, test_coverage):
-    """The test coverage that the theory expects (a :class:`Spread`), and whether the measured one (R) contradicts it.
+    """The test coverage that the theory expects (a :class:`Spread`), and whether the measured one
+    (R) contradicts it.
 
-    One draw contradicts the theory outside its central 99.9 %, many draws where their mean is four standard errors off.
-    Where classes are forgotten the draws differ in how many retained images calibrate, and the theory is the mixture.
-    Draws without a finite q̂ are left out. A split without one has no theory.
+    One draw contradicts the theory outside its central 99.9 %, many draws where their mean is four
+    standard errors off. Where classes are forgotten the draws differ in how many retained images
+    calibrate, and the theory is the mixture. Draws without a finite q̂ are left out. A split
+    without one has no theory.
     """
     if test_coverage[0].isnan():
         return {"theory_coverage": Spread(math.nan, math.nan), "coverage_outside": False}

@@ -1,28 +1,71 @@
-"""Membership inference: the SVM attacks on five features, and the ranking attack on confidence.
+"""Membership inference: SVM attacks on five features, and the ranking attack on confidence.
 
-An attack is trained on equally many retain images (members) and test images (non-members); its target is the forget
-images. The features are those of Song & Mittal 2021 (2003.10595), the SVM (RBF, C = 3, γ = 1 / number of features)
-that of the unlearning literature.
+Five attacks are trained per model, one on each feature: on retain images (members) and as many test
+images of the split (non-members), see :func:`attack_images`. Their targets are the forget images.
+The features are those of Song & Mittal 2021 (2003.10595), the SVM is that of the unlearning
+literature (:mod:`metrics.attack`).
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from . import scores, svm
+from . import attack, scores
 from .columns import Column
 
 COLUMNS = {
-    "MIA": Column("MIA", "percent"),
-    "MIA_privacy": Column("privacy", "percent"),
-    "AUC": Column("AUC", "number"),
-    "TPR@1%": Column("TPR@1%", "percent"),
-    "TPR@0.1%": Column("TPR@.1%", "percent"),
+    "MIA": Column(
+        "MIA",
+        "percent",
+        "near Retrain",
+        "MIA efficacy: share of the forget images that an SVM on the confidence in the true label calls non-members",
+    ),
+    "MIA_privacy": Column(
+        "privacy",
+        "percent",
+        "near 50",
+        "accuracy of this attack on retain and held-out images that it was not trained on; 50 % is a coin flip",
+    ),
+    "AUC": Column(
+        "AUC",
+        "number",
+        "near Retrain",
+        "area under the ROC curve of telling forget images from test images by confidence; 0.5 cannot tell them apart",
+    ),
+    "TPR@1%": Column(
+        "TPR@1%",
+        "percent",
+        "near Retrain",
+        "share of the forget images taken for training images at a threshold that 1 % of the test images pass",
+    ),
+    "TPR@0.1%": Column(
+        "TPR@.1%",
+        "percent",
+        "near Retrain",
+        "the same at a threshold that 0.1 % of the test images pass",
+    ),
 }
-C = 3.0
-FOLDS = 5
+CSV_COLUMNS = {
+    "MIA_<feature>": Column(
+        "",
+        "percent",
+        "near Retrain",
+        "MIA efficacy of the attack on another feature: correctness, entropy, modified entropy, or all probabilities",
+    ),
+    "MIA_<feature>_privacy": Column(
+        "", "percent", "near 50", "accuracy of that attack, like MIA_privacy"
+    ),
+}
+KEYS = {  # of each feature's attack
+    "correctness": "MIA_correctness",
+    "confidence": "MIA",
+    "entropy": "MIA_entropy",
+    "modified entropy": "MIA_modified_entropy",
+    "probabilities": "MIA_probabilities",
+}
 FALSE_POSITIVES = (0.01, 0.001)
 
 
@@ -63,46 +106,9 @@ def attack_features(logits, labels):
     return {name: values.reshape(len(labels), -1).numpy() for name, values in found.items()}
 
 
-def check_sizes(members, non_members):
-    """Raises ValueError for unequal numbers of members and non-members, or fewer than five."""
-    if members != non_members or members < FOLDS:
-        raise ValueError(
-            f"the attack trains on equally many, at least {FOLDS}, members and non-members; "
-            f"found {members} and {non_members}"
-        )
-
-
-class Attack:
-    """An RBF SVM that tells members from non-members by features N×d (equally many of each, at least five).
-
-    Decides what scikit-learn's ``SVC(C=3, gamma="auto")`` decides, and is trained by :mod:`metrics.svm`. Where members
-    and non-members have the same features, e.g. one constant, no decision means anything, and ``tells_apart`` is False.
-    Raises ValueError as :func:`check_sizes` does.
-    """
-
-    def __init__(self, members, non_members):
-        check_sizes(len(members), len(non_members))
-        points = np.concatenate([members, non_members])
-        signs = torch.from_numpy(np.repeat([1.0, -1.0], len(members)))
-        self._system = svm.system_of(points)
-        self._weights, tells_apart = svm.solve(
-            self._system, signs, torch.full((1, len(points)), C).double()
-        )
-        self.tells_apart = tells_apart.item()
-
-    def decide(self, points):
-        """+1 (member), −1 (non-member) or 0 (a decision of zero to rounding) for features N×d → N, numpy."""
-        decisions = self._system.decision(points, self._weights)[0].numpy()
-        return np.sign(np.trunc(decisions / svm.ROUNDING))
-
-    def says_member(self, points):
-        """Booleans N for features N×d. A decision of zero says non-member, as in scikit-learn."""
-        return self.decide(points) > 0
-
-
 def ranking_attack(member_scores, non_member_scores):
-    """How well confidence ranks members before non-members: area under the ROC curve, and the true-positive rates at
-    1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
+    """How well confidence ranks members before non-members: area under the ROC curve, and the
+    true-positive rates at 1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
 
     Both are scores, 1 − p_y or what increases with it: log-odds distinguish what is nearly certain.
     → (AUC, [TPR, ...]), NaN where one of the two is empty.
@@ -116,67 +122,96 @@ def ranking_attack(member_scores, non_member_scores):
     return float(roc_auc_score(membership, confidence)), rates
 
 
-def divide(outputs, seed, draw=0):
-    """The images of an attack: members held out and trained on (indices into retain), non-members held out and
-    trained on (indices into held_out), for one draw of the held-out images.
+class AttackImages(NamedTuple):
+    """The images of the attacks: indices into retain (members) and into held_out (non-members).
 
-    As many retain images as the largest calibration set (at most half) are held out, and as many as there are test
-    images of the rest train the attack.
+    The attacks are trained on ``members`` and ``non_members``, equally many. The privacy of an
+    attack is measured on the other two, which train no attack.
     """
-    rng = np.random.default_rng([seed, draw])
+
+    members: torch.Tensor
+    non_members: torch.Tensor
+    held_members: torch.Tensor
+    held_non_members: torch.Tensor
+
+
+def attack_images(outputs, seed):
+    """The :class:`AttackImages` of the split itself, in an order drawn by the seed.
+
+    As many retain images are held out as the largest calibration set has (at most half of them). As
+    many of the others as there are test images train the attacks, on as many test images. Where a
+    class is forgotten, calibration and test images are those of the retained classes.
+    """
+    rng = np.random.default_rng([seed, 0])
     members = torch.from_numpy(rng.permutation(len(outputs.retain.labels)))
-    calibration, test = outputs.calibration(max(outputs.cal_sizes), draw), outputs.test(draw)
+    calibration, test = outputs.calibration(max(outputs.cal_sizes)), outputs.test()
     held_out = min(len(members) // 2, len(calibration))
     trained = min(len(members) - held_out, len(test))
     test = test[torch.from_numpy(rng.permutation(len(test)))]
-    return members[:held_out], members[held_out : held_out + trained], calibration, test[:trained]
+    return AttackImages(
+        members=members[held_out : held_out + trained],
+        non_members=test[:trained],
+        held_members=members[:held_out],
+        held_non_members=calibration,
+    )
 
 
-def attack_shares(members, non_members, held_members, held_non_members, targets):
-    """An attack's efficacy, the share of ``targets`` that it calls non-members, and its privacy: its accuracy on
-    members and non-members that it was not trained on. Arrays of features N×d → two floats in [0, 1].
+class AttackShares(NamedTuple):
+    """How well an attack works, two floats in [0, 1] or NaN.
 
-    Both are NaN where the attack has no answer: fewer than five images to train on, or features that do not differ
-    between members and non-members. A share of no images is NaN too, and so is one of images that are all undecided.
+    ``efficacy`` is the share of the targets that it calls non-members, ``privacy`` the accuracy on
+    members and non-members that it was not trained on.
     """
-    if len(members) < FOLDS:
-        return math.nan, math.nan
-    attack = Attack(members, non_members)
-    if not attack.tells_apart:
-        return math.nan, math.nan
+
+    efficacy: float
+    privacy: float
+
+
+def attack_shares(features, forget_features):
+    """The :class:`AttackShares` of an attack on one kind of feature.
+
+    ``features`` are the :class:`AttackImages`' N×d features, ``forget_features`` the targets' M×d.
+    Both shares are NaN where the attack has no answer: fewer than five images to train on, or
+    features that do not differ between members and non-members. A share of no images is NaN too.
+    """
+    if len(features.members) < attack.FOLDS:
+        return AttackShares(math.nan, math.nan)
+    trained = attack.Attack(features.members, features.non_members)
+    if not trained.tells_apart:
+        return AttackShares(math.nan, math.nan)
 
     def member_share(points):
-        decided = attack.decide(points)
-        return float((decided > 0).mean()) if decided.any() else math.nan
+        return float(trained.says_member(points).mean()) if len(points) else math.nan
 
-    privacy = (member_share(held_members) + 1 - member_share(held_non_members)) / 2
-    return 1 - member_share(targets), privacy
+    held_members = member_share(features.held_members)
+    held_non_members = member_share(features.held_non_members)
+    privacy = (held_members + 1 - held_non_members) / 2
+    return AttackShares(1 - member_share(forget_features), privacy)
 
 
 def report(outputs, conformal_scores, settings):
-    """For each attack its efficacy on the forget images (``MIA`` is the attack on confidence) and its accuracy on
-    members and non-members that it was not trained on (privacy: a half is best); AUC and true-positive rates of
-    telling the forget images from test images by confidence. NaN where there is nothing to say. Returns
-    ``(scalars, {})``."""
-    # As NumPy: an array that a tensor of one element indexes loses a dimension.
-    held_members, members, held_non_members, non_members = (
-        part.numpy() for part in divide(outputs, settings.seed)
-    )
+    """The attacks' efficacy on the forget images and their privacy, and the ranking attack. Returns
+    ``(scalars, {})``.
+
+    ``MIA`` is the attack on confidence. The ranking attack tells the forget images from the test
+    images of the split by their confidence. NaN where an attack has no answer.
+    """
+    images = attack_images(outputs, settings.seed)
     retain = attack_features(*outputs.retain)
     held_out = attack_features(*outputs.held_out)
     forget = attack_features(*outputs.forget)
     scalars = {}
-    for name, features in retain.items():
-        key = "MIA" if name == "confidence" else f"MIA_{name.replace(' ', '_')}"
-        scalars[key], scalars[f"{key}_privacy"] = attack_shares(
-            members=features[members],
-            non_members=held_out[name][non_members],
-            held_members=features[held_members],
-            held_non_members=held_out[name][held_non_members],
-            targets=forget[name],
+    for name, key in KEYS.items():
+        features = AttackImages(
+            members=retain[name][images.members.numpy()],
+            non_members=held_out[name][images.non_members.numpy()],
+            held_members=retain[name][images.held_members.numpy()],
+            held_non_members=held_out[name][images.held_non_members.numpy()],
         )
-    scalars["AUC"], (scalars["TPR@1%"], scalars["TPR@0.1%"]) = ranking_attack(
+        scalars[key], scalars[f"{key}_privacy"] = attack_shares(features, forget[name])
+    ranking = ranking_attack(
         scores.true_label_log_odds(*outputs.forget),
         scores.true_label_log_odds(*outputs.held_out.select(outputs.test())),
     )
+    scalars["AUC"], (scalars["TPR@1%"], scalars["TPR@0.1%"]) = ranking
     return scalars, {}

@@ -2,10 +2,12 @@
 
 A metric is one file, named in ``MODULES``, with
 
-* ``report(outputs, conformal_scores, settings)``, which returns ``(scalars, rows)``: numbers of the model as a whole,
-  and numbers per (score, calibration size, α). A number that varies over resplits is a :class:`~metrics.columns.Spread`.
-* ``COLUMNS`` (scalars), ``ROW_COLUMNS`` (rows) and ``CSV_COLUMNS`` (numbers that only results.csv has): {key:
-  :class:`~metrics.columns.Column`}, the heading, kind, direction and meaning of each number.
+* ``report(outputs, conformal_scores, settings)``, which returns ``(scalars, rows)``: numbers of the
+  model as a whole, and numbers per (score, calibration size, α). A number that varies over resplits
+  is a :class:`~metrics.columns.Spread`.
+* ``COLUMNS`` (scalars), ``ROW_COLUMNS`` (rows) and ``CSV_COLUMNS`` (numbers that only results.csv
+  has): {key: :class:`~metrics.columns.Column`}, the heading, kind, direction and meaning of each
+  number.
 
 The numbers are explained in metrics/README.md, which is made from these columns.
 """
@@ -50,9 +52,10 @@ class Output(NamedTuple):
 class Outputs:
     """One model's answers for every part of the data.
 
-    ``held_out`` are the P images that calibrate and test. Each row of ``draws`` (R×P, int64) orders them, the
-    calibration images first. The first row is the split itself. Where a class is forgotten, ``forgotten`` (booleans P)
-    tells which of them belong to it. The calibration and test images are then those of the retained classes.
+    ``held_out`` are the P images that calibrate and test. Each row of ``draws`` (R×P, int64) orders
+    them, the calibration images first. The first row is the split itself. Where a class is
+    forgotten, ``forgotten`` (booleans P) tells which of them belong to it. The calibration and test
+    images are then those of the retained classes.
     """
 
     forget: Output
@@ -82,6 +85,10 @@ class Outputs:
         """Indices into ``held_out`` of the forgotten class's images behind the largest size."""
         return self._forgotten(self.draws[draw, max(self.cal_sizes) :])
 
+    def retained(self, draw=0):
+        """Indices into ``held_out`` of all images, without the forgotten class's, in the order of the draw."""
+        return self._retained(self.draws[draw])
+
     def _retained(self, indices):
         return indices if self.forgotten is None else indices[~self.forgotten[indices]]
 
@@ -107,9 +114,11 @@ def draw_splits(num_images, num_draws, seed=0):
 
 
 def evaluate(conformal_scores):
-    """Every metric of one model: ``(scalars, rows)`` with rows keyed by (score name, calibration size, α).
+    """Every metric of one model: ``(scalars, rows)`` with rows keyed by (score name, calibration
+    size, α).
 
-    ``conformal_scores`` is a :class:`~metrics.conformal.ConformalScores`, which holds the outputs and the settings.
+    ``conformal_scores`` is a :class:`~metrics.conformal.ConformalScores`, which holds the outputs
+    and the settings.
     """
     outputs, settings = conformal_scores.outputs, conformal_scores.settings
     rows = {

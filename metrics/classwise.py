@@ -1,7 +1,7 @@
 """Coverage class by class, under the common q̂ and under each class's own.
 
-A class's own q̂ is class-conditional (Mondrian) conformal prediction (Vovk et al. 2005). The common q̂ covers 1 − α on
-average and may leave a class far below.
+A class's own q̂ is class-conditional (Mondrian) conformal prediction (Vovk et al. 2005). The common
+q̂ covers 1 − α on average and may leave a class far below.
 """
 
 import torch
@@ -12,9 +12,9 @@ from . import CR, scores
 def class_rows(conformal_scores, classes):
     """One row (dict) per score, α and class, for the largest calibration size and the split itself.
 
-    ``classes`` are the K names. The common q̂ comes from the calibration images of all retained classes, the own q̂ from
-    those of the class. The images are the class's test images and its forget images. Numbers are floats, NaN where the
-    class has no image or too few images calibrate.
+    ``classes`` are the K names. The common q̂ comes from the calibration images of all retained
+    classes, the own q̂ from those of the class. The images are the class's test images and its
+    forget images. Numbers are floats, NaN where the class has no image or too few images calibrate.
     """
     settings = conformal_scores.settings
     rows = []

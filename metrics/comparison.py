@@ -1,4 +1,5 @@
-"""How far a method is from Retrain, the model that never saw the forget images: the reference of unlearning.
+"""How far a method is from Retrain, the model that never saw the forget images: the reference of
+unlearning.
 
 Forgetting too little is a fault, and so is forgetting too much.
 """

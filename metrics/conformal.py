@@ -1,25 +1,26 @@
 """Which q̂ judges which images: computed once per model, used by every metric, figure and file.
 
-    conformal_scores = ConformalScores(outputs, settings)
-    conformal_scores.part("forget")        the forget images, scored for every label
-    conformal_scores.q_hats()              q̂ of every draw and α, from the retained classes' calibration images
-    conformal_scores.class_q_hats()        q̂ of every class and α, from the class's own calibration images
-    conformal_scores.judgements()          {group of images: its scores and the q̂ that judges it}
-    accuracy_and_coverage(images, calibration, settings)    the same for images that are not in ``outputs``
+    conformal_scores = ConformalScores(outputs, settings) conformal_scores.part("forget")        the
+    forget images, scored for every label conformal_scores.q_hats()              q̂ of every draw
+    and α, from the retained classes' calibration images conformal_scores.class_q_hats()        q̂
+    of every class and α, from the class's own calibration images conformal_scores.judgements()
+    {group of images: its scores and the q̂ that judges it} accuracy_and_coverage(images,
+    calibration, settings)    the same for images that are not in ``outputs``
 
-Methods take a :class:`metrics.scores.Score` and a calibration size. The defaults are the first score of the settings
-and the largest calibration size. Results are cached.
+Methods take a :class:`metrics.scores.Score` and a calibration size. The defaults are the first
+score of the settings and the largest calibration size. Results are cached.
 
 Which images calibrate:
 
-* Each draw divides the held-out images. Its first ``size`` images calibrate. The images behind the largest calibration
-  size are its test images. The first draw is the split itself.
+* Each draw divides the held-out images. Its first ``size`` images calibrate. The images behind the
+  largest calibration size are its test images. The first draw is the split itself.
 * Random forgetting: all calibration images give one q̂, which judges every group.
-* Class-wise forgetting: the calibration images of the retained classes give the q̂ of ``retain``, ``test`` and every
-  group ``…_by_retain``. The forgotten class's own calibration images give the q̂ of ``forget`` and ``forget_test``.
+* Class-wise forgetting: the calibration images of the retained classes give the q̂ of ``retain``,
+  ``test`` and every group ``…_by_retain``. The forgotten class's own calibration images give the q̂
+  of ``forget`` and ``forget_test``.
 
-All scores and q̂ here are log-odds of S in float64 (see :mod:`metrics.scores`). q̂ is an exact order statistic. It is NaN
-where too few images calibrate for a finite one.
+All scores and q̂ here are log-odds of S in float64 (see :mod:`metrics.scores`). q̂ is an exact
+order statistic. It is NaN where too few images calibrate for a finite one.
 """
 
 from typing import NamedTuple
@@ -34,8 +35,8 @@ PARTS = ("forget", "retain", "held_out")
 class PartScores(NamedTuple):
     """Images scored for every label. Scores are log-odds, float64.
 
-    ``true_label`` N: the score of each image's own label. ``ranked`` N×K: the scores of all labels, ascending.
-    ``misclassified`` N: whether the argmax is another label.
+    ``true_label`` N: the score of each image's own label. ``ranked`` N×K: the scores of all labels,
+    ascending. ``misclassified`` N: whether the argmax is another label.
     """
 
     true_label: torch.Tensor
@@ -53,7 +54,8 @@ class PartScores(NamedTuple):
     def set_sizes(self, q_hats):
         """How many labels the prediction set under each q̂ holds. Q log-odds → Q×N, int64.
 
-        Scores are sorted, so a binary search per image counts those up to q̂. A q̂ of NaN gives a meaningless count.
+        Scores are sorted, so a binary search per image counts those up to q̂. A q̂ of NaN gives a
+        meaningless count.
         """
         columns = q_hats.expand(len(self.ranked), -1).contiguous()
         return torch.searchsorted(self.ranked, columns, right=True).T.contiguous()
@@ -62,8 +64,8 @@ class PartScores(NamedTuple):
 class Judgement(NamedTuple):
     """A group of images and the q̂ that judges it.
 
-    ``images`` holds one index tensor per draw, or None where every draw judges all images of ``part``.
-    ``q_hats`` are draws×alphas log-odds.
+    ``images`` holds one index tensor per draw, or None where every draw judges all images of
+    ``part``. ``q_hats`` are draws×alphas log-odds.
     """
 
     part: PartScores
@@ -111,7 +113,8 @@ class ConformalScores:
         return self._q_hats[key]
 
     def class_q_hats(self, score=None):
-        """q̂ of each class and α, from the class's own calibration images of the split → K×alphas, log-odds.
+        """q̂ of each class and α, from the class's own calibration images of the split → K×alphas,
+        log-odds.
 
         The calibration size is the largest one. NaN where too few images of the class calibrate.
         """
@@ -172,8 +175,8 @@ class AccuracyAndCoverage(NamedTuple):
 def accuracy_and_coverage(images, calibration, settings):
     """Accuracy of forget images, and their coverage under the q̂ of calibration images.
 
-    ``images`` and ``calibration`` are Outputs of one model (logits N×K, labels N). Uses the first score and the first α
-    of the settings.
+    ``images`` and ``calibration`` are Outputs of one model (logits N×K, labels N). Uses the first
+    score and the first α of the settings.
     """
     score, alpha = settings.scores[0], settings.alphas[0]
     forget = score_images(images, score, "forget")

@@ -27,12 +27,13 @@ SEED = 0
 
 
 def linear_probe(features, labels, tests, seed=SEED):
-    """Accuracies of a logistic regression on frozen features (Alain & Bengio 2017, 1610.01644), one per test.
+    """Accuracies of a logistic regression on frozen features (Alain & Bengio 2017, 1610.01644), one
+    per test.
 
-    Features N×F and labels N (numpy) are those of training images, the forget images included. At most 5,000 of them
-    are used, drawn by the seed. ``tests`` is {key: (features, labels)}. Returns {key: accuracy}, without the tests that
-    have no images. A model that answers another class may still hold all that it takes to recognise the forgotten
-    class. The probe then finds it.
+    Features N×F and labels N (numpy) are those of training images, the forget images included. At
+    most 5,000 of them are used, drawn by the seed. ``tests`` is {key: (features, labels)}. Returns
+    {key: accuracy}, without the tests that have no images. A model that answers another class may
+    still hold all that it takes to recognise the forgotten class. The probe then finds it.
     """
     chosen = np.random.default_rng(seed).permutation(len(labels))[:MOST_IMAGES]
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MOST_ITERATIONS))

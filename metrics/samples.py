@@ -1,6 +1,7 @@
 """What became of each forget image: the rows of an audit.
 
-Where a class is forgotten its images are judged by the q̂ of the retained classes, like any image that a user submits.
+Where a class is forgotten its images are judged by the q̂ of the retained classes, like any image
+that a user submits.
 """
 
 import math
@@ -14,10 +15,11 @@ from . import scores
 def sample_rows(conformal_scores, indices, names=None):
     """One row (dict) per forget image, under the first score and the largest calibration size.
 
-    ``indices`` are the images' indices in the training set, ``names`` their file names if there are any. Each row has,
-    for each α under the split's own q̂: the set size, whether the label is in the set, and whether the image is
-    fake-forgotten (misclassified with its label in the set). ``in_set_share`` is the share of the draws with a finite q̂
-    that have the label in the set. These are None where the split has no finite q̂.
+    ``indices`` are the images' indices in the training set, ``names`` their file names if there are
+    any. Each row has, for each α under the split's own q̂: the set size, whether the label is in
+    the set, and whether the image is fake-forgotten (misclassified with its label in the set).
+    ``in_set_share`` is the share of the draws with a finite q̂ that have the label in the set.
+    These are None where the split has no finite q̂.
     """
     forget, logits_labels = conformal_scores.part("forget"), conformal_scores.outputs.forget
     probabilities = torch.softmax(logits_labels.logits.double(), dim=1)
@@ -61,7 +63,8 @@ class FakeForgotten(NamedTuple):
 
 
 def most_fake(conformal_scores, count):
-    """The clearest fake-forgotten images at the first α: misclassified, label in the set, smallest score of the label.
+    """The clearest fake-forgotten images at the first α: misclassified, label in the set, smallest
+    score of the label.
 
     Returns up to ``count`` :class:`FakeForgotten`, or None where the split has no finite q̂.
     """

@@ -1,12 +1,14 @@
-"""Non-conformity scores S(x, y): how badly a label fits an image. The paper's is ``thr``; a set holds the labels with
-S ≤ q̂.
+"""Non-conformity scores S(x, y): how badly a label fits an image. The paper's is ``thr``; a set
+holds the labels with S ≤ q̂.
 
-Scores are *compared* as log-odds, log S − log(1 − S), in float64, and *reported* as S. S is a sum of probabilities: it
-rounds to 1 where the label's probability is below 10⁻¹⁶, where unlearning puts forgotten labels, and 1 − S rounds to 1
-for confident models. The log-odds increase with S and distinguish all of these, so sets, q̂ and coverage are exact.
+Scores are *compared* as log-odds, log S − log(1 − S), in float64, and *reported* as S. S is a sum
+of probabilities: it rounds to 1 where the label's probability is below 10⁻¹⁶, where unlearning puts
+forgotten labels, and 1 − S rounds to 1 for confident models. The log-odds increase with S and
+distinguish all of these, so sets, q̂ and coverage are exact.
 
-The adaptive scores (aps, raps, saps) take u, one number in [0, 1] per image: drawn uniformly it makes coverage exact,
-and u = 1 is the version without randomisation. Labels of equal probability rank in the order of their numbers.
+The adaptive scores (aps, raps, saps) take u, one number in [0, 1] per image: drawn uniformly it
+makes coverage exact, and u = 1 is the version without randomisation. Labels of equal probability
+rank in the order of their numbers.
 """
 
 import math
@@ -46,16 +48,19 @@ def thr_log_odds(logits):
 
 
 def aps_log_odds(logits, u):
-    """Log-odds of the probability of all labels ranked before y, and u of y's own (Romano et al. 2020, 2006.02544).
+    """Log-odds of the probability of all labels ranked before y, and u of y's own (Romano et al.
+    2020, 2006.02544).
 
-    Logits N×K, u N → N×K, float64. 1 − S is what remains: (1 − u) of y's probability and all that ranks after it.
+    Logits N×K, u N → N×K, float64. 1 − S is what remains: (1 − u) of y's probability and all that
+    ranks after it.
     """
     ranked, order = _ranked(logits)
     return _unranked(_log_odds(*_adaptive(ranked, u)), order)
 
 
 def raps_log_odds(logits, u, penalty, k_reg):
-    """``aps`` plus ``penalty`` for each rank beyond ``k_reg`` (Angelopoulos et al. 2021, 2009.14193).
+    """``aps`` plus ``penalty`` for each rank beyond ``k_reg`` (Angelopoulos et al. 2021,
+    2009.14193).
 
     From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
     """
@@ -67,8 +72,8 @@ def raps_log_odds(logits, u, penalty, k_reg):
 
 
 def saps_log_odds(logits, u, weight):
-    """u · p_max for the top label; p_max + (rank − 2 + u) · ``weight`` for the others (Huang et al. 2024,
-    2310.06430).
+    """u · p_max for the top label; p_max + (rank − 2 + u) · ``weight`` for the others (Huang et al.
+    2024, 2310.06430).
 
     From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
     """
