@@ -24,26 +24,11 @@ import main_evaluate
 import metrics
 import models
 import utils
-from metrics import CR, MIA, MIACR, Spread, scores
+from metrics import CR, Spread, scores
 from metrics.report import notes, tables
 from models import checkpoint, inference
 
 COMMON = ["--wandb_mode", "disabled", "--device", "cpu", "--resplits", "3", "--cal_sizes", "24"]
-
-
-def attack_shares(members, non_members, held_members, held_non_members, targets):
-    """An attack in the place of the SVM, which takes a hundred times as long: members lie beyond the midpoint."""
-    if len(members) < MIA.FOLDS:
-        return math.nan, math.nan
-    middle = (members.mean() + non_members.mean()) / 2
-    shares = [(points.mean(axis=1) > middle).mean() for points in (held_members, held_non_members, targets)]
-    return 1 - shares[2], (shares[0] + 1 - shares[1]) / 2
-
-
-def probabilities(members, non_members, points, step=None):
-    assert all(len(part) >= MIA.FOLDS for part in [*members, *non_members])
-    middles = torch.stack([(one.mean() + other.mean()) / 2 for one, other in zip(members, non_members, strict=True)])
-    return torch.sigmoid(9 * (points - middles[:, None]))
 
 
 class Bench:
@@ -62,8 +47,6 @@ class Bench:
         self.data = utils.Data(*parts, ["ant", "bee", "cat"], "tiny")
         monkeypatch.setattr(utils, "load_data", lambda args, device, model_side=None: self.data)
         monkeypatch.setattr(models, "build_model", lambda *_, **__: self.network())
-        monkeypatch.setattr(MIA, "attack_shares", attack_shares)
-        monkeypatch.setattr(MIACR, "attack_probabilities", probabilities)
         monkeypatch.chdir(root)
 
     @staticmethod
