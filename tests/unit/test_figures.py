@@ -1,4 +1,4 @@
-"""Figures: what a reader reads is computed from the numbers that were drawn, for any names and missing numbers."""
+"""Figures: lines, bars and texts show the given numbers, for any names and missing numbers."""
 
 import io
 import math
@@ -45,8 +45,8 @@ def legend(figure):
     return [text.get_text() for text in found.get_texts()]
 
 
-def rgb(colour):
-    return colors.to_hex(colour)
+def rgb(color):
+    return colors.to_hex(color)
 
 
 def shares_x(axis, other):
@@ -60,14 +60,19 @@ def curve_numbers(values, alphas=(0.05, 0.1)):
 
 def histogram_numbers(q_hat=0.5):
     rng = np.random.default_rng(0)
-    return {"forget": rng.random(5), "test": rng.random(4), "calibration": rng.random(3), "q_hat": q_hat}
+    return {
+        "forget": rng.random(5),
+        "test": rng.random(4),
+        "calibration": rng.random(3),
+        "q_hat": q_hat,
+    }
 
 
 IMAGE = np.zeros((4, 4, 3), dtype=np.uint8)
 
 
 def figure_of(kind, names):
-    """One of the pictures, with ``names`` as those of methods or classes."""
+    """One of the figures, with ``names`` as those of methods or classes."""
     if kind == "fake_sheet":
         numbers = range(len(names))
         images = [figures.SheetImage(IMAGE, number, number, [number]) for number in numbers]
@@ -83,7 +88,14 @@ def figure_of(kind, names):
     return getattr(figures, kind)(dict.fromkeys(names, numbers), *arguments)
 
 
-KINDS = ("against_alpha", "ratio_plane", "fake_bars", "score_histograms", "fake_sheet", "relearn_curves")
+KINDS = (
+    "against_alpha",
+    "ratio_plane",
+    "fake_bars",
+    "score_histograms",
+    "fake_sheet",
+    "relearn_curves",
+)
 
 
 # ---------------------------------------------------------------- names
@@ -121,7 +133,13 @@ def font_of_one_character(tmp_path):
     from fontTools.pens.ttGlyphPen import TTGlyphPen
 
     pen = TTGlyphPen(None)
-    pen.moveTo((100, 0)), pen.lineTo((100, 700)), pen.lineTo((800, 700)), pen.lineTo((800, 0)), pen.closePath()
+    (
+        pen.moveTo((100, 0)),
+        pen.lineTo((100, 700)),
+        pen.lineTo((800, 700)),
+        pen.lineTo((800, 0)),
+        pen.closePath(),
+    )
     square, empty = pen.glyph(), TTGlyphPen(None).glyph()
     builder = FontBuilder(1000, isTTF=True)
     builder.setupGlyphOrder([".notdef", "cat"])
@@ -142,7 +160,9 @@ def font_of_one_character(tmp_path):
     figures._fallbacks.cache_clear()
 
 
-def test_character_that_matplotlibs_font_lacks_is_drawn_with_a_font_that_has_it(font_of_one_character):
+def test_character_that_matplotlibs_font_lacks_is_drawn_with_a_font_that_has_it(
+    font_of_one_character,
+):
     assert figures.font_families(["cat", "猫 é α →"]) == ["DejaVu Sans", font_of_one_character]
     assert figures.font_families(["cat é α →"]) == ["DejaVu Sans"]
     assert figures.font_families(["\udce9\x00"]) == ["DejaVu Sans"]
@@ -166,11 +186,16 @@ def test_upright_regular_sans_fonts_come_first_and_only_as_many_as_needed(monkey
         for fname, name, style, weight, _ in entries
     ]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
-    monkeypatch.setattr(figures, "_has_glyph", lambda path, character: character in covered.get(path, "é"))
+    monkeypatch.setattr(
+        figures, "_has_glyph", lambda path, character: character in covered.get(path, "é")
+    )
     figures._fallbacks.cache_clear()
     assert figures.font_families(["猫"]) == ["DejaVu Sans", "D Sans"]
     assert figures.font_families(["猫ไé"]) == ["DejaVu Sans", "D Sans", "E Sans"]
-    for left_out, expected in ((("D Sans", "F Sans"), "C Serif"), (("C Serif", "D Sans", "F Sans"), "A Sans")):
+    for left_out, expected in (
+        (("D Sans", "F Sans"), "C Serif"),
+        (("C Serif", "D Sans", "F Sans"), "A Sans"),
+    ):
         font_manager.fontManager.ttflist = [font for font in fonts if font.name not in left_out]
         figures._fallbacks.cache_clear()
         assert figures.font_families(["猫"]) == ["DejaVu Sans", expected]
@@ -178,7 +203,9 @@ def test_upright_regular_sans_fonts_come_first_and_only_as_many_as_needed(monkey
 
 
 def test_damaged_font_is_not_used(font_of_one_character):
-    entry = next(font for font in font_manager.fontManager.ttflist if font.name == font_of_one_character)
+    entry = next(
+        font for font in font_manager.fontManager.ttflist if font.name == font_of_one_character
+    )
     with open(entry.fname, "wb") as file:
         file.write(b"damaged")
     font_manager._get_font.cache_clear() if hasattr(font_manager, "_get_font") else None
@@ -211,7 +238,10 @@ def test_methods_differ_in_color_marker_or_line():
 
 
 def test_cpu_variant_without_its_base_keeps_its_bases_look():
-    assert figures.looks(["cpu_ga", "scrub"])["cpu_ga"] == (*figures.looks(["ga", "scrub"])["ga"][:2], "--")
+    assert figures.looks(["cpu_ga", "scrub"])["cpu_ga"] == (
+        *figures.looks(["ga", "scrub"])["ga"][:2],
+        "--",
+    )
     assert figures.looks(["cpu_retrain"])["cpu_retrain"] == (figures.BLACK, "o", "--")
 
 
@@ -236,9 +266,13 @@ def method_lines(axis):
 
 
 def assert_looks(line, name, names):
-    colour, marker, dashes = figures.looks(names)[name]
-    assert (rgb(line.get_color()), line.get_marker(), line.get_linestyle()) == (rgb(colour), marker, dashes)
-    assert rgb(line.get_markerfacecolor()) == rgb("white" if name.startswith("cpu_") else colour)
+    color, marker, dashes = figures.looks(names)[name]
+    assert (rgb(line.get_color()), line.get_marker(), line.get_linestyle()) == (
+        rgb(color),
+        marker,
+        dashes,
+    )
+    assert rgb(line.get_markerfacecolor()) == rgb("white" if name.startswith("cpu_") else color)
 
 
 def test_curves_against_alpha_show_every_known_number():
@@ -258,7 +292,10 @@ def test_curves_against_alpha_show_every_known_number():
             known = [pair for pair in pairs if pair[1] is not None and math.isfinite(pair[1])]
             assert line.get_xydata().tolist() == [list(pair) for pair in known]
             assert_looks(line, name, curves())
-        assert lines[0].get_linewidth() > lines[1].get_linewidth() and lines[0].zorder > lines[1].zorder
+        assert (
+            lines[0].get_linewidth() > lines[1].get_linewidth()
+            and lines[0].zorder > lines[1].zorder
+        )
     assert all(shares_x(figure.axes[0], axis) for axis in figure.axes)
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", *["miscoverage level α"] * 2]
     assert legend(figure) == ["retrain", "cpu_ga"]
@@ -268,7 +305,8 @@ def test_curves_against_alpha_show_every_known_number():
 
 def test_coverage_of_test_images_is_shown_with_the_line_that_theory_gives():
     guides = [
-        [line for line in axis.lines if line.get_marker() == "None"] for axis in figures.against_alpha(curves()).axes
+        [line for line in axis.lines if line.get_marker() == "None"]
+        for axis in figures.against_alpha(curves()).axes
     ]
     assert [len(lines) for lines in guides] == [0, 1, 0, 0]
     assert guides[1][0].get_xydata().tolist() == [[0.05, 0.95], [0.1, 0.9], [0.2, 0.8]]
@@ -327,9 +365,9 @@ def test_plane_shows_a_labeled_point_for_every_method_with_numbers():
     (axis,) = figure.axes
     marks = [line for line in axis.lines if line.get_linestyle() == "None"]
     assert [tuple(line.get_xydata()[0]) for line in marks] == list(known.values())
-    for line, (name, (colour, marker, _)) in zip(marks, figures.looks(known).items(), strict=True):
-        assert (rgb(line.get_color()), line.get_marker()) == (rgb(colour), marker)
-        assert rgb(line.get_markerfacecolor()) == rgb("white" if name == "cpu_ga" else colour)
+    for line, (name, (color, marker, _)) in zip(marks, figures.looks(known).items(), strict=True):
+        assert (rgb(line.get_color()), line.get_marker()) == (rgb(color), marker)
+        assert rgb(line.get_markerfacecolor()) == rgb("white" if name == "cpu_ga" else color)
     labels = [text for text in axis.texts if isinstance(text, Annotation)]
     assert {label.get_text(): label.xy for label in labels} == known
     assert {label.get_text(): label.get_weight() for label in labels} == {
@@ -339,26 +377,47 @@ def test_plane_shows_a_labeled_point_for_every_method_with_numbers():
     }
     low, high = axis.get_ylim()
     for label in labels:  # far apart, so that each is level with its point
-        assert label.xyann[1] == pytest.approx((label.xy[1] - low) / (high - low)) and label.xyann[0] > 1
-        assert label.anncoords == "axes fraction" and label.get_va() == "center" and label.arrow_patch is not None
-    ring = [line for line in axis.lines if rgb(line.get_markeredgecolor()) == "#000000" and line.get_markersize() > 10]
+        assert (
+            label.xyann[1] == pytest.approx((label.xy[1] - low) / (high - low))
+            and label.xyann[0] > 1
+        )
+        assert (
+            label.anncoords == "axes fraction"
+            and label.get_va() == "center"
+            and label.arrow_patch is not None
+        )
+    ring = [
+        line
+        for line in axis.lines
+        if rgb(line.get_markeredgecolor()) == "#000000" and line.get_markersize() > 10
+    ]
     assert [tuple(line.get_xydata()[0]) for line in ring] == [points["retrain"]]
     dotted = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == ":"]
     assert dotted == [[[0.4, 0], [0.4, 1]], [[0, 0.1], [1, 0.1]]]
-    assert axis.get_title() == "Forgetting against usefulness (α = 0.05): the dotted lines meet at Retrain"
-    assert axis.get_xlabel().startswith("CR on test") and axis.get_ylabel().startswith("CR on forget")
+    assert (
+        axis.get_title()
+        == "Forgetting against usefulness (α = 0.05): the dotted lines meet at Retrain"
+    )
+    assert axis.get_xlabel().startswith("CR on test") and axis.get_ylabel().startswith(
+        "CR on forget"
+    )
     assert low + 0.05 * (high - low) < 0.1 < 0.3 < high - 0.05 * (high - low)
     assert axis.get_xlim()[0] < 0.3 < 0.4 < axis.get_xlim()[1]
 
 
 def test_plane_without_retrain_has_no_reference():
     figure = figures.ratio_plane({"ga": (0.3, 0.2)}, 0.1)
-    assert len(figure.axes[0].lines) == 1 and figure.axes[0].get_title() == "Forgetting against usefulness (α = 0.1)"
+    assert (
+        len(figure.axes[0].lines) == 1
+        and figure.axes[0].get_title() == "Forgetting against usefulness (α = 0.1)"
+    )
 
 
 def test_plane_without_any_number_says_so():
     figure = figures.ratio_plane({"ga": (math.nan, 0.2), "retrain": (0.3, None)}, 0.1)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no finite q̂"] and not figure.axes[0].lines
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "no finite q̂"
+    ] and not figure.axes[0].lines
 
 
 def test_labels_of_crowded_plane_do_not_overlap():
@@ -375,11 +434,17 @@ def test_labels_of_crowded_plane_do_not_overlap():
 def test_spread_heights_are_the_nearest_that_are_apart(heights):
     found = figures.spread_heights(heights, 0.1)
     order = np.argsort(heights, kind="stable")
-    assert (np.diff(np.array(found)[order]) >= 0.1 - 1e-9).all() and min(found) >= -1e-9 and max(found) <= 1 + 1e-9
+    assert (
+        (np.diff(np.array(found)[order]) >= 0.1 - 1e-9).all()
+        and min(found) >= -1e-9
+        and max(found) <= 1 + 1e-9
+    )
     wanted = np.array(heights)[order]
     best = minimize(
-        lambda y: ((y - wanted) ** 2).sum(), np.linspace(0, 1, len(wanted)) if len(wanted) > 1 else wanted,
-        constraints=[{"type": "ineq", "fun": lambda y: np.diff(y) - 0.1}], bounds=[(0, 1)] * len(wanted),
+        lambda y: ((y - wanted) ** 2).sum(),
+        np.linspace(0, 1, len(wanted)) if len(wanted) > 1 else wanted,
+        constraints=[{"type": "ineq", "fun": lambda y: np.diff(y) - 0.1}],
+        bounds=[(0, 1)] * len(wanted),
     )  # fmt: skip
     assert ((np.array(found) - heights) ** 2).sum() <= best.fun + 1e-5
 
@@ -416,7 +481,10 @@ def test_bars_show_shares_of_the_forget_images():
         expected += [(place, fake / total, (wrong - fake) / total, rgb(figures.SKY))]
     assert [bar[:3] for bar in bars] == [pytest.approx(bar[:3]) for bar in expected]
     assert [bar[3] for bar in bars] == [bar[3] for bar in expected]
-    said = {text.get_position()[1]: (text.get_position()[0], text.get_text().strip()) for text in axis.texts}
+    said = {
+        text.get_position()[1]: (text.get_position()[0], text.get_text().strip())
+        for text in axis.texts
+    }
     assert said == {
         6: (0.5, "10 of 40 (25%)"),
         5: (0.25, "20 of 20 (100%)"),
@@ -438,16 +506,24 @@ def test_bars_show_shares_of_the_forget_images():
         rgb(figures.SKY),
     ]
     assert (
-        axis.get_title().startswith("Fake forgetting (α = 0.05)") and "share of the forget images" in axis.get_xlabel()
+        axis.get_title().startswith("Fake forgetting (α = 0.05)")
+        and "share of the forget images" in axis.get_xlabel()
     )
-    assert not any(line.get_visible() for line in axis.get_ygridlines()) and axis.get_xgridlines()[0].get_visible()
+    assert (
+        not any(line.get_visible() for line in axis.get_ygridlines())
+        and axis.get_xgridlines()[0].get_visible()
+    )
 
 
 def test_bars_without_any_number_say_so():
     counts = {"ga": (3, math.nan, 8), "retrain": (2, None, 8)}
     counts = {name: figures.FakeCounts(*numbers) for name, numbers in counts.items()}
     figure = figures.fake_bars(counts, 0.1)
-    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["no finite q̂", "– of 3", "– of 2"]
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == [
+        "no finite q̂",
+        "– of 3",
+        "– of 2",
+    ]
     assert not figure.axes[0].patches
     known = figures.fake_bars({"ga": figures.FakeCounts(3, 1, 8)}, 0.1)
     assert known.axes[0].texts[0].get_text() == " 1 of 3 (33%)"
@@ -458,7 +534,9 @@ def test_figure_of_bars_grows_with_the_methods():
         figures.fake_bars({f"m{i}": figures.FakeCounts(1, 1, 2) for i in range(count)}, 0.1)
         for count in (2, 22)
     )
-    assert many.get_figheight() - few.get_figheight() == pytest.approx(20 * figures.SIZES["bars"][2])
+    assert many.get_figheight() - few.get_figheight() == pytest.approx(
+        20 * figures.SIZES["bars"][2]
+    )
 
 
 # ---------------------------------------------------------------- histograms
@@ -474,45 +552,62 @@ def test_histograms_show_the_share_of_each_part_by_score():
     figure = figures.score_histograms({"ga": sample, "retrain": histogram_numbers(math.nan)}, 0.05)
     axis, other = figure.axes
     assert shares_x(axis, other)
-    colours = {part: rgb(colour) for part, (colour, _) in figures.PARTS.items()}
+    colors = {part: rgb(color) for part, (color, _) in figures.PARTS.items()}
     # Solid, dashed and dotted, as matplotlib stores the patterns.
-    outlines = {rgb(patch.get_edgecolor()): patch for patch in axis.patches if len(patch.get_path().vertices) > 10}
-    dashes = [outlines[colours[part]].get_linestyle()[1] for part in ("forget", "test", "calibration")]
+    outlines = {
+        rgb(patch.get_edgecolor()): patch
+        for patch in axis.patches
+        if len(patch.get_path().vertices) > 10
+    }
+    dashes = [
+        outlines[colors[part]].get_linestyle()[1] for part in ("forget", "test", "calibration")
+    ]
     assert len(outlines) == 3 and dashes[0] is None and dashes[1][0] > 2 * dashes[2][0]
 
     def heights(part):
         """{place on the logit axis: height} of the steps of the part's outline."""
-        corners = outlines[colours[part]].get_xy()
+        corners = outlines[colors[part]].get_xy()
         pairs = zip(corners, corners[1:], strict=False)
         return {(x0 + x1) / 2: y0 for (x0, y0), (x1, y1) in pairs if y0 == y1 and y0 > 0}
 
     width = figures.LOGIT_EDGES[1] - figures.LOGIT_EDGES[0]
     forget = heights("forget")
     assert sorted(forget.values()) == [0.25, 0.75]
-    assert min(forget, key=lambda place: abs(place)) == pytest.approx(width / 2) and max(forget) == pytest.approx(
-        14 - width / 2
-    )
+    assert min(forget, key=lambda place: abs(place)) == pytest.approx(width / 2) and max(
+        forget
+    ) == pytest.approx(14 - width / 2)
     test = heights("test")
     assert list(test.values()) == [0.5, 0.5]
     assert min(test) == pytest.approx(-14 + width / 2)
     assert abs(max(test) - math.log(0.25 / 0.75)) <= width / 2
     assert heights("calibration") == {}
     (line,) = axis.lines
-    assert line.get_xdata()[0] == pytest.approx(math.log(3)) and rgb(line.get_color()) == rgb(figures.GREEN)
+    assert line.get_xdata()[0] == pytest.approx(math.log(3)) and rgb(line.get_color()) == rgb(
+        figures.GREEN
+    )
     (area,) = [patch for patch in axis.patches if patch.get_alpha()]
     box = area.get_extents().transformed(axis.transData.inverted())
     assert (box.x0, box.x1) == (pytest.approx(-14), pytest.approx(math.log(3)))
-    assert axis.get_title() == "ga" and other.get_title() == "retrain (no finite q̂)" and not other.lines
+    assert (
+        axis.get_title() == "ga"
+        and other.get_title() == "retrain (no finite q̂)"
+        and not other.lines
+    )
     assert legend(figure) == [*figures.PARTS, "q̂: labels to its left are in the set"]
     handles = figure.legends[0].legend_handles
     assert [(rgb(h.get_color()), h.get_linestyle()) for h in handles] == [
-        *((rgb(colour), line) for colour, line in figures.PARTS.values()), (rgb(figures.GREEN), "-"),
+        *((rgb(color), line) for color, line in figures.PARTS.values()),
+        (rgb(figures.GREEN), "-"),
     ]  # fmt: skip
     assert "α = 0.05" in figure.get_suptitle()
-    ticks = dict(zip([label.get_text() for label in axis.get_xticklabels()], axis.get_xticks(), strict=True))
+    ticks = dict(
+        zip([label.get_text() for label in axis.get_xticklabels()], axis.get_xticks(), strict=True)
+    )
     odds = {"10⁻⁶": 1e-6 / (1 - 1e-6), "10⁻³": 1e-3 / 0.999, "½": 1, ".999": 999}
     assert ticks == {label: pytest.approx(math.log(value)) for label, value in odds.items()}
-    assert not axis.get_yticks().size and not any(line.get_visible() for line in axis.get_xgridlines())
+    assert not axis.get_yticks().size and not any(
+        line.get_visible() for line in axis.get_xgridlines()
+    )
 
 
 @pytest.mark.parametrize(("q_hat", "place"), [(0.0, -14), (1.0, 14)])
@@ -523,7 +618,9 @@ def test_q_hat_beyond_the_histogram_is_at_its_end(q_hat, place):
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
 def test_every_model_has_a_panel_with_tick_labels_below_the_lowest(count):
-    figure = figures.score_histograms({f"m{number}": histogram_numbers() for number in range(count)}, 0.1)
+    figure = figures.score_histograms(
+        {f"m{number}": histogram_numbers() for number in range(count)}, 0.1
+    )
     shown = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in shown] == [f"m{number}" for number in range(count)]
     columns = min(4, count)
@@ -536,7 +633,9 @@ def test_histogram_data_are_the_scores_of_the_splits_own_parts():
     generator = torch.Generator().manual_seed(0)
 
     def output(n):
-        return metrics.Output(torch.randn(n, 3, generator=generator), torch.randint(3, (n,), generator=generator))
+        return metrics.Output(
+            torch.randn(n, 3, generator=generator), torch.randint(3, (n,), generator=generator)
+        )
 
     forget, retain, held_out = output(5), output(9), output(40)
     draws = metrics.draw_splits(40, 3, seed=1)
@@ -545,7 +644,10 @@ def test_histogram_data_are_the_scores_of_the_splits_own_parts():
     found = figures.histogram_data(metrics.ConformalScores(outputs, settings))
     own = scores.true_label_scores(*held_out)
     assert found["forget"].tolist() == scores.true_label_scores(*forget).tolist()
-    assert found["calibration"].tolist() == own[:20].tolist() and found["test"].tolist() == own[20:].tolist()
+    assert (
+        found["calibration"].tolist() == own[:20].tolist()
+        and found["test"].tolist() == own[20:].tolist()
+    )
     assert found["q_hat"] == pytest.approx(CR.conformal_quantile(own[:20], 0.1))
     too_few = metrics.ConformalScores(outputs, metrics.Settings((0.01,)))
     assert math.isnan(figures.histogram_data(too_few)["q_hat"])
@@ -569,8 +671,8 @@ def test_sheet_shows_each_image_with_its_answer_and_set():
     assert titles[0] == "cat → dog\n{dog, [cat]}" and titles[2] == "dog → eel\n{}"
     # Eight labels, then an ellipsis; a line holds at most 22 characters before its last name.
     assert titles[1] == (
-        "eel → cat\n{cat, dog, [eel],\nclass number 3,\nclass number 4,\nclass number 5,\nclass number 6,\n"
-        "class number 7, …}"
+        "eel → cat\n{cat, dog, [eel],\nclass number 3,\nclass number 4,\nclass number 5,\n"
+        "class number 6,\nclass number 7, …}"
     )
     assert figure.get_suptitle() == "the title"
     assert {axis.images[0].get_interpolation() for axis in figure.axes} == {"nearest"}
@@ -584,7 +686,10 @@ def test_long_title_of_sheet_is_shortened():
 
 
 def test_sheet_without_images_says_why():
-    for entries, said in (([], "no misclassified image\nkeeps its label in the set"), (None, "no finite q̂")):
+    for entries, said in (
+        ([], "no misclassified image\nkeeps its label in the set"),
+        (None, "no finite q̂"),
+    ):
         figure = figures.fake_sheet(entries, ["cat"], "title")
         (axis,) = figure.axes
         assert [text.get_text() for text in axis.texts] == [said]
@@ -597,11 +702,15 @@ def test_sheet_has_rows_of_six(count, panels):
     assert len(figure.axes) == panels and sum(bool(axis.images) for axis in figure.axes) == count
 
 
-@pytest.mark.parametrize(("count", "columns", "rows"), [(0, 1, 1), (1, 1, 1), (5, 5, 1), (6, 6, 1), (7, 6, 2)])
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"), [(0, 1, 1), (1, 1, 1), (5, 5, 1), (6, 6, 1), (7, 6, 2)]
+)
 def test_figure_of_panels_grows_with_its_rows_and_columns(count, columns, rows):
     figure = figures.fake_sheet(sheet(*[(IMAGE, 0, 0, [0])] * count), ["cat"], "title")
     width, height, around = figures.SIZES["sheet"]
-    assert figure.get_size_inches().tolist() == pytest.approx([columns * width, rows * height + around])
+    assert figure.get_size_inches().tolist() == pytest.approx(
+        [columns * width, rows * height + around]
+    )
 
 
 # ---------------------------------------------------------------- overview
@@ -609,15 +718,24 @@ def test_figure_of_panels_grows_with_its_rows_and_columns(count, columns, rows):
 
 def row(method, alpha, value, **more):
     return {
-        "method": method, "score": "thr", "cal_size": 20, "alpha": alpha, "num_forget": 10, "test_coverage": value,
-        "test_CR": value + 0.01, "forget_coverage": value + 0.02, "forget_CR": value + 0.03, "forget_misclassified": 5,
-        "forget_fake": 2,
+        "method": method, "score": "thr", "cal_size": 20, "alpha": alpha, "num_forget": 10,
+        "test_coverage": value, "test_CR": value + 0.01, "forget_coverage": value + 0.02,
+        "forget_CR": value + 0.03, "forget_misclassified": 5, "forget_fake": 2,
     } | more  # fmt: skip
 
 
 def test_overview_draws_the_rows_of_the_score_and_size_at_the_smallest_alpha():
-    rows = [row("retrain", 0.1, 0.5), row("ga", 0.1, 0.6), row("retrain", 0.05, 0.7), row("ga", 0.05, 0.8)]
-    other = [row("ga", 0.01, 0.9, score="aps"), row("ga", 0.01, 0.9, cal_size=10), {"method": "failed", **KEYS}]
+    rows = [
+        row("retrain", 0.1, 0.5),
+        row("ga", 0.1, 0.6),
+        row("retrain", 0.05, 0.7),
+        row("ga", 0.05, 0.8),
+    ]
+    other = [
+        row("ga", 0.01, 0.9, score="aps"),
+        row("ga", 0.01, 0.9, cal_size=10),
+        {"method": "failed", **KEYS},
+    ]
     pictures = figures.overview([*rows, *other], "thr", 20)
     assert list(pictures) == ["fake_forgetting.png", "cr_plane.png", "against_alpha.png"]
     assert [caption for caption, _ in pictures.values()] == [
@@ -628,7 +746,10 @@ def test_overview_draws_the_rows_of_the_score_and_size_at_the_smallest_alpha():
     assert [text.get_text() for text in bars.axes[0].texts] == [" 2 of 5 (40%)"] * 2
     assert bars.axes[0].patches[0].get_width() == pytest.approx(0.2)
     labels = {text.get_text(): text.xy for text in plane.axes[0].texts}
-    assert labels == {"retrain": (0.71, pytest.approx(0.73)), "ga": (pytest.approx(0.81), pytest.approx(0.83))}
+    assert labels == {
+        "retrain": (0.71, pytest.approx(0.73)),
+        "ga": (pytest.approx(0.81), pytest.approx(0.83)),
+    }
     for axis, added in zip(curves.axes, (0.02, 0, 0.03, 0.01), strict=True):
         assert method_lines(axis)[1].get_xydata().tolist() == [
             pytest.approx([0.1, 0.6 + added]),
@@ -655,14 +776,26 @@ def test_overview_of_class_forgetting_judges_by_the_retained_classes():
     assert pictures["fake_forgetting.png"][1].axes[0].texts[0].get_text() == " 4 of 8 (50%)"
     assert pictures["cr_plane.png"][1].axes[0].texts[0].xy == (0.51, 0.1)
     forget_coverage, _, forget_CR, _ = pictures["against_alpha.png"][1].axes
-    assert method_lines(forget_coverage)[0].get_ydata() == [0.2] and method_lines(forget_CR)[0].get_ydata() == [0.1]
+    assert method_lines(forget_coverage)[0].get_ydata() == [0.2] and method_lines(forget_CR)[
+        0
+    ].get_ydata() == [0.1]
 
 
 def test_overview_takes_the_smallest_alpha_with_most_numbers():
-    missing = dict.fromkeys(("test_coverage", "test_CR", "forget_coverage", "forget_CR", "forget_fake"), math.nan)
-    rows = [row("a", 0.01, 0.5, **missing), row("b", 0.01, 0.5), row("a", 0.2, 0.5), row("b", 0.2, 0.5)]
+    missing = dict.fromkeys(
+        ("test_coverage", "test_CR", "forget_coverage", "forget_CR", "forget_fake"), math.nan
+    )
+    rows = [
+        row("a", 0.01, 0.5, **missing),
+        row("b", 0.01, 0.5),
+        row("a", 0.2, 0.5),
+        row("b", 0.2, 0.5),
+    ]
     rows += [row("a", 0.1, 0.5), row("b", 0.1, 0.5)]
-    assert "α = 0.1)" in figures.overview(rows, "thr", 20)["fake_forgetting.png"][1].axes[0].get_title()
+    assert (
+        "α = 0.1)"
+        in figures.overview(rows, "thr", 20)["fake_forgetting.png"][1].axes[0].get_title()
+    )
 
 
 @pytest.mark.parametrize("missing", [math.nan, None])
@@ -670,12 +803,18 @@ def test_overview_without_any_finite_q_hat_says_so_in_every_picture(missing):
     keys = ("test_coverage", "test_CR", "forget_coverage", "forget_CR", "forget_fake")
     rows = [row(name, 0.01, 0.5, **dict.fromkeys(keys, missing)) for name in ("retrain", "ga")]
     for _, figure in figures.overview(rows, "thr", 20).values():
-        assert all("no finite q̂" in [text.get_text() for text in axis.texts] for axis in figure.axes)
+        assert all(
+            "no finite q̂" in [text.get_text() for text in axis.texts] for axis in figure.axes
+        )
 
 
 def test_overview_without_rows_has_no_pictures():
     assert figures.overview([], "thr", 20) == {}
-    assert figures.overview([row("ga", 0.1, 0.5)], "aps", 20) == figures.overview([row("ga", 0.1, 0.5)], "thr", 9) == {}
+    assert (
+        figures.overview([row("ga", 0.1, 0.5)], "aps", 20)
+        == figures.overview([row("ga", 0.1, 0.5)], "thr", 9)
+        == {}
+    )
 
 
 # ---------------------------------------------------------------- names in pictures
@@ -683,7 +822,9 @@ def test_overview_without_rows_has_no_pictures():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_any_characters_are_drawn_as_plain_text_without_warnings(kind):
-    every = {"score_histograms": 4, "fake_sheet": 2}.get(kind, 1)  # a panel for each name takes a while
+    every = {"score_histograms": 4, "fake_sheet": 2}.get(
+        kind, 1
+    )  # a panel for each name takes a while
     names = list(STRANGE.values())[::every]
     figure = figure_of(kind, names)
     figure.set_dpi(20)

@@ -34,7 +34,9 @@ def test_cells_by_hand():
 
 
 def test_cell_without_a_known_mean_or_deviation_shows_what_is_known():
-    assert tables.format_cell(NAN, "percent") == tables.format_cell(Spread(NAN, NAN), "number") == "–"
+    assert (
+        tables.format_cell(NAN, "percent") == tables.format_cell(Spread(NAN, NAN), "number") == "–"
+    )
     assert tables.format_cell(Spread(0.25, NAN), "percent") == "25.0"
     assert tables.format_cell(Spread(7, NAN), "count") == "7"
 
@@ -74,7 +76,9 @@ def test_summary_over_seeds_by_hand():
 
 
 def test_summary_takes_the_mean_of_a_number_with_a_spread_over_resplits():
-    seeds = [{"method": "GA", "CR": Spread(mean, 9.0), "wrong": Spread(0.0, 7.0)} for mean in (1, 3)]
+    seeds = [
+        {"method": "GA", "CR": Spread(mean, 9.0), "wrong": Spread(0.0, 7.0)} for mean in (1, 3)
+    ]
     (row,) = tables.summarise(seeds, COLUMNS, ("method",))
     assert row["CR"] == (2.0, pytest.approx(2**0.5))
     assert row["wrong"] == 0.0  # a count on which all seeds agree
