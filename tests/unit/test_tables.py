@@ -274,3 +274,54 @@ def test_text_that_is_no_table_raises_an_error(tmp_path, text):
     (tmp_path / "results.csv").write_text(text)
     with pytest.raises((ValueError, tables.csv.Error)):
         tables.read_csv(tmp_path / "results.csv", texts=())
+
+
+def test_text_with_line_ends_and_quotes_is_read_back(tmp_path):
+    row = {"note": 'two\r\nlines, "quoted"\n', "n": 1}
+    (tmp_path / "a.csv").write_bytes(tables.as_csv([row]).encode())
+    assert tables.read_csv(tmp_path / "a.csv", texts=("note",))[1][0]["note"] == row["note"]
+
+
+def test_quote_that_is_not_closed_raises_an_error(tmp_path):
+    (tmp_path / "a.csv").write_text('note\n"open\n')
+    with pytest.raises(tables.csv.Error):
+        tables.read_csv(tmp_path / "a.csv", texts=("note",))
+
+
+def read_earlier(path, replaced=()):
+    return tables.read_earlier(path, ("method", "UA"), texts=("method",), replaced=replaced)
+
+
+def test_earlier_table_is_read_and_kept(tmp_path, capsys):
+    path = tmp_path / "results.csv"
+    assert read_earlier(path) == []
+    path.write_text("method,UA\nGA,0.5\n")
+    assert read_earlier(path) == [{"method": "GA", "UA": 0.5}]
+    assert path.exists() and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", ["method,n\nGA,1\n", "UA\n0.5\n", "method,UA\nGA,x\n", "a\n1,2\n"])
+def test_earlier_file_that_is_not_a_table_gets_a_free_name(tmp_path, capsys, content):
+    path = tmp_path / "results.csv"
+    for name in ("results.csv.old", "results.csv.old2", "results.csv.old3"):
+        path.write_text(content)
+        assert read_earlier(path, replaced=["retrain"]) == []
+        assert (tmp_path / name).read_text() == content and not path.exists()
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"{path}: not a table of this version (")
+        assert line.endswith(f"renamed to {name}")
+    assert ("no column UA" in line) == (content == "method,n\nGA,1\n")
+
+
+def test_earlier_table_of_replaced_methods_alone_stays_in_place(tmp_path, capsys):
+    path = tmp_path / "results.csv"
+    path.write_text("method,n\nGA,1\nretrain,2\n")
+    assert read_earlier(path, replaced={"GA": 1, "retrain": 2}) == []
+    assert path.exists() and capsys.readouterr().out == ""
+    assert read_earlier(path, replaced=["GA"]) == [] and not path.exists()
+
+
+def test_earlier_link_to_nothing_is_renamed(tmp_path):
+    (tmp_path / "results.csv").symlink_to(tmp_path / "nothing")
+    assert read_earlier(tmp_path / "results.csv") == []
+    assert (tmp_path / "results.csv.old").is_symlink()
