@@ -74,7 +74,10 @@ class Outputs:
         return self._retained(self.draws[draw, :size])
 
     def test(self, draw=0):
-        """Indices into ``held_out`` of the images behind the largest size, without the forgotten class's."""
+        """Indices into ``held_out`` of the test images, without the forgotten class's.
+
+        The test images are those behind the largest calibration size.
+        """
         return self._retained(self.draws[draw, max(self.cal_sizes) :])
 
     def forget_calibration(self, size, draw=0):
@@ -82,11 +85,11 @@ class Outputs:
         return self._forgotten(self.draws[draw, :size])
 
     def forget_test(self, draw=0):
-        """Indices into ``held_out`` of the forgotten class's images behind the largest size."""
+        """Indices into ``held_out`` of the forgotten class's images among the test images."""
         return self._forgotten(self.draws[draw, max(self.cal_sizes) :])
 
     def retained(self, draw=0):
-        """Indices into ``held_out`` of all images, without the forgotten class's, in the order of the draw."""
+        """Indices into ``held_out`` of all images but the forgotten class's, in the draw's order."""
         return self._retained(self.draws[draw])
 
     def _retained(self, indices):
@@ -98,7 +101,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the metrics are computed for: miscoverage levels α, scores, the set sizes of ECF and EuCF, a seed."""
+    """Miscoverage levels α, scores, the set sizes of ECF and EuCF, and the seed of the attacks."""
 
     alphas: tuple[float, ...]
     scores: tuple[Score, ...] = (Score(),)
@@ -107,7 +110,7 @@ class Settings:
 
 
 def draw_splits(num_images, num_draws, seed=0):
-    """``num_draws`` orders of ``num_images``: the identity first, then random ones. → R×P, int64."""
+    """``num_draws`` orders of ``num_images``: first 0, 1, 2, …, then random. → R×P, int64."""
     rng = np.random.default_rng([seed, num_images])
     orders = [np.arange(num_images), *(rng.permutation(num_images) for _ in range(num_draws - 1))]
     return torch.from_numpy(np.stack(orders))
