@@ -74,57 +74,51 @@ ROW_COLUMNS = {
 }
 CSV_COLUMNS = {
     "q_hat": Column(
-        "q_hat",
+        "",
         "number",
         "",
         "threshold q̂: the ⌈(n+1)(1−α)⌉-th smallest score of n calibration images",
     ),
     "q_hat_forget": Column(
-        "q_hat_forget",
+        "",
         "number",
         "",
         "the threshold from the forgotten class's own calibration images",
     ),
     "<group>_coverage": Column(
-        "Coverage", "percent", "", "share of the images with the true label in the set"
+        "", "percent", "", "share of the images with the true label in the set"
     ),
-    "<group>_set_size": Column("Set Size", "number", "", "mean number of labels in the set"),
+    "<group>_set_size": Column("", "number", "", "mean number of labels in the set"),
     "<group>_CR": Column(
-        "CR", "number", "", "Coverage divided by Set Size; 0 where every set is empty"
+        "", "number", "", "Coverage divided by Set Size; 0 where every set is empty"
     ),
-    "<group>_CR_error": Column("CR_error", "number", "", "standard error of CR over the images"),
-    "<group>_misclassified": Column("misclassified", "count", "", "number of misclassified images"),
-    "<group>_fake": Column(
-        "fake", "count", "", "misclassified images with the true label in the set"
-    ),
-    "<group>_fake_ratio": Column("fake_ratio", "percent", "", "fake divided by misclassified"),
-    "<group>_wrong_set_size": Column(
-        "wrong_set_size", "number", "", "Set Size of the misclassified images"
-    ),
-    "<group>_wrong_CR": Column("wrong_CR", "number", "", "CR of the misclassified images"),
+    "<group>_CR_error": Column("", "number", "", "standard error of CR over the images"),
+    "<group>_misclassified": Column("", "count", "", "number of misclassified images"),
+    "<group>_fake": Column("", "count", "", "misclassified images with the true label in the set"),
+    "<group>_fake_ratio": Column("", "percent", "", "fake divided by misclassified"),
+    "<group>_wrong_set_size": Column("", "number", "", "Set Size of the misclassified images"),
+    "<group>_wrong_CR": Column("", "number", "", "CR of the misclassified images"),
     "<group>_ECF@<c>": Column(
-        "ECF@c", "percent", "", "share of the images covered by a set of at most c labels"
+        "", "percent", "", "share of the images covered by a set of at most c labels"
     ),
     "<group>_EuCF@<c>": Column(
-        "EuCF@d", "percent", "", "share of the images not covered by a set of at most d labels"
+        "", "percent", "", "share of the images not covered, by a set of at most c labels"
     ),
     "coverage_outside": Column(
-        "coverage_outside",
+        "",
         "text",
         "",
         "True where the test coverage is not what exchangeable images can give",
     ),
-    "calibration_images": Column(
-        "calibration_images", "count", "", "images of the split that calibrate q_hat"
-    ),
+    "calibration_images": Column("", "count", "", "images of the split that calibrate q_hat"),
     "draws_left_out": Column(
-        "draws_left_out", "count", "low", "resplits without a finite q_hat, left out of the means"
+        "", "count", "low", "resplits without a finite q_hat, left out of the means"
     ),
     "forget_calibration_images": Column(
-        "forget_calibration_images", "count", "", "images of the split that calibrate q_hat_forget"
+        "", "count", "", "images of the split that calibrate q_hat_forget"
     ),
     "forget_draws_left_out": Column(
-        "forget_draws_left_out",
+        "",
         "count",
         "low",
         "resplits without a finite q_hat_forget, left out of the means",

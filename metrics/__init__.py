@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from . import CR, MIA, MIACR, accuracy, comparison, probe
-from .columns import Column, Spread
+from .columns import RUN_COLUMNS, Column, Spread, markdown
 from .conformal import ConformalScores
 from .scores import Score
 
@@ -35,6 +35,23 @@ def columns_of(kind):
     for module in (*MODULES, comparison, probe):
         merged |= getattr(module, kind, {})
     return merged
+
+
+def readme_tables():
+    """The tables of metrics/README.md, made from the columns, as Markdown.
+
+    To update the file, run ``python -c "import metrics; print(metrics.readme_tables())"`` and
+    replace everything after its line ``<!-- columns -->``.
+    """
+    sections = {
+        "Numbers of a model": columns_of("COLUMNS"),
+        "Numbers per score, calibration size and α": columns_of("ROW_COLUMNS"),
+        "Numbers in results.csv only": columns_of("CSV_COLUMNS"),
+        "What a row is about": RUN_COLUMNS,
+    }
+    return "\n\n".join(
+        f"### {heading}\n\n{markdown(columns)}" for heading, columns in sections.items()
+    )
 
 
 class Output(NamedTuple):
@@ -70,7 +87,7 @@ class Outputs:
         return len(self.draws)
 
     def calibration(self, size, draw=0):
-        """Indices into ``held_out`` of the first ``size`` images, without the forgotten class's."""
+        """Indices into ``held_out`` of the first ``size`` images but the forgotten class's."""
         return self._retained(self.draws[draw, :size])
 
     def test(self, draw=0):
@@ -89,7 +106,7 @@ class Outputs:
         return self._forgotten(self.draws[draw, max(self.cal_sizes) :])
 
     def retained(self, draw=0):
-        """Indices into ``held_out`` of all images but the forgotten class's, in the draw's order."""
+        """Indices into ``held_out`` of all but the forgotten class's images, in the draw's order."""
         return self._retained(self.draws[draw])
 
     def _retained(self, indices):
@@ -149,4 +166,5 @@ __all__ = [
     "columns_of",
     "draw_splits",
     "evaluate",
+    "readme_tables",
 ]

@@ -16,9 +16,9 @@ COLUMNS = {
         "by UA",
         "text",
         "matches",
-        "whether the model under-forgets, matches or over-forgets Retrain, judged by UA; it matches "
-        "within two standard errors over the images, or within two standard deviations of Retrain "
-        "over several seeds",
+        "whether the model under-forgets, matches or over-forgets Retrain, judged by UA; a match "
+        "is within two standard errors over the images, or within two standard deviations of "
+        "Retrain over several seeds",
     ),
     "RTE": Column(
         "RTE",

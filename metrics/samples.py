@@ -58,7 +58,7 @@ def _under(forget, q_hats):
 
 
 class FakeForgotten(NamedTuple):
-    """A fake-forgotten image: position in the forget set, prediction, labels of its set by score."""
+    """A fake-forgotten image: position in the forget set, prediction, its set by score."""
 
     position: int
     prediction: int
