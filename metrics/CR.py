@@ -36,7 +36,7 @@ ROW_COLUMNS = {
         "theory",
         "percent",
         "",
-        "mean test coverage of exchangeable images, k / (n + 1) for n calibration images (beta-binomial law)",
+        "mean test coverage of exchangeable images: k / (n + 1), k = ⌈(n+1)(1−α)⌉",
     ),
     "test_set_size": Column("Size_t", "number", "low", "Set Size of the test images"),
     "test_CR": Column("CR_t", "number", "high", "CR of the test images"),
@@ -47,7 +47,7 @@ ROW_COLUMNS = {
         "fake",
         "count",
         "near Retrain",
-        "fake forgetting: misclassified forget images whose true label is still in the prediction set",
+        "fake forgetting: misclassified forget images with the true label still in the set",
     ),
     "forget_fake_ratio": Column(
         "fake of wrong",
@@ -74,57 +74,51 @@ ROW_COLUMNS = {
 }
 CSV_COLUMNS = {
     "q_hat": Column(
-        "q_hat",
+        "",
         "number",
         "",
-        "threshold: the ⌈(n+1)(1−α)⌉-th smallest score of n calibration images (of the retained classes)",
+        "threshold q̂: the ⌈(n+1)(1−α)⌉-th smallest score of n calibration images",
     ),
     "q_hat_forget": Column(
-        "q_hat_forget",
+        "",
         "number",
         "",
         "the threshold from the forgotten class's own calibration images",
     ),
     "<group>_coverage": Column(
-        "Coverage", "percent", "", "share of the images with the true label in the set"
+        "", "percent", "", "share of the images with the true label in the set"
     ),
-    "<group>_set_size": Column("Set Size", "number", "", "mean number of labels in the set"),
+    "<group>_set_size": Column("", "number", "", "mean number of labels in the set"),
     "<group>_CR": Column(
-        "CR", "number", "", "Coverage divided by Set Size; 0 where every set is empty"
+        "", "number", "", "Coverage divided by Set Size; 0 where every set is empty"
     ),
-    "<group>_CR_error": Column("CR_error", "number", "", "standard error of CR over the images"),
-    "<group>_misclassified": Column("misclassified", "count", "", "number of misclassified images"),
-    "<group>_fake": Column(
-        "fake", "count", "", "misclassified images with the true label in the set"
-    ),
-    "<group>_fake_ratio": Column("fake_ratio", "percent", "", "fake divided by misclassified"),
-    "<group>_wrong_set_size": Column(
-        "wrong_set_size", "number", "", "Set Size of the misclassified images"
-    ),
-    "<group>_wrong_CR": Column("wrong_CR", "number", "", "CR of the misclassified images"),
+    "<group>_CR_error": Column("", "number", "", "standard error of CR over the images"),
+    "<group>_misclassified": Column("", "count", "", "number of misclassified images"),
+    "<group>_fake": Column("", "count", "", "misclassified images with the true label in the set"),
+    "<group>_fake_ratio": Column("", "percent", "", "fake divided by misclassified"),
+    "<group>_wrong_set_size": Column("", "number", "", "Set Size of the misclassified images"),
+    "<group>_wrong_CR": Column("", "number", "", "CR of the misclassified images"),
     "<group>_ECF@<c>": Column(
-        "ECF@c", "percent", "", "share of the images covered by a set of at most c labels"
+        "", "percent", "", "share of the images covered by a set of at most c labels"
     ),
     "<group>_EuCF@<c>": Column(
-        "EuCF@d", "percent", "", "share of the images not covered by a set of at most d labels"
+        "", "percent", "", "share of the images not covered, by a set of at most c labels"
     ),
     "coverage_outside": Column(
-        "coverage_outside",
+        "",
         "text",
         "",
         "True where the test coverage is not what exchangeable images can give",
     ),
-    "calibration_images": Column(
-        "calibration_images", "count", "", "images of the split that calibrate q_hat"
-    ),
+    "calibration_images": Column("", "count", "", "images of the split that calibrate q_hat"),
     "draws_left_out": Column(
-        "draws_left_out", "count", "low", "resplits without a finite q_hat, left out of the means"
+        "", "count", "low", "resplits without a finite q_hat, left out of the means"
     ),
     "forget_calibration_images": Column(
-        "forget_calibration_images", "count", "", "images of the split that calibrate q_hat_forget"
+        "", "count", "", "images of the split that calibrate q_hat_forget"
     ),
     "forget_draws_left_out": Column(
-        "forget_draws_left_out",
+        "",
         "count",
         "low",
         "resplits without a finite q_hat_forget, left out of the means",
@@ -152,7 +146,7 @@ def finite_quantile(scores, alpha):
 
 
 def least_images(alpha):
-    """How many calibration images a finite q̂ needs: ⌈1/α⌉ − 1, with α read as in :func:`quantile_rank`."""
+    """How many calibration images a finite q̂ needs: ⌈1/α⌉ − 1."""
     return math.ceil(1 / Fraction(str(float(alpha)))) - 1
 
 
@@ -197,12 +191,15 @@ def in_set(sets, labels):
 
 
 def coverage(inside):
-    """Share of images with their own label in the set (the paper's Coverage). Booleans …×N → …, float64 in [0, 1]."""
+    """The paper's Coverage: share of images with their own label in the set.
+
+    Booleans …×N → …, float64 in [0, 1].
+    """
     return inside.double().mean(dim=-1)
 
 
 def set_size(sizes):
-    """Mean number of labels in a set (the paper's Set Size). Numbers …×N → …, float64 in [0, K]."""
+    """The paper's Set Size: mean number of labels in a set. Numbers …×N → …, float64 in [0, K]."""
     return sizes.double().mean(dim=-1)
 
 
@@ -216,7 +213,10 @@ def conformal_ratio(inside, sizes):
 
 
 def ratio_error(inside, sizes):
-    """Standard error of CR over the images, to first order in the two means. Booleans and numbers …×N → …, float64."""
+    """Standard error of CR over the images, to first order in the two means.
+
+    Booleans and numbers …×N → …, float64.
+    """
     residuals = inside.double() - conformal_ratio(inside, sizes)[..., None] * sizes
     error = residuals.square().mean(dim=-1).sqrt() / math.sqrt(max(sizes.shape[-1], 1))
     return error / set_size(sizes).where(sizes.sum(dim=-1) > 0, math.inf)
@@ -232,12 +232,18 @@ def fake_forgetting(inside, misclassified):
 
 
 def efficient_coverage(inside, sizes, c):
-    """ECF@c (Alkhatib & Tay 2025, 2508.03245): share of the images covered by a set of at most c labels. …×N → …"""
+    """ECF@c (Alkhatib & Tay 2025, 2508.03245): share covered by a set of at most c labels.
+
+    Booleans and numbers …×N → …, float64.
+    """
     return coverage(inside & (sizes <= c))
 
 
 def efficient_miscoverage(inside, sizes, d):
-    """EuCF@d (the same paper): share of the images not covered by a set of at most d labels. …×N → …"""
+    """EuCF@d (the same paper): share not covered, by a set of at most d labels.
+
+    Booleans and numbers …×N → …, float64.
+    """
     return coverage(~inside & (sizes <= d))
 
 
@@ -354,7 +360,10 @@ def _describe_draws(judgement, set_sizes):
 
 
 def _reported(key, values):
-    """A number over the draws. Counts that no draw changes are whole numbers; no q̂ judges ``misclassified``."""
+    """A number over the draws. No q̂ judges ``misclassified``, which has no spread.
+
+    Counts that no draw changes are integers.
+    """
     number = over_draws(values)
     if key.endswith("misclassified"):
         mean = number.mean if isinstance(number, Spread) else number

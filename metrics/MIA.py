@@ -21,31 +21,35 @@ COLUMNS = {
         "MIA",
         "percent",
         "near Retrain",
-        "MIA efficacy: share of the forget images that an SVM on the confidence in the true label calls non-members",
+        "MIA efficacy: share of the forget images that the attack (an SVM on the confidence in the "
+        "true label) calls non-members",
     ),
     "MIA_privacy": Column(
         "privacy",
         "percent",
         "near 50",
-        "accuracy of this attack on retain and held-out images that it was not trained on; 50 % is a coin flip",
+        "accuracy of this attack on retain and held-out images that it was not trained on; "
+        "50 % is a coin flip",
     ),
     "AUC": Column(
         "AUC",
         "number",
         "near Retrain",
-        "area under the ROC curve of telling forget images from test images by confidence; 0.5 cannot tell them apart",
+        "area under the ROC curve of telling forget images from test images by confidence; "
+        "0.5 cannot tell them apart",
     ),
     "TPR@1%": Column(
         "TPR@1%",
         "percent",
         "near Retrain",
-        "share of the forget images taken for training images at a threshold that 1 % of the test images pass",
+        "share of the forget images whose confidence passes a threshold that 1 % of the test "
+        "images pass",
     ),
     "TPR@0.1%": Column(
         "TPR@.1%",
         "percent",
         "near Retrain",
-        "the same at a threshold that 0.1 % of the test images pass",
+        "the same for a threshold that 0.1 % of the test images pass",
     ),
 }
 CSV_COLUMNS = {
@@ -53,7 +57,8 @@ CSV_COLUMNS = {
         "",
         "percent",
         "near Retrain",
-        "MIA efficacy of the attack on another feature: correctness, entropy, modified entropy, or all probabilities",
+        "MIA efficacy of the attack on another feature: correctness, entropy, modified_entropy or "
+        "probabilities",
     ),
     "MIA_<feature>_privacy": Column(
         "", "percent", "near 50", "accuracy of that attack, like MIA_privacy"
@@ -81,10 +86,13 @@ def entropy(logits):
 
 
 def modified_entropy(logits, labels):
-    """−(1 − p_y) log p_y − Σ over the other labels i of p_i log(1 − p_i) (Song & Mittal 2021, eq. 8): 0 for a model
-    that is right and sure, unbounded for one that is wrong and sure. Each image with its own label. → N, float64."""
+    """−(1 − p_y) log p_y − Σ p_i log(1 − p_i) over the other labels i (Song & Mittal 2021, eq. 8).
+
+    0 for a confident correct answer, unbounded for a confident wrong one. Logits N×K, labels N → N,
+    float64.
+    """
     log_p = torch.log_softmax(logits.double(), dim=1)
-    # log(1 − p): of the top label summed from the others, since 1 − p rounds to 0 where the model is sure.
+    # log(1 − p) of the top label is summed from the other labels: 1 − p would round to 0.
     top = log_p.argmax(dim=1, keepdim=True)
     log_others = log_p.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
     log_rest = torch.log1p(-log_p.exp()).scatter(1, top, log_others)
@@ -95,23 +103,23 @@ def modified_entropy(logits, labels):
 
 
 def attack_features(logits, labels):
-    """What each attack looks at. Logits N×K, labels N → a dict of N×d arrays, float64."""
-    found = {
+    """The features of each attack. Logits N×K, labels N → {name: N×d array, float64}."""
+    features = {
         "correctness": (logits.argmax(dim=1) == labels).double(),
         "confidence": confidences(logits, labels),
         "entropy": entropy(logits),
         "modified entropy": modified_entropy(logits, labels),
         "probabilities": torch.softmax(logits.double(), dim=1),
     }
-    return {name: values.reshape(len(labels), -1).numpy() for name, values in found.items()}
+    return {name: values.reshape(len(labels), -1).numpy() for name, values in features.items()}
 
 
 def ranking_attack(member_scores, non_member_scores):
-    """How well confidence ranks members before non-members: area under the ROC curve, and the
-    true-positive rates at 1 % and 0.1 % false positives (Carlini et al. 2022, 2112.03570).
+    """How well confidence ranks members before non-members (Carlini et al. 2022, 2112.03570).
 
-    Both are scores, 1 − p_y or what increases with it: log-odds distinguish what is nearly certain.
-    → (AUC, [TPR, ...]), NaN where one of the two is empty.
+    Both arguments are scores, 1 − p_y or its log-odds, which distinguish nearly certain answers.
+    → (area under the ROC curve, [true-positive rates at 1 % and 0.1 % false positives]), NaN where
+    one of the two is empty.
     """
     if not len(member_scores) or not len(non_member_scores):
         return math.nan, [math.nan] * len(FALSE_POSITIVES)

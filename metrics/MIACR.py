@@ -23,7 +23,8 @@ ROW_COLUMNS = {
         "MIACR",
         "percent",
         "near Retrain",
-        "share of the forget images whose conformal set over {member, non-member} is exactly {non-member}",
+        "share of the forget images whose conformal set over {member, non-member} is exactly "
+        "{non-member}",
     ),
 }
 CSV_COLUMNS = {
@@ -35,14 +36,17 @@ NON_MEMBER, MEMBER = 0, 1
 
 
 class Images(NamedTuple):
-    """Images that train or calibrate the attack, equally many: indices into retain and into held_out."""
+    """Images of the attack, equally many: indices into retain and into held_out."""
 
     members: torch.Tensor
     non_members: torch.Tensor
 
 
 def training_images(outputs, seed):
-    """The :class:`Images` that train the attack of one model, drawn by the seed, the same for every draw and calibration size."""
+    """The :class:`Images` that train the attack of one model, drawn by the seed.
+
+    They are the same for every draw and calibration size.
+    """
     rng = np.random.default_rng(seed)
     members = _shuffled(torch.arange(len(outputs.retain.labels)), rng)
     test = _shuffled(outputs.test(), rng)

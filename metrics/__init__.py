@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from . import CR, MIA, MIACR, accuracy, comparison, probe
-from .columns import Column, Spread
+from .columns import RUN_COLUMNS, Column, Spread, markdown
 from .conformal import ConformalScores
 from .scores import Score
 
@@ -35,6 +35,23 @@ def columns_of(kind):
     for module in (*MODULES, comparison, probe):
         merged |= getattr(module, kind, {})
     return merged
+
+
+def readme_tables():
+    """The tables of metrics/README.md, made from the columns, as Markdown.
+
+    To update the file, run ``python -c "import metrics; print(metrics.readme_tables())"`` and
+    replace everything after its line ``<!-- columns -->``.
+    """
+    sections = {
+        "Numbers of a model": columns_of("COLUMNS"),
+        "Numbers per score, calibration size and α": columns_of("ROW_COLUMNS"),
+        "Numbers in results.csv only": columns_of("CSV_COLUMNS"),
+        "What a row is about": RUN_COLUMNS,
+    }
+    return "\n\n".join(
+        f"### {heading}\n\n{markdown(columns)}" for heading, columns in sections.items()
+    )
 
 
 class Output(NamedTuple):
@@ -70,11 +87,14 @@ class Outputs:
         return len(self.draws)
 
     def calibration(self, size, draw=0):
-        """Indices into ``held_out`` of the first ``size`` images, without the forgotten class's."""
+        """Indices into ``held_out`` of the first ``size`` images but the forgotten class's."""
         return self._retained(self.draws[draw, :size])
 
     def test(self, draw=0):
-        """Indices into ``held_out`` of the images behind the largest size, without the forgotten class's."""
+        """Indices into ``held_out`` of the test images, without the forgotten class's.
+
+        The test images are those behind the largest calibration size.
+        """
         return self._retained(self.draws[draw, max(self.cal_sizes) :])
 
     def forget_calibration(self, size, draw=0):
@@ -82,11 +102,11 @@ class Outputs:
         return self._forgotten(self.draws[draw, :size])
 
     def forget_test(self, draw=0):
-        """Indices into ``held_out`` of the forgotten class's images behind the largest size."""
+        """Indices into ``held_out`` of the forgotten class's images among the test images."""
         return self._forgotten(self.draws[draw, max(self.cal_sizes) :])
 
     def retained(self, draw=0):
-        """Indices into ``held_out`` of all images, without the forgotten class's, in the order of the draw."""
+        """Indices into ``held_out`` of all but the forgotten class's images, in the draw's order."""
         return self._retained(self.draws[draw])
 
     def _retained(self, indices):
@@ -98,7 +118,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the metrics are computed for: miscoverage levels α, scores, the set sizes of ECF and EuCF, a seed."""
+    """Miscoverage levels α, scores, the set sizes of ECF and EuCF, and the seed of the attacks."""
 
     alphas: tuple[float, ...]
     scores: tuple[Score, ...] = (Score(),)
@@ -107,7 +127,7 @@ class Settings:
 
 
 def draw_splits(num_images, num_draws, seed=0):
-    """``num_draws`` orders of ``num_images``: the identity first, then random ones. → R×P, int64."""
+    """``num_draws`` orders of ``num_images``: first 0, 1, 2, …, then random. → R×P, int64."""
     rng = np.random.default_rng([seed, num_images])
     orders = [np.arange(num_images), *(rng.permutation(num_images) for _ in range(num_draws - 1))]
     return torch.from_numpy(np.stack(orders))
@@ -146,4 +166,5 @@ __all__ = [
     "columns_of",
     "draw_splits",
     "evaluate",
+    "readme_tables",
 ]

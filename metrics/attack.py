@@ -65,13 +65,16 @@ def _near(points):
 
 
 def choose_grid(points):
-    """The first :class:`Grid` of STEPS with at most MOST_NODES nodes, or None where ``points`` (N) are too far apart."""
+    """The first :class:`Grid` of STEPS that has at most MOST_NODES nodes.
+
+    None where ``points`` (N) are too far apart.
+    """
     grids = (Grid(points, step) for step in STEPS)
     return next((grid for grid in grids if len(grid.nodes) <= MOST_NODES), None)
 
 
 class TrainingSet(NamedTuple):
-    """Points n×d, which of them are members (booleans n), and how many images each represents (n)."""
+    """Points n×d, booleans n for members, and the number of images behind each point (n)."""
 
     points: np.ndarray
     is_member: np.ndarray

@@ -37,7 +37,7 @@ def class_rows(conformal_scores, classes):
 
 
 def _class_groups(conformal_scores, score, num_classes):
-    """The scored test and forget images of each class: {"test": K PartScores, "forget": K PartScores}."""
+    """The test and forget images of each class: {"test", "forget": K PartScores}."""
     outputs = conformal_scores.outputs
     # Unlike outputs.test(), this includes the forgotten class's images.
     test = outputs.draws[0, conformal_scores.largest_size :]

@@ -25,12 +25,41 @@ class Spread(NamedTuple):
 class Column:
     """A column of the tables.
 
-    ``kind`` says how its numbers are printed: percent (stored as a fraction), number, count,
-    seconds or text. ``better`` says which values are good: "high", "low", "near Retrain", ... or ""
-    where the question makes no sense.
+    ``heading`` is shown by the printed tables and the report; "" where only results.csv has the
+    column. ``kind`` says how its values are printed: percent (stored as a fraction), number, count,
+    seconds or text. ``better`` says which values are good: "high", "low", "near Retrain", … or ""
+    where none is better. ``meaning`` is a clause that explains the number.
     """
 
     heading: str
     kind: str
     better: str = ""
     meaning: str = ""
+
+
+# What a row is about. The scripts fill these in; they are not metrics.
+RUN_COLUMNS = {
+    "method": Column("method", "text", "", "unlearning method; a CPU variant starts with cpu_"),
+    "score": Column("score", "text", "", "non-conformity score: thr, aps, raps or saps"),
+    "cal_size": Column("n_cal", "text", "", "calibration size: held-out images that calibrate"),
+    "alpha": Column("alpha", "text", "", "miscoverage level α"),
+    "seconds": Column("time s", "seconds", "low", "running time of the method"),
+    "note": Column("note", "text", "", "why a method failed; the row has no numbers"),
+    "num_forget": Column("", "count", "", "number of forget images"),
+    "forget_set": Column("", "text", "", "fingerprint of the forget set"),
+    "forget_class": Column("", "text", "", "the forgotten class"),
+    "weights": Column("", "text", "", "hash of the model's weights"),
+    "model": Column("", "text", "", "file of the model, relative to the folder of results.csv"),
+    "settings": Column("", "text", "", "hash of the data set and of the evaluation's settings"),
+}
+
+
+def markdown(columns):
+    """{key: :class:`Column`} as a Markdown table."""
+    lines = ["| column | heading | kind | better | meaning |", "|---|---|---|---|---|"]
+    for key, column in columns.items():
+        heading = column.heading.replace("|", "\\|")
+        lines.append(
+            f"| `{key}` | {heading} | {column.kind} | {column.better} | {column.meaning} |"
+        )
+    return "\n".join(lines)

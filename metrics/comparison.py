@@ -16,8 +16,9 @@ COLUMNS = {
         "by UA",
         "text",
         "matches",
-        "whether the model under-forgets, matches or over-forgets Retrain, judged by UA; it matches within two "
-        "standard errors over the images, or within two standard deviations of Retrain over several seeds",
+        "whether the model under-forgets, matches or over-forgets Retrain, judged by UA; a match "
+        "is within two standard errors over the images, or within two standard deviations of "
+        "Retrain over several seeds",
     ),
     "RTE": Column(
         "RTE",
@@ -31,8 +32,8 @@ ROW_COLUMNS = {
         "by CR",
         "text",
         "matches",
-        "the same verdict, judged by the CR of the forget images (under the q̂ of the retained classes where a class is "
-        "forgotten)",
+        "the same verdict, judged by the CR of the forget images (under the q̂ of the retained "
+        "classes where a class is forgotten)",
     ),
 }
 CSV_COLUMNS = {
@@ -69,7 +70,7 @@ def _is_number(value):
 
 
 def verdict(difference, tolerance):
-    """A word for a difference to Retrain that is positive where the method forgets more; None for NaN."""
+    """A word for a difference to Retrain (positive: the method forgets more). None for NaN."""
     if math.isnan(difference) or math.isnan(tolerance):
         return None
     if abs(difference) <= tolerance:
@@ -86,5 +87,5 @@ def share_tolerance(share, n):
 
 
 def at_least_one_image(tolerance, n):
-    """``tolerance``, or the smallest difference between two shares of n images where that is larger."""
+    """``tolerance``, but at least 1/n, the smallest difference between shares of n images."""
     return max(tolerance, 1 / n)

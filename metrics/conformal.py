@@ -48,7 +48,7 @@ class PartScores(NamedTuple):
         return PartScores(*(values[indices] for values in self))
 
     def in_set(self, q_hats):
-        """Whether the prediction set under each q̂ holds the image's own label. Q log-odds → booleans Q×N."""
+        """Whether the set under each q̂ holds the image's own label. Q log-odds → booleans Q×N."""
         return self.true_label <= q_hats[:, None]
 
     def set_sizes(self, q_hats):
@@ -85,7 +85,7 @@ def score_images(output, score, part):
 
 
 class ConformalScores:
-    """The scores of one model's ``outputs`` and every q̂ for ``settings``. See the module's docstring."""
+    """The scores of one model's ``outputs`` and every q̂. See the module's docstring."""
 
     def __init__(self, outputs, settings):
         self.outputs = outputs
@@ -123,7 +123,7 @@ class ConformalScores:
         )
 
     def class_calibration(self):
-        """The calibration images of each class in the split itself: K tensors of indices into held_out."""
+        """The calibration images of each class in the split: K tensors of indices into held_out."""
         calibration = self.outputs.draws[0, : self.largest_size]
         labels = self.outputs.held_out.labels[calibration]
         num_classes = self.outputs.held_out.logits.shape[1]

@@ -40,7 +40,10 @@ def sample_rows(conformal_scores, indices, names=None):
 
 
 def _under(forget, q_hats):
-    """The columns of one α: lists of N numbers, or of N times None. ``q_hats`` are those of the draws."""
+    """The columns of one α: lists of N numbers (None without a finite q̂ of the split).
+
+    ``q_hats`` are those of the draws.
+    """
     split_q_hat, finite = q_hats[:1], q_hats[~q_hats.isnan()]
     inside = forget.in_set(split_q_hat)[0]
     columns = {
@@ -55,7 +58,7 @@ def _under(forget, q_hats):
 
 
 class FakeForgotten(NamedTuple):
-    """A fake-forgotten image: its position in the forget set, the prediction, and the labels in its set by score."""
+    """A fake-forgotten image: position in the forget set, prediction, its set by score."""
 
     position: int
     prediction: int

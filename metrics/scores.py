@@ -1,14 +1,15 @@
-"""Non-conformity scores S(x, y): how badly a label fits an image. The paper's is ``thr``; a set
-holds the labels with S ≤ q̂.
+"""Non-conformity scores S(x, y): how badly a label fits an image.
+
+The paper's score is ``thr``. A prediction set holds the labels with S ≤ q̂.
 
 Scores are *compared* as log-odds, log S − log(1 − S), in float64, and *reported* as S. S is a sum
-of probabilities: it rounds to 1 where the label's probability is below 10⁻¹⁶, where unlearning puts
-forgotten labels, and 1 − S rounds to 1 for confident models. The log-odds increase with S and
-distinguish all of these, so sets, q̂ and coverage are exact.
+of probabilities. It rounds to 1 where the label's probability is below 10⁻¹⁶, which unlearning
+reaches for forgotten labels, and 1 − S rounds to 1 for confident models. The log-odds increase with
+S and distinguish all of these, so sets, q̂ and coverage are exact.
 
-The adaptive scores (aps, raps, saps) take u, one number in [0, 1] per image: drawn uniformly it
-makes coverage exact, and u = 1 is the version without randomisation. Labels of equal probability
-rank in the order of their numbers.
+The adaptive scores (aps, raps, saps) take u, one number in [0, 1] per image. A uniform u makes the
+coverage exact, and u = 1 is the version without randomisation. Labels of equal probability rank in
+the order of their numbers.
 """
 
 import math
@@ -18,11 +19,15 @@ import numpy as np
 import torch
 
 NAMES = ("thr", "aps", "raps", "saps")
-FROM_ONE_ON = 1e40  # S ≥ 1 has no log-odds: FROM_ONE_ON · S takes their place, above all differences of float32 logits
+# S ≥ 1 has no log-odds: FROM_ONE_ON · S replaces them, above all differences of float32 logits.
+FROM_ONE_ON = 1e40
 
 
 def thr(logits):
-    """S(x, y) = 1 − p_y(x) (arXiv 2501.19403; Sadinle et al. 2019). Logits N×K → scores N×K in [0, 1], float64."""
+    """S(x, y) = 1 − p_y(x) (arXiv 2501.19403; Sadinle et al. 2019).
+
+    Logits N×K → scores N×K in [0, 1], float64.
+    """
     return from_log_odds(thr_log_odds(logits))
 
 
@@ -32,7 +37,7 @@ def true_label_scores(logits, labels):
 
 
 def true_label_log_odds(logits, labels):
-    """The log-odds of :func:`true_label_scores`, which distinguish what rounds to 0 or 1 there. → N, float64."""
+    """The log-odds of :func:`true_label_scores`, which rounds to 0 or 1. → N, float64."""
     return thr_log_odds(logits).gather(1, labels[:, None]).squeeze(1)
 
 
@@ -40,7 +45,8 @@ def thr_log_odds(logits):
     """log(1 − p) − log p of every label. Logits N×K → N×K, float64."""
     log_p = torch.log_softmax(logits.double(), dim=1)
     top = log_p.argmax(dim=1, keepdim=True)
-    # 1 − p is summed from the other labels where p is near 1. Only one label can have p > 1/2, so ties stay ties.
+    # 1 − p is summed from the other labels where p is near 1.
+    # Only one label can have p > 1/2, so ties stay ties.
     log_others = log_p.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
     log_top = log_p.gather(1, top)
     log_others = torch.where(log_top > math.log(0.5), log_others, torch.log1p(-log_top.exp()))
@@ -48,21 +54,20 @@ def thr_log_odds(logits):
 
 
 def aps_log_odds(logits, u):
-    """Log-odds of the probability of all labels ranked before y, and u of y's own (Romano et al.
-    2020, 2006.02544).
+    """Log-odds of aps (Romano et al. 2020, 2006.02544).
 
-    Logits N×K, u N → N×K, float64. 1 − S is what remains: (1 − u) of y's probability and all that
-    ranks after it.
+    S is the probability of all labels ranked before y plus u times y's own. 1 − S is (1 − u) times
+    y's own plus the probability of all labels ranked after it. Logits N×K, u N → N×K, float64.
     """
     ranked, order = _ranked(logits)
     return _unranked(_log_odds(*_adaptive(ranked, u)), order)
 
 
 def raps_log_odds(logits, u, penalty, k_reg):
-    """``aps`` plus ``penalty`` for each rank beyond ``k_reg`` (Angelopoulos et al. 2021,
-    2009.14193).
+    """Log-odds of raps (Angelopoulos et al. 2021, 2009.14193).
 
-    From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
+    S is that of aps plus ``penalty`` for each rank beyond ``k_reg``. Where S ≥ 1, scores of the
+    same rank that differ by less than 10⁻¹⁶ are tied. Logits N×K, u N → N×K, float64.
     """
     ranked, order = _ranked(logits)
     log_score, log_rest = _adaptive(ranked, u)
@@ -72,10 +77,11 @@ def raps_log_odds(logits, u, penalty, k_reg):
 
 
 def saps_log_odds(logits, u, weight):
-    """u · p_max for the top label; p_max + (rank − 2 + u) · ``weight`` for the others (Huang et al.
-    2024, 2310.06430).
+    """Log-odds of saps (Huang et al. 2024, 2310.06430).
 
-    From S = 1 on, scores of the same rank that differ by less than 10⁻¹⁶ are tied.
+    S is u · p_max for the top label and p_max + (rank − 2 + u) · ``weight`` for the others. Where
+    S ≥ 1, scores of the same rank that differ by less than 10⁻¹⁶ are tied. Logits N×K, u N → N×K,
+    float64.
     """
     ranked, order = _ranked(logits)
     log_top, log_others = ranked[:, :1], ranked[:, 1:].logsumexp(dim=1, keepdim=True)
@@ -125,7 +131,10 @@ def _unranked(ranked, order):
 
 @dataclass(frozen=True)
 class Score:
-    """A score with its parameters. ``score(logits, part)`` → S, N×K; ``part`` and the seed determine u."""
+    """A score with its parameters. ``score(logits, part)`` → S, N×K.
+
+    ``part`` (the name of a part of the data) and the seed determine u.
+    """
 
     name: str = "thr"
     randomized: bool = True
