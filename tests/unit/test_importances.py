@@ -189,7 +189,7 @@ def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatc
         unlearn, "DistributedDataParallel", lambda network, **options: wrapped.append(options) or network
     )
     synchronised = []
-    monkeypatch.setattr(unlearn.batch_norm, "synchronise", synchronised.append)
+    monkeypatch.setattr(distributed, "synchronise_batch_norm", synchronised.append)
     together = Processes(monkeypatch, world).run(gradients)
     for number, gradient in enumerate(alone):
         torch.testing.assert_close(sum(part[number] for part in together) / world, gradient)
