@@ -6,15 +6,15 @@ The Fisher information of a weight w says how much the network's predictions dep
 
 In the expected Fisher information, y is drawn from the network's own prediction p(x) (Golatkar et
 al. 2020, arXiv 1911.04933). In the empirical Fisher information, y is the image's label (Foster et
-al. 2024, arXiv 2308.07707). Both are computed from scores, which are rows R of one number per class:
+al. 2024, arXiv 2308.07707). Both are computed from scores: rows R of one number per class, with
 
     F(w) = mean over images of  Σ_r (R_r · ∂ logits / ∂ w)²
 
-The square is inside the sum over images, so every image's own gradient is needed. There are two ways
-to compute it:
+The square is inside the sum over images, so every image's own gradient is needed. There are two
+ways to compute it:
 
-* layer by layer: one backward pass per row gives the gradient at every layer's output for a chunk of
-  images. Together with the layer's input it gives each image's weight gradient. This works for
+* layer by layer: one backward pass per row gives the gradient at every layer's output for a chunk
+  of images. Together with the layer's input it gives each image's weight gradient. This works for
   networks of plain convolutions, linear layers and BatchNorm2d.
 * by torch.func: the gradients of one image after the other. This works for every network.
 """

@@ -79,7 +79,7 @@ def _default_batch_size(images):
 
 
 def _forward_batch(model, inputs, calls):
-    """Float32 logits of a batch, and its features or None; ``calls`` is that of :func:`_recorded`."""
+    """Float32 logits of a batch, and its features or None. ``calls`` comes from _recorded."""
     # A forward pass that ran out of memory has left its calls behind.
     for features in calls:
         features.clear()
