@@ -1,4 +1,4 @@
-"""The memory layout of a network's input: channels last where it is fast and gradients are right."""
+"""The memory layout of a network's input: channels last where its gradients are right."""
 
 import torch
 from torch import nn
