@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import models
 import utils
-from models import batch_norm, checkpoint, distributed, fisher, inference
+from models import checkpoint, distributed, fisher, inference
 
 MONITORED = 2000  # images of each part whose accuracy is measured after every epoch
 MODEL_FILE = "unlearning_model.pth"
@@ -319,7 +319,7 @@ def _forward_pass(job):
     ``count`` images of the step, with the gradient of its own."""
     device, network = job.device, job.model
     if distributed.world_size() > 1:
-        batch_norm.synchronise(network)
+        distributed.synchronise_batch_norm(network)
         warnings.filterwarnings(
             "ignore", "Grad strides do not match"
         )  # of 1×1 convolutions; only speed is at stake
