@@ -1052,17 +1052,23 @@ def execute(job, run, folder, file_name, record_name, meta, args):
             print(
                 f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})"
             )
-        with utils.RunLog(folder, job.label, meta, args, unfinished / "history.jsonl") as log:
-            job.epoch_done = log.epoch
+        history = utils.History(unfinished / "history.jsonl")
+        with utils.WandbRun(folder, job.label, meta, args) as wandb_run:
+
+            def epoch_done(record):
+                history.add(record)
+                wandb_run.log(record)
+
+            job.epoch_done = epoch_done
             _run_and_keep_what_is_done(run, job)
             meta = meta | {"seconds": job.progress.seconds, "accuracies": final_accuracies(job)}
             for name, state in job.by_products.items():
                 checkpoint.save(unfinished / name, state, meta)
-            history = {"history": log.history} if record_name == "original_model.json" else {}
-            utils.save_json(unfinished / record_name, meta | history)
+            curves = {"history": history.records} if record_name == "original_model.json" else {}
+            utils.save_json(unfinished / record_name, meta | curves)
             checkpoint.save(unfinished / file_name, job.model.state_dict(), meta)
             utils.move_up(unfinished, last=file_name)
-            log.table(
+            wandb_run.log_table(
                 "run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]]
             )
     return meta
