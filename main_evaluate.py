@@ -617,7 +617,7 @@ def failures(folder, fingerprint):
 
 def requested_failures(failed, scored, args):
     """The failures ({method: reason}) that --unlearn_name asks for, without the scored models."""
-    requested = set(utils.given_names(args.unlearn_name))
+    requested = set(utils.split_names(args.unlearn_name))
     return {
         name: f"seed {args.seed}: {reason}" if args.seeds else reason
         for name, reason in failed.items()
@@ -843,7 +843,7 @@ def save_evaluation(evaluation, unfinished):
         files[folder / "report.html"] = report_page(rows, embedded, scope)
     write_files(files, unfinished)
     remove_outdated_pictures(folder, pictures)
-    log_to_wandb(evaluation, unfinished, description=description, pictures=pictures)
+    log_to_wandb(evaluation, description=description, pictures=pictures)
     earlier = len({row["method"] for row in rows} - scored.keys())
     kept = f" and {earlier} from earlier evaluations" if earlier else ""
     forgotten = f"forget {evaluation.split.describe()}"
@@ -881,7 +881,7 @@ def result_record(model, description):
     return model.saved.meta | record | {"evaluation": description | {"seconds": model.seconds}}
 
 
-def log_to_wandb(evaluation, unfinished, *, description, pictures):
+def log_to_wandb(evaluation, *, description, pictures):
     """The table, the numbers of each model and the pictures, as the files have them."""
     args, folder = evaluation.args, evaluation.folder
     numbers = {
@@ -891,11 +891,10 @@ def log_to_wandb(evaluation, unfinished, *, description, pictures):
         if isinstance(value, int | float) and math.isfinite(value)
     }
     rows = [tables.without_nan(tables.flat(row)) for row in evaluation.all_rows()]
-    path = unfinished / "log.jsonl"
-    with utils.RunLog(folder, "evaluation", description, args, path=path) as log:
-        log.table("evaluation", rows)
-        log.numbers(numbers)
-        log.pictures({picture.caption: path for path, picture in pictures.items()})
+    with utils.WandbRun(folder, "evaluation", description, args) as wandb_run:
+        wandb_run.log_table("evaluation", rows)
+        wandb_run.log(numbers)
+        wandb_run.log_pictures({picture.caption: path for path, picture in pictures.items()})
 
 
 def save_summary(rows, flags, *, data, device):

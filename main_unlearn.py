@@ -19,17 +19,19 @@ from torch import nn
 
 import models
 import unlearn
+from metrics.columns import Column
+from metrics.report import tables
 from models import checkpoint, distributed, inference
 from models.errors import NotFinite, UserError
 
 RUN_COLUMNS = {
-    "method": ("method", "text"),
-    "num_epochs": ("epochs", "text"),
-    "learning_rate": ("rate", "text"),
-    "retain": ("retain %", "percent"),
-    "forget": ("forget %", "percent"),
-    "test": ("test %", "percent"),
-    "seconds": ("time s", "seconds"),
+    "method": Column("method", "text"),
+    "num_epochs": Column("epochs", "text"),
+    "learning_rate": Column("rate", "text"),
+    "retain": Column("retain", "percent"),
+    "forget": Column("forget", "percent"),
+    "test": Column("test", "percent"),
+    "seconds": Column("time", "seconds"),
 }
 
 
@@ -74,8 +76,8 @@ def unlearn_all(args, methods, make_term=None):
             rows.append(record_failure(run, error))
 
     failures = [row for row in rows if "note" in row]
-    columns = RUN_COLUMNS | {"note": ("note", "text")} if failures else RUN_COLUMNS
-    utils.print_table(columns, utils.summarise(rows, columns, ["method"]))
+    columns = RUN_COLUMNS | {"note": Column("note", "text")} if failures else RUN_COLUMNS
+    tables.print_table(columns, tables.summarise(rows, columns, ["method"]))
     return 2 if failures else 0
 
 

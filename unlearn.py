@@ -1284,20 +1284,24 @@ def run_and_save(job, run, files, *, meta, args):
         )
         if progress.restored:
             print(f"{job.label}: resuming after epoch {progress.restored['epoch']}")
-        with utils.RunLog(
-            files.folder, job.label, meta, args, unfinished / "history.jsonl"
-        ) as log:
-            job = replace(job, progress=progress, epoch_done=log.epoch)
+        history = utils.History(unfinished / "history.jsonl")
+        with utils.WandbRun(files.folder, job.label, meta, args) as wandb_run:
+
+            def epoch_done(record):
+                history.add(record)
+                wandb_run.log(record)
+
+            job = replace(job, progress=progress, epoch_done=epoch_done)
             job = replace(job, model=run_resumably(run, job))
             meta = meta | {"seconds": progress.seconds, "accuracies": final_accuracies(job)}
             for file_name, state in job.by_products.items():
                 checkpoint.save(unfinished / file_name, state, meta)
-            history = {"history": log.history} if files.record_has_history else {}
-            utils.save_json(unfinished / files.record_file, meta | history)
+            curves = {"history": history.records} if files.record_has_history else {}
+            utils.save_json(unfinished / files.record_file, meta | curves)
             checkpoint.save(unfinished / files.model_file, job.model.state_dict(), meta)
             utils.move_up(unfinished, last=files.model_file)
             row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
-            log.table("run", [row])
+            wandb_run.log_table("run", [row])
     return meta
 
 
