@@ -3,7 +3,7 @@
 import os
 from argparse import Namespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the networks are tiny
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; forks need it too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before timm is imported
 
 import pytest

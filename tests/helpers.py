@@ -152,7 +152,7 @@ def succeed(script, *arguments, cwd, **options):
 
 
 def fails_in_one_line(done, *words):
-    """Assert that a script ended with status 2 and one line on stderr that contains all ``words``."""
+    """Assert that a script ended with status 2 and one line on stderr with all of ``words``."""
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 2, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and ": error: " in lines[0], done.stderr

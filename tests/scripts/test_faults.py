@@ -1,347 +1,277 @@
-"""Killed runs go on; damaged files are refused; nothing is lost and nothing is executed."""
+"""An interrupted run resumes to the same weights, a full disk loses nothing, a folder has one
+writer.
 
-import http.server
+Most runs are forks of this process with 40 small pictures, so that every moment of a run can be
+tried.
+"""
+
 import os
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
+from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import ROOT, TINY, fails_in_one_line, read_json, run_script, succeed
+from faults import another_run_finishes, moments, small_disk
+from helpers import (
+    QUIET,
+    TINY,
+    check,
+    fails_in_one_line,
+    fork_script,
+    read_json,
+    run_forked,
+    run_in_process,
+    same_weights,
+    start_script,
+    visible_files,
+    write_pictures,
+)
 
-import utils
+import main_evaluate  # noqa: F401 - forks start faster when everything is imported
+import main_unlearn_cpu  # noqa: F401
 
-COMMON = [*TINY, "--wandb_mode", "disabled", "--save_every", "0"]
-FOLDER = "runs/resnet18w8_digits_seed1"
-EVALUATE = ["--unlearn_name", "all", "--resplits", "2", "--alphas", "0.1", "--no_pictures"]
-
-
-def weights(path):
-    return utils.weights_hash(utils.read_checkpoint(path)[0])
-
-
-def start(*arguments, cwd):
-    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(cwd), "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
-    )  # fmt: skip
-
-
-def wait_for(path, process):
-    end = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.01)
+MANY_EPOCHS = 30
+RUN_FOLDER = "runs/resnet18w8_image_folder-pictures_seed1"
+SCRIPTS = {
+    "original": ["main_original_model.py"],
+    "salun": ["main_unlearn.py", "--unlearn_name", "salun"],  # writes a mask too
+    "sfron": ["main_unlearn.py", "--unlearn_name", "sfron"],  # alternates between two kinds of step
+    "cpu_scrub": ["main_unlearn_cpu.py", "--unlearn_name", "scrub", "--alpha", 0.3],
+}
 
 
-def dies_in_fsync(tmp_path, number):
-    """A Python path on which a process kills itself in the middle of its ``number``-th file."""
-    path = tmp_path / f"dies{number}"
-    path.mkdir()
-    (path / "sitecustomize.py").write_text(
-        "import os, signal\n"
-        "left, plain = [" + str(number) + "], os.fsync\n"
-        "def fsync(file):\n"
-        "    left[0] -= 1\n"
-        "    if not left[0]:\n"
-        "        os.ftruncate(file, os.fstat(file).st_size // 2)\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    plain(file)\n"
-        "os.fsync = fsync\n"
-    )
-    return path
+def model_path(name):
+    if name == "original":
+        return f"{RUN_FOLDER}/original_model.pth"
+    return f"{RUN_FOLDER}/random_0.9/{name}/unlearning_model.pth"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Runs that nothing disturbed: the original and what the tests below interrupt."""
-    folder = tmp_path_factory.mktemp("whole")
-    succeed("main_original_model.py", *COMMON, "--num_epochs", 6, cwd=folder)
-    succeed("main_unlearn.py", *COMMON, "--unlearn_name", "salun", "sfron", "--num_epochs", 5, cwd=folder)
-    succeed("main_unlearn_cpu.py", *COMMON, "--unlearn_name", "scrub", "--num_epochs", 5, cwd=folder)
-    return folder / FOLDER
+def undisturbed(tmp_path_factory):
+    """Every run without a fault. ``command`` gives a run's command, ``moments`` the number of its
+    moments.
+    """
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_pictures(folder / "pictures", 40, 40)
+    data = [*TINY, *QUIET, "--data_name", "image_folder", "--data_dir", folder / "pictures"]
+
+    def command(name, epochs=2):
+        return [
+            *SCRIPTS[name],
+            *data,
+            "--batch_size",
+            16,
+            "--save_every",
+            0,
+            "--num_epochs",
+            epochs,
+        ]
+
+    counts = {}
+    for name in SCRIPTS:
+        log = folder / f"{name}.log"
+        watch = lambda log=log: moments.record(folder / "runs", log)  # noqa: E731
+        check(run_forked(*command(name), cwd=folder, before=watch))
+        counts[name] = len(log.read_text().splitlines())
+        assert counts[name] > 5 and "fsync" in log.read_text()
+    return SimpleNamespace(folder=folder, command=command, moments=counts)
 
 
-def test_a_training_killed_at_any_moment_goes_on_to_the_same_weights(whole, tmp_path):
-    command = ["main_original_model.py", *COMMON, "--num_epochs", 6]
-    target = tmp_path / FOLDER
-    process = start(*command, cwd=tmp_path)
-    wait_for(target / "resume.pth", process)
-    process.kill()
-    process.communicate()
-    assert not (target / "original_model.pth").exists()
-    # Killed again, in the middle of saving a state: the one before is still whole.
-    before = (target / "resume.pth").read_bytes()
-    died = run_script(*command, "--resume", cwd=tmp_path, python_path=dies_in_fsync(tmp_path, 1))
-    assert died.returncode == -signal.SIGKILL and (target / "resume.pth").read_bytes() == before
-    done = succeed(*command, "--resume", cwd=tmp_path)
-    assert "goes on after epoch" in done.stdout
-    assert weights(target / "original_model.pth") == weights(whole / "original_model.pth")
-    history = (target / "history.jsonl").read_text().splitlines()
-    assert len(history) == 6 and not (target / "resume.pth").exists() and "already done" in succeed(
-        *command, "--resume", cwd=tmp_path
-    ).stdout  # fmt: skip
+def copy_original(undisturbed, folder):
+    (folder / RUN_FOLDER).mkdir(parents=True)
+    for path in (undisturbed.folder / RUN_FOLDER).glob("original_model.*"):
+        shutil.copy(path, folder / RUN_FOLDER)
 
 
-@pytest.mark.parametrize(("script", "name"), [("unlearn", "salun"), ("unlearn", "sfron"), ("unlearn_cpu", "scrub")])
-def test_an_unlearning_killed_while_saving_goes_on_to_the_same_weights(script, name, whole, tmp_path):
-    original = whole / "original_model.pth"
-    command = [f"main_{script}.py", *COMMON, "--unlearn_name", name, "--num_epochs", 5, "--model_dir", original]
-    died = run_script(*command, cwd=tmp_path, python_path=dies_in_fsync(tmp_path, 4))
-    assert died.returncode == -signal.SIGKILL
-    label = f"cpu_{name}" if script.endswith("cpu") else name
-    folder = tmp_path / FOLDER / "random_0.9" / label
-    assert (folder / "resume.pth").exists() and not (folder / "unlearning_model.pth").exists()
-    done = succeed(*command, "--resume", cwd=tmp_path)
-    assert "goes on after epoch 3" in done.stdout
-    assert weights(folder / "unlearning_model.pth") == weights(whole / "random_0.9" / label / "unlearning_model.pth")
+def contents(folder):
+    """{name: bytes} of the files that a run leaves to its user."""
+    return {name: (folder / name).read_bytes() for name in visible_files(folder) if "." in name}
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(sent, whole, tmp_path):
-    command = ["main_original_model.py", *TINY, "--wandb_mode", "disabled", "--num_epochs", 6]  # saves every 30 s only
-    process = start(*command, cwd=tmp_path)
-    for line in process.stdout:
-        if "epoch 2/6" in line:
-            break
-    process.send_signal(sent)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in said and "Traceback" not in said
-    assert "goes on after epoch" in succeed(*command, "--resume", cwd=tmp_path).stdout
-    assert weights(tmp_path / FOLDER / "original_model.pth") == weights(whole / "original_model.pth")
+def resume_states(folder):
+    return list(folder.rglob("resume.pth"))
 
 
-def test_another_runs_state_is_not_resumed(tmp_path):
-    command = ["main_original_model.py", *COMMON, "--num_epochs", 3]
-    run_script(*command, cwd=tmp_path, python_path=dies_in_fsync(tmp_path, 2))
-    other = run_script(*command, "--resume", "--learning_rate", 0.02, cwd=tmp_path)
-    fails_in_one_line(other, "--resume", "resume.pth", "other flags")
-    assert "goes on after epoch 1" in succeed(*command, "--resume", cwd=tmp_path).stdout
+def finish_after_kill(name, undisturbed, folder, *more):
+    """Resume a killed run and compare everything that it leaves with the undisturbed run."""
+    target, expected = folder / model_path(name), undisturbed.folder / model_path(name)
+    continues = resume_states(folder) and not target.exists()
+    done = check(run_forked(*undisturbed.command(name), "--resume", *more, cwd=folder))
+    assert "after epoch" in done.stdout or not continues
+    assert same_weights(target, expected)
+    assert visible_files(target.parent) >= visible_files(expected.parent) - {"random_0.9"}
+    assert len((target.parent / "history.jsonl").read_text().splitlines()) == 2
+    assert not resume_states(folder) or "already done" in done.stdout
 
 
-def test_every_flipped_bit_of_a_checkpoint_is_found_or_harmless(whole, tmp_path):
-    """Whatever byte is damaged: the file is refused, or holds the very same weights."""
-    content = (whole / "original_model.pth").read_bytes()
-    expected = weights(whole / "original_model.pth")
-    generator = torch.Generator().manual_seed(0)
-    places = torch.randint(len(content), (150,), generator=generator).tolist()
-    path, refused = tmp_path / "damaged.pth", 0
-    for place in [0, 1, 30, len(content) - 1, len(content) - 20, *places]:
-        for bit in (0, 7):
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << bit
-            path.write_bytes(damaged)
-            try:
-                assert weights(path) == expected, f"bit {bit} of byte {place}"
-            except utils.UserError as error:
-                refused += 1
-                assert "damaged.pth" in str(error) and "\n" not in str(error)
-    assert refused > 200
+def moments_of(name, undisturbed, step):
+    """Every ``step``-th moment of a run, and the last one."""
+    last = undisturbed.moments[name]
+    return sorted({*range(1, last + 1, step), last})
 
 
-def test_a_checkpoint_cut_off_anywhere_is_refused(whole, tmp_path):
-    content = (whole / "original_model.pth").read_bytes()
-    path = tmp_path / "cut.pth"
-    for length in [0, 1, 10, 100, len(content) // 3, len(content) // 2, len(content) - 1]:
-        path.write_bytes(content[:length])
-        with pytest.raises(utils.UserError, match="cut.pth"):
-            utils.read_checkpoint(path)
+@pytest.mark.parametrize(
+    ("name", "step"), [("original", 1), ("salun", 2), ("sfron", 5), ("cpu_scrub", 3)]
+)
+def test_run_killed_at_any_moment_resumes_to_same_weights(name, step, undisturbed, tmp_path):
+    for moment in moments_of(name, undisturbed, step):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        if name != "original":
+            copy_original(undisturbed, folder)
+        fault = lambda folder=folder, moment=moment: moments.kill(folder / "runs", moment)  # noqa: E731
+        killed = run_forked(*undisturbed.command(name), cwd=folder, before=fault)
+        assert killed.returncode == -signal.SIGKILL, (moment, killed)
+        target = folder / model_path(name)
+        assert not target.exists() or same_weights(target, undisturbed.folder / model_path(name))
+        finish_after_kill(name, undisturbed, folder)
 
 
-# ---------------------------------------------------------------- the disk, and other runs
+def earlier_result(undisturbed, folder):
+    """A folder with the original of another command, which trained for one epoch."""
+    folder.mkdir()
+    check(run_forked(*undisturbed.command("original", epochs=1), cwd=folder))
 
 
-def fsync_says(tmp_path, number, code):
-    """A Python path on which the disk refuses a process's ``number``-th file and all that follow."""
-    path = tmp_path / f"refuses{number}"
-    path.mkdir()
-    (path / "sitecustomize.py").write_text(
-        "import errno, os\n"
-        f"left = [{number}]\n"
-        "plain = os.fsync\n"
-        "def fsync(file):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] <= 0:\n"
-        f"        raise OSError(errno.{code}, os.strerror(errno.{code}))\n"
-        "    plain(file)\n"
-        "os.fsync = fsync\n"
-    )
-    return path
+def test_run_killed_while_it_replaces_a_result_leaves_earlier_or_new_model(undisturbed, tmp_path):
+    earlier_result(undisturbed, tmp_path / "earlier")
+    command, path = undisturbed.command("original"), model_path("original")
+    for moment in moments_of("original", undisturbed, 2):
+        folder = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "earlier", folder)
+        fault = lambda folder=folder, moment=moment: moments.kill(folder / "runs", moment)  # noqa: E731
+        killed = run_forked(*command, "--overwrite", cwd=folder, before=fault)
+        if killed.returncode:
+            assert killed.returncode == -signal.SIGKILL, (moment, killed)
+        versions = [tmp_path / "earlier" / path, undisturbed.folder / path]
+        assert any(same_weights(folder / path, version) for version in versions), moment
+        read_json((folder / path).with_suffix(".json"))
+        finish_after_kill("original", undisturbed, folder, "--overwrite")
 
 
-def test_a_disk_that_fills_up_loses_nothing(whole, tmp_path):
-    """While a state is saved, and again while the model is: what was there stays, and --resume goes on."""
-    command = ["main_original_model.py", *COMMON, "--num_epochs", 6]
-    folder = tmp_path / FOLDER
-    died = run_script(*command, cwd=tmp_path, python_path=fsync_says(tmp_path, 3, "ENOSPC"))
-    fails_in_one_line(died, "resume.pth", "No space left on device", "unchanged")
-    assert utils.read_state(folder / "resume.pth")["epoch"] == 2
-    died = run_script(*command, "--resume", cwd=tmp_path, python_path=fsync_says(tmp_path, 5, "ENOSPC"))
-    fails_in_one_line(died, "original_model.pth", "No space left on device")
-    assert not (folder / "original_model.pth").exists() and not list(folder.glob("*.part"))
-    succeed(*command, "--resume", cwd=tmp_path)
-    assert weights(folder / "original_model.pth") == weights(whole / "original_model.pth")
+def test_disk_that_fills_at_any_moment_leaves_earlier_result_and_resumes(undisturbed, tmp_path):
+    earlier_result(undisturbed, tmp_path / "earlier")
+    command, path = undisturbed.command("original"), model_path("original")
+    failures = 0
+    for moment in moments_of("original", undisturbed, 2):
+        folder = tmp_path / str(moment)
+        shutil.copytree(tmp_path / "earlier", folder)
+        fault = lambda folder=folder, moment=moment: moments.fill(folder / "runs", moment)  # noqa: E731
+        done = run_forked(*command, "--overwrite", cwd=folder, before=fault)
+        if done.returncode:
+            failures += 1
+            fails_in_one_line(done, RUN_FOLDER, "No space left on device")
+            expected = contents(tmp_path / "earlier" / RUN_FOLDER)
+            left = contents(folder / RUN_FOLDER)
+            assert {name: left.get(name) for name in expected} == expected, moment
+        else:
+            assert same_weights(folder / path, undisturbed.folder / path)
+        finish_after_kill("original", undisturbed, folder, "--overwrite")
+    assert failures > undisturbed.moments["original"] // 2
 
 
-def test_a_full_tmpfs(whole, tmp_path):
+def test_full_disk_is_found_before_training(tmp_path):
+    """A limit on the size of a file is a disk that a test can fill."""
+    command = ["main_original_model.py", *TINY, *QUIET]
+    done = run_forked(*command, cwd=tmp_path, before=small_disk.install)
+    fails_in_one_line(done, "cannot hold", "runs/resnet18w8_digits_seed1")
+    assert "epoch" not in done.stdout and not list(tmp_path.rglob("*.p*th"))
+
+
+def test_full_tmpfs_is_found_before_training(tmp_path):
     """A real disk of 1 MB, where the system lets a test mount one."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("only root may mount a tmpfs; the tests above and below have their disks fill without it")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a tmpfs; the tests above fill their disks without one")
     try:
-        command = ["main_original_model.py", *COMMON, "--num_epochs", 1, "--runs_dir", small / "runs"]
-        fails_in_one_line(run_script(*command, cwd=tmp_path), str(small), "cannot hold")
+        command = ["main_original_model.py", *TINY, *QUIET, "--runs_dir", small / "runs"]
+        fails_in_one_line(run_in_process(*command, cwd=tmp_path), str(small), "cannot hold")
         assert not [path for path in small.rglob("*") if path.is_file()]
     finally:
         subprocess.run(["umount", small], check=True)
 
 
-def test_a_run_killed_between_its_last_files_is_finished_by_resume(whole, tmp_path):
-    """The record and the history are there, the model is not: it takes its name last."""
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    (stub / "sitecustomize.py").write_text(
-        "import os, signal\n"
-        "plain = os.replace\n"
-        "def replace(source, target):\n"
-        "    if str(target).endswith('original_model.pth'):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    plain(source, target)\n"
-        "os.replace = replace\n"
-    )
-    command = ["main_original_model.py", *COMMON, "--num_epochs", 6]
-    folder = tmp_path / FOLDER
-    assert run_script(*command, cwd=tmp_path, python_path=stub).returncode == -signal.SIGKILL
-    assert (folder / "original_model.json").exists() and not (folder / "original_model.pth").exists()
-    assert list(folder.glob("original_model.pth.*.part"))
-    assert "goes on after epoch 6" in succeed(*command, "--resume", cwd=tmp_path).stdout
-    assert weights(folder / "original_model.pth") == weights(whole / "original_model.pth")
-    assert not list(folder.glob("*.part")) and not (folder / "resume.pth").exists()
-
-
-def test_two_runs_in_one_folder(tmp_path):
-    """The second is refused while the first is at work, which goes on undisturbed; a killed one leaves no lock."""
-    command = ["main_original_model.py", *COMMON, "--num_epochs", 40]
-    first = start(*command, cwd=tmp_path)
-    wait_for(tmp_path / FOLDER / "resume.pth", first)
-    first.send_signal(signal.SIGSTOP)  # else a fast machine may be done before the second has begun
-    before = (tmp_path / FOLDER / "resume.pth").read_bytes()
-    fails_in_one_line(run_script(*command, cwd=tmp_path), FOLDER, "another run", "--runs_dir")
-    assert first.poll() is None and (tmp_path / FOLDER / "resume.pth").read_bytes() == before
-    first.kill()
-    first.communicate()
-    assert "goes on after epoch" in succeed(*command, "--resume", cwd=tmp_path).stdout
-
-
-def test_what_another_run_finished_meanwhile_is_not_overwritten(whole, tmp_path):
-    """Its result appears after the flags were checked and before the work begins."""
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    (stub / "sitecustomize.py").write_text(
-        "import shutil\n"
-        f"target = {str(tmp_path / FOLDER / 'original_model.pth')!r}\n"
-        "import filelock\n"
-        "acquire = filelock.FileLock.acquire\n"
-        "def late(*arguments, **keywords):\n"
-        f"    shutil.copy({str(whole / 'original_model.pth')!r}, target)\n"
-        "    return acquire(*arguments, **keywords)\n"
-        "filelock.FileLock.acquire = late\n"
-    )
-    other = run_script("main_original_model.py", *COMMON, "--num_epochs", 2, cwd=tmp_path, python_path=stub)
-    fails_in_one_line(other, "another run's", "num_epochs 6", "--overwrite")
-    assert weights(tmp_path / FOLDER / "original_model.pth") == weights(whole / "original_model.pth")
-
-
-def test_half_written_records_are_replaced_or_left_out(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / FOLDER)
-    scenario = tmp_path / FOLDER / "random_0.9"
-    results = scenario / "salun/results.json"
-    results.write_text(results.read_text()[:100])
-    (scenario / "GA").mkdir()
-    for text in ('{"forget_set": "5', "[]", '{"error": 1}'):
-        (scenario / "GA/failure.json").write_text(text)
-        done = succeed("main_evaluate.py", *TINY, "--wandb_mode", "disabled", *EVALUATE, cwd=tmp_path)
-        assert "GA/failure.json: damaged, and left out" in done.stdout
-    assert read_json(results)["method"] == "salun" and "conformal" in read_json(results)["metrics"]
-
-
-def test_a_folder_that_cannot_be_written_to(tmp_path):
-    """Root may write anywhere but to /proc; others are held by the folder's mode."""
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    where = "/proc/runs" if os.access(closed, os.W_OK) else closed / "runs"
-    done = run_script("main_original_model.py", *COMMON, "--runs_dir", where, cwd=tmp_path)
-    fails_in_one_line(done, str(where), "cannot hold")
-
-
-# ---------------------------------------------------------------- downloads
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @pytest.fixture
-def broken_download(tmp_path):
-    """A server on this machine that breaks off in the middle of every file, and a Python path that leads there."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BreaksOff)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    (stub / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if sys.argv[0].endswith('main_original_model.py'):\n"
-        "    from torchvision import datasets\n"
-        f"    datasets.CIFAR10.url = 'http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz'\n"
-        f"    sys.path.insert(0, {str(ROOT)!r})\n"
-        "    import utils\n"
-        f"    utils.TINY_IMAGENET_URL = 'http://127.0.0.1:{server.server_port}/tiny-imagenet-200.zip'\n"
-    )
-    yield stub
-    server.shutdown()
+def at_work(undisturbed, tmp_path):
+    """A run of many epochs that has saved a state and is stopped, not ended, in ``tmp_path``."""
+    command = undisturbed.command("original", MANY_EPOCHS)
+    process = fork_script(*command, cwd=tmp_path)
+    try:
+        wait_until(lambda: resume_states(tmp_path))
+        os.kill(process, signal.SIGSTOP)  # or a fast machine has finished before the test has begun
+        yield SimpleNamespace(process=process, command=command)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
-class BreaksOff(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "1000000")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(b"0" * 1000)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
+def test_second_run_in_a_folder_is_refused_and_first_is_undisturbed(at_work, tmp_path):
+    (state,) = resume_states(tmp_path)
+    before = state.read_bytes()
+    fails_in_one_line(run_in_process(*at_work.command, cwd=tmp_path), RUN_FOLDER, "--runs_dir")
+    assert state.read_bytes() == before
+    os.kill(at_work.process, signal.SIGCONT)
+    wait_until(lambda: "epoch 5/" in (tmp_path / "stdout.txt").read_text())
 
 
-@pytest.mark.parametrize("name", ["cifar10", "tiny_imagenet"])
-def test_a_download_that_breaks_off(name, broken_download, tmp_path):
-    """The error names the data and the folder; nothing that looks complete is left; the next try downloads again."""
-    command = ["main_original_model.py", *COMMON, "--data_name", name, "--data_dir", "data"]
-    for _ in range(2):
-        done = run_script(*command, cwd=tmp_path, python_path=broken_download)
-        lines = [line for line in done.stderr.strip().splitlines() if "%|" not in line]  # the download's own bar
-        assert done.returncode == 2 and len(lines) == 1, done.stderr
-        assert f"--data_name {name}" in lines[0] and "download failed" in lines[0] and "data" in lines[0]
-        assert not list((tmp_path / "data").glob("*/")) and not (tmp_path / "runs").exists()
+def test_killed_run_leaves_no_lock_and_other_flags_do_not_resume_its_state(at_work, tmp_path):
+    os.kill(at_work.process, signal.SIGKILL)
+    wait_until(lambda: os.waitid(os.P_PID, at_work.process, os.WEXITED | os.WNOWAIT))
+    other = [*at_work.command, "--resume", "--learning_rate", 0.02]
+    fails_in_one_line(run_in_process(*other, cwd=tmp_path), "--resume", "resume.pth", "other flags")
+    done = check(run_in_process(*at_work.command, "--resume", cwd=tmp_path))
+    assert "after epoch" in done.stdout and f"epoch {MANY_EPOCHS}/{MANY_EPOCHS}" in done.stdout
+    done = check(run_in_process(*at_work.command, "--resume", cwd=tmp_path))
+    assert "already done" in done.stdout and "epoch 1/" not in done.stdout
 
 
-def test_a_folder_that_cannot_be_locked_is_used_and_said_so(tmp_path, monkeypatch, capsys):
-    """Some network file systems have no locks; what another run may be writing there stays."""
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_script_saves_its_state_and_names_resume(sent, undisturbed, tmp_path):
+    command = [*undisturbed.command("original", MANY_EPOCHS), "--save_every", 1000]
+    interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = start_script(*command, cwd=tmp_path, preexec_fn=interruptible)
+    for line in process.stdout:
+        if "epoch 2/" in line:
+            break
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    assert "after epoch" in check(run_forked(*command, "--resume", cwd=tmp_path)).stdout
+    (tmp_path / "whole").mkdir()
+    check(run_forked(*command, cwd=tmp_path / "whole"))
+    path = model_path("original")
+    assert same_weights(tmp_path / path, tmp_path / "whole" / path)
+
+
+def test_result_that_another_run_finished_meanwhile_is_not_overwritten(undisturbed, tmp_path):
+    """It appears after the flags were checked and before training begins."""
+    model, target = undisturbed.folder / model_path("original"), tmp_path / model_path("original")
+    fault = lambda: another_run_finishes.install(model, target)  # noqa: E731
+    done = run_forked(*undisturbed.command("original", 3), cwd=tmp_path, before=fault)
+    fails_in_one_line(done, "original_model.pth", "num_epochs", "--overwrite")
+    assert same_weights(target, model)
+
+
+def test_folder_that_cannot_be_locked_is_used_with_a_warning(undisturbed, tmp_path, monkeypatch):
+    """Some network file systems have no locks."""
 
     def no_locks(*_, **__):
         raise NotImplementedError("flock")
 
-    part = tmp_path / "original_model.pth.1.part"
-    part.touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(utils.FileLock, "acquire", no_locks)
-        with utils.sole_writer(tmp_path):
-            assert part.exists() and "cannot be locked" in capsys.readouterr().out
-    with utils.sole_writer(tmp_path):
-        assert not part.exists()
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    done = check(run_in_process(*undisturbed.command("original"), cwd=tmp_path))
+    assert "cannot be locked" in done.stdout
+    assert same_weights(
+        tmp_path / model_path("original"), undisturbed.folder / model_path("original")
+    )
