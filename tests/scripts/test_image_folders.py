@@ -1,57 +1,73 @@
-"""Images beyond --memory_gb stay on disk, with the same results; images that cannot be read are named or left out."""
+"""Images beyond --memory_gb stay on disk, with the same results; images that cannot be read are
+named or left out.
+"""
 
 import json
 import shutil
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from conftest import TINY, fails_in_one_line, flags, read_json, run_script, succeed
-from PIL import Image
+import torch
+from faults import little_memory, worker_dies
+from helpers import (
+    QUIET,
+    TINY,
+    check,
+    fails_in_one_line,
+    flags,
+    read_json,
+    run_forked,
+    run_in_process,
+    same_weights,
+    write_pictures,
+)
 
 import utils
 
-COMMON = ["--data_name", "image_folder", "--wandb_mode", "disabled"]
+COMMON = ["--data_name", "image_folder", *QUIET]
+ORIGINAL = ["main_original_model.py", *COMMON]
 FOLDER = "resnet18w8_image_folder-pictures_seed1"
-TIMES = {"seconds", "images_per_second", "date", "original_seconds", "RTE", "minus_retrain", "flags"}
-
-
-def make_pictures(root, train, test, side=8):
-    """Two classes, the second brighter, as PNG files of noise."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("test", test)):
-        for number in range(count):
-            name = ("ant", "bee")[number % 2]
-            path = root / part / name / f"{number:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            low = 60 * (number % 2)
-            Image.fromarray(rng.integers(low, low + 150, (side, side, 3)).astype(np.uint8)).save(path)
+TIMES = {
+    "seconds",
+    "images_per_second",
+    "date",
+    "original_seconds",
+    "RTE",
+    "minus_retrain",
+    "flags",
+}
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "pictures"
-    make_pictures(root, 90, 60)
+    write_pictures(root, 90, 60)
     return root
 
 
-def run_all(pictures, where, *how, epochs=2):
+def run_all(pictures, where, *more):
     """Original, fine-tuning and evaluation in the folder ``where``."""
-    common = [*TINY, *COMMON, "--data_dir", pictures, *how]
-    succeed("main_original_model.py", *common, "--num_epochs", epochs, cwd=where)
-    succeed("main_unlearn.py", *common, "--unlearn_name", "finetune", "--num_epochs", epochs, cwd=where)
-    done = succeed(
-        "main_evaluate.py", *common, "--unlearn_name", "finetune", "--resplits", 2, "--alphas", 0.2, cwd=where
-    )
+    common = [*TINY, *COMMON, "--data_dir", pictures, *more]
+    finetune = ["--unlearn_name", "finetune"]
+
+    def run(script, *arguments):
+        return check(run_in_process(script, *common, *arguments, cwd=where))
+
+    run("main_original_model.py", "--num_epochs", 2)
+    run("main_unlearn.py", *finetune, "--num_epochs", 2)
+    done = run("main_evaluate.py", *finetune, "--resplits", 2, "--alphas", 0.2)
     folder = where / "runs" / FOLDER / "random_0.9/finetune"
-    weights = utils.weights_hash(utils.read_checkpoint(folder / "unlearning_model.pth")[0])
-    return weights, plain(read_json(folder / "results.json")), done.stdout
+    results = without_times(read_json(folder / "results.json"))
+    return SimpleNamespace(
+        model=folder / "unlearning_model.pth", results=results, output=done.stdout
+    )
 
 
-def plain(record):
+def without_times(record):
     """A record without times, dates and the flags themselves."""
     if isinstance(record, dict):
-        return {key: plain(value) for key, value in record.items() if key not in TIMES}
-    return [plain(item) for item in record] if isinstance(record, list) else record
+        return {key: without_times(value) for key, value in record.items() if key not in TIMES}
+    return [without_times(item) for item in record] if isinstance(record, list) else record
 
 
 @pytest.fixture(scope="module")
@@ -59,57 +75,37 @@ def in_memory(pictures, tmp_path_factory):
     return run_all(pictures, tmp_path_factory.mktemp("memory"))
 
 
-def test_the_same_flags_give_the_same_results_twice(pictures, in_memory, tmp_path):
+def test_second_run_gives_same_weights_and_results(pictures, in_memory, tmp_path):
     again = run_all(pictures, tmp_path)
-    assert again[:2] == in_memory[:2] and len(json.dumps(again[1])) > 2000
+    assert same_weights(again.model, in_memory.model)
+    assert again.results == in_memory.results and len(json.dumps(again.results)) > 2000
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_images_on_disk_give_the_same_results_with_any_number_of_workers(workers, pictures, in_memory, tmp_path):
-    weights, results, said = run_all(pictures, tmp_path, "--memory_gb", 0, "--workers", workers)
-    assert "stay on disk" in said and "stay on disk" not in in_memory[2]
-    assert weights == in_memory[0] and results == in_memory[1]
+def test_images_on_disk_give_same_results_with_any_number_of_workers(
+    workers, pictures, in_memory, tmp_path
+):
+    on_disk = run_all(pictures, tmp_path, "--memory_gb", 0, "--workers", workers)
+    assert same_weights(on_disk.model, in_memory.model)
+    assert on_disk.results == in_memory.results
 
 
-def test_data_larger_than_memory(tmp_path):
-    """570 MB of pixels (160×160 from small files) where 530 MB are left at the start."""
-    make_pictures(tmp_path / "pictures", 40, 7400)
-    limit = tmp_path / "limit"
-    limit.mkdir()
-    (limit / "sitecustomize.py").write_text(
-        "import resource, sys\n"
-        "if sys.argv[0].endswith('main_original_model.py'):\n"
-        "    import torch, timm, sklearn.datasets, torchvision.transforms.v2, tqdm\n"
-        "    torch.nn.Conv2d(3, 8, 3)(torch.zeros(64, 3, 160, 160)).sum().backward()\n"
-        "    (line,) = (line for line in open('/proc/self/status') if line.startswith('VmSize'))\n"
-        "    most = int(line.split()[1]) * 1024 + 530_000_000\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (most, most))\n"
-    )
-    arguments = [
-        "--model_name",
-        "test_vit.r160_in1k",
-        "--no_pretrained",
-        "--image_size",
-        160,
-        "--num_epochs",
-        1,
-        "--batch_size",
-        16,
-    ]
-    command = ["main_original_model.py", *COMMON, "--data_dir", "pictures", "--device", "cpu", *arguments]
-    fails_in_one_line(
-        run_script(*command, cwd=tmp_path, python_path=limit, env={"MALLOC_ARENA_MAX": "1"}),
-        "--memory_gb 8",
-        "lower it",
-    )
-    done = run_script(*command, "--memory_gb", 0.1, cwd=tmp_path, python_path=limit, env={"MALLOC_ARENA_MAX": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "0.57 GB of pixels, more than --memory_gb 0.1" in done.stdout
+def test_images_beyond_memory_are_read_from_disk(tmp_path):
+    """570 MB of pixels (160×160 from small files), and 530 MB of memory."""
+    write_pictures(tmp_path / "pictures", 40, 7400)
+    network = ["--model_name", "test_vit.r160_in1k", "--no_pretrained", "--image_size", 160]
+    command = [*ORIGINAL, "--data_dir", "pictures", "--device", "cpu", *network]
+    command += ["--num_epochs", 1, "--batch_size", 16]
+    done = run_forked(*command, cwd=tmp_path, before=little_memory.install)
+    fails_in_one_line(done, "--memory_gb")
+    command += ["--memory_gb", 0.1]
+    done = check(run_forked(*command, cwd=tmp_path, before=little_memory.install))
+    assert "0.57 GB" in done.stdout and "--memory_gb 0.1" in done.stdout
 
 
 @pytest.fixture
 def damaged(pictures, tmp_path):
-    """The pictures with one training image cut off in the middle and a held-out one that is text."""
+    """A truncated training image, and a held-out image that is text."""
     shutil.copytree(pictures, tmp_path / "pictures")
     path = tmp_path / "pictures/train/bee/0041.png"
     path.write_bytes(path.read_bytes()[:120])
@@ -117,50 +113,45 @@ def damaged(pictures, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("how", [[], ["--image_size", 8, "--memory_gb", 0]], ids=["in memory", "on disk"])
-def test_a_corrupt_image_is_named_or_left_out(how, damaged):
-    command = ["main_original_model.py", *TINY, *COMMON, "--data_dir", "pictures", "--num_epochs", 1, *how]
-    fails_in_one_line(run_script(*command, cwd=damaged), ".png: not a readable image", "--skip_corrupt")
-    done = succeed(*command, "--skip_corrupt", cwd=damaged)
-    assert "2 images cannot be read and are left out: bee/0041.png, ant/0004.png" in done.stdout
+IN_MEMORY, ON_DISK = [], ["--image_size", 8, "--memory_gb", 0]
+
+
+@pytest.mark.parametrize("more", [IN_MEMORY, ON_DISK], ids=["in memory", "on disk"])
+def test_unreadable_image_is_named_or_skipped(more, damaged):
+    command = [*ORIGINAL, *TINY, "--data_dir", "pictures", "--num_epochs", 1, *more]
+    fails_in_one_line(run_in_process(*command, cwd=damaged), ".png: ", "--skip_corrupt")
+    done = check(run_in_process(*command, "--skip_corrupt", cwd=damaged))
+    (line,) = (line for line in done.stdout.splitlines() if "2 images" in line)
+    assert "bee/0041.png" in line and "ant/0004.png" in line
     assert "89 images" in done.stdout
 
 
-def test_a_folder_without_one_readable_image(damaged):
+def test_folder_without_a_readable_image_is_one_line(damaged):
     for path in (damaged / "pictures/test").rglob("*.png"):
         path.write_text("nothing")
-    command = ["main_original_model.py", *TINY, *COMMON, "--data_dir", "pictures", "--skip_corrupt"]
-    fails_in_one_line(run_script(*command, cwd=damaged), "none of 60 images")
+    command = [*ORIGINAL, *TINY, "--data_dir", "pictures", "--skip_corrupt"]
+    fails_in_one_line(run_in_process(*command, cwd=damaged), "none of 60 images")
 
 
-@pytest.mark.parametrize("how", [[], ["--skip_corrupt"]])
-def test_a_reader_that_dies_is_an_error_of_one_line(how, pictures, tmp_path):
-    """As when the system runs out of memory and kills it."""
-    stub = tmp_path / "stub"
-    stub.mkdir()
-    (stub / "sitecustomize.py").write_text(
-        "import multiprocessing, os, signal\n"
-        "from PIL import Image\n"
-        "plain = Image.open\n"
-        "def dies(path, *arguments, **options):\n"
-        "    if multiprocessing.parent_process():\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return plain(path, *arguments, **options)\n"
-        "Image.open = dies\n"
-    )
-    command = ["main_original_model.py", *TINY, *COMMON, "--data_dir", pictures, "--memory_gb", 0, "--num_epochs", 1]
-    done = run_script(*command, *how, cwd=tmp_path, python_path=stub)
-    fails_in_one_line(done, "a process that reads images has died", "--workers")
+@pytest.mark.parametrize("more", [[], ["--skip_corrupt"]])
+def test_dead_worker_is_one_line(more, pictures, tmp_path):
+    """The system kills it when memory runs out."""
+    command = [*ORIGINAL, *TINY, "--data_dir", pictures, "--memory_gb", 0, "--num_epochs", 1]
+    done = run_forked(*command, *more, cwd=tmp_path, before=worker_dies.install)
+    fails_in_one_line(done, "--workers")
 
 
-def test_a_picture_on_disk_is_the_one_in_memory(pictures):
-    import torch
-
-    both = [
-        utils.load_data(flags(data_name="image_folder", data_dir=str(pictures), memory_gb=size), torch.device("cpu"))
+def test_image_on_disk_equals_image_in_memory(pictures):
+    in_memory, on_disk = (
+        utils.load_data(
+            flags(data_name="image_folder", data_dir=str(pictures), memory_gb=size),
+            torch.device("cpu"),
+        )
         for size in (8, 0)
-    ]
-    assert both[0].train.pixels[7].equal(both[1].train.pixels[7]) and both[0].fingerprint == both[1].fingerprint
+    )
+    assert in_memory.fingerprint == on_disk.fingerprint
+    assert on_disk.train.pixels[7].equal(in_memory.train.pixels[7])
     state = torch.get_rng_state()
-    assert both[1].train.batch(torch.tensor([3, 1])).equal(both[0].train.batch(torch.tensor([3, 1])))
-    assert torch.get_rng_state().equal(state)  # of dropout
+    chosen = torch.tensor([3, 1])
+    assert on_disk.train.batch(chosen).equal(in_memory.train.batch(chosen))
+    assert torch.get_rng_state().equal(state)  # dropout draws from it

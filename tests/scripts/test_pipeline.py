@@ -132,7 +132,9 @@ def test_a_model_at_a_path_and_a_bare_state_dict_are_scored(pipeline, tmp_path):
 
 
 def test_a_count_that_seeds_agree_in_is_shown_as_it_is():
-    """No image is fake-forgotten in any seed, though the draws differ: easy data, such as digits at full width."""
+    """No image is fake-forgotten in any seed, though the draws differ: easy data, such as digits at
+    full width.
+    """
     keys = {"score": "thr", "cal_size": 200, "alpha": 0.1, "method": "retrain", "q_hat": 0.9}
     seeds = [
         keys
@@ -148,7 +150,9 @@ def test_a_count_that_seeds_agree_in_is_shown_as_it_is():
 
 
 def test_all_methods_and_variants_in_one_table_over_seeds(tmp_path):
-    """One command for each table; Retrain starts from NaN, and is a row that says so while the others go on."""
+    """One command for each table; Retrain starts from NaN, and is a row that says so while the
+    others go on.
+    """
     common = [*TINY, "--seeds", "1,2", "--wandb_mode", "disabled", "--runs_dir", "r"]
     succeed("main_original_model.py", *common, "--num_epochs", 4, cwd=tmp_path)
     every = [*common, "--unlearn_name", "all"]
@@ -205,7 +209,9 @@ def test_a_saved_mask_is_reused(pipeline, tmp_path):
 
 
 def test_classes_are_forgotten(tmp_path):
-    """The defaults, on a narrower network: the class below 5 %, the others within 3 points of the original."""
+    """The defaults, on a narrower network: the class below 5 %, the others within 3 points of the
+    original.
+    """
     common = ["--width", 16, "--device", "cpu", "--wandb_mode", "disabled"]
     succeed("main_original_model.py", *common, cwd=tmp_path)
     methods = ["retrain", "GA", "salun", "sfron"]
@@ -218,7 +224,9 @@ def test_classes_are_forgotten(tmp_path):
 
 
 def diverging(folder):
-    """A Python path on which the network that retrain starts from, of seeds 1 and 2, is full of NaN."""
+    """A Python path on which the network that retrain starts from, of seeds 1 and 2, is full of
+    NaN.
+    """
     path = folder / "diverging"
     path.mkdir()
     seeds = [utils.generator(seed, "retrain", "initialisation").initial_seed() for seed in (1, 2)]
@@ -290,7 +298,9 @@ def test_alpha_above_the_error_rate_is_said(tmp_path):
 
 
 def test_scores_relearning_and_pictures_end_to_end(pipeline, tmp_path):
-    """Every score in one run, with relearning; all that is promised is written, and the numbers hang together."""
+    """Every score in one run, with relearning; all that is promised is written, and the numbers
+    hang together.
+    """
     names = ["retrain", "cpu_finetune"]
     for name in names:
         folder = tmp_path / "runs" / pipeline.root.name / "random_0.9" / name
@@ -359,7 +369,8 @@ def test_the_reports_tables_sort(pipeline, tmp_path):
 
 @pytest.fixture
 def cifar_files(tmp_path):
-    """Files in the format of the CIFAR-10 archive, and a Python path on which their checksums pass."""
+    """Files in the format of the CIFAR-10 archive, and a Python path on which their checksums pass.
+    """
     folder = tmp_path / "data/cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -448,7 +459,8 @@ def test_cifar20_has_the_archives_own_superclasses_and_forgets_a_subclass(tmp_pa
 
 @pytest.fixture
 def tiny_imagenet(tmp_path, monkeypatch):
-    """An archive like Tiny ImageNet's: three classes, the validation labels in val_annotations.txt alone.
+    """An archive like Tiny ImageNet's: three classes, the validation labels in val_annotations.txt
+    alone.
 
     It lies in --data_dir already, and nothing answers at the address that it comes from.
     """

@@ -1,4 +1,6 @@
-"""Whatever the flags and the bytes of a checkpoint: a right result, or one line and status 2; never a traceback."""
+"""Whatever the flags and the bytes of a checkpoint: a right result, or one line and status 2; never
+a traceback.
+"""
 
 import contextlib
 import io
@@ -235,7 +237,9 @@ TENSORS = {
     })),
 )  # fmt: skip
 def test_contents_of_a_checkpoint(place, kind, more, meta, done, digits, tmp_path):
-    """Tensors of another kind, missing and superfluous ones, and any meta: refused in one line, or read as they are."""
+    """Tensors of another kind, missing and superfluous ones, and any meta: refused in one line, or
+    read as they are.
+    """
     state, good = utils.read_checkpoint(done / "runs/resnet18w8_digits_seed1/original_model.pth")
     good.pop("weights")  # the hash, which would find all of these
     name = list(state)[place]

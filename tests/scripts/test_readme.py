@@ -1,36 +1,61 @@
-"""What the README says is tried as it stands."""
+"""What the README says is tried as it is written."""
 
+import re
 import shutil
 
-from conftest import ROOT, TINY, readme_block, run_script, succeed
-from test_scripts import PUBLISHED, table_of
+from helpers import QUIET, ROOT, TINY, check, read_markdown, readme_block, run_script, succeed
+from test_data_and_models import PUBLISHED
+from test_pipeline import read_table
 
 
-def test_the_published_lines_stand_in_the_readme():
-    text = (ROOT / "README.md").read_text()
-    assert all(f"python {line}\n" in text for line in PUBLISHED)
+def test_published_command_lines_are_in_the_readme():
+    text = read_markdown("README.md")
+    missing = [line for line in PUBLISHED if f"python {line}\n" not in text]
+    assert not missing
 
 
-def test_a_method_and_a_metric_are_added_as_the_readme_says(tmp_path, monkeypatch):
+def test_second_command_installs_both_lists_of_packages_and_runs_the_tests():
+    block = readme_block("tests")
+    assert "-r requirements.txt" in block and "-r tests/requirements.txt" in block
+    assert "pytest" in block
+
+
+def test_requirements_of_the_scripts_are_not_those_of_the_tests():
+    scripts, tests = (
+        {re.split("[<>=]", line)[0] for line in (ROOT / name).read_text().split()}
+        for name in ("requirements.txt", "tests/requirements.txt")
+    )
+    assert "torch" in scripts and "pytest" in tests and not scripts & tests
+
+
+def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
     project = tmp_path / "project"
-    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "data", "runs", "tests", "__pycache__"))
-    methods = project / "unlearn.py"
-    before = "def describe_methods"
-    methods.write_text(methods.read_text().replace(before, f"{readme_block('method')}\n\n{before}"))
+    left_out = shutil.ignore_patterns(".*", "data", "runs", "tests", "__pycache__")
+    shutil.copytree(ROOT, project, ignore=left_out)
+    with open(project / "unlearn.py", "a") as file:
+        file.write(f"\n\n{readme_block('method')}")
     (project / "metrics/confidence.py").write_text(readme_block("metric"))
     package = project / "metrics/__init__.py"
-    text = package.read_text().replace("import CR, MIA, MIACR, accuracy", "import CR, MIA, MIACR, accuracy, confidence")
-    package.write_text(
-        text.replace("MODULES = (accuracy, MIA, CR, MIACR)", "MODULES = (accuracy, MIA, CR, MIACR, confidence)")
+    text = package.read_text()
+    added = re.sub(
+        r"^MODULES = \(([^)]*)\)",
+        r"from . import confidence  # noqa: E402\n\nMODULES = (\1, confidence)",
+        text,
+        flags=re.MULTILINE,
     )
-    monkeypatch.setattr("conftest.ROOT", project)
+    assert added != text
+    package.write_text(added)
 
-    common = [*TINY, "--wandb_mode", "disabled"]
-    succeed("main_original_model.py", *common, "--num_epochs", 1, cwd=tmp_path)
-    assert "catastrophic" in run_script("main_unlearn.py", "--help", cwd=tmp_path).stdout
-    succeed("main_unlearn.py", *common, "--unlearn_name", "catastrophic", cwd=tmp_path)
-    succeed("main_unlearn_cpu.py", *common, "--unlearn_name", "catastrophic", cwd=tmp_path)
-    done = succeed("main_evaluate.py", *common, "--unlearn_name", "all", "--resplits", 2, cwd=tmp_path)
-    rows = table_of(tmp_path / "runs/resnet18w8_digits_seed1/random_0.9/results.csv")
+    def run(script, *arguments):
+        return check(run_script(script, *arguments, *TINY, *QUIET, cwd=tmp_path, root=project))
+
+    run("main_original_model.py", "--num_epochs", 1)
+    help_text = succeed("main_unlearn.py", "--help", cwd=tmp_path, root=project).stdout
+    assert "catastrophic" in help_text
+    run("main_unlearn.py", "--unlearn_name", "catastrophic")
+    run("main_unlearn_cpu.py", "--unlearn_name", "catastrophic")
+    done = run("main_evaluate.py", "--unlearn_name", "all", "--resplits", 2)
+    rows = read_table(tmp_path / "runs/resnet18w8_digits_seed1/random_0.9/results.csv")
     assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}
-    assert "p_f" in done.stdout and all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)
+    assert "p_f" in done.stdout
+    assert all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)
