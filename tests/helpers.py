@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -206,6 +207,32 @@ def write_pictures(root, train, test, side=8):
             low = 60 * (number % 2)
             pixels = rng.integers(low, low + 150, (side, side, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(path)
+
+
+def write_cifar10(folder):
+    """Small files in the format of the CIFAR-10 archive: 150 training and 200 test images."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        count = 200 if name == "test_batch" else 30
+        labels = rng.integers(10, size=count)
+        pixels = rng.integers(0, 80, size=(count, 3072)) + 17 * labels[:, None]
+        batch = {"data": pixels.astype(np.uint8), "labels": labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
 
 
 # ---------------------------------------------------------------- the README
