@@ -300,12 +300,8 @@ TENSORS = {
 }
 
 
-META = st.fixed_dictionaries(
-    {},
-    optional={
-        name: PLAIN for name in ("identity", "recipe", "width", "data_fingerprint", "forget_set")
-    },
-)
+META_KEYS = ("identity", "recipe", "width", "data_fingerprint", "forget_set")
+META = st.fixed_dictionaries({}, optional=dict.fromkeys(META_KEYS, PLAIN))
 
 
 @settings(FUZZ, max_examples=150)
