@@ -488,7 +488,8 @@ def main():
     parser.add_argument(
         "--images",
         type=int,
-        help="training images, and a fifth as many held-out ones; when left out 10,000, of the evaluation 50,000",
+        help="training images, plus a fifth as many held-out ones "
+        "(default: 10,000; evaluation: 50,000)",
     )
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
     parser.add_argument(

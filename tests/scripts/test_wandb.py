@@ -91,7 +91,7 @@ def test_evaluation_table_and_pictures_are_logged(pipeline):
 
 
 def test_sweep_run_logs_the_gap_to_retrain(pipeline, tmp_path):
-    """The sweep file's command as wandb's agent would run it, with the narrow network of the tests."""
+    """The command of the sweep file as wandb's agent runs it, with a narrow network."""
     yaml = pytest.importorskip("yaml")
     sweeps = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     sweep = yaml.safe_load((ROOT / ".sweeps/learning_rate.yaml").read_text())
