@@ -14,6 +14,13 @@ def test_published_command_lines_are_in_the_readme():
     assert not missing
 
 
+def test_command_broken_by_backslashes_is_read_as_one_line(tmp_path):
+    broken = "text\n\npython main.py --alpha 0.1 \\\n    --beta 2 \\\n    && python other.py\n"
+    (tmp_path / "README.md").write_text(broken)
+    lines = read_markdown("README.md", root=tmp_path).splitlines()
+    assert lines == ["text", "", "python main.py --alpha 0.1 --beta 2 && python other.py"]
+
+
 def test_second_command_installs_both_lists_of_packages_and_runs_the_tests():
     block = readme_block("tests")
     assert "-r requirements.txt" in block and "-r tests/requirements.txt" in block
