@@ -3,8 +3,9 @@
     python tests/benchmark.py augmentation epoch
     python tests/benchmark.py --device cuda --width 64 --images 50000 --batch_size 512
 
-The plain side of each is written here, as the usual scripts do it. Nothing here is a test: a ratio depends on the
-machine. Images are random 32×32 pixels of ten classes that can be told apart.
+The plain side of each benchmark is written here, as the usual scripts do it. These are not tests:
+a ratio depends on the machine. Images are random 32×32 pixels of ten classes that differ in
+brightness. tests/README.md has the results.
 """
 
 import argparse
@@ -18,14 +19,16 @@ import tempfile
 import time
 from argparse import Namespace
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import utils  # before torch
+import utils  # before torch; Python itself adds the folder of this file
 
 # isort: split
 import numpy as np
 import torch
+from helpers import ROOT, script_environment
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.svm import SVC
@@ -49,13 +52,12 @@ def benchmark(function):
     return function
 
 
-ROOT = Path(__file__).parents[1]
 # bf16 on tensor cores without sparsity, from the vendor's data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def seconds(call):
-    """How long the call takes, the GPU's work included, and what it returns."""
+    """(seconds, result) of a call, including the GPU's work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -65,15 +67,25 @@ def seconds(call):
     return time.perf_counter() - start, found
 
 
+def report(subject, *numbers):
+    print(f"{subject}: {', '.join(numbers)}")
+
+
 def random_data(args, count=None):
-    """Training images, and a fifth as many held-out ones, whose class shows in the brightness of a channel."""
+    """Training images, and a fifth as many held-out ones, whose class shows in the brightness of a
+    channel.
+    """
     rng = torch.Generator().manual_seed(0)
     parts = []
     for size in (count or args.images, (count or args.images) // 5):
         labels = torch.randint(10, (size,), generator=rng)
         pixels = torch.randint(0, 160, (size, 3, 32, 32), generator=rng, dtype=torch.uint8)
         pixels[torch.arange(size), labels % 3] += (9 * labels[:, None, None]).to(torch.uint8)
-        parts.append(utils.Images(pixels.to(args.device), labels.to(args.device), utils.SPECS["cifar10"], 32, None))
+        parts.append(
+            utils.Images(
+                pixels.to(args.device), labels.to(args.device), utils.SPECS["cifar10"], 32, None
+            )
+        )
     return utils.Data(*parts, [str(number) for number in range(10)], "random")
 
 
@@ -84,9 +96,14 @@ class PlainImages(torch.utils.data.Dataset):
         spec = images.spec
         self.arrays = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
         self.labels = images.labels.tolist()
-        steps = [transforms.RandomCrop(32, padding=spec.crop_padding), transforms.RandomHorizontalFlip()]
+        steps = [
+            transforms.RandomCrop(32, padding=spec.crop_padding),
+            transforms.RandomHorizontalFlip(),
+        ]
         steps = [*steps, transforms.RandomGrayscale(spec.grayscale)] if augmented else []
-        self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)])
+        self.transform = transforms.Compose(
+            [*steps, transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
+        )
 
     def __len__(self):
         return len(self.labels)
@@ -118,7 +135,9 @@ def matmul_speed(args, dtype):
 
 @benchmark
 def augmentation(args):
-    """Augmented training batches of one epoch: per-image PIL transforms against batches on the device."""
+    """Augmented training batches of one epoch: per-image PIL transforms against batches on the
+    device.
+    """
     data = random_data(args)
     few = torch.arange(min(args.images, 5000))
     order = torch.randperm(args.images).to(args.device).split(args.batch_size)
@@ -134,14 +153,19 @@ def augmentation(args):
     ours()
     ours_speed = args.images / statistics.median(seconds(ours)[0] for _ in range(args.repeats))
     plain_speed = len(few) / statistics.median(seconds(plain)[0] for _ in range(args.repeats))
-    print(f"augmentation in batches of {args.batch_size}: plain {plain_speed:,.0f} images/s, ours ", end="")
-    print(f"{ours_speed:,.0f} images/s, ratio {ours_speed / plain_speed:.0f}")
+    report(
+        f"augmentation in batches of {args.batch_size}",
+        f"plain {plain_speed:,.0f} images/s",
+        f"here {ours_speed:,.0f} images/s",
+        f"ratio {ours_speed / plain_speed:.0f}",
+    )
 
 
 @benchmark
 def epoch(args):
-    """A training epoch: the network in a plain fp32 loop over the PIL loader, the bare steps on one batch that lies
-    ready, and the project's loop, by its own record."""
+    """A training epoch: a plain fp32 loop over the PIL loader, bare steps on one ready batch, and
+    the project's loop, by its own record.
+    """
     data = random_data(args)
     few = torch.arange(min(args.images, 2560))
     everything = torch.arange(len(data.train), device=args.device)
@@ -150,7 +174,11 @@ def epoch(args):
     def new():
         torch.manual_seed(0)
         layout = torch.channels_last if args.device != "cpu" else torch.preserve_format
-        model = models.create_model("resnet18", 10, width=args.width).to(args.device, memory_format=layout).train()
+        model = (
+            models.create_model("resnet18", 10, width=args.width)
+            .to(args.device, memory_format=layout)
+            .train()
+        )
         return model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
 
     def step(model, optimizer, inputs, labels):
@@ -180,36 +208,46 @@ def epoch(args):
     rates = []
 
     def epoch_done(record):  # the three sides take turns
-        bare_rate, plain_rate = steps * args.batch_size / seconds(bare)[0], len(few) / seconds(plain)[0]
+        bare_rate, plain_rate = (
+            steps * args.batch_size / seconds(bare)[0],
+            len(few) / seconds(plain)[0],
+        )
         rates.append((record["images_per_second"], bare_rate, plain_rate))
 
     part, nothing = everything[: len(few)] if args.device == "cpu" else everything, everything[:0]
     split = utils.Split(part, nothing, nothing, nothing, nothing, nothing, nothing)
     recipe = unlearn.Recipe(1 + args.repeats, 0.01, args.batch_size, precision=precision)
-    job = unlearn.Job("original", "original", new()[0], data, split, recipe, 1, quiet=True, compile=args.compile)
+    job = unlearn.Job(
+        "original", "original", new()[0], data, split, recipe, 1, quiet=True, compile=args.compile
+    )
     job.epoch_done = epoch_done
     unlearn.train(job, unlearn.retain_cross_entropy)
     # The first epoch warms up, and compiles.
-    ours_speed, bare_speed, plain_speed = (statistics.median(side) for side in zip(*rates[1:], strict=True))
+    ours_speed, bare_speed, plain_speed = (
+        statistics.median(side) for side in zip(*rates[1:], strict=True)
+    )
     work = flops_of_a_step(model, inputs[:8]) * ours_speed
     reached = matmul_speed(args, torch.bfloat16 if precision == "bf16" else torch.float32)
-    print(
-        f"epoch at width {args.width} in batches of {args.batch_size}, {precision}: plain {plain_speed:,.0f} ", end=""
-    )
-    print(
-        f"images/s, bare steps {bare_speed:,.0f}, ours {ours_speed:,.0f}: ratio {ours_speed / plain_speed:.2f} to ",
-        end="",
-    )
-    print(f"plain, {bare_speed / ours_speed:.2f} × the time of bare steps; {work / 1e12:.3f} TFLOP/s, ", end="")
-    print(f"{100 * work / reached:.0f} % of a large matrix product here", end="")
     name = torch.cuda.get_device_name() if args.device != "cpu" else ""
     peaks = [peak for chip, peak in PEAKS.items() if chip in name and precision == "bf16"]
-    print(f", {100 * work / peaks[0]:.0f} % of the peak of {name}" if peaks else "")
+    report(
+        f"epoch at width {args.width} in batches of {args.batch_size}, {precision}",
+        f"plain {plain_speed:,.0f} images/s",
+        f"bare steps {bare_speed:,.0f}",
+        f"here {ours_speed:,.0f}",
+        f"ratio {ours_speed / plain_speed:.2f} to plain",
+        f"{bare_speed / ours_speed:.2f} × the time of bare steps",
+        f"{work / 1e12:.3f} TFLOP/s",
+        f"{100 * work / reached:.0f} % of a large matrix product on this machine",
+        *(f"{100 * work / peak:.0f} % of the peak of {name}" for peak in peaks),
+    )
 
 
 @benchmark
 def fisher(args):
-    """The diagonal Fisher information of the retain images: one image and one class at a time against chunks."""
+    """The diagonal Fisher information of the retain images: one image and one class at a time
+    against chunks.
+    """
     data = random_data(args, min(args.images, 50_000))
     model = models.create_model("resnet18", 10, width=args.width).to(args.device).eval()
     many = torch.arange(64 if args.device == "cpu" else len(data.train), device=args.device)
@@ -220,7 +258,9 @@ def fisher(args):
         for index in few:
             log_p = F.log_softmax(model(data.train.batch(index[None])), dim=1)[0]
             for number in range(10):
-                found = torch.autograd.grad(log_p[number], list(model.parameters()), retain_graph=number < 9)
+                found = torch.autograd.grad(
+                    log_p[number], list(model.parameters()), retain_graph=number < 9
+                )
                 for sum_, gradient in zip(total, found, strict=True):
                     sum_ += log_p[number].exp().item() * gradient.square()
         return [tensor / len(few) for tensor in total]
@@ -231,60 +271,85 @@ def fisher(args):
     expected, found = plain(), ours(few)
     for sum_, tensor in zip(expected, found.values(), strict=True):
         torch.testing.assert_close(sum_, tensor, rtol=1e-3, atol=1e-3 * sum_.abs().max().item())
-    times = [(seconds(plain)[0] / len(few), seconds(lambda: ours(many))[0] / len(many)) for _ in range(args.repeats)]
+    times = [
+        (seconds(plain)[0] / len(few), seconds(lambda: ours(many))[0] / len(many))
+        for _ in range(args.repeats)
+    ]
     plain_s, ours_s = (statistics.median(side) for side in zip(*times, strict=True))
-    print(f"Fisher information at width {args.width}: plain {1000 * plain_s:.0f} ms an image, ours ", end="")
-    print(f"{1000 * ours_s:.1f} ms, ratio {plain_s / ours_s:.1f}; 45,000 images take {750 * ours_s:.1f} min")
+    report(
+        f"Fisher information at width {args.width}",
+        f"plain {1000 * plain_s:.0f} ms per image",
+        f"here {1000 * ours_s:.1f} ms",
+        f"ratio {plain_s / ours_s:.1f}",
+        f"45,000 images take {750 * ours_s:.1f} min",
+    )
 
 
 @benchmark
 def startup(args):
-    """From the start of a script to its first batch, digits, against importing torch, timm and scikit-learn."""
-    until_first_batch = (
-        "import runpy, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import utils\n"
-        "plain = utils.Images.batches\n"
-        "def first(*arguments):\n"
-        "    for batch in plain(*arguments):\n"
-        "        sys.exit(0)\n"
-        "utils.Images.batches = first\n"
-        "sys.argv = ['main_original_model.py', '--runs_dir', sys.argv[1], '--wandb_mode', 'disabled']\n"
-        f"runpy.run_path({str(ROOT / 'main_original_model.py')!r}, run_name='__main__')\n"
-    )
+    """From the start of a script to its first batch, digits, against importing torch, timm and
+    scikit-learn.
+    """
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(code):
-            command = [sys.executable, "-c", code, folder]
-            return seconds(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))[0]
+        def run(*command, fault=()):
+            options = {"env": script_environment(folder, fault), "stdout": subprocess.DEVNULL}
+            call = partial(subprocess.run, [sys.executable, *command], check=True, **options)
+            return seconds(call)[0]
 
-        imports = "import torch, timm, sklearn"
-        run(imports)
-        times = [(run(imports), run(until_first_batch)) for _ in range(max(3, args.repeats))]
+        def imports():
+            return run("-c", "import torch, timm, sklearn")
+
+        def script():
+            command = [str(ROOT / "main_original_model.py"), "--runs_dir", folder]
+            return run(*command, "--wandb_mode", "disabled", fault=["first_batch"])
+
+        imports()
+        times = [(imports(), script()) for _ in range(max(3, args.repeats))]
     imports_s, ours_s = (statistics.median(side) for side in zip(*times, strict=True))
-    print(f"start to first batch: imports {imports_s:.1f} s, script {ours_s:.1f} s, ratio {ours_s / imports_s:.2f}")
+    report(
+        "start to first batch",
+        f"imports {imports_s:.1f} s",
+        f"script {ours_s:.1f} s",
+        f"ratio {ours_s / imports_s:.2f}",
+    )
 
 
 @benchmark
 def busy(args):
-    """Training speed on digits with one busy process per core, compared with an otherwise idle machine.
+    """Training speed on digits with one busy process per core and on an otherwise idle machine.
 
-    Waiting OpenMP threads either sleep (the scripts' setting) or spin."""
+    Waiting OpenMP threads either sleep (the scripts' setting) or spin.
+    """
 
     def speed(policy):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu", "--num_epochs", "4"]
+            command = [
+                sys.executable,
+                str(ROOT / "main_original_model.py"),
+                "--device",
+                "cpu",
+                "--num_epochs",
+                "4",
+            ]
             command += ["--runs_dir", folder, "--wandb_mode", "disabled"]
-            environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_WAIT", "GOMP"))}
+            environment = {
+                key: value
+                for key, value in os.environ.items()
+                if not key.startswith(("OMP_WAIT", "GOMP"))
+            }
             environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
             subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
             (history,) = Path(folder).rglob("history.jsonl")
-            rates = [json.loads(line)["images_per_second"] for line in history.read_text().splitlines()]
+            rates = [
+                json.loads(line)["images_per_second"] for line in history.read_text().splitlines()
+            ]
         return statistics.median(rates[1:])
 
     @contextmanager
     def busy_processes():
-        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+        program = [sys.executable, str(ROOT / "tests/faults/busy.py")]
+        loops = [subprocess.Popen(program) for _ in range(os.cpu_count())]
         try:
             yield
         finally:
@@ -296,17 +361,21 @@ def busy(args):
         idle = speed(policy)
         with busy_processes():
             loaded = speed(policy)
-        print(
-            f"training beside {os.cpu_count()} busy processes, {what}: {loaded:,.0f} images/s, idle {idle:,.0f} ",
-            end="",
+        report(
+            f"training next to {os.cpu_count()} busy processes, {what}",
+            f"{loaded:,.0f} images/s",
+            f"idle {idle:,.0f} images/s",
+            f"ratio {loaded / idle:.2f}",
         )
-        print(f"images/s, ratio {loaded / idle:.2f}")
 
 
 @benchmark
 def mia(args):
-    """The membership attack at the paper's size: 8,000 members, as many non-members, 5,000 targets and 2,000
-    calibration images, decisions and probabilities, against scikit-learn's SVC with Platt's probabilities."""
+    """The membership attack at the paper's size against scikit-learn's SVC with Platt scaling.
+
+    8,000 members, as many non-members, 5,000 targets and 2,000 calibration images; decisions and
+    probabilities.
+    """
     rng = np.random.default_rng(0)
     kinds = {
         "members surer": lambda n, member: rng.beta(6 if member else 3, 0.7, n),
@@ -333,20 +402,30 @@ def mia(args):
         plain_s, plain_found = seconds(plain)
         agree = np.mean(ours_found[0] == plain_found[0])
         apart = np.abs(ours_found[1] - plain_found[1]).max()
-        print(
-            f"mia, {kind}: scikit-learn {plain_s:.2f} s, ours {ours_s:.2f} s, ratio {plain_s / ours_s:.0f}; "
-            f"{100 * agree:.2f} % of the decisions agree, probabilities within {apart:.4f}"
+        report(
+            f"mia, {kind}",
+            f"scikit-learn {plain_s:.2f} s",
+            f"here {ours_s:.2f} s",
+            f"ratio {plain_s / ours_s:.0f}",
+            f"{100 * agree:.2f} % of the decisions agree",
+            f"probabilities within {apart:.4f}",
         )
 
 
 @benchmark
 def evaluation(args):
-    """A full evaluation of one model (4 α, 100 resplits, all attacks, audit and class tables) against the usual one
-    (a pass of each set for each α, one SVM with probabilities), and against one bare forward pass over its images: at
-    most 1.3 times that and 20 s is the aim."""
+    """A full evaluation of one model: 4 α, 100 resplits, all attacks, audit and class tables.
+
+    It is compared with the usual one (a pass of each set per α, one SVM with probabilities), and
+    with one bare forward pass over its images. The aim is at most 1.3 times that pass and 20 s.
+    """
     data = random_data(args)
-    flags = Namespace(unlearn_type="random", retain_ratio=0.9, forget_class=None, forget_list=None, seed=1)
-    flags = Namespace(**vars(flags), cal_sizes=[utils.default_cal_size(data)], resplits=100, batch_size=None)
+    flags = Namespace(
+        unlearn_type="random", retain_ratio=0.9, forget_class=None, forget_list=None, seed=1
+    )
+    flags = Namespace(
+        **vars(flags), cal_sizes=[utils.default_cal_size(data)], resplits=100, batch_size=None
+    )
     split = utils.make_split(data, flags)
     model = models.create_model("resnet18", 10, width=args.width).to(args.device)
     settings = metrics.Settings((0.05, 0.1, 0.15, 0.2))
@@ -391,25 +470,32 @@ def evaluation(args):
     bare()
     times = [[seconds(side)[0] for side in (plain, bare, ours)] for _ in range(args.repeats)]
     plain_s, bare_s, ours_s = (statistics.median(side) for side in zip(*times, strict=True))
-    print(
-        f"evaluation of {args.images} + {args.images // 5} images at width {args.width}: plain {plain_s:.1f} s, ",
-        end="",
+    report(
+        f"evaluation of {args.images} + {args.images // 5} images at width {args.width}",
+        f"plain {plain_s:.1f} s",
+        f"bare forward pass {bare_s:.1f} s",
+        f"here {ours_s:.1f} s",
+        f"ratio {plain_s / ours_s:.1f} to plain",
+        f"{ours_s / bare_s:.2f} × the bare pass (aim below {1.3 * bare_s + 20:.1f} s)",
     )
-    print(f"bare forward pass {bare_s:.1f} s, ours {ours_s:.1f} s: ratio {plain_s / ours_s:.1f} to plain, ", end="")
-    print(f"{ours_s / bare_s:.2f} × the bare pass (aim below {1.3 * bare_s + 20:.1f} s)")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], default=[], metavar="NAME")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--images",
         type=int,
-        help="training images, and a fifth as many held-out ones; when left out 10,000, of the evaluation 50,000",
+        help="training images, plus a fifth as many held-out ones "
+        "(default: 10,000; evaluation: 50,000)",
     )
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
-    parser.add_argument("--batch_size", type=int, default=64, help="of the training and of all plain sides")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="of the training and of all plain sides"
+    )
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto")
     parser.add_argument("--compile", action="store_true", help="epoch: the project's side compiled")
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,0 +1,4 @@
+"""Keeps one core busy until it is killed."""
+
+while True:
+    pass

@@ -1,0 +1,7 @@
+"""wandb is not installed."""
+
+import sys
+
+
+def install():
+    sys.modules["wandb"] = None

@@ -1,0 +1,253 @@
+"""What the tests share: running a script in a process of its own, in this process or in a fork of
+it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import runpy
+import subprocess
+import sys
+import traceback
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+FAULTS = ROOT / "tests/faults"
+TINY = ["--width", "8", "--device", "cpu"]
+QUIET = ["--wandb_mode", "disabled"]
+PIPELINE_EVALUATION = ["--alphas", "0.05,0.1", "--cal_sizes", "100,200", "--resplits", "10"]
+
+
+# ---------------------------------------------------------------- running scripts
+
+
+def script_environment(cwd, fault=()):
+    """The environment of a script: one thread, no GPU, no network, no wandb account.
+
+    ``fault`` is the name of a file in tests/faults/ and the arguments of its ``install``.
+    """
+    private = ("WANDB", "PYTHONPATH", "FAULT")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(private)}
+    environment |= {
+        "HOME": str(cwd),
+        "NETRC": str(Path(cwd) / "none"),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if fault:
+        arguments = json.dumps([str(argument) for argument in fault])
+        environment |= {"PYTHONPATH": str(FAULTS), "FAULT": arguments}
+    return environment
+
+
+def script_command(script, arguments, root=ROOT):
+    return [sys.executable, str(root / script), *map(str, arguments)]
+
+
+def run_script(script, *arguments, cwd, fault=(), env=None, limit=300, root=ROOT):
+    """Run a script in its own process. Returns the CompletedProcess with its output as text."""
+    return subprocess.run(
+        script_command(script, arguments, root),
+        cwd=cwd,
+        env=script_environment(cwd, fault) | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        check=False,
+    )
+
+
+def start_script(script, *arguments, cwd, **options):
+    """Start a script in its own process. Returns the Popen object with pipes for its output."""
+    return subprocess.Popen(
+        script_command(script, arguments),
+        cwd=cwd,
+        env=script_environment(cwd),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run_in_process(script, *arguments, cwd):
+    """Run a script as ``__main__`` in this process. Returns what :func:`run_script` returns."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
+
+
+def fork_script(script, *arguments, cwd, before=None):
+    """Start :func:`run_in_process` in a fork of this process. Returns the process id.
+
+    The fork calls ``before()`` first and writes to ``stdout.txt`` and ``stderr.txt`` in ``cwd``.
+    Its start takes milliseconds, because torch is already imported.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        with open(cwd / "stdout.txt", "w") as out, open(cwd / "stderr.txt", "w") as err:
+            try:
+                with (
+                    contextlib.redirect_stdout(out),
+                    contextlib.redirect_stderr(err),
+                    contextlib.chdir(cwd),
+                ):
+                    if before:
+                        before()
+                    sys.argv = [script, *map(str, arguments)]
+                    runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:
+                traceback.print_exc(file=err)
+    finally:
+        os._exit(status)  # the fork must not return to pytest
+
+
+def run_forked(script, *arguments, cwd, before=None):
+    """:func:`fork_script`, waited for. A negative return code is the signal that ended the fork."""
+    process = fork_script(script, *arguments, cwd=cwd, before=before)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    out, err = (cwd / f"{name}.txt" for name in ("stdout", "stderr"))
+    texts = [path.read_text() if path.exists() else "" for path in (out, err)]
+    return subprocess.CompletedProcess([script, *arguments], status, *texts)
+
+
+# ---------------------------------------------------------------- what a script did
+
+
+def check(done):
+    """``done``, after an assertion that its exit status is 0."""
+    output = f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{done.args}\n{output}"
+    return done
+
+
+def succeed(script, *arguments, cwd, **options):
+    """:func:`run_script` with an exit status of 0."""
+    return check(run_script(script, *arguments, cwd=cwd, **options))
+
+
+def fails_in_one_line(done, *words):
+    """Assert that a script ended with status 2 and one line on stderr with all of ``words``."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert len(lines) == 1 and ": error: " in lines[0], done.stderr
+    missing = [word for word in words if word not in lines[0]]
+    assert not missing, f"{missing} not in: {lines[0]}"
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def read_weights(path):
+    """The state_dict of a checkpoint, read without the project's own reader."""
+    import torch
+
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same_weights(path, other):
+    """Whether two checkpoints hold bit for bit the same tensors."""
+    first, second = read_weights(path), read_weights(other)
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def visible_files(folder):
+    """Names in a folder without those that begin with a dot."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+# ---------------------------------------------------------------- flags and data
+
+
+def flags(**chosen):
+    """Parsed flags: ``chosen``, and the default of every other flag."""
+    import utils
+
+    parser = utils.make_parser("")
+    utils.add_scenario_flags(parser, "", "original_model.pth")
+    args = parser.parse_args(["--unlearn_name", "all", *TINY])
+    return Namespace(**vars(args) | chosen)
+
+
+def write_pictures(root, train, test, side=8):
+    """An image folder of two classes, the second one brighter, as PNG files of noise."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for number in range(count):
+            name = ("ant", "bee")[number % 2]
+            path = root / part / name / f"{number:04}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            low = 60 * (number % 2)
+            pixels = rng.integers(low, low + 150, (side, side, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(path)
+
+
+def write_cifar10(folder):
+    """Small files in the format of the CIFAR-10 archive: 150 training and 200 test images."""
+    folder = folder / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        count = 200 if name == "test_batch" else 30
+        labels = rng.integers(10, size=count)
+        pixels = rng.integers(0, 80, size=(count, 3072)) + 17 * labels[:, None]
+        batch = {"data": pixels.astype(np.uint8), "labels": labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch))
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+# ---------------------------------------------------------------- the README
+
+
+def read_markdown(name, root=ROOT):
+    """A Markdown file with every command that backslashes break over several lines on one line."""
+    lines = (root / name).read_text().replace("\\\n", " ").splitlines()
+    joined = [" ".join(line.split()) if line.startswith("python") else line for line in lines]
+    return "\n".join(joined) + "\n"
+
+
+def readme_block(marker):
+    """The code block that follows the comment ``marker`` in README.md or metrics/README.md."""
+    for path in ("README.md", "metrics/README.md"):
+        if (ROOT / path).exists() and f"<!-- {marker} -->" in (text := read_markdown(path)):
+            return text.split(f"<!-- {marker} -->")[1].split("```")[1].partition("\n")[2]
+    raise LookupError(f"no <!-- {marker} --> in README.md or metrics/README.md")

@@ -1,0 +1,70 @@
+"""Whole scripts on other data and other networks than the default, and the published commands."""
+
+import numpy as np
+from helpers import QUIET, TINY, read_json, succeed, write_cifar10
+from PIL import Image
+from test_pipeline import read_table
+
+PUBLISHED = """
+main_original_model.py --model_name resnet18 --data_name cifar10 --data_dir ./data --batch_size 64 --num_epochs 200 --learning_rate 0.1 --num_classes 10
+main_unlearn.py --unlearn_name retrain --unlearn_type random --model_name resnet18 --data_name cifar10 --data_dir ./data --model_dir original_model.pth --num_epochs 200 --num_classes 10 --retain_ratio 0.9 --learning_rate 0.01
+main_unlearn_cpu.py --unlearn_name finetune --unlearn_type random --model_name resnet18 --data_name cifar10 --data_dir ./data --model_dir original_model.pth --num_epochs 20 --num_classes 10 --retain_ratio 0.9 --learning_rate 0.1 --delta 0.01 --alpha 0.05 --lamda 0.5
+main_evaluate.py --unlearn_name retrain --unlearn_type random --model_name resnet18 --data_name cifar10 --data_dir ./data --model_dir unlearning_model.pth --num_classes 10 --retain_ratio 0.9 --alphas 0.05
+""".strip().splitlines()  # noqa: E501 - these lines are public and stay as they were published
+
+
+def test_published_command_lines_run_and_use_their_flags(tmp_path):
+    write_cifar10(tmp_path / "data")
+    for line in PUBLISHED:
+        fewer = [] if line.startswith("main_evaluate") else ["--num_epochs", "1"]
+        succeed(*line.split(), *fewer, cwd=tmp_path, fault=["unchecked_cifar"])
+    folder = tmp_path / "runs/resnet18_cifar10_seed1/random_0.9"
+    assert [row["method"] for row in read_table(folder / "results.csv")] == ["original", "retrain"]
+    assert read_json(folder / "retrain/results.json")["recipe"]["learning_rate"] == 0.01
+    identity = read_json(folder / "cpu_finetune/results.json")["identity"]
+    assert (identity["alpha"], identity["delta"], identity["lamda"]) == (0.05, 0.01, 0.5)
+
+
+def write_insects(root, train=30, test=40):
+    """An image folder of three classes. Each is brighter in another channel; two widths."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("test", test)):
+        for number, name in enumerate(("ant", "bee", "cat")):
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                shape = (20, 16 + 4 * (index % 2), 3)
+                pixels = rng.integers(0, 100, size=shape).astype(np.uint8)
+                pixels[..., number] += 100
+                Image.fromarray(pixels).save(root / part / name / f"{index:03}.png")
+
+
+def test_list_of_file_names_of_an_image_folder_is_forgotten(tmp_path):
+    write_insects(tmp_path / "insects")
+    (tmp_path / "request.txt").write_text("ant/003.png\ntrain/bee/007.png\ncat/011.png\n")
+    data = [*TINY, *QUIET, "--data_name", "image_folder", "--data_dir", "insects"]
+    data += ["--image_size", 12]
+    scenario = [*data, "--unlearn_type", "list", "--forget_list", "request.txt"]
+    evaluate = [*scenario, "--unlearn_name", "all", "--alphas", "0.2"]
+    train = [*data, "--num_epochs", 3, "--num_classes", 3]
+    succeed("main_original_model.py", *train, cwd=tmp_path)
+    succeed("main_unlearn.py", *scenario, "--unlearn_name", "retrain", cwd=tmp_path)
+    succeed("main_evaluate.py", *evaluate, cwd=tmp_path)
+    root = tmp_path / "runs/resnet18w8i12_image_folder-insects_seed1"
+    (folder,) = root.glob("list_request_*/retrain")
+    results = read_json(folder / "results.json")
+    assert results["num_forget"] == 3
+    assert results["recipe"]["num_epochs"] == 3  # the original's own recipe
+    assert results["image_size"] == 12 and results["num_classes"] == 3
+    files = [row["file"] for row in read_table(folder / "samples.csv")]
+    assert files == ["ant/003.png", "bee/007.png", "cat/011.png"]
+
+
+def test_vit_trains_and_is_scored(tmp_path):
+    """timm's test_vit is a ViT of 0.4 million parameters: the same code path as vit, in seconds."""
+    common = ["--model_name", "test_vit", "--image_size", 32, "--no_pretrained", *QUIET]
+    finetune = [*common, "--unlearn_name", "finetune", "--num_epochs", 1]
+    succeed("main_original_model.py", *common, "--num_epochs", 1, cwd=tmp_path)
+    succeed("main_unlearn_cpu.py", *finetune, cwd=tmp_path)
+    succeed("main_evaluate.py", *common, "--unlearn_name", "all", cwd=tmp_path)
+    folder = tmp_path / "runs/test-vit-randomi32_digits_seed1/random_0.9"
+    assert (folder / "results.csv").is_file()

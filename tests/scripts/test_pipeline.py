@@ -1,0 +1,391 @@
+"""The four scripts from training to the table and the report, on digits."""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    PIPELINE_EVALUATION,
+    QUIET,
+    TINY,
+    check,
+    read_json,
+    read_weights,
+    run_in_process,
+    run_script,
+    same_weights,
+    succeed,
+    visible_files,
+)
+from PIL import Image
+
+import unlearn
+import unlearn_cpu
+from metrics import comparison
+
+METHODS = ["original", "retrain", "finetune", "cpu_finetune"]
+
+
+def read_table(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def pictures_in(folder):
+    return [path for path in folder.rglob("*.png") if "wandb" not in path.parts]
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_original_is_recorded_with_flags_history_and_versions(pipeline):
+    assert (pipeline.root / "original_model.pth").is_file()
+    record = read_json(pipeline.root / "original_model.json")
+    assert record["flags"]["num_epochs"] == 6 and len(record["history"]) == 6
+    assert record["seconds"] > 0 and record["device"].startswith("cpu")
+    assert record["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_method_is_recorded_and_leaves_nothing_else(method, pipeline):
+    folder = pipeline.root / "random_0.9" / method
+    documented = {"unlearning_model.pth", "history.jsonl", "results.json", "samples.csv"}
+    assert visible_files(folder) == documented | {"fake_forgotten.png", "wandb"}
+    assert not list(pipeline.folder.rglob("resume.pth"))
+    results = read_json(folder / "results.json")
+    original = read_json(pipeline.root / "original_model.json")
+    assert results["method"] == method and results["seed"] == 1 and results["seconds"] > 0
+    assert results["forget_set"] == "56d878fd8c3a6704" and results["num_forget"] == 80
+    assert results["recipe"]["num_epochs"] == 3
+    assert results["original_seconds"] == original["seconds"]
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_table_has_a_row_for_every_size_alpha_and_model(pipeline):
+    rows = read_table(pipeline.root / "random_0.9/results.csv")
+    assert [(row["cal_size"], row["alpha"], row["method"]) for row in rows] == [
+        (size, alpha, method)
+        for size in ("100", "200")
+        for alpha in ("0.05", "0.1")
+        for method in METHODS
+    ]
+    output = pipeline.output["main_evaluate.py"].stdout
+    headings = ("UA %", "MIACR %", "Cov_f %", "CR_t", "fake", "gap %", "by CR", "±")
+    assert [heading for heading in headings if heading not in output] == []
+
+
+SHARES = ("UA", "RA", "TA", "MIA", "MIACR", "gap", "forget_coverage", "test_coverage", "test_CR")
+
+
+def test_numbers_of_the_table_are_consistent(pipeline):
+    rows = read_table(pipeline.root / "random_0.9/results.csv")
+    reference = next(row for row in rows if row["method"] == "retrain")
+    for row in rows:
+        assert all(0 <= float(row[key]) <= 1 for key in SHARES), row
+        assert float(row["test_set_size"]) <= 10
+        assert float(row["forget_fake"]) <= int(row["forget_misclassified"]) <= 80
+        assert float(row["UA"]) == pytest.approx(int(row["forget_misclassified"]) / 80)
+        ratio = float(row["test_coverage"]) / float(row["test_set_size"])
+        assert float(row["test_CR"]) == pytest.approx(ratio, rel=0.1)  # a mean of ratios
+        assert 0 < float(row["test_coverage_resplit_std"]) < 0.1
+        differences = [float(row[key]) - float(reference[key]) for key in ("UA", "RA", "TA", "MIA")]
+        assert float(row["gap"]) == pytest.approx(np.mean(np.abs(differences)))
+        assert float(row["TA_minus_retrain"]) == pytest.approx(differences[2])
+        assert {row["UA_word"], row["CR_word"]} <= set(comparison.WORDS)
+
+
+def test_results_json_holds_the_numbers_of_the_table(pipeline):
+    results = read_json(pipeline.root / "random_0.9/cpu_finetune/results.json")
+    rows = read_table(pipeline.root / "random_0.9/results.csv")
+    row = next(row for row in rows if row["method"] == "cpu_finetune")
+    assert results["metrics"]["UA"] == float(row["UA"])
+    conformal = results["metrics"]["conformal"][0]
+    assert (conformal["alpha"], conformal["cal_size"]) == (0.05, 100)
+    assert conformal["forget_coverage"] == float(row["forget_coverage"])
+    assert results["evaluation"]["flags"]["alphas"] == [0.05, 0.1]
+    assert results["identity"]["alpha"] == 0.05
+
+
+def test_coverage_of_test_images_is_near_its_level(pipeline):
+    for row in read_table(pipeline.root / "random_0.9/results.csv"):
+        n, tested, level = int(row["cal_size"]), 700, 1 - float(row["alpha"])
+        spread = (level * (1 - level) * (1 / n + 1 / tested)) ** 0.5
+        assert abs(float(row["test_coverage"]) - level) < 4 * spread + 1 / n
+
+
+# ---------------------------------------------------------------- a second run
+
+
+def test_finished_run_is_not_repeated(pipeline):
+    path = pipeline.root / "random_0.9/finetune/unlearning_model.pth"
+    before = path.stat().st_mtime_ns
+    command = ["main_unlearn.py", *TINY, *QUIET, "--unlearn_name", "finetune", "--num_epochs", 3]
+    again = check(run_in_process(*command, cwd=pipeline.folder))
+    assert "already done" in again.stdout and path.stat().st_mtime_ns == before
+
+
+def test_second_evaluation_writes_the_same_bytes(pipeline):
+    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "all", *PIPELINE_EVALUATION]
+    scenario = pipeline.root / "random_0.9"
+    names = ("results.csv", "classes.csv", "finetune/samples.csv", "cr_plane.png")
+    before = [(scenario / name).read_bytes() for name in names]
+    check(run_in_process(*command, "--batch_size", 512, cwd=pipeline.folder))
+    assert [(scenario / name).read_bytes() for name in names] == before
+
+
+def test_bare_state_dict_at_a_path_is_scored(pipeline, tmp_path):
+    folder = pipeline.root / "random_0.9/retrain"
+    state = read_weights(folder / "unlearning_model.pth")
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save(wrapped, tmp_path / "other.pth")
+    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "retrain"]
+    command += ["--alphas", "0.05", "--cal_sizes", "200", "--model_dir", tmp_path / "other.pth"]
+    check(run_in_process(*command, cwd=tmp_path))
+    scored = read_json(tmp_path / "other.results.json")["metrics"]
+    known = read_json(folder / "results.json")["metrics"]
+    assert all(scored[key] == known[key] for key in ("UA", "RA", "TA", "MIA"))
+
+
+# ---------------------------------------------------------------- all methods, several seeds
+
+TWO_SEEDS = [*TINY, *QUIET, "--seeds", "1,2", "--runs_dir", "r"]
+FROM_NEW_WEIGHTS = {"retrain", "teacher"}
+
+
+@pytest.fixture(scope="module")
+def two_seeds(tmp_path_factory):
+    """All methods over two seeds. The first time, networks start from NaN. ``outputs`` in order."""
+    folder = tmp_path_factory.mktemp("seeds")
+    every = [*TWO_SEEDS, "--unlearn_name", "all"]
+    unlearn_all = ["main_unlearn.py", *every, "--num_epochs", 1]
+    evaluate = ["main_evaluate.py", *every, "--alphas", "0.2", "--resplits", 3]
+    succeed("main_original_model.py", *TWO_SEEDS, "--num_epochs", 4, cwd=folder)
+    failing = run_script(*unlearn_all, cwd=folder, fault=["nan_initialisation"])
+    cpu = ["main_unlearn_cpu.py", *every, "--num_epochs", 1, "--alpha", "0.1"]
+    succeed(*cpu, cwd=folder)
+    scored_failing = succeed(*evaluate, "--no_pictures", cwd=folder)
+    again = succeed(*unlearn_all, cwd=folder)
+    scored = succeed(*evaluate, cwd=folder)
+    return SimpleNamespace(
+        folder=folder / "r",
+        failing=failing,
+        scored_failing=scored_failing.stdout,
+        again=again.stdout,
+        scored=scored.stdout,
+    )
+
+
+def test_diverging_methods_are_rows_and_the_others_still_run(two_seeds):
+    output = two_seeds.failing.stdout
+    assert two_seeds.failing.returncode == 2, output + two_seeds.failing.stderr
+    table = output[output.index(" method ") :].splitlines()[1:]
+    assert [line.split()[0] for line in table] == list(unlearn.METHODS)
+    diverged = {line.split()[0]: line for line in table if "diverged in epoch 1" in line}
+    assert diverged.keys() == FROM_NEW_WEIGHTS
+    assert all("seed 1: " in line and "seed 2: " in line for line in diverged.values())
+    assert all("±" in line for line in table if line.split()[0] not in diverged)
+
+
+def test_failures_are_rows_of_the_evaluation_until_they_are_repaired(two_seeds):
+    lines = two_seeds.scored_failing.splitlines()
+    row = next(line for line in lines if " retrain " in line)
+    assert "seed 1: retrain diverged in epoch 1" in row and "seed 2: retrain" in row
+    assert "diverged" not in two_seeds.scored and "RTE" in two_seeds.scored
+
+
+def test_repaired_command_runs_only_what_had_failed(two_seeds):
+    finished = len(unlearn.METHODS) - len(FROM_NEW_WEIGHTS)
+    assert two_seeds.again.count("already done") == 2 * finished
+
+
+def test_summary_holds_mean_and_deviation_over_seeds(two_seeds):
+    folders = [two_seeds.folder / f"resnet18w8_digits_seed{seed}/random_0.9" for seed in (1, 2)]
+    first, second = (read_table(folder / "results.csv") for folder in folders)
+    summary_folder = two_seeds.folder / "resnet18w8_digits_seeds1,2/random_0.9"
+    summary = read_table(summary_folder / "results.csv")
+    every = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
+    assert [row["method"] for row in summary] == every
+    for rows in zip(first, second, summary, strict=True):
+        for key in ("UA", "TA", "gap", "forget_CR", "seconds", "q_hat"):
+            pair = [float(row[key]) for row in rows[:2]]
+            assert float(rows[2][key]) == pytest.approx(np.mean(pair)), key
+            assert float(rows[2][f"{key}_std"]) == pytest.approx(np.std(pair, ddof=1)), key
+    reference = next(row for row in summary if row["method"] == "retrain")
+    for row in summary:
+        difference = float(row["UA"]) - float(reference["UA"])
+        assert row["UA_word"] == comparison.verdict(difference, 2 * float(reference["UA_std"]))
+    assert (summary_folder / "report.html").is_file()
+    retrain = next(row for row in first if row["method"] == "retrain")
+    for row in first[1:]:
+        ratio = float(row["seconds"]) / float(retrain["seconds"])
+        assert float(row["RTE"]) == pytest.approx(ratio)
+
+
+# ---------------------------------------------------------------- scenarios and options
+
+
+def test_saved_mask_gives_same_weights_when_it_is_reused(pipeline, tmp_path):
+    original = pipeline.root / "original_model.pth"
+    common = ["main_unlearn.py", *TINY, *QUIET, "--unlearn_name", "salun", "--num_epochs", 1]
+    common += ["--model_dir", original]
+    for runs, ratio in (("first", ["--mask_ratio", "0.25"]), ("second", [])):
+        reused = [] if ratio else ["--mask_path", "mask.pth"]
+        command = [*common, *ratio, *reused, "--runs_dir", runs]
+        check(run_in_process(*command, cwd=tmp_path))
+        folder = tmp_path / runs / pipeline.root.name / "random_0.9/salun"
+        shutil.copy(folder / "saliency_mask.pth", tmp_path / "mask.pth")
+    mask = read_weights(tmp_path / "mask.pth").values()
+    share = sum(part.sum().item() for part in mask) / sum(part.numel() for part in mask)
+    assert share == pytest.approx(0.25, abs=1e-4)
+    first = tmp_path / "first" / pipeline.root.name / "random_0.9/salun"
+    assert same_weights(first / "unlearning_model.pth", folder / "unlearning_model.pth")
+
+
+def test_default_class_forgetting_keeps_the_other_classes(tmp_path):
+    """Accuracy on the class below 5 %, on the others within 3 points of the original's."""
+    common = ["--width", 16, "--device", "cpu", *QUIET]
+    methods = ["retrain", "GA", "salun", "sfron"]
+    forget = [*common, "--unlearn_type", "class", "--unlearn_name", *methods]
+    succeed("main_original_model.py", *common, cwd=tmp_path)
+    succeed("main_unlearn.py", *forget, cwd=tmp_path)
+    root = tmp_path / "runs/resnet18w16_digits_seed1"
+    original = read_json(root / "original_model.json")["accuracies"]["retain"]
+    for method in methods:
+        accuracies = read_json(root / "class_9" / method / "results.json")["accuracies"]
+        assert accuracies["forget"] < 0.05, (method, accuracies)
+        assert accuracies["retain"] > original - 0.03, (method, accuracies)
+
+
+def test_class_forgetting_is_scored_by_both_calibrations_and_a_probe(pipeline):
+    common = [*TINY, *QUIET, "--unlearn_type", "class", "--forget_class", 3]
+
+    def run(script, *arguments):
+        return check(run_in_process(script, *common, *arguments, cwd=pipeline.folder))
+
+    run("main_unlearn.py", "--unlearn_name", "finetune", "--num_epochs", 2)
+    run("main_unlearn_cpu.py", "--unlearn_name", "retrain", "--num_epochs", 1)
+    evaluate = ["--unlearn_name", "all", "--alphas", "0.1", "--resplits", 5, "--relearn", 2]
+    done = run("main_evaluate.py", *evaluate)
+    rows = read_table(pipeline.root / "class_3/results.csv")
+    assert [row["method"] for row in rows] == ["original", "finetune", "cpu_retrain"]
+    assert "Cov_f|r %" in done.stdout and all(row["forget_by_retain_coverage"] for row in rows)
+    assert float(rows[1]["UA"]) > 0.9  # two epochs without the class
+    assert "probe_f %" in done.stdout
+    assert all(0 <= float(row["probe_forget"]) <= 1 for row in rows)
+    assert float(rows[0]["probe_retain"]) > 0.5
+    classes = read_table(pipeline.root / "class_3/classes.csv")
+    forgotten = {row["class"] for row in classes if row["forget_images"] != "0"}
+    assert len(classes) == 10 * len(rows) and forgotten == {"3"}
+
+
+def test_coverage_that_ties_drive_off_its_level_is_reported(pipeline, tmp_path):
+    state = read_weights(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
+    state["fc.weight"].zero_()  # every image gets the same logits, those of the bias
+    torch.save(state, tmp_path / "same.pth")
+    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "retrain"]
+    command += ["--alphas", "0.05", "--cal_sizes", "200", "--model_dir", tmp_path / "same.pth"]
+    output = check(run_in_process(*command, cwd=tmp_path)).stdout
+    start = "test coverage outside"
+    (line,) = (line for line in output.splitlines() if line.startswith(start))
+    coverage, theory = (float(number) for number in re.findall(r"0\.\d+|1\.0+", line)[-2:])
+    assert "retrain at 0.05" in line
+    assert coverage > 0.98 and theory == pytest.approx(0.95, abs=0.01)
+    assert start not in pipeline.output["main_evaluate.py"].stdout
+
+
+def test_alpha_above_the_error_rate_is_reported(tmp_path):
+    common = [*TINY, *QUIET]
+    finetune = ["--unlearn_name", "finetune", "--num_epochs", 2, "--alpha", 0.4]
+
+    def run(script, *arguments):
+        return check(run_in_process(script, *common, *arguments, cwd=tmp_path)).stdout
+
+    run("main_original_model.py", "--num_epochs", 20)
+    assert "--alpha 0.4 is above the model's error rate" in run("main_unlearn_cpu.py", *finetune)
+    scored = run("main_evaluate.py", "--unlearn_name", "all", "--alphas", "0.4,0.01")
+    (line,) = (line for line in scored.splitlines() if "above the error rate" in line)
+    assert "0.4 for all" in line
+
+
+# ---------------------------------------------------------------- scores, pictures, the report
+
+SCORES = ("thr", "aps", "raps", "saps")
+
+
+def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_path):
+    names = ["retrain", "cpu_finetune"]
+    scenario = tmp_path / "runs" / pipeline.root.name / "random_0.9"
+    for name in names:
+        (scenario / name).mkdir(parents=True)
+        model = pipeline.root / "random_0.9" / name / "unlearning_model.pth"
+        (scenario / name / "unlearning_model.pth").symlink_to(model)
+    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", *names, "--alphas", "0.1,0.2"]
+    more = ["--score", ",".join(SCORES), "--resplits", 4, "--set_sizes", "2", "--relearn", 5]
+    check(run_in_process(*command, *more, cwd=tmp_path))
+    rows = read_table(scenario / "results.csv")
+    assert [(row["score"], row["alpha"], row["method"]) for row in rows] == [
+        (score, alpha, name) for score in SCORES for alpha in ("0.1", "0.2") for name in names
+    ]
+    for row in rows:
+        assert abs(float(row["test_coverage"]) - 1 + float(row["alpha"])) < 0.05
+        assert float(row["test_ECF@2"]) <= float(row["test_coverage"])
+        assert float(row["test_EuCF@2"]) <= 1 - float(row["test_coverage"]) + 1e-9
+    for name in names:
+        curve = read_json(scenario / name / "results.json")["metrics"]["relearn"]
+        assert curve["step"] == [0, 1, 2, 4, 5]
+        values = [*curve["accuracy"], *curve["coverage"]]
+        assert all(0 <= value <= 1 for value in values)
+        assert len(read_table(scenario / name / "samples.csv")) == 80
+    pictures = {path.name for path in scenario.glob("*.png")}
+    assert {"cr_plane.png", "against_alpha.png", "scores.png", "relearn.png"} <= pictures
+    for path in pictures_in(scenario):
+        with Image.open(path) as image:
+            assert min(image.size) > 150, path
+            assert len(image.getcolors(2**20) or range(9)) > 4, path
+    again = check(run_in_process(*command, "--no_pictures", "--not_randomized", cwd=tmp_path))
+    assert "report.html" not in again.stdout
+
+
+def test_report_is_one_file_with_every_picture(pipeline):
+    folder = pipeline.root / "random_0.9"
+    text = (folder / "report.html").read_text()
+    assert pictures_in(folder)
+    assert text.count("data:image/png;base64,") == len(pictures_in(folder))
+    assert "http" not in text.replace("http-equiv", "")
+    assert "56d878fd8c3a6704" in text and "cpu_finetune" in text
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+CLICK = """
+<script>addEventListener("load", () => {
+  const heads = document.querySelectorAll("th");
+  heads[1].click();
+  heads[1].click();
+  const rows = [...document.querySelector("tbody").rows];
+  document.title = rows.map(row => row.cells[1].dataset.value).join();
+});</script></body>
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser, e.g. chromium of Debian")
+def test_tables_of_the_report_sort(pipeline, tmp_path):
+    text = (pipeline.root / "random_0.9/report.html").read_text()
+    clicked = tmp_path / "clicked.html"
+    clicked.write_text(text.replace("</body>", CLICK))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{clicked}"]
+    environment = os.environ | {"HOME": str(tmp_path)}
+    shown = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    title = shown.split("<title>")[1].split("</title>")[0]
+    order = [float(value) for value in title.split(",")]
+    assert len(order) == len(METHODS) and order == sorted(order, reverse=True)
+    assert "aria-sort" in shown

@@ -1,0 +1,68 @@
+"""What the README says is tried as it is written."""
+
+import re
+import shutil
+
+from helpers import QUIET, ROOT, TINY, check, read_markdown, readme_block, run_script, succeed
+from test_data_and_models import PUBLISHED
+from test_pipeline import read_table
+
+
+def test_published_command_lines_are_in_the_readme():
+    text = read_markdown("README.md")
+    missing = [line for line in PUBLISHED if f"python {line}\n" not in text]
+    assert not missing
+
+
+def test_command_broken_by_backslashes_is_read_as_one_line(tmp_path):
+    broken = "text\n\npython main.py --alpha 0.1 \\\n    --beta 2 \\\n    && python other.py\n"
+    (tmp_path / "README.md").write_text(broken)
+    lines = read_markdown("README.md", root=tmp_path).splitlines()
+    assert lines == ["text", "", "python main.py --alpha 0.1 --beta 2 && python other.py"]
+
+
+def test_second_command_installs_both_lists_of_packages_and_runs_the_tests():
+    block = readme_block("tests")
+    assert "-r requirements.txt" in block and "-r tests/requirements.txt" in block
+    assert "pytest" in block
+
+
+def test_requirements_of_the_scripts_are_not_those_of_the_tests():
+    scripts, tests = (
+        {re.split("[<>=]", line)[0] for line in (ROOT / name).read_text().split()}
+        for name in ("requirements.txt", "tests/requirements.txt")
+    )
+    assert "torch" in scripts and "pytest" in tests and not scripts & tests
+
+
+def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
+    project = tmp_path / "project"
+    left_out = shutil.ignore_patterns(".*", "data", "runs", "tests", "__pycache__")
+    shutil.copytree(ROOT, project, ignore=left_out)
+    with open(project / "unlearn.py", "a") as file:
+        file.write(f"\n\n{readme_block('method')}")
+    (project / "metrics/confidence.py").write_text(readme_block("metric"))
+    package = project / "metrics/__init__.py"
+    text = package.read_text()
+    added = re.sub(
+        r"^MODULES = \(([^)]*)\)",
+        r"from . import confidence  # noqa: E402\n\nMODULES = (\1, confidence)",
+        text,
+        flags=re.MULTILINE,
+    )
+    assert added != text
+    package.write_text(added)
+
+    def run(script, *arguments):
+        return check(run_script(script, *arguments, *TINY, *QUIET, cwd=tmp_path, root=project))
+
+    run("main_original_model.py", "--num_epochs", 1)
+    help_text = succeed("main_unlearn.py", "--help", cwd=tmp_path, root=project).stdout
+    assert "catastrophic" in help_text
+    run("main_unlearn.py", "--unlearn_name", "catastrophic")
+    run("main_unlearn_cpu.py", "--unlearn_name", "catastrophic")
+    done = run("main_evaluate.py", "--unlearn_name", "all", "--resplits", 2)
+    rows = read_table(tmp_path / "runs/resnet18w8_digits_seed1/random_0.9/results.csv")
+    assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}
+    assert "p_f" in done.stdout
+    assert all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)

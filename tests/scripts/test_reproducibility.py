@@ -1,0 +1,60 @@
+"""What must not change the weights: a second run, λ = 0, and the compiler."""
+
+import json
+
+import pytest
+import torch
+from helpers import QUIET, TINY, read_json, read_weights, same_weights, succeed
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    """Folders of an original and a CPU variant: two with seed 1, then one with seed 2."""
+    folder = tmp_path_factory.mktemp("seeds")
+    for runs, seed in (("first", 1), ("second", 1), ("third", 2)):
+        common = [*TINY, *QUIET, "--runs_dir", runs, "--seed", seed, "--num_epochs", 2]
+        succeed("main_original_model.py", *common, cwd=folder)
+        succeed("main_unlearn_cpu.py", *common, "--unlearn_name", "finetune", cwd=folder)
+    seeds = {"first": 1, "second": 1, "third": 2}
+    return [folder / runs / f"resnet18w8_digits_seed{seed}" for runs, seed in seeds.items()]
+
+
+@pytest.mark.parametrize(
+    "name", ["original_model.pth", "random_0.9/cpu_finetune/unlearning_model.pth"]
+)
+def test_same_seed_gives_same_weights_and_another_seed_others(name, three_runs):
+    first, second, third = (folder / name for folder in three_runs)
+    assert same_weights(first, second) and not same_weights(first, third)
+
+
+def test_another_seed_forgets_other_images(three_runs):
+    name = "random_0.9/cpu_finetune/results.json"
+    first, second, third = (read_json(folder / name)["forget_set"] for folder in three_runs)
+    assert first == second != third
+
+
+def test_lamda_zero_gives_the_weights_of_the_base_method(pipeline):
+    original = pipeline.root / "original_model.pth"
+    command = ["main_unlearn_cpu.py", *TINY, *QUIET, "--unlearn_name", "finetune", "retrain"]
+    command += ["--num_epochs", 3, "--lamda", 0, "--runs_dir", "zero", "--model_dir", original]
+    succeed(*command, cwd=pipeline.folder)
+    zero = pipeline.folder / "zero" / pipeline.root.name / "random_0.9"
+    for method in ("finetune", "retrain"):
+        folder = zero / f"cpu_{method}"
+        base = pipeline.root / "random_0.9" / method / "unlearning_model.pth"
+        assert same_weights(base, folder / "unlearning_model.pth"), method
+        lines = (folder / "history.jsonl").read_text().splitlines()
+        assert len(lines) == 3 and all("q_hat" in json.loads(line) for line in lines)
+
+
+def test_compiled_network_gives_same_weights_within_rounding(tmp_path):
+    common = [*TINY, *QUIET, "--num_epochs", 1, "--batch_size", 400]
+    for runs, more in (("plain", []), ("compiled", ["--compile"])):
+        arguments = [*common, *more, "--runs_dir", runs]
+        succeed("main_original_model.py", *arguments, cwd=tmp_path, limit=600)
+    plain, compiled = (
+        read_weights(tmp_path / runs / "resnet18w8_digits_seed1/original_model.pth")
+        for runs in ("plain", "compiled")
+    )
+    for name, tensor in plain.items():
+        assert torch.allclose(tensor.double(), compiled[name].double(), atol=1e-3), name

@@ -1,0 +1,59 @@
+"""Terminals without Unicode, closed pipes, and Ctrl-C while a script starts."""
+
+import signal
+import time
+
+import pytest
+from helpers import QUIET, TINY, start_script, succeed
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_characters_that_the_terminal_cannot_show_are_replaced(encoding, tmp_path):
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+
+    def run(script, *arguments):
+        command = [*TINY, *QUIET, *arguments]
+        return succeed(script, *command, cwd=tmp_path, env=environment).stdout
+
+    run("main_original_model.py", "--num_epochs", 1)
+    finetune = ["--unlearn_name", "finetune"]
+    assert "epoch 1/1" in run("main_unlearn_cpu.py", *finetune, "--num_epochs", 1)
+    if encoding == "ascii":
+        succeed("main_unlearn_cpu.py", "--help", cwd=tmp_path, env=environment)
+        arguments = ["--unlearn_name", "cpu_finetune", "--resplits", 2, "--no_pictures"]
+        table = run("main_evaluate.py", *arguments)
+        assert "?" in table and "cpu_finetune" in table
+
+
+def test_closed_pipe_ends_help_without_a_traceback(tmp_path):
+    process = start_script("main_unlearn.py", "--help", cwd=tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(120) in (0, 141)  # argparse ignores the error
+
+
+def test_closed_pipe_ends_a_training_that_can_be_resumed(tmp_path):
+    command = ["main_original_model.py", *TINY, *QUIET, "--num_epochs", 500]
+    process = start_script(*command, cwd=tmp_path)
+    while "epoch 2/500" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    lines = process.stderr.read().splitlines()
+    errors = [line for line in lines if not line.startswith("original:")]  # the progress bar
+    assert process.wait(60) == 130
+    assert "Traceback" not in "".join(errors)
+    assert "pipe was closed" in errors[-1] and "--resume" in errors[-1]
+    assert next(tmp_path.rglob("resume.pth")).stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.0])
+def test_ctrl_c_while_a_script_starts_prints_no_traceback(seconds, tmp_path):
+    interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "all"]
+    process = start_script(*command, cwd=tmp_path, preexec_fn=interruptible)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    # Status 2: the script had already ended, because there is no model.
+    assert process.returncode in (-signal.SIGINT, 130, 2)
+    assert len(errors.splitlines()) <= 1, errors

@@ -1,0 +1,93 @@
+"""Trains every method for an epoch in float64 and saves the weights, with or without torchrun.
+
+    torchrun --nproc_per_node=2 tests/scripts/train_every_method.py OUT
+
+In float64 the results of one and two processes differ only by rounding, which is smaller than the
+effect of a mistake.
+"""
+
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import torch
+from helpers import flags
+
+import models
+import unlearn
+import unlearn_cpu
+import utils
+
+METHODS = unlearn.METHODS | unlearn_cpu.METHODS
+
+
+def use_float64():
+    """Make the scripts compute in float64 what they compute in float32."""
+    torch.set_default_dtype(torch.float64)
+    single = utils.Images.batches
+    utils.Images.batches = lambda *arguments: (inputs.double() for inputs in single(*arguments))
+    torch.Tensor.float = torch.Tensor.double
+
+
+def main(out):
+    device = utils.pick_device(Namespace(device="cpu"))
+    data = utils.load_data(flags(), device)
+    args = flags()
+    split = utils.make_split(data, args)
+    # Steps of 59, 33 and 1 images: two processes cannot divide them evenly.
+    few = {"retain": split.retain[:200], "forget": split.forget[:33]}
+    split = utils.Split(**vars(split) | few)
+    use_float64()
+    model = partial(models.create_model, "resnet18", 10, width=8)
+    results = {}
+    for label, entry in METHODS.items():
+        torch.manual_seed(0)
+        recipe = unlearn.Recipe(1, 0.01, batch_size=32, momentum=entry.momentum)
+        options = entry.options | ({"stop_accuracy": 0.0} if label == "GA" else {})
+        job = unlearn.Job(
+            label.removeprefix("cpu_"),
+            label,
+            model(),
+            data,
+            split,
+            recipe,
+            1,
+            options,
+            model,
+            quiet=True,
+        )
+        losses = []
+        job.epoch_done = losses.append
+        if label == "GA":  # it measures the accuracy on the forget images after every epoch
+            job.quiet = False
+        if label.startswith("cpu_"):
+            calibration = split.train_calibration
+            job.term = unlearn_cpu.ConformalTerm(data.held_out, calibration, 0.2, 0.01, 0.5)
+        entry.run(job)
+        for record in losses:
+            results[f"{label} loss {record['epoch']}"] = torch.tensor(record["loss"])
+        for name, tensor in job.model.state_dict().items():
+            results[f"{label} {name}"] = tensor
+
+    passed = [0]
+    net = model()
+
+    def count(module, inputs, output):
+        passed[0] += len(output)
+
+    net.register_forward_hook(count)
+    logits, labels = utils.compute_logits(net, data.train, split.retain, batch_size=32)
+    results |= {"logits": logits, "labels": labels}
+    *_, features = utils.compute_features(net, data.train, split.retain, batch_size=7)
+    results["features"] = features
+    results["passed"] = torch.tensor(passed[0])
+    utils.add_up([results["passed"]])
+    if not utils.rank():
+        torch.save(results, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
