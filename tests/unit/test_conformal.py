@@ -104,6 +104,20 @@ def test_labels_of_equal_logits_have_equal_scores():
     assert scores.from_log_odds(aps)[0].tolist() == pytest.approx([0.25, 0.5, 0.75, 1])  # ranked by number
 
 
+def test_two_labels_of_one_half_each_have_equal_scores():
+    """The third has about e⁻³⁶: p of the others rounds to ½, its sum with one of them does not."""
+    rest = torch.linspace(-36.7, -36.1, 50)
+    found = scores.thr_log_odds(torch.stack([torch.zeros(50), torch.zeros(50), rest], dim=1))
+    assert torch.equal(found[:, 0], found[:, 1])
+
+
+@pytest.mark.parametrize("name", ["aps", "raps", "saps"])
+def test_many_labels_of_equal_probability_rank_by_number(name):
+    score = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2)
+    found = score.log_odds(torch.zeros(1, 40), "test")[0]
+    assert (found.diff() > 0).all()
+
+
 # ---------------------------------------------------------------- q̂
 
 
@@ -586,6 +600,13 @@ def test_sets_of_one_and_of_several_thresholds_by_hand():
     assert CR.conformal_ratio(nothing.bool(), nothing) == CR.ratio_error(nothing.bool(), nothing) == 0
     assert CR.judged_forget_images({"forget_by_retain_CR": math.nan}) == "forget_by_retain"
     assert CR.judged_forget_images({"forget_CR": 1, "retain_CR": 1}) == "forget"
+
+
+def test_ratio_and_its_error_are_zero_under_the_thresholds_of_which_every_set_is_empty():
+    """First row: CR = ½ / 1½ = ⅓; residuals ⅔ and −⅔; error ⅔ / √2 over a mean size of 1½."""
+    inside, sizes = torch.tensor([[1, 0], [0, 0]]).bool(), torch.tensor([[1, 2], [0, 0]])
+    assert CR.conformal_ratio(inside, sizes).tolist() == [pytest.approx(1 / 3), 0]
+    assert CR.ratio_error(inside, sizes).tolist() == [pytest.approx(2 / 3 / 2**0.5 / 1.5), 0]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
