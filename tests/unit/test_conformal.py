@@ -602,13 +602,6 @@ def test_sets_of_one_and_of_several_thresholds_by_hand():
     assert CR.judged_forget_images({"forget_CR": 1, "retain_CR": 1}) == "forget"
 
 
-def test_ratio_and_its_error_are_zero_under_the_thresholds_of_which_every_set_is_empty():
-    """First row: CR = ½ / 1½ = ⅓; residuals ⅔ and −⅔; error ⅔ / √2 over a mean size of 1½."""
-    inside, sizes = torch.tensor([[1, 0], [0, 0]]).bool(), torch.tensor([[1, 2], [0, 0]])
-    assert CR.conformal_ratio(inside, sizes).tolist() == [pytest.approx(1 / 3), 0]
-    assert CR.ratio_error(inside, sizes).tolist() == [pytest.approx(2 / 3 / 2**0.5 / 1.5), 0]
-
-
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_alpha_of_zero_or_one_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha"):
