@@ -1,5 +1,6 @@
 """Which hyper-parameters a run takes: flags, then the method's defaults, then the original model's recipe."""
 
+import argparse
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -125,6 +126,14 @@ def test_help_lists_methods_with_their_defaults():
     variants = unlearn.describe_methods(unlearn_cpu.METHODS).splitlines()[1:]
     assert [line.split()[0] for line in variants] == [*unlearn_cpu.METHODS]
     assert variants[0].split(maxsplit=1)[1] == texts["retrain"]
+
+
+def test_help_of_an_option_names_the_methods_that_have_it():
+    parser = argparse.ArgumentParser()
+    unlearn.add_option_flags(parser, unlearn.METHODS)
+    said = " ".join(parser.format_help().split())
+    assert "--kd_T KD_T teacher, scrub: temperature of the distillation" in said
+    assert "--noise NOISE FisherForgetting: scale of the noise's variance" in said
 
 
 def test_only_the_options_of_the_methods_at_hand_are_flags():
