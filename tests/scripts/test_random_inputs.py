@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import unlearn
 import utils
+from models import checkpoint
 from models.resnet import ResNet18
 
 FUZZ = settings(
@@ -196,9 +197,9 @@ def test_random_flags_of_an_evaluation_are_refused_or_give_possible_numbers(pair
 def load(path, digits):
     """A state_dict, read and checked as the scripts do."""
     model = ResNet18(10, 8)
-    state, meta = utils.read_checkpoint(path)
-    utils.check_meta(path, meta, flags(), digits)
-    utils.load_weights(model, state, path)
+    state, meta = checkpoint.read(path)
+    checkpoint.check_meta(path, meta, flags(), digits)
+    checkpoint.load_weights(model, state, path)
     return model.state_dict()
 
 
@@ -246,7 +247,7 @@ def is_refused_or_equal(path, expected, digits):
 @example(changes=[("folder", 0.0, b"x")])
 def test_checkpoint_with_changed_bytes_is_refused_or_unchanged(changes, trained, digits, tmp_path):
     content = bytearray(trained.original.read_bytes())
-    expected = utils.read_checkpoint(trained.original)[0]
+    expected = checkpoint.read(trained.original)[0]
     for kind, place, more in changes:
         change(content, kind, place, more)
     path = tmp_path / "model.pth"
@@ -256,7 +257,7 @@ def test_checkpoint_with_changed_bytes_is_refused_or_unchanged(changes, trained,
 
 def test_checkpoint_with_a_flipped_bit_is_refused_or_unchanged(trained, digits, tmp_path):
     content = trained.original.read_bytes()
-    expected = utils.read_checkpoint(trained.original)[0]
+    expected = checkpoint.read(trained.original)[0]
     rng = torch.Generator().manual_seed(0)
     places = torch.randint(len(content), (150,), generator=rng).tolist()
     places += [0, 1, 30, len(content) - 20, len(content) - 1]
@@ -276,7 +277,7 @@ def test_checkpoint_that_is_cut_off_anywhere_is_refused(share, trained, tmp_path
     path = tmp_path / "cut.pth"
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(utils.UserError, match="cut.pth"):
-        utils.read_checkpoint(path)
+        checkpoint.read(path)
 
 
 PLAIN = st.recursive(
@@ -315,7 +316,7 @@ def test_checkpoint_with_other_contents_is_refused_or_read_as_it_is(
     place, kind, more, meta, trained, digits, tmp_path
 ):
     """A tensor of another kind, missing and superfluous entries, and any meta."""
-    state, good = utils.read_checkpoint(trained.original)
+    state, good = checkpoint.read(trained.original)
     good.pop("weights")  # the hash, which would find all of these
     name = list(state)[place % len(state)]
     tensor = state.pop(name)

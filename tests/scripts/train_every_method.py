@@ -20,6 +20,7 @@ import models
 import unlearn
 import unlearn_cpu
 import utils
+from models import distributed, inference
 
 METHODS = unlearn.METHODS | unlearn_cpu.METHODS
 
@@ -43,33 +44,32 @@ def main(out):
     use_float64()
     model = partial(models.create_model, "resnet18", 10, width=8)
     results = {}
-    for label, entry in METHODS.items():
+    for label, method in METHODS.items():
         torch.manual_seed(0)
-        recipe = unlearn.Recipe(1, 0.01, batch_size=32, momentum=entry.momentum)
-        options = entry.options | ({"stop_accuracy": 0.0} if label == "GA" else {})
+        term = None
+        if label.startswith("cpu_"):
+            term = unlearn_cpu.ConformalTerm(
+                data.held_out, split.train_calibration, alpha=0.2, delta=0.01, lamda=0.5
+            )
+        losses = []
         job = unlearn.Job(
-            label.removeprefix("cpu_"),
-            label,
-            model(),
-            data,
-            split,
-            recipe,
-            1,
-            options,
-            model,
+            name=label.removeprefix("cpu_"),
+            label=label,
+            model=model(),
+            data=data,
+            split=split,
+            recipe=unlearn.Recipe(1, 0.01, batch_size=32, momentum=method.momentum),
+            seed=1,
+            options=method.options | ({"stop_accuracy": 0.0} if label == "GA" else {}),
+            new_model=model,
+            term=term,
+            epoch_done=losses.append,
             quiet=True,
         )
-        losses = []
-        job.epoch_done = losses.append
-        if label == "GA":  # it measures the accuracy on the forget images after every epoch
-            job.quiet = False
-        if label.startswith("cpu_"):
-            calibration = split.train_calibration
-            job.term = unlearn_cpu.ConformalTerm(data.held_out, calibration, 0.2, 0.01, 0.5)
-        entry.run(job)
+        trained = method.run(job)
         for record in losses:
             results[f"{label} loss {record['epoch']}"] = torch.tensor(record["loss"])
-        for name, tensor in job.model.state_dict().items():
+        for name, tensor in trained.state_dict().items():
             results[f"{label} {name}"] = tensor
 
     passed = [0]
@@ -79,13 +79,13 @@ def main(out):
         passed[0] += len(output)
 
     net.register_forward_hook(count)
-    logits, labels = utils.compute_logits(net, data.train, split.retain, batch_size=32)
+    logits, labels = inference.compute_logits(net, data.train, split.retain, batch_size=32)
     results |= {"logits": logits, "labels": labels}
-    *_, features = utils.compute_features(net, data.train, split.retain, batch_size=7)
+    *_, features = inference.compute_features(net, data.train, split.retain, batch_size=7)
     results["features"] = features
     results["passed"] = torch.tensor(passed[0])
-    utils.add_up([results["passed"]])
-    if not utils.rank():
+    distributed.add_up([results["passed"]])
+    if not distributed.rank():
         torch.save(results, out)
 
 
