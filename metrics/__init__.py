@@ -106,7 +106,7 @@ class Outputs:
         return self._forgotten(self.draws[draw, max(self.cal_sizes) :])
 
     def retained(self, draw=0):
-        """Indices into ``held_out`` of all but the forgotten class's images, in the draw's order."""
+        """Indices into ``held_out`` of all but the forgotten class's images, in a draw's order."""
         return self._retained(self.draws[draw])
 
     def _retained(self, indices):

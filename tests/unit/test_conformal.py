@@ -12,7 +12,21 @@ from hypothesis import settings as hypothesis_settings
 from scipy import stats
 
 import metrics
-from metrics import CR, classwise, comparison, samples, scores
+from metrics import CR, Spread, classwise, comparison, conformal, probe, samples, scores
+
+
+def report(module, outputs, settings):
+    """What a metric's file reports: (scalars, rows)."""
+    return module.report(outputs, metrics.ConformalScores(outputs, settings), settings)
+
+
+def evaluate(outputs, settings):
+    return metrics.evaluate(metrics.ConformalScores(outputs, settings))
+
+
+def mean(number):
+    return number.mean if isinstance(number, metrics.Spread) else number
+
 
 # ---------------------------------------------------------------- scores
 
@@ -23,7 +37,9 @@ def exact_log_odds(name, logits, u, penalty=0.01, k_reg=2, weight=0.2):
     with mpmath.workdps(700):
         powers = [mpmath.exp(mpmath.mpf(float(logit))) for logit in logits]
         p, u = [power / sum(powers) for power in powers], mpmath.mpf(float(u))
-        order = sorted(range(len(p)), key=lambda label: -p[label])  # sorted() is stable: ties by number
+        order = sorted(
+            range(len(p)), key=lambda label: -p[label]
+        )  # sorted() is stable: ties by number
         found = [None] * len(p)
         for rank, label in enumerate(order, 1):
             adaptive = sum(p[other] for other in order[: rank - 1]) + u * p[label]
@@ -31,10 +47,14 @@ def exact_log_odds(name, logits, u, penalty=0.01, k_reg=2, weight=0.2):
                 "thr": 1 - p[label],
                 "aps": adaptive,
                 "raps": adaptive + mpmath.mpf(penalty) * max(rank - k_reg, 0),
-                "saps": u * p[label] if rank == 1 else p[order[0]] + (rank - 2 + u) * mpmath.mpf(weight),
+                "saps": u * p[label]
+                if rank == 1
+                else p[order[0]] + (rank - 2 + u) * mpmath.mpf(weight),
             }[name]
         return [
-            float(mpmath.log(score / (1 - score))) if score < 1 else float(scores.FROM_ONE_ON * score)
+            float(mpmath.log(score / (1 - score)))
+            if score < 1
+            else float(scores.FROM_ONE_ON * score)
             for score in found
         ]
 
@@ -57,13 +77,20 @@ def test_log_odds_are_exact_however_sure_the_model_is(name, spread):
 @pytest.mark.parametrize("name", ["aps", "raps", "saps"])
 def test_scores_without_randomisation_take_u_one(name):
     logits = torch.tensor([[2.0, 45.0, 0.0], [0.0, 0.0, 0.0]]).double()
-    found = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2).log_odds(logits, "test")
-    expected = torch.tensor([exact_log_odds(name, image, 1.0) for image in logits], dtype=torch.float64)
+    found = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2).log_odds(
+        logits, "test"
+    )
+    expected = torch.tensor(
+        [exact_log_odds(name, image, 1.0) for image in logits], dtype=torch.float64
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_raps_is_aps_to_the_last_digit_within_k_reg():
-    logits, u = torch.tensor([[900.0, 0.0, -1.0], [0.0, -900.0, -1000.0]]), torch.tensor([0.5, 0.25]).double()
+    logits, u = (
+        torch.tensor([[900.0, 0.0, -1.0], [0.0, -900.0, -1000.0]]),
+        torch.tensor([0.5, 0.25]).double(),
+    )
     raps, aps = scores.raps_log_odds(logits, u, 0.1, 2), scores.aps_log_odds(logits, u)
     assert torch.equal(raps[:, :2], aps[:, :2]) and not (raps[:, 2] == aps[:, 2]).any()
 
@@ -73,12 +100,20 @@ def test_scores_are_reported_as_S():
     assert scores.thr(logits)[0].tolist() == pytest.approx([0.3, 0.8, 0.9])
     assert scores.Score()(logits)[0].tolist() == pytest.approx([0.3, 0.8, 0.9])
     # 0.7 + (rank − 2 + 1) · 0.4 passes 1 at the third rank
-    assert scores.Score("saps", False, weight=0.4)(logits)[0].tolist() == pytest.approx([0.7, 1.1, 1.5])
-    assert scores.Score("raps", False, penalty=0.25, k_reg=1)(logits)[0].tolist() == pytest.approx([0.7, 1.15, 1.5])
-    assert scores.Score("saps", False, weight=0.5)(torch.zeros(1, 2)).tolist() == [[0.5, 1.0]]  # 0.5 + 0.5, exactly 1
+    assert scores.Score("saps", False, weight=0.4)(logits)[0].tolist() == pytest.approx(
+        [0.7, 1.1, 1.5]
+    )
+    assert scores.Score("raps", False, penalty=0.25, k_reg=1)(logits)[0].tolist() == pytest.approx(
+        [0.7, 1.15, 1.5]
+    )
+    assert scores.Score("saps", False, weight=0.5)(torch.zeros(1, 2)).tolist() == [
+        [0.5, 1.0]
+    ]  # 0.5 + 0.5, exactly 1
     adaptive = scores.Score("aps", seed=4)
     assert torch.equal(adaptive(logits), scores.from_log_odds(adaptive.log_odds(logits, "forget")))
-    assert torch.equal(adaptive(logits, "test"), scores.from_log_odds(adaptive.log_odds(logits, "test")))
+    assert torch.equal(
+        adaptive(logits, "test"), scores.from_log_odds(adaptive.log_odds(logits, "test"))
+    )
     assert math.isnan(scores.from_log_odds(torch.tensor(math.nan).double()))
 
 
@@ -89,11 +124,12 @@ def test_labels_that_1_minus_p_ties_are_ordered_by_log_odds():
     output = metrics.Output(logits, torch.ones(20, dtype=torch.int64))
     assert (scores.true_label_scores(*output) == 1).all()
     assert scores.true_label_log_odds(*output).tolist() == pytest.approx(margins.tolist())
-    scored = CR.score_part(output, scores.Score(), "forget")
-    q_hat = CR.finite_quantile(scored.own, 0.5)  # the 11th of 20
+    part = conformal.score_images(output, scores.Score(), "forget")
+    q_hat = CR.finite_quantile(part.true_label, 0.5)  # the 11th of 20
     assert q_hat == pytest.approx(60)
-    inside, sizes = CR.apply_thresholds(scored, [q_hat])
-    assert inside.sum() == 11 and sizes.sum() == 20 + 11  # label 2 at 60.5 stays out
+    q_hats = torch.tensor([q_hat]).double()
+    assert part.in_set(q_hats).sum() == 11
+    assert part.set_sizes(q_hats).sum() == 20 + 11  # label 2 at 60.5 stays out
 
 
 def test_labels_of_equal_logits_have_equal_scores():
@@ -101,7 +137,9 @@ def test_labels_of_equal_logits_have_equal_scores():
     found = scores.thr_log_odds(logits)
     assert found[0].unique().numel() == 1 and found[1].unique().numel() == 2
     aps = scores.aps_log_odds(logits, torch.ones(2).double())
-    assert scores.from_log_odds(aps)[0].tolist() == pytest.approx([0.25, 0.5, 0.75, 1])  # ranked by number
+    assert scores.from_log_odds(aps)[0].tolist() == pytest.approx(
+        [0.25, 0.5, 0.75, 1]
+    )  # ranked by number
 
 
 # ---------------------------------------------------------------- q̂
@@ -114,9 +152,14 @@ def test_q_hat_is_finite_exactly_where_enough_images_calibrate(n, thousandths):
     exact = Fraction(thousandths, 1000)
     k = math.ceil((n + 1) * (1 - exact))
     assert CR.quantile_rank(n, alpha) == k
-    assert CR.least_images(alpha) == next(least for least in range(1000) if (least + 1) * exact >= 1)
+    assert CR.least_images(alpha) == next(
+        least for least in range(1000) if (least + 1) * exact >= 1
+    )
     if k > n:
-        assert math.isnan(CR.finite_quantile(values, alpha)) and CR.conformal_quantile(values, alpha) == math.inf
+        assert (
+            math.isnan(CR.finite_quantile(values, alpha))
+            and CR.conformal_quantile(values, alpha) == math.inf
+        )
     else:
         assert CR.finite_quantile(values, alpha) == CR.conformal_quantile(values, alpha) == k - 1
 
@@ -129,18 +172,32 @@ def test_mean_over_draws_leaves_out_those_without_a_number():
         "alone": [0.3, nan, nan],
         "same": [0.5, 0.5, nan],
     }
-    values |= {"wrong_misclassified": [3, 3, 3], "some_misclassified": [3, 4, 5], "a_fake": [1, 2, nan]}
-    row = CR.over_draws({key: torch.tensor(found, dtype=torch.float64) for key, found in values.items()})
-    assert row["coverage"] == pytest.approx(0.3) and row["coverage_resplit_std"] == pytest.approx(0.02**0.5)
-    assert math.isnan(row["unknown"]) and math.isnan(row["unknown_resplit_std"])
-    assert row["alone"] == 0.3 and math.isnan(row["alone_resplit_std"])
-    assert row["same"] == 0.5 and row["same_resplit_std"] == 0
-    assert row["wrong_misclassified"] == 3 and type(row["wrong_misclassified"]) is int
-    assert row["some_misclassified"] == 4 and type(row["some_misclassified"]) is float
-    assert "some_misclassified_resplit_std" not in row
-    assert row["a_fake"] == 1.5 and row["a_fake_resplit_std"] == pytest.approx(0.5**0.5)
-    one = CR.over_draws({"a_fake": torch.tensor([2.0]), "x": torch.tensor([0.5])})
-    assert one == {"a_fake": 2, "x": 0.5} and type(one["a_fake"]) is int
+    spreads = {key: CR.over_draws(torch.tensor(row, dtype=torch.float64)) for key, row in values.items()}
+    assert spreads["coverage"] == pytest.approx(Spread(0.3, 0.02**0.5))
+    assert all(math.isnan(number) for number in spreads["unknown"])
+    assert spreads["alone"].mean == 0.3 and math.isnan(spreads["alone"].std)
+    assert spreads["same"] == Spread(0.5, 0.0)
+    assert all(isinstance(spread, Spread) for spread in spreads.values())
+
+
+def test_number_of_one_draw_has_no_spread():
+    assert CR.over_draws(torch.tensor([0.5]).double()) == 0.5
+    unknown = CR.over_draws(torch.tensor([math.nan]).double())
+    assert isinstance(unknown, float) and math.isnan(unknown)
+
+
+def test_counts_over_draws_are_integers_where_no_draw_changes_them():
+    def reported(key, *values):
+        return CR._reported(key, torch.tensor(values).double())
+
+    assert repr(reported("test_misclassified", 3, 3, 3)) == "3"
+    assert repr(reported("test_misclassified", 3, 4, 5)) == "4.0"
+    assert repr(reported("test_misclassified", 3)) == "3"
+    assert reported("forget_fake", 1, 2, math.nan) == pytest.approx(Spread(1.5, 0.5**0.5))
+    assert reported("forget_fake", 2, 2) == Spread(2.0, 0.0)
+    assert repr(reported("forget_fake", 2)) == "2"
+    assert math.isnan(reported("forget_fake", math.nan))
+    assert repr(reported("forget_fake_ratio", 1)) == "1.0"
 
 
 # ---------------------------------------------------------------- reports, recomputed
@@ -153,15 +210,21 @@ def some_outputs(num_draws, forgotten_class=None, counts=(40, 50, 90), cal_sizes
     def output(n, keep=lambda labels: labels >= 0):
         labels = rng.choice(4, n, p=[0.3, 0.3, 0.3, 0.1])
         logits = rng.standard_normal((n, 4)) + 1.5 * np.eye(4)[labels]
-        return metrics.Output(torch.from_numpy(logits)[keep(labels)], torch.from_numpy(labels)[keep(labels)])
+        return metrics.Output(
+            torch.from_numpy(logits)[keep(labels)], torch.from_numpy(labels)[keep(labels)]
+        )
 
     held_out = output(counts[2])
     draws = metrics.draw_splits(counts[2], num_draws, seed)
     if forgotten_class is None:
-        return metrics.Outputs(output(counts[0]), output(counts[1]), held_out, list(cal_sizes), draws)
+        return metrics.Outputs(
+            output(counts[0]), output(counts[1]), held_out, list(cal_sizes), draws
+        )
     forget = output(6 * counts[0], lambda labels: labels == forgotten_class)
     retain = output(counts[1], lambda labels: labels != forgotten_class)
-    return metrics.Outputs(forget, retain, held_out, list(cal_sizes), draws, held_out.labels == forgotten_class)
+    return metrics.Outputs(
+        forget, retain, held_out, list(cal_sizes), draws, held_out.labels == forgotten_class
+    )
 
 
 def plain_q_hat(values, alpha):
@@ -180,7 +243,16 @@ def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
             inside.append(numbers[image][label] <= q_hat)
             sizes.append(sum(one <= q_hat for one in numbers[image]))
     found = {"misclassified": sum(wrong)}
-    keys = ["coverage", "set_size", "CR", "CR_error", "fake", "fake_ratio", "wrong_set_size", "wrong_CR"]
+    keys = [
+        "coverage",
+        "set_size",
+        "CR",
+        "CR_error",
+        "fake",
+        "fake_ratio",
+        "wrong_set_size",
+        "wrong_CR",
+    ]
     keys += [f"{name}@{size}" for name in ("ECF", "EuCF") for size in set_sizes]
     if q_hat is None:
         return found | dict.fromkeys(keys)
@@ -206,7 +278,9 @@ def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
     for size in set_sizes:
         pairs = list(zip(inside, sizes, strict=True))
         found[f"ECF@{size}"] = sum(one and count <= size for one, count in pairs) / n if n else None
-        found[f"EuCF@{size}"] = sum(not one and count <= size for one, count in pairs) / n if n else None
+        found[f"EuCF@{size}"] = (
+            sum(not one and count <= size for one, count in pairs) / n if n else None
+        )
     return found
 
 
@@ -216,18 +290,27 @@ def mean_of(values):
 
 
 @pytest.mark.parametrize(
-    ("num_draws", "forgotten_class"), [(1, None), (4, None), (1, 3), (4, 3)], ids=["one", "four", "class", "classes"]
+    ("num_draws", "forgotten_class"),
+    [(1, None), (4, None), (1, 3), (4, 3)],
+    ids=["one", "four", "class", "classes"],
 )
 def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_class):
     outputs = some_outputs(num_draws, forgotten_class)
     score, alphas, set_sizes = scores.Score(), (0.04, 0.2, 0.25), (0, 1, 2)
-    scalars, rows = CR.report(outputs, metrics.Settings(alphas, (score,), set_sizes))
-    assert scalars == {} and set(rows) == {("thr", size, alpha) for size in (20, 45) for alpha in alphas}
+    scalars, rows = report(CR, outputs, metrics.Settings(alphas, (score,), set_sizes))
+    assert scalars == {} and set(rows) == {
+        ("thr", size, alpha) for size in (20, 45) for alpha in alphas
+    }
     held_out = outputs.held_out
     own = [
-        row[label] for row, label in zip(scores.thr_log_odds(held_out.logits).tolist(), held_out.labels, strict=True)
+        row[label]
+        for row, label in zip(
+            scores.thr_log_odds(held_out.logits).tolist(), held_out.labels, strict=True
+        )
     ]
-    is_forgotten = [forgotten_class is not None and int(label) == forgotten_class for label in held_out.labels]
+    is_forgotten = [
+        forgotten_class is not None and int(label) == forgotten_class for label in held_out.labels
+    ]
     for (_, size, alpha), row in rows.items():
         parts, q_hats, own_q_hats, sizes = {}, [], [], []
         for draw in outputs.draws.tolist():
@@ -243,29 +326,42 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
             judged = {"retain": (outputs.retain, range(len(outputs.retain.labels)), q_hat)}
             every = range(len(outputs.forget.labels))
             judged["test"] = held_out, test, q_hat
-            judged["forget"] = outputs.forget, every, q_hat if forgotten_class is None else own_q_hat
+            judged["forget"] = (
+                outputs.forget,
+                every,
+                q_hat if forgotten_class is None else own_q_hat,
+            )
             if forgotten_class is not None:
                 judged["forget_test"] = held_out, forget_test, own_q_hat
                 judged["forget_by_retain"] = outputs.forget, every, q_hat
                 judged["forget_test_by_retain"] = held_out, forget_test, q_hat
             for name, (output, chosen, threshold) in judged.items():
-                for key, value in plain_numbers(output, chosen, threshold, set_sizes, score).items():
+                for key, value in plain_numbers(
+                    output, chosen, threshold, set_sizes, score
+                ).items():
                     parts.setdefault(f"{name}_{key}", []).append(value)
         parts["q_hat"] = [None if q is None else 1 / (1 + math.exp(-q)) for q in q_hats]
         if forgotten_class is not None:
-            parts["q_hat_forget"] = [None if q is None else 1 / (1 + math.exp(-q)) for q in own_q_hats]
+            parts["q_hat_forget"] = [
+                None if q is None else 1 / (1 + math.exp(-q)) for q in own_q_hats
+            ]
         for key, values in parts.items():
-            assert row[key] == pytest.approx(mean_of(values), nan_ok=True), (key, values)
+            assert mean(row[key]) == pytest.approx(mean_of(values), nan_ok=True), (key, values)
             known = [value for value in values if value is not None]
-            if not key.endswith("misclassified") and num_draws > 1:
-                spread = math.nan if values[0] is None or len(known) < 2 else np.std(known, ddof=1)
-                assert row[f"{key}_resplit_std"] == pytest.approx(spread, nan_ok=True, abs=1e-12), (key, values)
-            else:
-                assert f"{key}_resplit_std" not in row
-        facts = {"calibration_images": sizes[0][0], "draws_left_out": sum(q is None for q in q_hats if q_hats[0])}
+            has_spread = not key.endswith("misclassified") and num_draws > 1
+            assert isinstance(row[key], Spread) == has_spread
+            if has_spread:
+                std = math.nan if values[0] is None or len(known) < 2 else np.std(known, ddof=1)
+                assert row[key].std == pytest.approx(std, nan_ok=True, abs=1e-12), (key, values)
+        facts = {
+            "calibration_images": sizes[0][0],
+            "draws_left_out": sum(q is None for q in q_hats if q_hats[0]),
+        }
         if forgotten_class is not None:
             facts["forget_calibration_images"] = sizes[0][1]
-            facts["forget_draws_left_out"] = sum(q is None for q in own_q_hats) if own_q_hats[0] is not None else 0
+            facts["forget_draws_left_out"] = (
+                sum(q is None for q in own_q_hats) if own_q_hats[0] is not None else 0
+            )
         assert {key: row[key] for key in facts} == facts
         laws = [
             stats.betabinom(m, k := math.ceil((n + 1) * (1 - Fraction(str(alpha)))), n + 1 - k)
@@ -273,18 +369,15 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
         ]  # fmt: skip
         means = [law.mean() / m for law, (*_, m) in zip(laws, sizes, strict=False)]
         if q_hats[0] is None:
-            assert math.isnan(row["theory_coverage"]) and math.isnan(row["theory_coverage_resplit_std"])
+            assert all(math.isnan(number) for number in row["theory_coverage"])
         elif None not in q_hats:
-            variance = np.mean([law.var() / m**2 for law, (*_, m) in zip(laws, sizes, strict=True)]) + np.var(means)
-            assert row["theory_coverage"] == pytest.approx(np.mean(means), rel=1e-12)
-            assert row["theory_coverage_resplit_std"] == pytest.approx(math.sqrt(variance))
+            variance = np.mean(
+                [law.var() / m**2 for law, (*_, m) in zip(laws, sizes, strict=True)]
+            ) + np.var(means)
+            assert row["theory_coverage"].mean == pytest.approx(np.mean(means), rel=1e-12)
+            assert row["theory_coverage"].std == pytest.approx(math.sqrt(variance))
         assert row["coverage_outside"] is False
-        expected = {*parts, *(f"{key}_resplit_std" for key in parts if num_draws > 1 and "misclassified" not in key)}
-        assert set(row) == expected | set(facts) | {
-            "theory_coverage",
-            "theory_coverage_resplit_std",
-            "coverage_outside",
-        }
+        assert set(row) == {*parts, *facts, "theory_coverage", "coverage_outside"}
 
 
 def test_some_draws_have_no_finite_q_hat():
@@ -292,22 +385,25 @@ def test_some_draws_have_no_finite_q_hat():
     outputs = some_outputs(30, 3, cal_sizes=(20,))
     counts = [len(outputs.forget_calibration(20, draw)) for draw in range(30)]
     alpha = math.ceil(1000 / (counts[0] + 1)) / 1000
-    row = CR.report(outputs, metrics.Settings((alpha,)))[1]["thr", 20, alpha]
+    row = report(CR, outputs, metrics.Settings((alpha,)))[1]["thr", 20, alpha]
     fewer = sum(count < counts[0] for count in counts)
     assert 0 < fewer == row["forget_draws_left_out"] < 29 and row["draws_left_out"] == 0
-    assert row["forget_calibration_images"] == counts[0] and row["calibration_images"] == 20 - counts[0]
-    assert 0 <= row["forget_coverage"] <= 1 and 0 < row["q_hat_forget"] < 1
+    assert (
+        row["forget_calibration_images"] == counts[0]
+        and row["calibration_images"] == 20 - counts[0]
+    )
+    assert 0 <= row["forget_coverage"].mean <= 1 and 0 < row["q_hat_forget"].mean < 1
 
 
 def test_theory_with_draws_left_out_is_that_of_the_others():
     outputs = some_outputs(12, 3, cal_sizes=(20,))
     counts = [len(outputs.calibration(20, draw)) for draw in range(12)]
     alpha = math.ceil(1000 / (counts[0] + 1)) / 1000
-    row = CR.report(outputs, metrics.Settings((alpha,)))[1]["thr", 20, alpha]
+    row = report(CR, outputs, metrics.Settings((alpha,)))[1]["thr", 20, alpha]
     chosen = [draw for draw in range(12) if counts[draw] >= counts[0]]
     assert row["draws_left_out"] == 12 - len(chosen) > 0
     k = [math.ceil((counts[draw] + 1) * (1 - Fraction(str(alpha)))) for draw in chosen]
-    assert row["theory_coverage"] == pytest.approx(
+    assert row["theory_coverage"].mean == pytest.approx(
         np.mean([a / (counts[d] + 1) for a, d in zip(k, chosen, strict=True)])
     )
 
@@ -320,10 +416,12 @@ def test_coverage_outside_the_theory_is_flagged_on_both_sides(num_draws, covered
     generator, labels = torch.Generator().manual_seed(0), torch.zeros(200, dtype=torch.int64)
     margins = torch.rand(200, generator=generator)
     margins[100:] += {"none": -9, "as it should": 0, "all": 9}[covered]
-    outputs.held_out = metrics.Output(torch.stack([margins, *3 * [torch.zeros(200)]], dim=1), labels)
+    outputs.held_out = metrics.Output(
+        torch.stack([margins, *3 * [torch.zeros(200)]], dim=1), labels
+    )
     if covered != "as it should":
         outputs.draws = torch.arange(200).expand(num_draws, -1)
-    row = CR.report(outputs, metrics.Settings((0.3,)))[1]["thr", 100, 0.3]
+    row = report(CR, outputs, metrics.Settings((0.3,)))[1]["thr", 100, 0.3]
     assert row["coverage_outside"] is (covered != "as it should")
 
 
@@ -333,7 +431,9 @@ def test_bounds_of_one_draws_coverage_are_the_central_999_in_1000():
     low, high = law.ppf(0.0005), law.ppf(0.9995)
     assert 0 < low < high <= 30
     flags = [
-        CR._against_theory(outputs, 30, 0.2, torch.tensor([c / 30], dtype=torch.float64))["coverage_outside"]
+        CR._against_theory(outputs, 30, 0.2, torch.tensor([c / 30], dtype=torch.float64))[
+            "coverage_outside"
+        ]
         for c in range(31)
     ]
     assert flags == [not low <= count <= high for count in range(31)]
@@ -349,7 +449,11 @@ def test_bounds_of_the_mean_over_draws_are_four_standard_errors():
 
 
 def test_q_hat_below_one_half_means_at_most_one_label():
-    assert CR.at_most_one_label(0.49) and not CR.at_most_one_label(0.5) and not CR.at_most_one_label(math.nan)
+    assert (
+        CR.at_most_one_label(0.49)
+        and not CR.at_most_one_label(0.5)
+        and not CR.at_most_one_label(math.nan)
+    )
 
 
 def test_coverage_law_is_none_where_too_few_calibrate():
@@ -358,12 +462,14 @@ def test_coverage_law_is_none_where_too_few_calibrate():
 
 def test_metrics_of_many_thresholds_are_those_of_each():
     outputs = some_outputs(1)
-    scored = CR.score_part(outputs.retain, scores.Score(), "retain")
-    q_hats = torch.linspace(-3, 3, 2 * CR.TOGETHER + 5).double()
+    scored = conformal.score_images(outputs.retain, scores.Score(), "retain")
+    q_hats = torch.linspace(-3, 3, 2 * CR.THRESHOLDS_PER_CHUNK + 5).double()
     together = CR.describe(scored, q_hats, (1,))
-    for number in (0, CR.TOGETHER - 1, CR.TOGETHER, len(q_hats) - 1):
+    for number in (0, CR.THRESHOLDS_PER_CHUNK - 1, CR.THRESHOLDS_PER_CHUNK, len(q_hats) - 1):
         for key, values in CR.describe(scored, q_hats[number : number + 1], (1,)).items():
-            assert values.tolist() == pytest.approx(together[key][number : number + 1].tolist(), nan_ok=True), key
+            assert values.tolist() == pytest.approx(
+                together[key][number : number + 1].tolist(), nan_ok=True
+            ), key
 
 
 # ---------------------------------------------------------------- classes, samples
@@ -373,19 +479,38 @@ def test_metrics_of_many_thresholds_are_those_of_each():
 def test_class_rows_are_what_loops_give(forgotten_class, name):
     outputs = some_outputs(3, forgotten_class)
     score, alphas = scores.Score(name, seed=5), (0.04, 0.2)
-    rows = classwise.class_rows(outputs, metrics.Settings(alphas, (score,)), ["a", "b", "c", "d"])
-    assert [(row["alpha"], row["class"]) for row in rows] == [(alpha, name) for alpha in alphas for name in "abcd"]
+    rows = classwise.class_rows(
+        metrics.ConformalScores(outputs, metrics.Settings(alphas, (score,))), ["a", "b", "c", "d"]
+    )
+    assert [(row["alpha"], row["class"]) for row in rows] == [
+        (alpha, name) for alpha in alphas for name in "abcd"
+    ]
     held_out = outputs.held_out
     labels = held_out.labels.tolist()
-    own = [row[label] for row, label in zip(score.log_odds(held_out.logits, "held_out").tolist(), labels, strict=True)]
+    own = [
+        row[label]
+        for row, label in zip(
+            score.log_odds(held_out.logits, "held_out").tolist(), labels, strict=True
+        )
+    ]
     for row in rows:
         number = "abcd".index(row["class"])
-        common = plain_q_hat([own[image] for image in range(45) if labels[image] != forgotten_class], row["alpha"])
+        common = plain_q_hat(
+            [own[image] for image in range(45) if labels[image] != forgotten_class], row["alpha"]
+        )
         calibration = [image for image in range(45) if labels[image] == number]
         mine = plain_q_hat([own[image] for image in calibration], row["alpha"])
         parts = {
-            "test": (held_out, "held_out", [image for image in range(45, 90) if labels[image] == number]),
-            "forget": (outputs.forget, "forget", (outputs.forget.labels == number).nonzero().flatten().tolist()),
+            "test": (
+                held_out,
+                "held_out",
+                [image for image in range(45, 90) if labels[image] == number],
+            ),
+            "forget": (
+                outputs.forget,
+                "forget",
+                (outputs.forget.labels == number).nonzero().flatten().tolist(),
+            ),
         }
         expected = {
             "score": name,
@@ -400,7 +525,9 @@ def test_class_rows_are_what_loops_give(forgotten_class, name):
             for prefix, q_hat in (("", common), ("own_", mine)):
                 numbers = plain_numbers(output, chosen, q_hat, (), score, drawn)
                 for key in ("coverage", "set_size"):
-                    expected[f"{prefix}{part}_{key}"] = math.nan if numbers[key] is None else numbers[key]
+                    expected[f"{prefix}{part}_{key}"] = (
+                        math.nan if numbers[key] is None else numbers[key]
+                    )
         texts = {key: expected.pop(key) for key in ("score", "class")}
         assert {key: row.pop(key) for key in texts} == texts
         assert row == pytest.approx(expected, rel=1e-12, nan_ok=True)
@@ -411,12 +538,19 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
     outputs = some_outputs(5, forgotten_class, cal_sizes=(10, 20))
     score, alphas = scores.Score(kind, seed=5), (0.01, 0.2)
     if forgotten_class is None:  # some forget images have the very scores of calibration images
-        outputs.forget = outputs.held_out.of(torch.arange(40))
+        outputs.forget = outputs.held_out.select(torch.arange(40))
     count = len(outputs.forget.labels)
     indices, names = torch.arange(count) + 100, [f"{number}.png" for number in range(count)]
-    rows = samples.sample_rows(outputs, metrics.Settings(alphas, (score, scores.Score("aps"))), indices, names)
+    chosen = metrics.Settings(alphas, (score, scores.Score("aps")))
+    conformal_scores = metrics.ConformalScores(outputs, chosen)
+    rows = samples.sample_rows(conformal_scores, indices, names)
     held_out = outputs.held_out
-    own = score.log_odds(held_out.logits, "held_out").gather(1, held_out.labels[:, None]).flatten().tolist()
+    own = (
+        score.log_odds(held_out.logits, "held_out")
+        .gather(1, held_out.labels[:, None])
+        .flatten()
+        .tolist()
+    )
     labels = outputs.held_out.labels.tolist()
     q_hats = [
         plain_q_hat([own[image] for image in draw[:20] if labels[image] != forgotten_class], 0.2)
@@ -425,7 +559,10 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
     log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     p = torch.softmax(outputs.forget.logits, dim=1)
     for number, row in enumerate(rows):
-        label, prediction = int(outputs.forget.labels[number]), int(outputs.forget.logits[number].argmax())
+        label, prediction = (
+            int(outputs.forget.labels[number]),
+            int(outputs.forget.logits[number].argmax()),
+        )
         inside = log_odds[number][label] <= q_hats[0]
         assert row == pytest.approx(
             {
@@ -445,58 +582,78 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
                 "in_set_share@0.2": sum(log_odds[number][label] <= q_hat for q_hat in q_hats) / 5,
             }
         )
-    assert len(rows) == count and "file" not in samples.sample_rows(outputs, metrics.Settings(alphas), indices)[0]
+    assert len(rows) == count and "file" not in samples.sample_rows(conformal_scores, indices)[0]
 
 
 def test_share_of_draws_counts_those_with_a_finite_q_hat():
     outputs = some_outputs(12, 3, cal_sizes=(20,))
     order = sorted(range(12), key=lambda draw: len(outputs.calibration(20, draw)))
-    outputs.draws = outputs.draws[[*order[4:], *order[:4]]]  # draws with fewer and with more than the first
+    outputs.draws = outputs.draws[
+        [*order[4:], *order[:4]]
+    ]  # draws with fewer and with more than the first
     counts = [len(outputs.calibration(20, draw)) for draw in range(12)]
-    alpha = math.ceil(1000 / (counts[0] + 1)) / 1000  # finite with as many calibration images as the split has
-    rows = samples.sample_rows(outputs, metrics.Settings((alpha,)), torch.arange(len(outputs.forget.labels)))
+    alpha = (
+        math.ceil(1000 / (counts[0] + 1)) / 1000
+    )  # finite with as many calibration images as the split has
+    rows = samples.sample_rows(
+        metrics.ConformalScores(outputs, metrics.Settings((alpha,))),
+        torch.arange(len(outputs.forget.labels)),
+    )
     finite = sum(count >= counts[0] for count in counts)
     more = math.ceil(1000 / (counts[0] + 2)) / 1000  # needs one image more than the split has
     chosen = metrics.Settings((more,))
     assert counts[0] < CR.least_images(more) <= max(counts)
-    unknown = samples.sample_rows(outputs, chosen, torch.arange(len(outputs.forget.labels)))
+    unknown = samples.sample_rows(
+        metrics.ConformalScores(outputs, chosen), torch.arange(len(outputs.forget.labels))
+    )
     assert all(row[f"in_set_share@{more:g}"] is None for row in unknown)
     own = scores.true_label_log_odds(*outputs.held_out)
     q_hats = [own[outputs.calibration(20, d)].max() for d in range(12) if counts[d] >= counts[0]]
     forget = scores.true_label_log_odds(*outputs.forget)
     assert finite < 12
     for row, score in zip(rows, forget, strict=True):
-        assert row[f"in_set_share@{alpha:g}"] == pytest.approx(sum(bool(score <= q) for q in q_hats) / finite)
+        assert row[f"in_set_share@{alpha:g}"] == pytest.approx(
+            sum(bool(score <= q) for q in q_hats) / finite
+        )
 
 
 @pytest.mark.parametrize(("forgotten_class", "kind"), [(None, "thr"), (3, "thr"), (None, "aps")])
 def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class, kind):
     outputs = some_outputs(2, forgotten_class, cal_sizes=(10, 20))
     if forgotten_class is None:  # one label's score is q̂ itself
-        outputs.forget = outputs.held_out.of(torch.arange(40))
+        outputs.forget = outputs.held_out.select(torch.arange(40))
     score = scores.Score(kind, seed=5)
     chosen = metrics.Settings((0.2, 0.04), (score,))
     own = score.log_odds(outputs.held_out.logits, "held_out")
     own = own.gather(1, outputs.held_out.labels[:, None]).flatten().tolist()
     labels = outputs.held_out.labels.tolist()
-    q_hat = plain_q_hat([own[image] for image in range(20) if labels[image] != forgotten_class], 0.2)
+    q_hat = plain_q_hat(
+        [own[image] for image in range(20) if labels[image] != forgotten_class], 0.2
+    )
     log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     expected = []
-    for place, (row, label) in enumerate(zip(log_odds, outputs.forget.labels.tolist(), strict=True)):
+    for place, (row, label) in enumerate(
+        zip(log_odds, outputs.forget.labels.tolist(), strict=True)
+    ):
         order = sorted(range(4), key=row.__getitem__)
         if order[0] != label and row[label] <= q_hat:
             inside = [one for one in order if row[one] <= q_hat]
             expected.append((row[label], (place, order[0], inside)))
     expected = [entry for _, entry in sorted(expected)]
     assert expected
-    assert samples.most_fake(outputs, chosen, 100) == expected and samples.most_fake(outputs, chosen, 2) == expected[:2]
-    assert samples.most_fake(outputs, metrics.Settings((0.01,)), 3) is None
+    conformal_scores = metrics.ConformalScores(outputs, chosen)
+    assert samples.most_fake(conformal_scores, 100) == expected
+    assert samples.most_fake(conformal_scores, 2) == expected[:2]
+    too_few = metrics.ConformalScores(outputs, metrics.Settings((0.01,)))
+    assert samples.most_fake(too_few, 3) is None
 
 
 def test_labels_of_a_most_fake_image_that_tie_are_listed_by_number():
     same = metrics.Output(torch.zeros(30, 100), torch.full((30,), 7))
-    outputs = metrics.Outputs(same.of([0]), same, same, [20], metrics.draw_splits(30, 1))
-    assert samples.most_fake(outputs, metrics.Settings((0.2,)), 1) == [(0, 0, list(range(100)))]
+    outputs = metrics.Outputs(same.select([0]), same, same, [20], metrics.draw_splits(30, 1))
+    assert samples.most_fake(metrics.ConformalScores(outputs, metrics.Settings((0.2,))), 1) == [
+        (0, 0, list(range(100)))
+    ]
 
 
 # ---------------------------------------------------------------- outputs
@@ -511,7 +668,9 @@ def test_draws_are_the_split_then_random_orders():
     assert torch.equal(draws, metrics.draw_splits(50, 4, seed=7)) and torch.equal(
         draws[:2], metrics.draw_splits(50, 2, 7)
     )
-    assert not torch.equal(draws, metrics.draw_splits(50, 4, seed=8)) and metrics.draw_splits(50, 1).shape == (1, 50)
+    assert not torch.equal(draws, metrics.draw_splits(50, 4, seed=8)) and metrics.draw_splits(
+        50, 1
+    ).shape == (1, 50)
     assert torch.equal(metrics.draw_splits(50, 3), metrics.draw_splits(50, 3, seed=0))
 
 
@@ -519,33 +678,42 @@ def test_parts_of_a_draw_are_disjoint_and_divided_by_class():
     outputs = some_outputs(3, 3)
     for draw in range(3):
         order, rare = outputs.draws[draw].tolist(), (outputs.held_out.labels == 3).tolist()
-        assert outputs.calibration(20, draw).tolist() == [image for image in order[:20] if not rare[image]]
-        assert outputs.forget_calibration(20, draw).tolist() == [image for image in order[:20] if rare[image]]
+        assert outputs.calibration(20, draw).tolist() == [
+            image for image in order[:20] if not rare[image]
+        ]
+        assert outputs.forget_calibration(20, draw).tolist() == [
+            image for image in order[:20] if rare[image]
+        ]
         assert outputs.test(draw).tolist() == [image for image in order[45:] if not rare[image]]
         assert outputs.forget_test(draw).tolist() == [image for image in order[45:] if rare[image]]
-    assert torch.equal(outputs.calibration(20), outputs.calibration(20, 0)) and outputs.num_draws == 3
-    assert torch.equal(outputs.test(), outputs.test(0)) and torch.equal(outputs.forget_test(), outputs.forget_test(0))
+    assert (
+        torch.equal(outputs.calibration(20), outputs.calibration(20, 0)) and outputs.num_draws == 3
+    )
+    assert torch.equal(outputs.test(), outputs.test(0)) and torch.equal(
+        outputs.forget_test(), outputs.forget_test(0)
+    )
     assert torch.equal(outputs.forget_calibration(20), outputs.forget_calibration(20, 0))
 
 
 def test_evaluate_joins_the_numbers_of_all_modules(monkeypatch):
     class First:
         @staticmethod
-        def report(outputs, settings):
+        def report(outputs, conformal_scores, settings):
             return {"one": 1}, {("thr", 20, 0.1): {"a": 1}, ("thr", 45, 0.1): {"a": 2}}
 
     class Second:
-        ROW_COLUMNS = {"b": ("B", "number")}
+        ROW_COLUMNS = {"b": metrics.Column("B", "number")}
 
         @staticmethod
-        def report(outputs, settings):
+        def report(outputs, conformal_scores, settings):
             return {"two": 2}, {("thr", 20, 0.1): {"b": 3}}
 
     monkeypatch.setattr(metrics, "MODULES", (First, Second))
-    scalars, rows = metrics.evaluate(some_outputs(1), metrics.Settings((0.1,)))
+    scalars, rows = evaluate(some_outputs(1), metrics.Settings((0.1,)))
     assert scalars == {"one": 1, "two": 2}
     assert rows == {("thr", 20, 0.1): {"a": 1, "b": 3}, ("thr", 45, 0.1): {"a": 2}}
-    assert metrics.columns("ROW_COLUMNS") == {"b": ("B", "number")} and metrics.columns("COLUMNS") == {}
+    assert metrics.columns_of("ROW_COLUMNS") == Second.ROW_COLUMNS | comparison.ROW_COLUMNS
+    assert metrics.columns_of("COLUMNS") == comparison.COLUMNS | probe.COLUMNS
 
 
 # ---------------------------------------------------------------- comparison
@@ -556,34 +724,72 @@ def test_gap_is_over_what_both_know():
     found = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": math.nan, "AUC": 0.0}
     assert comparison.gap(found, reference) == pytest.approx((0.4 + 0.1 + 0.1) / 3)
     assert comparison.gap(found | {"MIA": 0.6}, reference) == pytest.approx(0.8 / 4)
-    assert comparison.gap({"UA": 0.1}, {"UA": None, "RA": 1}) != comparison.gap({"UA": 0.1}, {"UA": 0.1})
+    assert comparison.gap({"UA": 0.1}, {"UA": None, "RA": 1}) != comparison.gap(
+        {"UA": 0.1}, {"UA": 0.1}
+    )
     assert math.isnan(comparison.gap({}, reference)) and comparison.gap(reference, reference) == 0
 
 
 def test_differences_are_of_finite_numbers_that_both_have():
-    found = {"a": 1, "b": 0.5, "c": True, "d": "x", "e": math.nan, "f": math.inf, "g": 2, "h": None, "i": 3, "j": 1}
-    other = {"a": 3, "b": 0.25, "c": False, "d": "y", "e": 1, "f": 1, "h": 1, "i": math.nan, "j": True}
+    found = {
+        "a": 1,
+        "b": 0.5,
+        "c": True,
+        "d": "x",
+        "e": math.nan,
+        "f": math.inf,
+        "g": 2,
+        "h": None,
+        "i": 3,
+        "j": 1,
+    }
+    other = {
+        "a": 3,
+        "b": 0.25,
+        "c": False,
+        "d": "y",
+        "e": 1,
+        "f": 1,
+        "h": 1,
+        "i": math.nan,
+        "j": True,
+    }
     assert comparison.differences(found, other) == {"a_minus_retrain": -2, "b_minus_retrain": 0.25}
 
 
 def test_verdicts_have_one_image_as_the_least_difference():
     assert comparison.verdict(0.1, 0.1) == comparison.verdict(-0.1, 0.1) == "matches"
-    assert comparison.verdict(0.11, 0.1) == "over-forgets" and comparison.verdict(-0.11, 0.1) == "under-forgets"
+    assert (
+        comparison.verdict(0.11, 0.1) == "over-forgets"
+        and comparison.verdict(-0.11, 0.1) == "under-forgets"
+    )
     assert comparison.verdict(math.nan, 0.1) is None and comparison.verdict(0.1, math.nan) is None
-    assert comparison.at_least_one_image(0, 80) == 1 / 80 and comparison.at_least_one_image(0.5, 80) == 0.5
-    assert comparison.share_tolerance(0.25, 300) == pytest.approx(2 * math.sqrt(2 * 0.25 * 0.75 / 300))
+    assert (
+        comparison.at_least_one_image(0, 80) == 1 / 80
+        and comparison.at_least_one_image(0.5, 80) == 0.5
+    )
+    assert comparison.share_tolerance(0.25, 300) == pytest.approx(
+        2 * math.sqrt(2 * 0.25 * 0.75 / 300)
+    )
     assert comparison.share_tolerance(1, 10) == 0.1
 
 
 def test_sets_of_one_and_of_several_thresholds_by_hand():
     sets, labels = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool(), torch.tensor([1, 0, 1])
     inside, sizes = CR.in_set(sets, labels), sets.sum(dim=1)
-    assert inside.tolist() == [True, False, False] and CR.prediction_sets(torch.tensor([0.1, 0.2]), 0.2).all()
+    assert (
+        inside.tolist() == [True, False, False]
+        and CR.prediction_sets(torch.tensor([0.1, 0.2]), 0.2).all()
+    )
     assert CR.fake_forgetting(inside, torch.tensor([True, True, False])) == 1
-    assert CR.fake_forgetting(torch.stack([inside, ~inside]), torch.tensor([True, True, False])).tolist() == [1, 1]
+    assert CR.fake_forgetting(
+        torch.stack([inside, ~inside]), torch.tensor([True, True, False])
+    ).tolist() == [1, 1]
     assert CR.conformal_ratio(inside, sizes).item() == pytest.approx(1 / 4)
     nothing = torch.zeros(3).long()
-    assert CR.conformal_ratio(nothing.bool(), nothing) == CR.ratio_error(nothing.bool(), nothing) == 0
+    assert (
+        CR.conformal_ratio(nothing.bool(), nothing) == CR.ratio_error(nothing.bool(), nothing) == 0
+    )
     assert CR.judged_forget_images({"forget_by_retain_CR": math.nan}) == "forget_by_retain"
     assert CR.judged_forget_images({"forget_CR": 1, "retain_CR": 1}) == "forget"
 
@@ -596,7 +802,8 @@ def test_alpha_of_zero_or_one_is_refused(alpha):
 
 def test_thresholds_given_as_plain_numbers_keep_their_digits():
     outputs = some_outputs(1)
-    scored = CR.score_part(outputs.forget, scores.Score(), "forget")
-    q_hats = scored.own.sort().values.tolist()
-    assert CR.apply_thresholds(scored, q_hats)[0].sum(dim=1).tolist() == list(range(1, 41))
-    assert CR.describe(scored, q_hats)["coverage"].tolist() == [number / 40 for number in range(1, 41)]
+    scored = conformal.score_images(outputs.forget, scores.Score(), "forget")
+    q_hats = scored.true_label.sort().values.tolist()
+    assert CR.describe(scored, q_hats)["coverage"].tolist() == [
+        number / 40 for number in range(1, 41)
+    ]

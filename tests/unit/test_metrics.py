@@ -13,7 +13,28 @@ from sklearn.metrics import roc_auc_score
 from sklearn.svm import SVC
 
 import metrics
-from metrics import CR, MIA, MIACR, accuracy, classwise, comparison, probe, samples, scores
+from metrics import (
+    CR,
+    MIA,
+    MIACR,
+    accuracy,
+    attack,
+    classwise,
+    comparison,
+    conformal,
+    probe,
+    samples,
+    scores,
+)
+
+
+def report(module, outputs, settings):
+    """What a metric's file reports: (scalars, rows)."""
+    return module.report(outputs, metrics.ConformalScores(outputs, settings), settings)
+
+
+def evaluate(outputs, settings):
+    return metrics.evaluate(metrics.ConformalScores(outputs, settings))
 
 
 def logits_of(probabilities):
@@ -40,9 +61,13 @@ def test_each_image_is_scored_by_its_own_label():
 
 
 def test_scores_keep_the_order_of_very_confident_images():
-    logits = torch.tensor([[40.0, 0.0], [50.0, 0.0], [60.0, 0.0]])  # in float32, 1 − p is 0 for all three
+    logits = torch.tensor(
+        [[40.0, 0.0], [50.0, 0.0], [60.0, 0.0]]
+    )  # in float32, 1 − p is 0 for all three
     found = scores.true_label_scores(logits, torch.zeros(3, dtype=torch.int64))
-    torch.testing.assert_close(found.log(), torch.tensor([-40.0, -50.0, -60.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        found.log(), torch.tensor([-40.0, -50.0, -60.0], dtype=torch.float64)
+    )
 
 
 def test_adaptive_scores_by_hand():
@@ -52,7 +77,10 @@ def test_adaptive_scores_by_hand():
     assert plain(scores.aps_log_odds(logits, u)) == pytest.approx(sum(expected, []))
     penalties = [[0.2, 0.0, 0.1], [0.0, 0.2, 0.1]]  # 0.1 for each rank beyond the first
     assert plain(scores.raps_log_odds(logits, u, 0.1, 1)) == pytest.approx(
-        [score + penalty for score, penalty in zip(sum(expected, []), sum(penalties, []), strict=True)]
+        [
+            score + penalty
+            for score, penalty in zip(sum(expected, []), sum(penalties, []), strict=True)
+        ]
     )
     # p_max + (rank − 2 + u) · weight, and u · p_max for the top label
     expected = [[0.5 + 1.4 * 0.2, 0.4 * 0.5, 0.5 + 0.4 * 0.2], [0.9, 0.9 + 2 * 0.2, 0.9 + 1 * 0.2]]
@@ -62,10 +90,18 @@ def test_adaptive_scores_by_hand():
 def test_randomised_scores_are_drawn_from_the_seed_and_the_part():
     logits = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
     for name in ("aps", "raps", "saps"):
-        first, again, other = scores.Score(name, seed=1), scores.Score(name, seed=1), scores.Score(name, seed=2)
-        assert torch.equal(first(logits), again(logits)) and not torch.equal(first(logits), other(logits))
+        first, again, other = (
+            scores.Score(name, seed=1),
+            scores.Score(name, seed=1),
+            scores.Score(name, seed=2),
+        )
+        assert torch.equal(first(logits), again(logits)) and not torch.equal(
+            first(logits), other(logits)
+        )
         assert not torch.equal(first(logits, "forget"), first(logits, "held_out"))
-        assert torch.equal(scores.Score(name, False, seed=1)(logits), scores.Score(name, False, seed=2)(logits))
+        assert torch.equal(
+            scores.Score(name, False, seed=1)(logits), scores.Score(name, False, seed=2)(logits)
+        )
 
 
 # ---------------------------------------------------------------- sets
@@ -73,11 +109,22 @@ def test_randomised_scores_are_drawn_from_the_seed_and_the_part():
 
 @pytest.mark.parametrize(
     ("n", "alpha", "k"),
-    [(9, 0.1, 9), (9, 0.2, 8), (10, 0.1, 10), (19, 0.05, 19), (99, 0.01, 99), (199, 0.05, 190), (2000, 0.05, 1901)],
+    [
+        (9, 0.1, 9),
+        (9, 0.2, 8),
+        (10, 0.1, 10),
+        (19, 0.05, 19),
+        (99, 0.01, 99),
+        (199, 0.05, 190),
+        (2000, 0.05, 1901),
+    ],
 )
 def test_q_hat_is_the_kth_smallest_score(n, alpha, k):
     order = torch.from_numpy(np.random.default_rng(0).permutation(n))
-    assert CR.conformal_quantile(torch.arange(1, n + 1, dtype=torch.float64)[order] / n, alpha) == k / n
+    assert (
+        CR.conformal_quantile(torch.arange(1, n + 1, dtype=torch.float64)[order] / n, alpha)
+        == k / n
+    )
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(1, 0.05), (8, 0.1), (18, 0.05), (98, 0.01)])
@@ -95,7 +142,9 @@ def test_alpha_outside_the_open_interval_is_refused(alpha):
 
 
 def test_sets_coverage_size_and_ratio_by_hand():
-    logits = logits_of([[0.70, 0.20, 0.10], [0.45, 0.40, 0.15], [0.25, 0.25, 0.50], [0.90, 0.05, 0.05]])
+    logits = logits_of(
+        [[0.70, 0.20, 0.10], [0.45, 0.40, 0.15], [0.25, 0.25, 0.50], [0.90, 0.05, 0.05]]
+    )
     labels = torch.tensor([0, 1, 0, 2])
     sets = CR.prediction_sets(scores.thr(logits), 0.75)  # p ≥ 0.25, and a tie counts as inside
     assert sets.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
@@ -106,27 +155,41 @@ def test_sets_coverage_size_and_ratio_by_hand():
     # Images 1, 2 and 3 are misclassified; the labels of 1 and 2 are in their sets.
     wrong = logits.argmax(dim=1) != labels
     assert wrong.sum() == 3 and CR.fake_forgetting(inside, wrong) == 2
-    assert CR.efficient_coverage(inside, sizes, 1) == 1 / 4 and CR.efficient_coverage(inside, sizes, 2) == 2 / 4
-    assert CR.efficient_miscoverage(inside, sizes, 0) == 0 and CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
+    assert (
+        CR.efficient_coverage(inside, sizes, 1) == 1 / 4
+        and CR.efficient_coverage(inside, sizes, 2) == 2 / 4
+    )
+    assert (
+        CR.efficient_miscoverage(inside, sizes, 0) == 0
+        and CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
+    )
     thresholds = [math.log(3), 50.0, math.nan]  # log-odds of 0.75 and of almost 1; no finite q̂
-    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), thresholds, [1])
+    found = CR.describe(
+        conformal.score_images(metrics.Output(logits, labels), scores.Score(), ""), thresholds, [1]
+    )
     assert found.pop("misclassified").tolist() == [3, 3, 3]
     assert all(math.isnan(values[2]) for values in found.values())
     found = {key: values[:2] for key, values in found.items()}
     assert found["coverage"].tolist() == [3 / 4, 1] and found["set_size"].tolist() == [7 / 4, 3]
-    assert found["fake"].tolist() == [2, 3] and found["fake_ratio"].tolist() == pytest.approx([2 / 3, 1])
-    assert found["wrong_set_size"].tolist() == [2, 3] and found["wrong_CR"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert found["fake"].tolist() == [2, 3] and found["fake_ratio"].tolist() == pytest.approx(
+        [2 / 3, 1]
+    )
+    assert found["wrong_set_size"].tolist() == [2, 3] and found[
+        "wrong_CR"
+    ].tolist() == pytest.approx([1 / 3, 1 / 3])
     assert found["ECF@1"].tolist() == [1 / 4, 0] and found["EuCF@1"].tolist() == [1 / 4, 0]
 
 
 def test_thresholds_give_the_same_as_the_sets_themselves():
     generator = torch.Generator().manual_seed(0)
-    output = metrics.Output(torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator))
+    output = metrics.Output(
+        torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator)
+    )
     for name in scores.NAMES:
         score = scores.Score(name, seed=3)
-        scored = CR.score_part(output, score, "test")
-        q_hats = [*scored.own[:20].tolist(), 0.0, math.inf]  # ties among them
-        inside, sizes = CR.apply_thresholds(scored, q_hats)
+        part = conformal.score_images(output, score, "test")
+        q_hats = torch.cat([part.true_label[:20], torch.tensor([0.0, math.inf])])  # with ties
+        inside, sizes = part.in_set(q_hats), part.set_sizes(q_hats)
         for number, q_hat in enumerate(q_hats):
             sets = CR.prediction_sets(score.log_odds(output.logits, "test"), q_hat)
             assert torch.equal(inside[number], CR.in_set(sets, output.labels))
@@ -135,14 +198,19 @@ def test_thresholds_give_the_same_as_the_sets_themselves():
 
 def test_the_error_of_CR_is_that_of_many_samples():
     rng = np.random.default_rng(0)
-    inside, sizes = torch.from_numpy(rng.random((4000, 200)) < 0.8), torch.from_numpy(rng.integers(1, 4, (4000, 200)))
+    inside, sizes = (
+        torch.from_numpy(rng.random((4000, 200)) < 0.8),
+        torch.from_numpy(rng.integers(1, 4, (4000, 200))),
+    )
     spread = CR.conformal_ratio(inside, sizes).std()
     assert CR.ratio_error(inside, sizes).mean().item() == pytest.approx(spread.item(), rel=0.05)
 
 
 def test_empty_sets():
     logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    found = CR.describe(CR.score_part(metrics.Output(logits, labels), scores.Score(), ""), [-2.0])
+    found = CR.describe(
+        conformal.score_images(metrics.Output(logits, labels), scores.Score(), ""), [-2.0]
+    )
     assert [found[key].item() for key in ("coverage", "set_size", "CR", "CR_error")] == [0, 0, 0, 0]
     assert math.isnan(found["fake_ratio"].item())  # argmax of a tie is label 0: none is wrong
 
@@ -160,7 +228,9 @@ def test_coverage_over_random_splits_follows_the_theory():
     covered = []
     for _ in range(trials):
         drawn = torch.from_numpy(rng.standard_normal(n + tested))
-        covered.append((drawn[n:] <= CR.conformal_quantile(drawn[:n], alpha)).double().mean().item())
+        covered.append(
+            (drawn[n:] <= CR.conformal_quantile(drawn[:n], alpha)).double().mean().item()
+        )
     law = beta(k, n + 1 - k)
     variance = law.var() + law.expect(lambda c: c * (1 - c)) / tested
     error = math.sqrt(variance / trials)
@@ -171,7 +241,10 @@ def test_coverage_over_random_splits_follows_the_theory():
 
 def test_sets_grow_as_alpha_falls():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(500, 10, generator=generator), torch.randint(10, (500,), generator=generator)
+    logits, labels = (
+        torch.randn(500, 10, generator=generator),
+        torch.randint(10, (500,), generator=generator),
+    )
     alphas = [0.4, 0.2, 0.1, 0.05, 0.01]
     for name in scores.NAMES:
         found = scores.Score(name)(logits)
@@ -210,7 +283,9 @@ def test_membership_attack_on_separable_confidences():
 
 CONFIDENCES = {
     "one is surer": lambda rng, n: (rng.beta(5, 1, n), rng.beta(2, 1, n), rng.beta(3, 1, 3000)),
-    "nearly certain": lambda rng, n: tuple(1 - 10 ** -rng.exponential(s, m) for s, m in ((5, n), (2, n), (3, 3000))),
+    "nearly certain": lambda rng, n: tuple(
+        1 - 10 ** -rng.exponential(s, m) for s, m in ((5, n), (2, n), (3, 3000))
+    ),
     "no difference": lambda rng, n: (rng.beta(5, 1, n), rng.beta(5, 1, n), rng.beta(5, 1, 3000)),
     "few": lambda rng, n: (rng.beta(5, 1, 40), rng.beta(2, 1, 40), rng.beta(3, 1, 3000)),
 }
@@ -218,7 +293,9 @@ CONFIDENCES = {
 
 @pytest.mark.parametrize("kind", CONFIDENCES)
 def test_the_attack_decides_as_scikit_learns(kind):
-    members, non_members, targets = (column(part) for part in CONFIDENCES[kind](np.random.default_rng(1), 2000))
+    members, non_members, targets = (
+        column(part) for part in CONFIDENCES[kind](np.random.default_rng(1), 2000)
+    )
     points = np.concatenate([members, non_members])
     membership = np.repeat([1, 0], [len(members), len(non_members)])
     expected = SVC(C=3, gamma="auto", tol=1e-6).fit(points, membership).predict(targets)
@@ -238,7 +315,8 @@ def test_the_attacks_probabilities_are_those_of_scikit_learn():
     pairs = [(rng.beta(5, 1, 500), rng.beta(b, 1, 500)) for b in (2, 3)]
     targets = rng.beta(3, 1, 1000)
     found = MIACR.attack_probabilities(
-        *([torch.from_numpy(pair[side]) for pair in pairs] for side in (0, 1)), torch.from_numpy(targets)
+        *([torch.from_numpy(pair[side]) for pair in pairs] for side in (0, 1)),
+        torch.from_numpy(targets),
     )
     for (members, non_members), probabilities in zip(pairs, found, strict=True):
         model = CalibratedClassifierCV(SVC(C=3, gamma="auto", tol=1e-6), ensemble=False)
@@ -258,12 +336,17 @@ def test_entropies_by_hand():
     ]
     assert MIA.modified_entropy(logits, labels).tolist() == pytest.approx(expected)
     sure = torch.tensor([[200.0, 0.0], [200.0, 0.0]])
-    assert MIA.modified_entropy(sure, torch.tensor([0, 1])).tolist() == pytest.approx([0, 400], abs=1e-6)
+    assert MIA.modified_entropy(sure, torch.tensor([0, 1])).tolist() == pytest.approx(
+        [0, 400], abs=1e-6
+    )
 
 
 def test_the_ranking_attack_by_hand():
     # Scores 1 − p: members .1 .2 .6, non-members .3 .5 .7 .9: of 12 pairs 10 are in order.
-    members, non_members = torch.tensor([0.1, 0.2, 0.6]).double(), torch.tensor([0.3, 0.5, 0.7, 0.9]).double()
+    members, non_members = (
+        torch.tensor([0.1, 0.2, 0.6]).double(),
+        torch.tensor([0.3, 0.5, 0.7, 0.9]).double(),
+    )
     area, rates = MIA.ranking_attack(members, non_members)
     assert area == pytest.approx(10 / 12) and rates == pytest.approx([2 / 3, 2 / 3])
     sure = torch.tensor([1e-30, 1e-25]).double()  # p rounds to 1 for both: the order is still known
@@ -276,7 +359,9 @@ def test_miacr_counts_sets_that_are_exactly_non_member():
     non_members = torch.tensor([[0.3, 0.7], [0.4, 0.6]], dtype=torch.float64)
     targets = torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.35, 0.65], [0.9, 0.1]], dtype=torch.float64)
     assert MIACR.miacr(targets, members, non_members, 0.4) == 2 / 4  # {non}, {non}, {}, {member}
-    assert math.isnan(MIACR.miacr(targets, members, non_members, 0.1))  # q̂ = ∞: every set is {non, member}
+    assert math.isnan(
+        MIACR.miacr(targets, members, non_members, 0.1)
+    )  # q̂ = ∞: every set is {non, member}
 
 
 def test_attacks_refuse_unequal_or_too_few_images():
@@ -303,7 +388,9 @@ def random_outputs(generator, forget_class=None, num_draws=1, cal_sizes=(50, 100
         return metrics.Outputs(output(60), output(300), held_out, list(cal_sizes), draws)
     forget = output(200, lambda labels: labels == forget_class)
     retain = output(300, lambda labels: labels != forget_class)
-    return metrics.Outputs(forget, retain, held_out, list(cal_sizes), draws, held_out.labels == forget_class)
+    return metrics.Outputs(
+        forget, retain, held_out, list(cal_sizes), draws, held_out.labels == forget_class
+    )
 
 
 def settings(*alphas, **given):
@@ -319,13 +406,24 @@ def test_the_attack_is_judged_on_the_forget_images_alone():
         logits[:, 0] += margin
         return metrics.Output(logits, torch.zeros(n, dtype=torch.int64))
 
-    outputs = metrics.Outputs(output(30, 0), output(300, 12), output(250, 0), [50], metrics.draw_splits(250, 1))
-    found = MIA.report(outputs, settings(0.2))[0]
-    assert found["MIA"] == 1 and found["MIA_privacy"] > 0.95 and found["AUC"] == pytest.approx(0.5, abs=0.15)
+    outputs = metrics.Outputs(
+        output(30, 0), output(300, 12), output(250, 0), [50], metrics.draw_splits(250, 1)
+    )
+    found = report(MIA, outputs, settings(0.2))[0]
+    assert (
+        found["MIA"] == 1
+        and found["MIA_privacy"] > 0.95
+        and found["AUC"] == pytest.approx(0.5, abs=0.15)
+    )
     outputs.forget = output(30, 12)
-    found = MIA.report(outputs, settings(0.2))[0]
+    found = report(MIA, outputs, settings(0.2))[0]
     assert found["MIA"] == 0 and found["AUC"] > 0.95 and found["TPR@1%"] > 0.9
-    confidence = torch.cat([MIA.confidences(*outputs.forget), MIA.confidences(*outputs.held_out.of(outputs.test()))])
+    confidence = torch.cat(
+        [
+            MIA.confidences(*outputs.forget),
+            MIA.confidences(*outputs.held_out.select(outputs.test())),
+        ]
+    )
     expected = roc_auc_score([1] * 30 + [0] * 200, confidence)
     assert found["AUC"] == pytest.approx(expected, abs=1e-3)
 
@@ -333,54 +431,71 @@ def test_the_attack_is_judged_on_the_forget_images_alone():
 def test_report_is_pure_and_complete():
     outputs = random_outputs(torch.Generator().manual_seed(0))
     chosen = settings(0.1, 0.2, scores=tuple(scores.Score(name) for name in ("thr", "aps")))
-    scalars, rows = metrics.evaluate(outputs, chosen)
-    assert (scalars, rows) == metrics.evaluate(outputs, chosen)
-    assert set(rows) == {(name, size, alpha) for name in ("thr", "aps") for size in (50, 100) for alpha in (0.1, 0.2)}
-    calibration = outputs.held_out.of(torch.arange(50))
+    scalars, rows = evaluate(outputs, chosen)
+    assert (scalars, rows) == evaluate(outputs, chosen)
+    assert set(rows) == {
+        (name, size, alpha) for name in ("thr", "aps") for size in (50, 100) for alpha in (0.1, 0.2)
+    }
+    calibration = outputs.held_out.select(torch.arange(50))
     q_hat = CR.conformal_quantile(scores.true_label_scores(*calibration), 0.2)
     sets = CR.prediction_sets(scores.thr(outputs.forget.logits), q_hat)
     row = rows["thr", 50, 0.2]
     assert row["q_hat"] == q_hat
     assert row["forget_coverage"] == CR.coverage(CR.in_set(sets, outputs.forget.labels))
-    test = outputs.held_out.of(torch.arange(100, 300))  # what no calibration size uses
+    test = outputs.held_out.select(torch.arange(100, 300))  # what no calibration size uses
     sets = CR.prediction_sets(scores.thr(test.logits), q_hat)
     assert row["test_coverage"] == CR.coverage(CR.in_set(sets, test.labels))
-    assert {"UA", "RA", "TA", "MIA", "AUC"} <= set(scalars) and all("MIACR" in row for row in rows.values())
+    assert {"UA", "RA", "TA", "MIA", "AUC"} <= set(scalars) and all(
+        "MIACR" in row for row in rows.values()
+    )
     assert row != rows["aps", 50, 0.2] and row["MIACR"] == rows["aps", 50, 0.2]["MIACR"]
 
 
 def test_resplits_give_the_mean_and_spread_over_draws():
     outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=30, cal_sizes=(100,))
-    assert outputs.draws[0].tolist() == list(range(300)) and len({tuple(draw.tolist()) for draw in outputs.draws}) == 30
-    scalars, rows = metrics.evaluate(outputs, settings(0.1))
+    assert (
+        outputs.draws[0].tolist() == list(range(300))
+        and len({tuple(draw.tolist()) for draw in outputs.draws}) == 30
+    )
+    scalars, rows = evaluate(outputs, settings(0.1))
     row = rows["thr", 100, 0.1]
-    own, found = scores.true_label_scores(*outputs.held_out), {"test": [], "forget": [], "q_hat": []}
+    own, found = (
+        scores.true_label_scores(*outputs.held_out),
+        {"test": [], "forget": [], "q_hat": []},
+    )
     for draw in outputs.draws:
         q_hat = CR.conformal_quantile(own[draw[:100]], 0.1)
         found["q_hat"].append(q_hat)
         found["test"].append((own[draw[100:]] <= q_hat).double().mean().item())
-        found["forget"].append((scores.true_label_scores(*outputs.forget) <= q_hat).double().mean().item())
-    assert row["q_hat"] == pytest.approx(np.mean(found["q_hat"]))
+        found["forget"].append(
+            (scores.true_label_scores(*outputs.forget) <= q_hat).double().mean().item()
+        )
+    assert row["q_hat"].mean == pytest.approx(np.mean(found["q_hat"]))
     for part in ("test", "forget"):
-        assert row[f"{part}_coverage"] == pytest.approx(np.mean(found[part]))
-        assert row[f"{part}_coverage_resplit_std"] == pytest.approx(np.std(found[part], ddof=1))
+        assert row[f"{part}_coverage"].mean == pytest.approx(np.mean(found[part]))
+        assert row[f"{part}_coverage"].std == pytest.approx(np.std(found[part], ddof=1))
     law = CR.coverage_law(100, 200, 0.1)
-    assert row["theory_coverage"] == pytest.approx(law.mean() / 200) == pytest.approx(91 / 101)
-    assert row["theory_coverage_resplit_std"] == pytest.approx(law.std() / 200) and not row["coverage_outside"]
-    assert 0 < row["MIACR_resplit_std"] < 0.5 and isinstance(row["forget_misclassified"], int)
-    one = metrics.evaluate(random_outputs(torch.Generator().manual_seed(0)), settings(0.1))
-    assert one[0] == scalars and not any(
-        key.endswith(CR.SPREAD) for key in one[1]["thr", 100, 0.1] if "theory" not in key
-    )
+    assert row["theory_coverage"].mean == pytest.approx(law.mean() / 200)
+    assert row["theory_coverage"].mean == pytest.approx(91 / 101)
+    assert row["theory_coverage"].std == pytest.approx(law.std() / 200)
+    assert not row["coverage_outside"]
+    assert 0 < row["MIACR"].std < 0.5 and isinstance(row["forget_misclassified"], int)
+    one = evaluate(random_outputs(torch.Generator().manual_seed(0)), settings(0.1))
+    assert one[0] == scalars
+    spreads = [key for key, value in one[1]["thr", 100, 0.1].items() if isinstance(value, tuple)]
+    assert spreads == ["theory_coverage"]
 
 
 @pytest.mark.parametrize("forget_class", [None, 2])
 def test_coverage_over_a_thousand_random_splits_has_the_theorys_mean_and_spread(forget_class):
-    outputs = random_outputs(torch.Generator().manual_seed(1), forget_class, num_draws=1000, cal_sizes=(100,))
-    row = CR.report(outputs, settings(0.1))[1]["thr", 100, 0.1]
-    error = row["theory_coverage_resplit_std"] / math.sqrt(1000)
-    assert abs(row["test_coverage"] - row["theory_coverage"]) < 4 * error and not row["coverage_outside"]
-    assert row["test_coverage_resplit_std"] == pytest.approx(row["theory_coverage_resplit_std"], rel=0.1)
+    outputs = random_outputs(
+        torch.Generator().manual_seed(1), forget_class, num_draws=1000, cal_sizes=(100,)
+    )
+    row = report(CR, outputs, settings(0.1))[1]["thr", 100, 0.1]
+    measured, theory = row["test_coverage"], row["theory_coverage"]
+    assert abs(measured.mean - theory.mean) < 4 * theory.std / math.sqrt(1000)
+    assert not row["coverage_outside"]
+    assert measured.std == pytest.approx(theory.std, rel=0.1)
 
 
 @pytest.mark.parametrize("num_draws", [1, 50])
@@ -388,22 +503,24 @@ def test_coverage_that_the_theory_excludes_is_told(num_draws):
     """A model that answers all images alike ties all scores: every set holds the label or none does."""
     outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=num_draws)
     outputs.held_out.logits[:] = 0
-    assert CR.report(outputs, settings(0.1))[1]["thr", 100, 0.1]["coverage_outside"]
+    assert report(CR, outputs, settings(0.1))[1]["thr", 100, 0.1]["coverage_outside"]
 
 
 def test_class_forgetting_reports_both_calibrations():
     outputs = random_outputs(torch.Generator().manual_seed(0), forget_class=2)
-    scalars, rows = metrics.evaluate(outputs, settings(0.1))
+    scalars, rows = evaluate(outputs, settings(0.1))
     row = rows["thr", 100, 0.1]
     first, labels = torch.arange(100), outputs.held_out.labels[:100]
     own, retained = (
-        CR.conformal_quantile(scores.true_label_scores(*outputs.held_out.of(first[mask])), 0.1)
+        CR.conformal_quantile(scores.true_label_scores(*outputs.held_out.select(first[mask])), 0.1)
         for mask in (labels == 2, labels != 2)
     )
     assert (row["q_hat_forget"], row["q_hat"]) == (own, retained)
     found = scores.thr(outputs.forget.logits)
     assert row["forget_set_size"] == CR.set_size(CR.prediction_sets(found, own).sum(dim=1))
-    assert row["forget_by_retain_set_size"] == CR.set_size(CR.prediction_sets(found, retained).sum(dim=1))
+    assert row["forget_by_retain_set_size"] == CR.set_size(
+        CR.prediction_sets(found, retained).sum(dim=1)
+    )
     assert row["forget_test_coverage"] >= 0 and "UA_test" in scalars
     assert (outputs.held_out.labels[outputs.test()] != 2).all() and (
         outputs.held_out.labels[outputs.forget_test()] == 2
@@ -412,7 +529,7 @@ def test_class_forgetting_reports_both_calibrations():
 
 def test_class_rows_give_coverage_under_the_common_and_the_own_calibration():
     outputs = random_outputs(torch.Generator().manual_seed(0), cal_sizes=(200,))
-    rows = classwise.class_rows(outputs, settings(0.1), ["a", "b", "c", "d"])
+    rows = classwise.class_rows(metrics.ConformalScores(outputs, settings(0.1)), [*"abcd"])
     assert [row["class"] for row in rows] == ["a", "b", "c", "d"]
     own, labels = scores.true_label_scores(*outputs.held_out), outputs.held_out.labels
     for number, row in enumerate(rows):
@@ -424,14 +541,15 @@ def test_class_rows_give_coverage_under_the_common_and_the_own_calibration():
         assert row["test_coverage"] == (tested <= row["q_hat"]).double().mean()
     assert sum(row["forget_images"] for row in rows) == 60
     assert sum(row["test_images"] * row["test_coverage"] for row in rows) / 100 == pytest.approx(
-        CR.report(outputs, settings(0.1))[1]["thr", 200, 0.1]["test_coverage"]
+        report(CR, outputs, settings(0.1))[1]["thr", 200, 0.1]["test_coverage"]
     )
 
 
 def test_sample_rows_add_up_to_the_metrics():
     outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=20)
     indices = torch.arange(1000, 1060)
-    rows = samples.sample_rows(outputs, settings(0.1), indices, [f"{i}.png" for i in range(60)])
+    conformal_scores = metrics.ConformalScores(outputs, settings(0.1))
+    rows = samples.sample_rows(conformal_scores, indices, [f"{i}.png" for i in range(60)])
     assert [row["index"] for row in rows] == indices.tolist() and rows[3]["file"] == "3.png"
     alone = random_outputs(torch.Generator().manual_seed(0))
     row = CR.report(alone, settings(0.1))[1]["thr", 100, 0.1]
@@ -439,9 +557,11 @@ def test_sample_rows_add_up_to_the_metrics():
     assert np.mean([one["set_size@0.1"] for one in rows]) == row["forget_set_size"]
     assert sum(one["fake@0.1"] for one in rows) == row["forget_fake"]
     assert sum(one["label"] != one["prediction"] for one in rows) == row["forget_misclassified"]
-    every = CR.report(outputs, settings(0.1))[1]["thr", 100, 0.1]
-    assert np.mean([one["in_set_share@0.1"] for one in rows]) == pytest.approx(every["forget_coverage"])
-    fake = samples.most_fake(outputs, settings(0.1), 3)
+    every = report(CR, outputs, settings(0.1))[1]["thr", 100, 0.1]
+    assert np.mean([one["in_set_share@0.1"] for one in rows]) == pytest.approx(
+        every["forget_coverage"].mean
+    )
+    fake = samples.most_fake(conformal_scores, 3)
     assert 0 < len(fake) <= 3
     for place, prediction, inside in fake:
         assert rows[place]["fake@0.1"] and rows[place]["prediction"] == prediction == inside[0]
@@ -455,10 +575,16 @@ def test_a_linear_probe_finds_a_class_that_the_features_separate():
     mixed = np.where((labels == 2)[:, None], rng.standard_normal((600, 5)), features)
     mixed[labels == 1] -= 8 * np.eye(5)[1]  # classes 1 and 2 look alike now
     masks = {"probe_forget": labels > 0, "probe_retain": labels == 0}
-    for seen, expected in ((features, 1.0), (mixed, 0.5)):  # between two that look alike, half is chance
+    for seen, expected in (
+        (features, 1.0),
+        (mixed, 0.5),
+    ):  # between two that look alike, half is chance
         tests = {key: (seen[mask], labels[mask]) for key, mask in masks.items()}
         found = probe.linear_probe(seen, labels, tests)
-        assert found["probe_forget"] == pytest.approx(expected, abs=0.1) and found["probe_retain"] > 0.95
+        assert (
+            found["probe_forget"] == pytest.approx(expected, abs=0.1)
+            and found["probe_retain"] > 0.95
+        )
 
 
 def test_comparison_with_retrain_by_hand():
@@ -467,7 +593,8 @@ def test_comparison_with_retrain_by_hand():
     assert comparison.gap(found, reference) == pytest.approx((0.2 + 0 + 0.02 + 0.04) / 4)
     signed = comparison.differences(found, reference)
     assert signed == {
-        f"{key}_minus_retrain": pytest.approx(found[key] - reference[key]) for key in ("UA", "RA", "TA", "MIA")
+        f"{key}_minus_retrain": pytest.approx(found[key] - reference[key])
+        for key in ("UA", "RA", "TA", "MIA")
     }
     tolerance = comparison.share_tolerance(0.3, 500)
     assert tolerance == pytest.approx(2 * math.sqrt(2 * 0.3 * 0.7 / 500))
@@ -483,7 +610,11 @@ def conformal_data():
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(2 * rng.standard_normal((600, 8)))
     probabilities = torch.softmax(logits, dim=1).numpy()
-    return logits, torch.from_numpy(np.array([rng.choice(8, p=p) for p in probabilities])), probabilities
+    return (
+        logits,
+        torch.from_numpy(np.array([rng.choice(8, p=p) for p in probabilities])),
+        probabilities,
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -513,14 +644,18 @@ def test_q_hat_and_sets_are_those_of_mapie(name):
     images, kind = np.arange(600)[:, None], {"thr": "lac"}.get(name, name)
     other = SplitConformalClassifier(Answers(), 0.9, conformity_score=kind, random_state=7)
     other.conformalize(images[:300], labels[:300].numpy())
-    options = {} if name == "thr" else {"conformity_score_params": {"include_last_label": "randomized"}}
+    options = (
+        {} if name == "thr" else {"conformity_score_params": {"include_last_label": "randomized"}}
+    )
     expected = other.predict_set(images[300:], **options)[1][:, :, 0]
     u = 1 - torch.from_numpy(np.random.RandomState(7).uniform(size=300))
     if name == "raps":
         chosen = other._mapie_classifier.conformity_score_function_
         found, q_hat = (
             scores.from_log_odds(
-                scores.raps_log_odds(logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0]))
+                scores.raps_log_odds(
+                    logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0])
+                )
             ),
             chosen.quantiles_[0],
         )
@@ -555,4 +690,6 @@ def test_scores_and_sets_are_those_of_torchcp(name):
     q_hat = CR.conformal_quantile(score(logits[:300]).gather(1, labels[:300, None]).squeeze(1), 0.1)
     assert float(predictor.q_hat) == pytest.approx(q_hat)
     expected = predictor.predict_with_logits(logits[300:])
-    assert (CR.prediction_sets(score(logits[300:]), q_hat) == expected.bool()).double().mean() > 0.9995
+    assert (
+        CR.prediction_sets(score(logits[300:]), q_hat) == expected.bool()
+    ).double().mean() > 0.9995
