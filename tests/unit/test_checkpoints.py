@@ -1,11 +1,13 @@
-"""Checkpoints from other training code: the same network is loaded, anything else is named in one line."""
+"""Checkpoints of this and other training code: weights are loaded, or one line says why not."""
 
 import argparse
 import collections
 import copy
 import gzip
+import hashlib
 import pathlib
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 
 import models
 import utils
-from models import checkpoint, inference
+from models import checkpoint, errors
 
 SPEC = utils.SPECS["cifar10"]
 
@@ -33,8 +35,9 @@ def load(path, spec=SPEC):
     return model.state_dict(), meta
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+def same(state, expected):
+    equal = [state[name].equal(tensor) for name, tensor in expected.items() if name in state]
+    return state.keys() == expected.keys() and all(equal)
 
 
 EXTRAS = {
@@ -48,8 +51,8 @@ EXTRAS = {
 @pytest.mark.parametrize("extras", [{}, EXTRAS])
 def test_a_state_dict_under_a_usual_key_is_loaded(key, extras, network, tmp_path):
     torch.save({key: network.state_dict()} | extras, tmp_path / "model.pth")
-    found, meta = load(tmp_path / "model.pth")
-    assert same(found, network.state_dict()) and meta == {}
+    state, meta = load(tmp_path / "model.pth")
+    assert same(state, network.state_dict()) and meta == {}
 
 
 def test_nested_keys_are_followed_to_the_state_dict(network, tmp_path):
@@ -58,10 +61,22 @@ def test_nested_keys_are_followed_to_the_state_dict(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.module.", "net."]
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.module.",
+        "net.",
+    ],
 )
 def test_prefixes_of_wrappers_are_removed_in_any_order(prefix, network, tmp_path):
-    torch.save({prefix + name: tensor for name, tensor in network.state_dict().items()}, tmp_path / "model.pth")
+    torch.save(
+        {prefix + name: tensor for name, tensor in network.state_dict().items()},
+        tmp_path / "model.pth",
+    )
     assert same(load(tmp_path / "model.pth")[0], network.state_dict())
 
 
@@ -78,32 +93,44 @@ def test_one_tensor_under_two_names_is_refused(network, tmp_path):
         load(tmp_path / "model.pth")
 
 
-def test_counters_are_optional_and_those_of_profilers_are_left_out(network, tmp_path):
+def test_missing_counters_of_batch_norm_and_extra_counters_of_profilers_are_accepted(
+    network, tmp_path
+):
     state = network.state_dict()
-    kept = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-    counters = {"total_ops": torch.tensor([1.0]), "layer1.0.conv1.total_params": torch.tensor([2.0])}
+    kept = {
+        name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
+    }
+    counters = {
+        "total_ops": torch.tensor([1.0]),
+        "layer1.0.conv1.total_params": torch.tensor([2.0]),
+    }
     torch.save(kept | counters, tmp_path / "model.pth")
     assert same(load(tmp_path / "model.pth")[0], state)
 
 
 def test_a_normalize_layer_with_the_constants_of_the_data_is_left_out(network, tmp_path):
-    constants = {
-        "module.normalize.mean": torch.tensor(SPEC.mean).view(3, 1, 1), "module.normalize.std": torch.tensor(SPEC.std)
-    }  # fmt: skip
-    torch.save({f"module.{name}": tensor for name, tensor in network.state_dict().items()} | constants, tmp_path / "m")
+    mean, std = torch.tensor(SPEC.mean).view(3, 1, 1), torch.tensor(SPEC.std)
+    constants = {"module.normalize.mean": mean, "module.normalize.std": std}
+    torch.save(
+        {f"module.{name}": tensor for name, tensor in network.state_dict().items()} | constants,
+        tmp_path / "m",
+    )
     assert same(load(tmp_path / "m")[0], network.state_dict())
-    with pytest.raises(utils.UserError, match=r"normalises images with mean .*0\.49.* while this data .*0\.3053"):
+    with pytest.raises(
+        utils.UserError, match=r"normalises images with mean .*0\.49.* while this data .*0\.3053"
+    ):
         load(tmp_path / "m", utils.SPECS["digits"])
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_float_type_is_loaded(kind, network, tmp_path):
     state = {
-        name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()
+        name: tensor.to(kind) if tensor.is_floating_point() else tensor
+        for name, tensor in network.state_dict().items()
     }
     torch.save(state, tmp_path / "model.pth")
-    found, _ = load(tmp_path / "model.pth")
-    assert all(found[name].equal(tensor.to(found[name].dtype)) for name, tensor in state.items())
+    loaded, _ = load(tmp_path / "model.pth")
+    assert all(loaded[name].equal(tensor.to(loaded[name].dtype)) for name, tensor in state.items())
 
 
 def test_safetensors_are_loaded(network, tmp_path):
@@ -118,7 +145,9 @@ def test_safetensors_are_loaded(network, tmp_path):
 
 def test_an_unknown_or_missing_tensor_is_named(network, tmp_path):
     state = network.state_dict()
-    torch.save({name: tensor for name, tensor in state.items() if name != "fc.bias"}, tmp_path / "less.pth")
+    torch.save(
+        {name: tensor for name, tensor in state.items() if name != "fc.bias"}, tmp_path / "less.pth"
+    )
     with pytest.raises(utils.UserError, match=r"1 are missing, e\.g\. fc\.bias"):
         load(tmp_path / "less.pth")
     torch.save(state | {"head.weight": torch.zeros(3)}, tmp_path / "more.pth")
@@ -176,10 +205,14 @@ def test_a_foreign_file_is_named_in_one_line(words, tmp_path):
     with pytest.raises(utils.UserError) as caught:
         checkpoint.read(path)
     line = str(caught.value)
-    assert line.startswith(f"{path}: not a checkpoint: ") and words.replace("os.", "") in line and "\n" not in line
+    assert (
+        line.startswith(f"{path}: not a checkpoint: ")
+        and words.replace("os.", "") in line
+        and "\n" not in line
+    )
 
 
-def test_a_folder_and_a_missing_file_are_told_apart(tmp_path):
+def test_a_folder_a_missing_file_and_an_unreadable_name_give_different_errors(tmp_path):
     with pytest.raises(utils.UserError, match="a folder or device"):
         checkpoint.read(tmp_path)
     with pytest.raises(utils.UserError, match="no such file; train it"):
@@ -188,8 +221,263 @@ def test_a_folder_and_a_missing_file_are_told_apart(tmp_path):
         checkpoint.read(tmp_path / ("n" * 300))
 
 
-def test_outputs_that_are_not_finite_are_an_error(network, digits):
-    damaged = copy.deepcopy(network)
-    damaged.bn1.running_var.fill_(-1.0)
-    with pytest.raises(utils.NotFinite, match="NaN or infinite for 20 of 20 images"):
-        inference.compute_logits(damaged, digits.train, torch.arange(20))
+# ---------------------------------------------------------------- writing and hashing
+
+
+def test_a_saved_checkpoint_is_read_with_its_meta(network, tmp_path):
+    state = network.state_dict()
+    checkpoint.save(tmp_path / "model.pth", state, {"epoch": 3})
+    loaded, meta = load(tmp_path / "model.pth")
+    assert same(loaded, state)
+    assert meta == {"epoch": 3, "weights": checkpoint.weights_hash(state)}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_tensors_of_a_checkpoint_are_saved_contiguous_and_without_gradient(tmp_path):
+    weight = nn.Parameter(torch.arange(6.0).view(2, 3))
+    checkpoint.save(tmp_path / "model.pth", {"w": weight.T}, {})
+    tensor = checkpoint.read(tmp_path / "model.pth")[0]["w"]
+    assert tensor.equal(weight.T) and tensor.is_contiguous() and not tensor.requires_grad
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "rank", lambda: 1)
+    checkpoint.save_state(tmp_path / "state.pth", {"epoch": 3})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_keeps_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "state.pth"
+    checkpoint.save_state(path, {"epoch": 1})
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(utils.UserError, match=r"cannot be written \(No space left on device\)"):
+        checkpoint.save_state(path, {"epoch": 2})
+    assert checkpoint.read_state(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_size_of_a_run_is_three_times_its_weights_and_a_mebibyte():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    numbers = 8 * 8 + 8 + 4 * 8
+    assert checkpoint.size(model) == 3 * (4 * numbers + 8) + 1_048_576
+
+
+def test_a_copy_on_the_cpu_has_the_same_structure():
+    weight = nn.Parameter(torch.ones(2))
+    copied = checkpoint.on_cpu({"state": [weight, {"step": 3}], "name": "sgd"})
+    assert copied["name"] == "sgd" and copied["state"][1] == {"step": 3}
+    assert copied["state"][0].equal(weight) and not copied["state"][0].requires_grad
+
+
+def test_the_hash_is_sha256_of_names_shapes_and_bytes():
+    state = {"b": torch.tensor(7), "a": torch.tensor([[1.0], [2.0]])}
+    content = b"a(2, 1)" + np.array([1, 2], dtype="<f4").tobytes() + b"b()7"
+    assert checkpoint.weights_hash(state) == hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_the_hash_depends_on_values_names_and_shapes_but_not_on_strides_or_order():
+    weight = torch.arange(6.0).view(2, 3)
+    state = {"w": weight, "b": torch.zeros(2)}
+    expected = checkpoint.weights_hash(state)
+    strided = {"b": torch.zeros(2), "w": weight.T.contiguous().T}
+    assert checkpoint.weights_hash(strided) == expected
+    others = [
+        {"w": weight + 1, "b": torch.zeros(2)},
+        {"v": weight, "b": torch.zeros(2)},
+        {"w": weight.view(3, 2), "b": torch.zeros(2)},
+        {"w": weight, "b": torch.zeros(2), "n": torch.tensor(1)},
+        {"w": weight, "b": torch.zeros(2), "n": torch.tensor(2)},
+    ]
+    assert len({checkpoint.weights_hash(other) for other in others} | {expected}) == 6
+
+
+# ---------------------------------------------------------------- damaged and malformed files
+
+
+def test_weights_other_than_the_recorded_ones_are_refused(network, tmp_path):
+    state = network.state_dict()
+    meta = {"weights": checkpoint.weights_hash(state)}
+    torch.save({"model": state, "meta": meta}, tmp_path / "model.pth")
+    assert same(load(tmp_path / "model.pth")[0], state)
+    torch.save({"model": state | {"fc.bias": torch.ones(10)}, "meta": meta}, tmp_path / "model.pth")
+    with pytest.raises(utils.UserError, match="damaged: its weights differ"):
+        load(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("meta", [[1], "text", {"identity": [1]}, {"recipe": "text"}])
+def test_malformed_metadata_is_refused(meta, network, tmp_path):
+    torch.save({"model": network.state_dict(), "meta": meta}, tmp_path / "model.pth")
+    with pytest.raises(utils.UserError, match="malformed metadata"):
+        checkpoint.read(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("meta", [None, {}, {"identity": None, "recipe": {"num_epochs": 2}}])
+def test_metadata_may_be_missing(meta, network, tmp_path):
+    torch.save({"model": network.state_dict(), "meta": meta}, tmp_path / "model.pth")
+    assert checkpoint.read(tmp_path / "model.pth")[1] == (meta or {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, [1, 2], torch.zeros(3), {"model": {}}, {"a": torch.zeros(1), "b": 1}, {"epoch": 3}],
+)
+def test_content_without_a_state_dict_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(utils.UserError, match="contains no state_dict of tensors"):
+        checkpoint.read(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_a_tensor_that_is_not_dense_is_named(change, tmp_path):
+    torch.save({"a": torch.ones(2), "b": change(torch.ones(2))}, tmp_path / "model.pth")
+    with pytest.raises(utils.UserError, match="b is not a dense tensor"):
+        checkpoint.read(tmp_path / "model.pth")
+
+
+def test_a_changed_byte_is_found_by_its_checksum(tmp_path):
+    path = tmp_path / "state.pth"
+    checkpoint.save_state(path, {"weights": torch.full((64,), 3.0)})
+    content = path.read_bytes()
+    values = np.full(64, 3, dtype="<f4").tobytes()
+    path.write_bytes(content.replace(values, b"\1" + values[1:]))
+    with pytest.raises(utils.UserError, match="damaged: it contains a wrong checksum"):
+        checkpoint.read_state(path)
+
+
+def test_an_error_of_the_system_names_its_reason(tmp_path, monkeypatch):
+    def fail(*positional, **options):
+        raise OSError(5, "Input/output error")
+
+    checkpoint.save_state(tmp_path / "state.pth", {})
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(utils.UserError, match=r"state.pth: cannot be read \(Input/output error\)"):
+        checkpoint.read(tmp_path / "state.pth")
+
+
+# ---------------------------------------------------------------- fit to the flags and the network
+
+
+def data_like():
+    """Stands for utils.Data with ten classes of 32×32 images."""
+    differences = {"other-0": "other training images"}
+    return SimpleNamespace(
+        classes=[*"abcdefghij"], train=SimpleNamespace(size=32), difference=differences.get
+    )
+
+
+META = {
+    "model_name": "resnet18",
+    "width": 8,
+    "num_classes": 10,
+    "image_size": 32,
+    "data_name": "cifar10",
+}
+ARGS = argparse.Namespace(model_name="resnet18", width=8, data_name="cifar10", data_dir="d\n")
+
+
+def test_a_checkpoint_of_the_same_model_and_data_is_accepted(capsys):
+    for meta in ({}, META, META | {"data_fingerprint": "same-0"}, dict.fromkeys(META)):
+        checkpoint.check_meta("model.pth", meta, ARGS, data_like())
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "requested"),
+    [
+        ("model_name", "vit", "resnet18"),
+        ("width", 16, "8"),
+        ("num_classes", 100, "10"),
+        ("image_size", 64, "32"),
+        ("data_name", "digits", "cifar10"),
+    ],
+)
+def test_a_flag_that_differs_from_the_checkpoint_is_named(key, value, requested):
+    message = f"model.pth: made with --{key} {value}, but the flags ask for {requested}$"
+    with pytest.raises(utils.UserError, match=message):
+        checkpoint.check_meta("model.pth", META | {key: value}, ARGS, data_like())
+
+
+def test_other_images_are_named():
+    with pytest.raises(utils.UserError, match=r"made on other training images than .* d\\x0a$"):
+        checkpoint.check_meta("model.pth", {"data_fingerprint": "other-0"}, ARGS, data_like())
+
+
+def test_a_fingerprint_of_an_earlier_version_is_accepted_and_mentioned(capsys):
+    checkpoint.check_meta("model.pth", {"data_fingerprint": "1234"}, ARGS, data_like())
+    assert capsys.readouterr().out.startswith("model.pth: saved by an earlier version")
+
+
+@pytest.mark.parametrize("constants", ["mean", "std"])
+def test_each_constant_of_a_normalize_layer_is_compared(constants, network, tmp_path):
+    state = network.state_dict()
+    layer = {"normalize.mean": torch.tensor(SPEC.mean), "normalize.std": torch.tensor(SPEC.std)}
+    torch.save(state | layer, tmp_path / "model.pth")
+    assert same(load(tmp_path / "model.pth")[0], state)
+    assert same(load(tmp_path / "model.pth", None)[0], state)
+    layer[f"normalize.{constants}"] += 0.01
+    torch.save(state | layer, tmp_path / "model.pth")
+    with pytest.raises(utils.UserError, match=f"normalises images with {constants} "):
+        load(tmp_path / "model.pth")
+
+
+def test_a_normalize_layer_of_the_network_itself_is_loaded():
+    model = nn.ModuleDict({"normalize": nn.Module()})
+    model["normalize"].register_buffer("mean", torch.zeros(3))
+    checkpoint.load_weights(model, {"normalize.mean": torch.ones(3)}, "model.pth", SPEC)
+    assert model["normalize"].mean.tolist() == [1, 1, 1]
+
+
+def test_a_counter_of_the_network_itself_is_loaded():
+    model = nn.Module()
+    model.register_buffer("total_ops", torch.zeros(1))
+    checkpoint.load_weights(model, {"total_ops": torch.ones(1)}, "model.pth")
+    assert model.total_ops.tolist() == [1]
+
+
+REFUSED = {
+    "fc.bias is (11,), not (10,)": lambda bias: torch.zeros(11),
+    "fc.bias is torch.complex64, not torch.float32": lambda bias: bias.to(torch.complex64),
+    "fc.bias is torch.int64, not torch.float32": lambda bias: bias.long(),
+    "fc.bias is torch.qint8": lambda bias: torch.quantize_per_tensor(bias, 0.1, 0, torch.qint8),
+    "its weights are not finite": lambda bias: bias.index_fill(0, torch.tensor([3]), -torch.inf),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(words, network):
+    state = network.state_dict() | {"fc.bias": REFUSED[words](network.fc.bias.detach())}
+    model = models.create_model("resnet18", 10, width=8)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(utils.UserError) as caught:
+        checkpoint.load_weights(model, state, "model.pth")
+    assert str(caught.value).startswith("model.pth: ") and words in str(caught.value)
+    assert same(model.state_dict(), before)
+
+
+def test_missing_and_unknown_tensors_are_counted_in_one_message(network):
+    state = network.state_dict()
+    for name in ("fc.weight", "fc.bias", "conv1.weight"):
+        del state[name]
+    state |= {"z": torch.zeros(1), "head": torch.zeros(1)}
+    message = r"of its tensors 3 are missing, e\.g\. conv1\.weight and 2 are unknown, e\.g\. head$"
+    with pytest.raises(utils.UserError, match=message):
+        checkpoint.load_weights(network, state, "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"BZh91AY&SY", "a bzip2 archive"),
+        (b"Rar!\x1a\x07", "a RAR archive"),
+        (b"GGUF\x03\0\0\0", "a GGUF file"),
+        (b"BZhang/1.png", None),
+        (b"GGUF.png", None),
+        (b"", None),
+    ],
+)
+def test_binary_files_are_known_by_their_first_bytes(content, kind):
+    assert errors.binary_kind(content) == kind
