@@ -744,12 +744,9 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures, earl
         utils.save_json(target, meta | {"method": name} | record)
     utils.save_text(folder / "results.csv", as_csv(rows))
     paths = save_report(args, data, folder, split.folder, evaluation, rows, pictures, earlier)
-    with (
-        utils.unfinished_folder(folder, 2**20) as unfinished,
-        utils.RunLog(folder, "evaluation", evaluation, args, unfinished / "log.jsonl") as log,
-    ):
-        log.table("evaluation", [{key: _cell(value) for key, value in row.items()} for row in rows])
-        log.numbers(
+    with utils.WandbRun(folder, "evaluation", evaluation, args) as wandb_run:
+        wandb_run.log_table("evaluation", [{key: _cell(value) for key, value in row.items()} for row in rows])
+        wandb_run.log(
             {
                 f"{name}/{key}": value
                 for name, (scalars, *_) in evaluated.items()
@@ -757,7 +754,7 @@ def save(args, data, split, device, checkpoints, evaluated, rows, pictures, earl
                 if isinstance(value, int | float) and math.isfinite(value)
             }
         )
-        log.pictures(paths)
+        wandb_run.log_pictures(paths)
     others = len({row["method"] for row in rows} - evaluated.keys())
     kept = f" and {others} more from earlier" if others else ""
     print(f"{folder / 'results.csv'}: {len(evaluated)} models{kept}, forget {split.describe()}")

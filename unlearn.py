@@ -579,18 +579,9 @@ METHODS: dict[str, Method] = {}
 
 # The options of single methods: the type of the flag and its help. Defaults are at the methods.
 OPTIONS = {
-    "stop_accuracy": (
-        utils.number(float, 0, 1),
-        "forget accuracy at which the ascent ends",
-    ),
-    "forget_weight": (
-        utils.number(float, 0),
-        "weight of the ascent on the forget images",
-    ),
-    "kd_T": (
-        utils.number(float, 0, exclusive=True),
-        "temperature of the distillation",
-    ),
+    "stop_accuracy": (utils.number(float, 0, 1), "forget accuracy at which the ascent ends"),
+    "forget_weight": (utils.number(float, 0), "weight of the ascent on the forget images"),
+    "kd_T": (utils.number(float, 0, exclusive=True), "temperature of the distillation"),
     "msteps": (
         utils.number(int, 0),
         "number of epochs that start with a maximization pass over the forget images",
@@ -599,42 +590,24 @@ OPTIONS = {
         utils.number(float, 0),
         "weight of the distance to the original model on the retain images",
     ),
-    "gamma": (
-        utils.number(float, 0),
-        "weight of the cross-entropy on the retain images",
-    ),
-    "mask_ratio": (
-        utils.number(float, 0, 1),
-        "fraction of the weights that are salient",
-    ),
+    "gamma": (utils.number(float, 0), "weight of the cross-entropy on the retain images"),
+    "mask_ratio": (utils.number(float, 0, 1), "fraction of the weights that are salient"),
     "mask_path": (
         utils.expand_path,
         "saved mask to use instead of a new one (saliency_mask.pth of an earlier run)",
     ),
-    "noise": (
-        utils.number(float, 0),
-        "scale of the variance of the noise",
-    ),
+    "noise": (utils.number(float, 0), "scale of the variance of the noise"),
     "selection_weighting": (
         utils.number(float, 0),
         "importance ratio D_f / D above which a weight is dampened",
     ),
-    "dampening_constant": (
-        utils.number(float, 0),
-        "factor of the dampening",
-    ),
+    "dampening_constant": (utils.number(float, 0), "factor of the dampening"),
     "ascent": (
         utils.number(float, 0),
         "initial weight of the ascent, which follows a cosine to zero",
     ),
-    "ascent_every": (
-        utils.number(int, 1),
-        "number of repair steps per ascent step",
-    ),
-    "adaptivity": (
-        utils.number(float, 0),
-        "exponent of the loss in the weight of a forget image",
-    ),
+    "ascent_every": (utils.number(int, 1), "number of repair steps per ascent step"),
+    "adaptivity": (utils.number(float, 0), "exponent of the loss in the weight of a forget image"),
     "saliency_threshold": (
         utils.number(float, 0),
         "importance ratio D_f / D_r from which a weight is salient",
@@ -1284,21 +1257,30 @@ def run_and_save(job, run, files, *, meta, args):
         )
         if progress.restored:
             print(f"{job.label}: resuming after epoch {progress.restored['epoch']}")
-        with utils.RunLog(
-            files.folder, job.label, meta, args, unfinished / "history.jsonl"
-        ) as log:
-            job = replace(job, progress=progress, epoch_done=log.epoch)
+        history = utils.History(unfinished / "history.jsonl")
+        with utils.WandbRun(files.folder, job.label, meta, args) as wandb_run:
+
+            def epoch_done(record):
+                history.add(record)
+                wandb_run.log(record)
+
+            job = replace(job, progress=progress, epoch_done=epoch_done)
             job = replace(job, model=run_resumably(run, job))
             meta = meta | {"seconds": progress.seconds, "accuracies": final_accuracies(job)}
-            for file_name, state in job.by_products.items():
-                checkpoint.save(unfinished / file_name, state, meta)
-            history = {"history": log.history} if files.record_has_history else {}
-            utils.save_json(unfinished / files.record_file, meta | history)
-            checkpoint.save(unfinished / files.model_file, job.model.state_dict(), meta)
-            utils.move_up(unfinished, last=files.model_file)
+            save_files(job, files, unfinished, meta=meta, records=history.records)
             row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
-            log.table("run", [row])
+            wandb_run.log_table("run", [row])
     return meta
+
+
+def save_files(job, files, unfinished, *, meta, records):
+    """Save the by-products, the record and the model, and move them up, the model last."""
+    for file_name, state in job.by_products.items():
+        checkpoint.save(unfinished / file_name, state, meta)
+    history = {"history": records} if files.record_has_history else {}
+    utils.save_json(unfinished / files.record_file, meta | history)
+    checkpoint.save(unfinished / files.model_file, job.model.state_dict(), meta)
+    utils.move_up(unfinished, last=files.model_file)
 
 
 def run_resumably(run, job):

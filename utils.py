@@ -113,7 +113,7 @@ def run_script(main):
         # Python flushes the stream once more at exit, which must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = status or 141
-    if RunLog.hangs:  # wandb's own clean-up at the exit would wait for it
+    if wandb_state.hung:  # wandb's exit handlers would wait for it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -2236,79 +2236,117 @@ def describe_run(args, data, device):
     }
 
 
-class RunLog:
-    """The record of one run: history.jsonl as it goes, and the same numbers in wandb.
+# ---------------------------------------------------------------- logging
 
-    The file takes its final name in :meth:`keep`, so a run that fails leaves the previous history. wandb is a
-    convenience: where it is missing, logged out, broken or silent, one line says so and the run goes on.
+
+class History:
+    """The numbers of every epoch: ``records``, and a line of JSON each in the file ``path``.
+
+    Only the first process writes. Raises UserError if the file cannot be written.
     """
 
-    patience = 60.0  # seconds for wandb to answer
-    hangs = False  # whether it did not
-    _announced = _failed = False  # each is said once
-    _mode = None  # of this process, once it is known
+    def __init__(self, path):
+        self.path, self.records = path, []
+        self._write("", mode="w")
 
-    def __init__(self, folder, name, config, args, path):
-        self.path = path
-        with self._writing():
-            self._file = open(os.devnull if distributed.rank() else path, "w", encoding="utf-8")  # noqa: SIM115 - close() closes it
-        self.history = []
-        self._run = None
-        if not distributed.rank():
-            self._wandb(self._start, folder, name, config, args)
+    def add(self, record):
+        self.records.append(record)
+        self._write(json.dumps(record) + "\n", mode="a")
 
-    def epoch(self, record):
-        self.history.append(record)
-        with self._writing():
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        self._wandb(lambda: self._run and self._run.log(record))
-
-    def numbers(self, found):
-        """Numbers by name in wandb, where a sweep or a plot finds them."""
-        self._wandb(lambda: self._run and self._run.log(found))
-
-    def table(self, title, rows):
-        """A table in wandb, from rows (dicts)."""
-        self._wandb(self._log_table, title, rows)
-
-    def pictures(self, paths):
-        """Pictures in wandb, from {name: file}."""
-        self._wandb(self._log_pictures, paths)
-
-    @contextmanager
-    def _writing(self):
+    def _write(self, text, mode):
+        if distributed.rank():
+            return
         try:
-            yield
+            with open(self.path, mode, encoding="utf-8") as file:
+                file.write(text)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
 
-    def close(self):
-        with suppress(OSError):  # of what a full disk did not take
-            self._file.close()
-        self._wandb(lambda: self._run and self._run.finish())
+
+@dataclass
+class WandbState:
+    """What all wandb runs of this process share."""
+
+    mode: str | None = None  # online, offline or disabled, once it is known
+    offline_announced: bool = False
+    failure_announced: bool = False
+    hung: bool = False  # a call did not return; wandb's exit handlers would not return either
+
+
+wandb_state = WandbState()
+
+
+class WandbRun:
+    """Numbers, tables and pictures of one run in wandb, e.g. ``with WandbRun(...) as run: run.log({"loss": 1.0})``.
+
+    wandb is optional: if it is missing, broken or does not respond, one line says so and the run
+    continues without it. Only the first process logs.
+    """
+
+    patience = 60.0  # seconds that a call may take
+
+    def __init__(self, folder, name, config, args):
+        self._folder, self._wandb, self._settings, self._run = folder, None, None, None
+        if not distributed.rank():
+            self._call(lambda: self._choose_mode(args))
+            if self._wandb:
+                self._call(lambda: self._start(name, config))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        if self._run:
+            self._call(lambda: self._run.finish())
 
-    def _wandb(self, call, *arguments):
-        if RunLog.hangs:
+    def log(self, numbers):
+        """Numbers by name."""
+        if self._run:
+            self._call(lambda: self._run.log(numbers))
+
+    def log_table(self, title, rows):
+        """A table from rows (dicts)."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[row.get(key) for key in columns] for row in rows]
+
+        def log():
+            table = self._wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
+            self._run.log({title: table})
+
+        if self._run:
+            self._call(log)
+
+    def log_pictures(self, paths):
+        """Pictures from {name: file}."""
+
+        def log():
+            images = {name: self._wandb.Image(str(path)) for name, path in paths.items()}
+            self._run.log(images)
+
+        if self._run:
+            self._call(log)
+
+    def _call(self, action):
+        """``action()``, abandoned after ``patience`` seconds; after a failure this run is not logged.
+
+        wandb writes and uploads in a process of its own, and any call can still block: init() and
+        finish() wait for that process to answer, finish() without a limit. log() waits for room in
+        the socket between them, which fills up once the other process no longer reads.
+        """
+        if wandb_state.hung:
             return
         try:
-            _answer(call, arguments, self.patience)
-        except Exception as error:  # whatever the logger does, the training is worth more
-            self._run = None
-            RunLog.hangs = isinstance(error, _NoAnswer)
-            if not RunLog._failed:
-                print(
-                    f"wandb: {first_line(error)}; going on without it, records are in {self.path.parent}"
-                )
-            RunLog._failed = True
+            _call_within(self.patience, action)
+        except Exception as error:  # training is worth more than its log, whatever wandb raises
+            self._run = self._wandb = None
+            wandb_state.hung = isinstance(error, NoResponse)
+            if not wandb_state.failure_announced:
+                reason = f"{first_line(error)}; continuing without it"
+                print(f"wandb: {reason}, records are in {self._folder}")
+            wandb_state.failure_announced = True
 
-    def _start(self, folder, name, config, args):
+    def _choose_mode(self, args):
+        """Set the process's mode: from the flag, wandb's variables and settings files, or its login."""
         disabled = os.environ.get("WANDB_DISABLED", "").lower() not in (
             "",
             "0",
@@ -2317,98 +2355,78 @@ class RunLog:
             "off",
         )
         environment = os.environ.get("WANDB_MODE") or ("disabled" if disabled else None)
-        mode = RunLog._mode or args.wandb_mode or environment
-        if mode == "disabled":
+        wandb_state.mode = wandb_state.mode or args.wandb_mode or environment
+        if wandb_state.mode == "disabled":
             return
-        os.fspath(folder).encode()  # UnicodeEncodeError here, where wandb would print tracebacks
-        import wandb  # takes half a second, and may be missing
+        os.fspath(self._folder).encode()  # a UnicodeEncodeError here; wandb would print tracebacks
+        import wandb  # half a second, and it may be missing
 
-        # wandb's environment variables and the files that "wandb offline|disabled" and "wandb init" write come first.
-        settings = _wandb_settings(wandb)
-        if mode is None and (saved := getattr(settings, "mode", None)) != "online":
-            mode = saved
-        RunLog._mode = mode or ("online" if _logged_in(wandb) else "offline")
-        if mode == "disabled":
-            return
-        directory = Path(os.environ.get("WANDB_DIR") or folder)
+        with suppress(Exception):  # old releases have other settings
+            self._settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        saved_mode = getattr(self._settings, "mode", None)  # of `wandb offline` or `wandb disabled`
+        if wandb_state.mode is None and saved_mode != "online":
+            wandb_state.mode = saved_mode
+        if wandb_state.mode is None:
+            wandb_state.mode = "online" if _logged_in(wandb) else "offline"
+        if wandb_state.mode != "disabled":
+            self._wandb = wandb
+
+    def _start(self, name, config):
+        """Start the run: offline where online fails, so that it can be uploaded later."""
+        directory = Path(os.environ.get("WANDB_DIR") or self._folder)
         directory.mkdir(parents=True, exist_ok=True)
-
-        def start():
-            self._run = wandb.init(
-                project=getattr(settings, "project", None) or "conformal-prediction-unlearning",
-                name=getattr(settings, "run_name", None) or name,
-                group=getattr(settings, "run_group", None) or folder.parent.name,
-                config=config,
-                dir=directory,
-                mode=RunLog._mode,
-                reinit="finish_previous",
-                settings=wandb.Settings(silent=True, console="off", init_timeout=30),
-            )
-
         try:
-            start()
-        except (
-            Exception
-        ) as error:  # no connection, a stale key, ...: what cannot be sent now can be synced later
-            if RunLog._mode == "offline":
+            self._init(directory, name, config)
+        except Exception as error:  # e.g. no connection, an expired key
+            if wandb_state.mode == "offline":
                 raise
             print(f"wandb: online failed ({first_line(error)}); logging offline instead")
-            RunLog._mode = "offline"
-            start()
-        if RunLog._mode == "offline" and not RunLog._announced:
+            wandb_state.mode = "offline"
+            self._init(directory, name, config)
+        if wandb_state.mode == "offline" and not wandb_state.offline_announced:
             files = directory / "wandb"
-            print(
-                f"wandb: offline; look with: wandb leet {files}; upload with: wandb sync {files}/offline-run-*"
-            )
-            RunLog._announced = True
+            upload = f"upload: wandb sync {files}/offline-run-*"
+            print(f"wandb: logging offline; view: wandb leet {files}; {upload}")
+            wandb_state.offline_announced = True
 
-    def _log_table(self, title, rows):
-        if self._run:
-            import wandb
-
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            cells = [[row.get(key) for key in columns] for row in rows]
-            self._run.log({title: wandb.Table(columns=columns, data=cells, allow_mixed_types=True)})
-
-    def _log_pictures(self, paths):
-        if self._run:
-            import wandb
-
-            self._run.log({name: wandb.Image(str(path)) for name, path in paths.items()})
+    def _init(self, directory, name, config):
+        settings = self._settings
+        self._run = self._wandb.init(
+            project=getattr(settings, "project", None) or "conformal-prediction-unlearning",
+            name=getattr(settings, "run_name", None) or name,
+            group=getattr(settings, "run_group", None) or self._folder.parent.name,
+            config=config,
+            dir=directory,
+            mode=wandb_state.mode,
+            reinit="finish_previous",
+            settings=self._wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
 
 
-class _NoAnswer(Exception):
-    """A call has not come back in time."""
+class NoResponse(Exception):
+    """A call took too long and was abandoned."""
 
 
-def _answer(call, arguments, patience):
-    """``call(*arguments)``, which is left alone where it takes longer than ``patience`` seconds."""
+def _call_within(seconds, action):
+    """``action()`` in a thread of its own. Raises NoResponse after ``seconds``."""
     outcome = Future()
 
     def run():
         try:
-            outcome.set_result(call(*arguments))
+            outcome.set_result(action())
         except BaseException as error:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not wait([outcome], patience).done:
-        raise _NoAnswer(f"no answer for {patience:g} s")
+    if not wait([outcome], seconds).done:
+        raise NoResponse(f"no response for {seconds:g} s")
     return outcome.result()
-
-
-def _wandb_settings(wandb):
-    """wandb's settings from its environment variables and settings files, or None where this release has no such."""
-    try:
-        return wandb.setup(settings=wandb.Settings(silent=True)).settings
-    except Exception:
-        return None
 
 
 def _logged_in(wandb):
     try:
         return wandb.login(prompt=False, verify=False)
-    except TypeError:  # in older releases, 0.20 among them, login() has no prompt argument
+    except TypeError:  # older releases, e.g. 0.20, have no argument prompt
         return bool(wandb.api.api_key)
 
 

@@ -57,7 +57,7 @@ def test_curves_and_flags_arrive_in_wandb(pipeline):
         assert all(logged[key] == pytest.approx(value) for key, value in kept.items())
     assert config["flags"]["alpha"] == 0.05 and config["forget_set"] == "56d878fd8c3a6704"
     said = [done.stdout for done in pipeline.said.values()]
-    assert all("wandb sync" in text and "going on without it" not in text for text in said)
+    assert all("wandb sync" in text and "continuing without it" not in text for text in said)
 
 
 def test_the_evaluation_table_arrives_in_wandb(pipeline):
@@ -112,7 +112,7 @@ HANGING = (
     "import atexit, threading\nhang = threading.Event().wait\n"
     "atexit.register(hang)\n"  # as wandb's own end does
     "class Run:\n    def log(self, *_): {log}\n    def finish(self): hang()\n"
-    "def login(**_):\n    import utils\n    utils.RunLog.patience = 2\n"
+    "def login(**_):\n    import utils\n    utils.WandbRun.patience = 2\n"
     "def Settings(**_): return None\ndef Table(**_): return None\ndef init(**_): {init}"
 )
 STUBS |= {
@@ -128,7 +128,7 @@ def test_without_wandb_the_run_goes_on(kind, tmp_path):
     stub.mkdir()
     (stub / "wandb.py").write_text(STUBS[kind])
     done = succeed(*ORIGINAL, cwd=tmp_path, python_path=stub)
-    said = [line for line in done.stdout.splitlines() if "going on without it" in line]
+    said = [line for line in done.stdout.splitlines() if "continuing without it" in line]
     assert len(said) == 1 and said[0].startswith("wandb: ")
     folder = tmp_path / "runs/resnet18w8_digits_seed1"
     assert (folder / "original_model.pth").is_file() and len((folder / "history.jsonl").read_text().splitlines()) == 2

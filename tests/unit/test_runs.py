@@ -456,7 +456,7 @@ def test_divergence_keeps_no_state_to_resume(original):
 
 def test_time_and_accuracies_are_a_table_in_the_log(original, monkeypatch):
     tables = []
-    monkeypatch.setattr(utils.RunLog, "table", lambda log, title, rows: tables.append((title, rows)))
+    monkeypatch.setattr(utils.WandbRun, "log_table", lambda log, title, rows: tables.append((title, rows)))
     unlearn_in(original, ["finetune"], "--num_epochs", 1)
     found = results(original / "resnet18w8_few_seed1/random_0.7/finetune")
     assert tables == [("run", [{"method": "finetune", "seconds": found["seconds"]} | found["accuracies"]])]
