@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import models
 import utils
-from models import batch_norm, checkpoint, distributed, fisher, inference
+from models import checkpoint, distributed, fisher, inference
 from models.errors import NotFinite, UserError
 
 MONITORED = 2000  # the accuracies after every epoch use at most this many images of each part
@@ -371,7 +371,7 @@ def forward_pass(job):
 
 def data_parallel(network):
     """DistributedDataParallel around a network with synchronised BatchNorm."""
-    batch_norm.synchronise(network)
+    distributed.synchronise_batch_norm(network)
     # 1×1 convolutions have gradients with other strides, which only costs speed.
     warnings.filterwarnings("ignore", "Grad strides do not match")
     with warnings.catch_warnings(action="ignore"):  # newer torch renamed broadcast_buffers

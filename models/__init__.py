@@ -18,10 +18,10 @@ from .resnet import ResNet18
 class Network:
     """What the defaults of the scripts need to know about a network before it is built.
 
-    ``name`` is the value of --model_name. ``trained_from_scratch`` is False for a network that starts
-    from ImageNet weights by default. ``has_width`` says whether --width applies. ``is_transformer``
-    says whether the defaults for transformers apply. ``native_side`` is the side in pixels of the
-    square images that the network was pre-trained on, None if it takes images of any size.
+    ``name`` is the value of --model_name. ``trained_from_scratch`` is False for a network that
+    starts from ImageNet weights by default. ``has_width`` says whether --width applies.
+    ``is_transformer`` says whether the defaults for transformers apply. ``native_side`` is the side
+    in pixels of the square images that the network was pre-trained on, None if it takes any size.
     """
 
     name: str

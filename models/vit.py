@@ -52,7 +52,7 @@ def _skeleton(name):
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False)
-    except RuntimeError:  # timm before 1.0.23 reads values of tensors while it builds a transformer
+    except RuntimeError:  # older timm reads values of tensors while it builds a transformer
         with torch.random.fork_rng(devices=[]):
             return timm.create_model(name, pretrained=False)
 
