@@ -314,6 +314,14 @@ def test_rates_at_few_false_positives_by_hand():
     assert area == pytest.approx((2 * 200 + 3 * 199 + 198 + 0 + 0) / (8 * 200))
 
 
+def test_rates_take_every_point_of_a_straight_part_of_the_curve():
+    """Three scores are each one member's and one non-member's: the second is on the others' line."""
+    tied = torch.tensor([0.01, 0.02, 0.03]).double()
+    non_members = torch.cat([tied, 0.5 + torch.arange(197) / 1000])
+    _, rates = MIA.ranking_attack(torch.cat([tied, torch.ones(1)]), non_members)
+    assert rates == [2 / 4, 0]
+
+
 # ---------------------------------------------------------------- probabilities and MIACR
 
 

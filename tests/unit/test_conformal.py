@@ -104,6 +104,20 @@ def test_labels_of_equal_logits_have_equal_scores():
     assert scores.from_log_odds(aps)[0].tolist() == pytest.approx([0.25, 0.5, 0.75, 1])  # ranked by number
 
 
+def test_two_labels_of_one_half_each_have_equal_scores():
+    """The third has about e⁻³⁶: p of the others rounds to ½, its sum with one of them does not."""
+    rest = torch.linspace(-36.7, -36.1, 50)
+    found = scores.thr_log_odds(torch.stack([torch.zeros(50), torch.zeros(50), rest], dim=1))
+    assert torch.equal(found[:, 0], found[:, 1])
+
+
+@pytest.mark.parametrize("name", ["aps", "raps", "saps"])
+def test_many_labels_of_equal_probability_rank_by_number(name):
+    score = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2)
+    found = score.log_odds(torch.zeros(1, 40), "test")[0]
+    assert (found.diff() > 0).all()
+
+
 # ---------------------------------------------------------------- q̂
 
 

@@ -73,9 +73,17 @@ def test_importances_on_a_gpu_are_the_same_sums(monkeypatch):
         total = torch.ones(4, 3)
         fisher._add_squared_products(total, columns, gradient.as_subclass(kind))
         torch.testing.assert_close(total, 1 + expected)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3])
+def test_importances_of_few_positions_are_the_squares_of_the_images_sums(positions):
+    rng = torch.Generator().manual_seed(0)
+    columns = torch.randn(6, 4, positions, generator=rng)
+    gradient = torch.randn(6, 3, positions, generator=rng)
     total = torch.ones(4, 3)
-    fisher._add_squared_products(total, columns[:, :, :1], gradient[:, :, :1])
-    torch.testing.assert_close(total, 1 + torch.einsum("bw,bc->bwc", columns[..., 0], gradient[..., 0]).square().sum(0))
+    fisher._add_squared_products(total, columns, gradient)
+    expected = torch.einsum("bwp,bcp->bwc", columns, gradient).square().sum(0)
+    torch.testing.assert_close(total, 1 + expected)
 
 
 # ---------------------------------------------------------------- two processes, in turns
