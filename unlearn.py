@@ -32,8 +32,8 @@ MODEL_FILE = "unlearning_model.pth"
 RECORD_FILE = "results.json"
 MASK_FILE = "saliency_mask.pth"
 FAILURE_FILE = "failure.json"
-TRAINING_PARTS = ("retain", "forget")
-PARTS = (*TRAINING_PARTS, "test")
+PARTS = ("retain", "forget")
+MEASURED_PARTS = (*PARTS, "test")
 
 
 class Diverged(UserError):
@@ -415,7 +415,7 @@ def index_batches(job, parts, epoch):
     """
     num_images = sum(len(getattr(job.split, part)) for part in parts)
     num_steps = math.ceil(num_images / job.recipe.batch_size)
-    shares = {part: no_images(job, num_steps) for part in TRAINING_PARTS}
+    shares = {part: no_images(job, num_steps) for part in PARTS}
     shares |= {part: shuffled_shares(job, part, epoch, num_steps=num_steps) for part in parts}
     return [
         (torch.cat([retain, forget]), len(retain))
@@ -453,7 +453,7 @@ def no_images(job, num_steps):
 # ---------------------------------------------------------------- records and resuming
 
 
-def accuracies(job, limit=None, parts=PARTS):
+def accuracies(job, limit=None, parts=MEASURED_PARTS):
     """Accuracies {part: fraction} without augmentation on the retain, forget and test images.
 
     ``limit`` restricts each part to a fixed random sample of that size. Parts without images are
@@ -477,7 +477,7 @@ def accuracy(logits, labels):
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
-def monitored_accuracies(job, epoch, parts=PARTS):
+def monitored_accuracies(job, epoch, parts=MEASURED_PARTS):
     """:func:`accuracies` of a sample in the precision of the training, as {"retain_acc": …}.
 
     Raises :class:`Diverged` if a logit is not finite.
@@ -682,7 +682,7 @@ def RL(job):
     The labels are drawn once. Defaults: those published for random labels with SalUn on CIFAR-10
     (10 epochs at 0.013).
     """
-    return train(job, random_label_loss(job), TRAINING_PARTS)
+    return train(job, random_label_loss(job), PARTS)
 
 
 def random_label_loss(job):
@@ -759,7 +759,7 @@ def ga_plus(job):
     def loss(batch):
         return cross_entropy(*batch.retain) - forget_weight * cross_entropy(*batch.forget)
 
-    return train(job, loss, TRAINING_PARTS)
+    return train(job, loss, PARTS)
 
 
 @method(trained=False, noise=1e-7)
@@ -811,7 +811,7 @@ def teacher(job):
         forget_targets = batch.outputs_of(incompetent, "forget")
         return distance(batch.logits, torch.cat([retain_targets, forget_targets]), temperature)
 
-    return train(job, loss, TRAINING_PARTS)
+    return train(job, loss, PARTS)
 
 
 def frozen_copy(model):
@@ -926,7 +926,7 @@ def salun(job):
         for name, parameter in job.model.named_parameters():
             parameter.copy_(torch.where(masks[name], parameter, originals[name]))
 
-    return train(job, random_label_loss(job), TRAINING_PARTS, after_step=restore_unmasked)
+    return train(job, random_label_loss(job), PARTS, after_step=restore_unmasked)
 
 
 def saliency_mask(job):

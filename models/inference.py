@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .distributed import gather_rows, world_size
+from . import distributed
 from .errors import NotFinite
 
 
@@ -56,7 +56,7 @@ def _forward_images(model, images, indices, *, batch_size, classifiers=()):
     with _eval_mode(model), _recorded(classifiers) as calls:
         while True:
             try:
-                batches = images.batches(indices.split(size * world_size()))
+                batches = images.batches(indices.split(size * distributed.world_size()))
                 outputs = [_forward_batch(model, inputs, calls) for inputs in batches]
                 break
             except torch.OutOfMemoryError:
@@ -65,11 +65,11 @@ def _forward_images(model, images, indices, *, batch_size, classifiers=()):
             # Outside the handler, whose traceback keeps the tensors that filled the memory.
             size = max(1, size // 4)
     logits, features = zip(*outputs, strict=True)
-    logits = gather_rows(torch.cat(logits), len(indices)).cpu()
+    logits = distributed.gather_rows(torch.cat(logits), len(indices)).cpu()
     _check_finite(logits)
     if features[0] is None:
         return logits, None
-    return logits, gather_rows(torch.cat(features), len(indices)).cpu()
+    return logits, distributed.gather_rows(torch.cat(features), len(indices)).cpu()
 
 
 def _default_batch_size(images):

@@ -186,8 +186,18 @@ def epoch(args):
     part, nothing = everything[: len(few)] if args.device == "cpu" else everything, everything[:0]
     split = utils.Split(part, nothing, nothing, nothing, nothing, nothing, nothing)
     recipe = unlearn.Recipe(1 + args.repeats, 0.01, args.batch_size, precision=precision)
-    job = unlearn.Job("original", "original", new()[0], data, split, recipe, 1, quiet=True, compile=args.compile)
-    job.epoch_done = epoch_done
+    job = unlearn.Job(
+        name="original",
+        label="original",
+        model=new()[0],
+        data=data,
+        split=split,
+        recipe=recipe,
+        seed=1,
+        epoch_done=epoch_done,
+        quiet=True,
+        compile=args.compile,
+    )
     unlearn.train(job, unlearn.retain_cross_entropy)
     # The first epoch warms up, and compiles.
     ours_speed, bare_speed, plain_speed = (statistics.median(side) for side in zip(*rates[1:], strict=True))

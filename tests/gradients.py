@@ -27,7 +27,11 @@ def errors(model, side, count):
     """
     expected, handles = defaultdict(lambda: 0), []
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        if (
+            isinstance(layer, nn.Conv2d)
+            and layer.padding_mode == "zeros"
+            and not isinstance(layer.padding, str)
+        ):
 
             def watch(layer, inputs, output, name=name):
                 images = inputs[0].detach()
@@ -48,7 +52,10 @@ def errors(model, side, count):
     for handle in handles:
         handle.remove()
     found = {name: model.get_parameter(f"{name}.weight").grad for name in expected}
-    return {name: ((found[name] - exact).norm() / (exact.norm() + 1e-12)).item() for name, exact in expected.items()}
+    return {
+        name: ((found[name] - exact).norm() / (exact.norm() + 1e-12)).item()
+        for name, exact in expected.items()
+    }
 
 
 def main(names):
@@ -62,7 +69,9 @@ def main(names):
             assert found, f"{name} has no convolution"
             for layer, error in found.items():
                 if not error < 1e-4:
-                    print(f"{name}, {count} images of {side}×{side}: {layer}.weight.grad is off by {error:.1%}")
+                    print(
+                        f"{name}, {count} images of {side}×{side}: {layer}.weight.grad is off by {error:.1%}"
+                    )
                     failed = True
     return int(failed)
 

@@ -45,18 +45,26 @@ def main(out):
         torch.manual_seed(0)
         recipe = unlearn.Recipe(1, 0.01, batch_size=32, momentum=entry.momentum)
         options = entry.options | ({"stop_accuracy": 0.0} if label == "GA" else {})
-        job = unlearn.Job(
-            label.removeprefix("cpu_"), label, model(), data, split, recipe, 1, options, model, quiet=True
-        )
-        losses = []
-        job.epoch_done = losses.append
-        if label == "GA":  # which looks at the accuracy on the forget images after every epoch
-            job.quiet = False
+        losses, term = [], None
         if label.startswith("cpu_"):
-            job.term = unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, 0.2, 0.01, 0.5)
-        entry.run(job)
+            term = unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, 0.2, 0.01, 0.5)
+        job = unlearn.Job(
+            name=entry.name,
+            label=label,
+            model=model(),
+            data=data,
+            split=split,
+            recipe=recipe,
+            seed=1,
+            options=options,
+            new_model=model,
+            term=term,
+            epoch_done=losses.append,
+            quiet=True,
+        )
+        trained = entry.run(job)
         found |= {f"{label} loss {record['epoch']}": torch.tensor(record["loss"]) for record in losses}
-        found |= {f"{label} {name}": tensor for name, tensor in job.model.state_dict().items()}
+        found |= {f"{label} {name}": tensor for name, tensor in trained.state_dict().items()}
 
     passed = [0]
     net = model()

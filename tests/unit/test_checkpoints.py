@@ -58,10 +58,22 @@ def test_nested_keys_are_followed_to_the_state_dict(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model.module.", "net."]
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.module.",
+        "net.",
+    ],
 )
 def test_prefixes_of_wrappers_are_removed_in_any_order(prefix, network, tmp_path):
-    torch.save({prefix + name: tensor for name, tensor in network.state_dict().items()}, tmp_path / "model.pth")
+    torch.save(
+        {prefix + name: tensor for name, tensor in network.state_dict().items()},
+        tmp_path / "model.pth",
+    )
     assert same(load(tmp_path / "model.pth")[0], network.state_dict())
 
 
@@ -80,8 +92,13 @@ def test_one_tensor_under_two_names_is_refused(network, tmp_path):
 
 def test_counters_are_optional_and_those_of_profilers_are_left_out(network, tmp_path):
     state = network.state_dict()
-    kept = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-    counters = {"total_ops": torch.tensor([1.0]), "layer1.0.conv1.total_params": torch.tensor([2.0])}
+    kept = {
+        name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
+    }
+    counters = {
+        "total_ops": torch.tensor([1.0]),
+        "layer1.0.conv1.total_params": torch.tensor([2.0]),
+    }
     torch.save(kept | counters, tmp_path / "model.pth")
     assert same(load(tmp_path / "model.pth")[0], state)
 
@@ -90,16 +107,22 @@ def test_a_normalize_layer_with_the_constants_of_the_data_is_left_out(network, t
     constants = {
         "module.normalize.mean": torch.tensor(SPEC.mean).view(3, 1, 1), "module.normalize.std": torch.tensor(SPEC.std)
     }  # fmt: skip
-    torch.save({f"module.{name}": tensor for name, tensor in network.state_dict().items()} | constants, tmp_path / "m")
+    torch.save(
+        {f"module.{name}": tensor for name, tensor in network.state_dict().items()} | constants,
+        tmp_path / "m",
+    )
     assert same(load(tmp_path / "m")[0], network.state_dict())
-    with pytest.raises(utils.UserError, match=r"normalises images with mean .*0\.49.* while this data .*0\.3053"):
+    with pytest.raises(
+        utils.UserError, match=r"normalises images with mean .*0\.49.* while this data .*0\.3053"
+    ):
         load(tmp_path / "m", utils.SPECS["digits"])
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_float_type_is_loaded(kind, network, tmp_path):
     state = {
-        name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()
+        name: tensor.to(kind) if tensor.is_floating_point() else tensor
+        for name, tensor in network.state_dict().items()
     }
     torch.save(state, tmp_path / "model.pth")
     found, _ = load(tmp_path / "model.pth")
@@ -118,7 +141,9 @@ def test_safetensors_are_loaded(network, tmp_path):
 
 def test_an_unknown_or_missing_tensor_is_named(network, tmp_path):
     state = network.state_dict()
-    torch.save({name: tensor for name, tensor in state.items() if name != "fc.bias"}, tmp_path / "less.pth")
+    torch.save(
+        {name: tensor for name, tensor in state.items() if name != "fc.bias"}, tmp_path / "less.pth"
+    )
     with pytest.raises(utils.UserError, match=r"1 are missing, e\.g\. fc\.bias"):
         load(tmp_path / "less.pth")
     torch.save(state | {"head.weight": torch.zeros(3)}, tmp_path / "more.pth")
@@ -176,7 +201,11 @@ def test_a_foreign_file_is_named_in_one_line(words, tmp_path):
     with pytest.raises(utils.UserError) as caught:
         checkpoint.read(path)
     line = str(caught.value)
-    assert line.startswith(f"{path}: not a checkpoint: ") and words.replace("os.", "") in line and "\n" not in line
+    assert (
+        line.startswith(f"{path}: not a checkpoint: ")
+        and words.replace("os.", "") in line
+        and "\n" not in line
+    )
 
 
 def test_a_folder_and_a_missing_file_are_told_apart(tmp_path):

@@ -1,14 +1,13 @@
-"""Importances of weights and masks: every kind of layer against autograd, one process against two."""
-
-import itertools
+"""Importances of weights, and masks: every layer against autograd, one process against two."""
 
 import pytest
 import torch
 from small import ByHand, SmallNet, by_definition, small_job
 from torch import nn
+from torch.nn import functional as F
+from turns import Processes, Shares
 
 import unlearn
-import utils
 from models import distributed, fisher
 
 
@@ -22,15 +21,26 @@ NETWORKS = {
         *head(8, 4)[:2],
         nn.LazyLinear(5),
     ],
-    "no bias": lambda: [nn.Conv2d(3, 8, 1, bias=False), *head(8, 4)[:2], nn.Linear(128, 5, bias=False)],
-    "normalisation without a bias": lambda: [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), *head(8, 4)],
+    "no bias": lambda: [
+        nn.Conv2d(3, 8, 1, bias=False),
+        *head(8, 4)[:2],
+        nn.Linear(128, 5, bias=False),
+    ],
+    "normalisation without a bias": lambda: [
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        *head(8, 4),
+    ],
     "an outer product at one position": lambda: [nn.Conv2d(3, 8, 4), *head(8, 1)],
     "two linear layers": lambda: [nn.Flatten(), nn.Linear(48, 8), nn.Tanh(), nn.Linear(8, 5)],
 }
 OTHERS = {
     "groups": lambda: [nn.Conv2d(3, 9, 3, padding=1, groups=3), *head(9, 4)],
     "same padding": lambda: [nn.Conv2d(3, 8, 3, padding="same"), *head(8, 4)],
-    "reflected padding": lambda: [nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), *head(8, 4)],
+    "reflected padding": lambda: [
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        *head(8, 4),
+    ],
     "layer normalisation": lambda: [nn.LayerNorm([3, 4, 4]), *head(3, 4)],
     "BatchNorm of vectors": lambda: [nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 5)],
 }
@@ -60,6 +70,73 @@ def test_importances_are_the_mean_squared_gradients_of_single_images(layers, exp
     assert not any(module._forward_hooks for module in model.modules())
 
 
+class CalledTwice(nn.Module):
+    """A network that calls one convolution twice and another never."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.never, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, images):
+        features = self.twice(self.twice(self.first(images)).relu())
+        return self.last(features.mean(dim=(2, 3)))
+
+
+def test_importances_of_a_layer_that_is_called_twice_or_never_are_those_of_autograd():
+    torch.manual_seed(0)
+    model, data = CalledTwice().eval(), small_job("ssd").data.train
+    indices = torch.tensor([4, 9, 2])
+    fisher_information = fisher.diagonal_fisher(model, data, indices, fisher.observed_score)
+    expected = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    for index in indices:
+        logits = model(data.inputs[index][None])
+        model.zero_grad()
+        F.cross_entropy(logits, data.labels[index][None]).backward()
+        for name, weight in model.named_parameters():
+            if weight.grad is not None:
+                expected[name] += weight.grad**2 / 3
+    assert expected["twice.weight"].any() and not expected["never.weight"].any()
+    for name, square in expected.items():
+        torch.testing.assert_close(fisher_information[name], square, rtol=1e-4, atol=1e-9)
+
+
+def test_normalisation_by_the_batch_is_not_computed_layer_by_layer():
+    model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), *head(3, 4))
+    assert not fisher._knows_layers(model)
+    assert fisher._knows_layers(nn.Sequential(nn.BatchNorm2d(3), *head(3, 4)))
+
+
+def test_scores_of_two_classes_are_those_by_hand():
+    logits = torch.tensor([1.0, 3.0]).log()  # p = ¼ and ¾
+    torch.testing.assert_close(
+        fisher.observed_score(logits, torch.tensor(0)), torch.tensor([[0.75, -0.75]])
+    )
+    torch.testing.assert_close(
+        fisher.observed_score(logits, torch.tensor(1)), torch.tensor([[-0.25, 0.25]])
+    )
+    # diag(p) − ppᵀ = [[3, −3], [−3, 3]] / 16, of rank one
+    (row,) = fisher.expected_scores(logits, torch.tensor(0))
+    torch.testing.assert_close(row[:, None] * row, torch.tensor([[3.0, -3.0], [-3.0, 3.0]]) / 16)
+
+
+def test_expected_scores_of_a_certain_network_keep_their_digits():
+    logits = torch.tensor([-12.0, 9.0, 0.5, 9.0, -3.0])
+    rows, p = fisher.expected_scores(logits, None), logits.double().softmax(0)
+    assert rows.shape == (4, 5)
+    product = rows.double().T @ rows.double()
+    expected = p.diag() - p[:, None] * p
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_importances_leave_the_model_in_eval_mode_without_hooks():
+    job = small_job("ssd")
+    job.model.train()
+    fisher.diagonal_fisher(job.model, job.data.train, torch.arange(5), fisher.observed_score, 2)
+    assert not any(module.training for module in job.model.modules())
+    assert [len(indices) for indices, _ in job.data.train.uses] == [2, 2, 1]
+
+
 def test_importances_on_a_gpu_are_the_same_sums(monkeypatch):
     class OnGPU(torch.Tensor):
         """A tensor that is only said to be there."""
@@ -87,50 +164,6 @@ def test_importances_of_few_positions_are_the_squares_of_the_images_sums(positio
 
 
 # ---------------------------------------------------------------- two processes, in turns
-
-
-class Processes:
-    """Runs a function as each of several processes, again and again until every exchange between them is complete."""
-
-    def __init__(self, monkeypatch, world):
-        self.world, self.sent, self.rank, self.exchange = world, {}, 0, None
-        monkeypatch.setattr(distributed, "world_size", lambda: world)
-        monkeypatch.setattr(distributed, "rank", lambda: self.rank)
-        monkeypatch.setattr(utils.dist, "all_gather", self.all_gather)
-        monkeypatch.setattr(utils.dist, "all_reduce", self.all_reduce)
-
-    def parts(self, tensor):
-        number = next(self.exchange)
-        self.sent[number, self.rank] = tensor.clone()
-        return [self.sent.get((number, rank), torch.zeros_like(tensor)) for rank in range(self.world)]
-
-    def all_gather(self, places, tensor):
-        for place, part in zip(places, self.parts(tensor), strict=True):
-            place.copy_(part)
-
-    def all_reduce(self, tensor):
-        tensor.copy_(sum(self.parts(tensor)))
-
-    def run(self, function):
-        for _ in range(3):
-            answers = []
-            for rank in range(self.world):
-                self.rank = rank
-                self.exchange = itertools.count()
-                answers.append(function())
-        return answers
-
-
-class Shares:
-    """Images of which each process gets its own."""
-
-    def __init__(self, images):
-        self.images, self.labels, self.seen = images, images.labels, []
-
-    def batches(self, parts, augment=None):
-        for part in parts:
-            self.seen.append(len(part))
-            yield from self.images.batches([distributed.local_rows(part)], augment)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -165,8 +198,14 @@ def test_another_networks_answers_are_those_for_the_named_part(world, num_retain
     expected = ByHand(network).logits(inputs).detach().float()
 
     def answers():
-        batch = unlearn.Batch(indices, job.data.train.labels[indices], num_retain, distributed.local_rows(inputs), torch.zeros(6, 5))
-        return batch.answers(network, "retain"), batch.answers(network, "forget")
+        batch = unlearn.Batch(
+            indices,
+            job.data.train.labels[indices],
+            num_retain,
+            distributed.local_rows(inputs),
+            torch.zeros(6, 5),
+        )
+        return batch.outputs_of(network, "retain"), batch.outputs_of(network, "forget")
 
     for retain, forget in Processes(monkeypatch, world).run(answers):
         torch.testing.assert_close(retain, expected[:num_retain])
@@ -177,9 +216,9 @@ def test_another_networks_answers_are_those_for_the_named_part(world, num_retain
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatch):
     def gradients():
-        job = small_job("ga_plus", num_epochs=1, batch_size=64)
         torch.manual_seed(0)
-        job.model, job.quiet = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), True
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+        job = small_job("ga_plus", num_epochs=1, batch_size=64, model=model, quiet=True)
         job.data.train = Shares(job.data.train)
         taken = []
 
@@ -194,7 +233,9 @@ def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatc
 
     alone, wrapped = gradients(), []
     monkeypatch.setattr(
-        unlearn, "DistributedDataParallel", lambda network, **options: wrapped.append(options) or network
+        unlearn,
+        "DistributedDataParallel",
+        lambda network, **options: wrapped.append(options) or network,
     )
     synchronised = []
     monkeypatch.setattr(distributed, "synchronise_batch_norm", synchronised.append)
@@ -202,17 +243,19 @@ def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatc
     for number, gradient in enumerate(alone):
         torch.testing.assert_close(sum(part[number] for part in together) / world, gradient)
     # Each process has the running statistics of all images, so none are sent.
-    assert {str(options) for options in wrapped} == {"{'broadcast_buffers': False}"} and len(synchronised) == len(
-        wrapped
-    )
+    assert {str(options) for options in wrapped} == {"{'broadcast_buffers': False}"} and len(
+        synchronised
+    ) == len(wrapped)
 
 
 def test_a_network_is_not_asked_about_no_image():
     def network(inputs):
         raise AssertionError("asked")
 
-    batch = unlearn.Batch(torch.arange(2), torch.zeros(2).long(), 2, torch.zeros(2, 3, 4, 4), torch.zeros(2, 5))
-    assert batch.answers(network, "forget").shape == (0, 5)
+    batch = unlearn.Batch(
+        torch.arange(2), torch.zeros(2).long(), 2, torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)
+    )
+    assert batch.outputs_of(network, "forget").shape == (0, 5)
 
 
 # ---------------------------------------------------------------- masks
@@ -223,7 +266,9 @@ def test_the_mask_takes_the_largest_gradients_of_all_layers_together():
         job = small_job("salun", mask_ratio=ratio)
         masks = unlearn.saliency_mask(job)
         assert sum(mask.sum().item() for mask in masks.values()) == count
-        assert all(mask.shape == job.model.get_parameter(name).shape for name, mask in masks.items())
+        assert all(
+            mask.shape == job.model.get_parameter(name).shape for name, mask in masks.items()
+        )
 
 
 def test_a_mask_is_the_same_for_any_number_of_images_a_pass(monkeypatch):
@@ -232,7 +277,15 @@ def test_a_mask_is_the_same_for_any_number_of_images_a_pass(monkeypatch):
     forget, train = job.split.forget, job.data.train
     assert [len(indices) for indices, _ in train.uses] == [512, 512, 76]
     net = ByHand(job.model)
-    sizes = net.gradients(-net.log_p(train.inputs[forget])[range(1100), train.labels[forget]].mean())
-    least = torch.cat([size.abs().flatten() for size in sizes.values()]).sort(descending=True).values[264]
-    different = sum((masks[name] != (size.abs() >= least)).sum().item() for name, size in sizes.items())
+    sizes = net.gradients(
+        -net.log_p(train.inputs[forget])[range(1100), train.labels[forget]].mean()
+    )
+    least = (
+        torch.cat([size.abs().flatten() for size in sizes.values()])
+        .sort(descending=True)
+        .values[264]
+    )
+    different = sum(
+        (masks[name] != (size.abs() >= least)).sum().item() for name, size in sizes.items()
+    )
     assert different <= 2  # float32 may order two that are nearly equal otherwise

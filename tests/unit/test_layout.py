@@ -55,6 +55,8 @@ def test_narrow_1x1_convolutions_inside_a_permuting_network_receive_contiguous_i
             return self.narrow(self.wide(images).contiguous(memory_format=LAST))
 
     model, seen = choose_layout(Permuting()), []
-    model.narrow.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].is_contiguous()))
+    model.narrow.register_forward_hook(
+        lambda layer, inputs, output: seen.append(inputs[0].is_contiguous())
+    )
     model(torch.randn(2, 3, 8, 8))
     assert seen == [True]

@@ -256,7 +256,7 @@ def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
 
 
 def test_the_loop_adds_lamda_times_the_term_to_the_method(digits):
-    """One step by hand: the cross-entropy of retain images plus λ · conformal loss of the others."""
+    """One step by hand: cross-entropy of retain images plus λ · conformal loss of the others."""
     term = conformal_term(digits, lamda=0.7)
     run = job(digits, term, num_epochs=1, batch_size=1000, learning_rate=0.1)
     reference = job(digits).model

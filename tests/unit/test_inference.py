@@ -1,0 +1,175 @@
+"""Logits and features: batch sizes, full memory, modes and classifiers of every kind."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small import SmallNet, images
+from torch import nn
+from turns import Processes, Shares
+
+from models import inference
+
+
+@pytest.fixture
+def data():
+    return images(23, seed=1)
+
+
+INDICES = torch.tensor([5, 1, 8, 2, 22, 9, 0, 13, 4, 17, 3])
+
+
+class FullMemory(nn.Module):
+    """A network that runs out of memory for batches of more than ``limit`` images.
+
+    The memory is full behind its classifier, so that every layer has been called.
+    """
+
+    def __init__(self, network, limit):
+        super().__init__()
+        self.network, self.limit, self.batches = network, limit, []
+
+    def get_classifier(self):
+        return inference.classifier_layers(self.network)
+
+    def forward(self, inputs):
+        logits = self.network(inputs)
+        self.batches.append(len(inputs))
+        # The second batch of a size fails, after features of the first have been recorded.
+        if len(inputs) > self.limit and self.batches.count(len(inputs)) == 2:
+            raise torch.OutOfMemoryError
+        return logits
+
+
+class Calls(nn.Module):
+    """A network that calls its classifier ``times`` times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times, self.fc = times, nn.Linear(48, 5)
+
+    def forward(self, inputs):
+        features = inputs.flatten(1)
+        if not self.times:
+            return features @ self.fc.weight.T
+        return sum(self.fc(features * number) for number in range(1, self.times + 1))
+
+
+NETWORKS = {
+    "once": SmallNet,
+    "twice": lambda: Calls(2),
+    "never": lambda: Calls(0),
+}
+
+
+@pytest.mark.parametrize("calls", NETWORKS)
+def test_features_after_full_memory_are_those_of_one_attempt(calls, data, monkeypatch):
+    monkeypatch.setattr(inference, "_default_batch_size", lambda images: 8)
+    network = NETWORKS[calls]()
+    expected = inference.compute_features(network, data, INDICES, 2)
+    # Batches of 8 fail at the second of 11 images: it has 3.
+    model = FullMemory(network, limit=2)
+    model.batches += [3]
+    results = inference.compute_features(model, data, INDICES)
+    assert model.batches == [3, 8, 3, 2, 2, 2, 2, 2, 1]
+    for result, of_one_attempt in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, of_one_attempt)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_features_of_several_processes_are_those_of_one(world, data, monkeypatch):
+    network = Calls(2)
+    expected = inference.compute_features(network, data, INDICES)
+    results = Processes(monkeypatch, world).run(
+        lambda: inference.compute_features(network, Shares(data), INDICES, 2)
+    )
+    for logits, labels, features in results:
+        torch.testing.assert_close(logits, expected[0])
+        torch.testing.assert_close(features, expected[2])
+        assert labels.equal(data.labels[INDICES])
+
+
+def test_features_of_a_classifier_called_twice_are_both_inputs(data):
+    logits, labels, features = inference.compute_features(Calls(2), data, INDICES, 4)
+    flat = data.inputs[INDICES].flatten(1)
+    assert features.equal(torch.cat([flat, 2 * flat], dim=1)) and logits.shape == (11, 5)
+    assert labels.equal(data.labels[INDICES])
+
+
+def test_logits_are_the_features_of_a_classifier_that_is_never_called(data):
+    logits, _, features = inference.compute_features(Calls(0), data, INDICES, 4)
+    assert features is logits
+
+
+@pytest.mark.parametrize(("batch_size", "limit"), [(4, 2), (None, 0)])
+def test_memory_that_is_too_small_is_an_error(batch_size, limit, data, monkeypatch):
+    monkeypatch.setattr(inference, "_default_batch_size", lambda images: 3)
+    model = FullMemory(SmallNet(), limit)
+    with pytest.raises(torch.OutOfMemoryError):
+        inference.compute_logits(model, data, INDICES, batch_size)
+    assert max(model.batches[-1:]) == (4 if batch_size else 1)
+    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_logits_are_those_of_eval_mode_and_every_mode_is_kept(data):
+    network = SmallNet()
+    network.train()
+    network[1].eval()
+    modes = [module.training for module in network.modules()]
+    logits, labels = inference.compute_logits(network, data, INDICES, 4)
+    assert [module.training for module in network.modules()] == modes
+    assert not logits.requires_grad and labels.equal(data.labels[INDICES])
+    expected = network.eval()(data.inputs[INDICES])
+    torch.testing.assert_close(logits, expected.detach())
+    assert [indices for indices, _ in data.uses] == [
+        INDICES[start : start + 4].tolist() for start in (0, 4, 8)
+    ]
+
+
+def test_logits_are_float32_and_on_the_cpu(data):
+    network = SmallNet().bfloat16()
+    data.inputs = data.inputs.bfloat16()
+    logits, _, features = inference.compute_features(network, data, INDICES)
+    assert logits.dtype == features.dtype == torch.float32 and logits.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("side", "cuda", "size"),
+    [(32, False, 64), (8, False, 512), (64, False, 16), (224, False, 4), (32, True, 16_384)],
+)
+def test_the_batch_size_fits_the_cache_or_a_gpu(side, cuda, size):
+    stand_in = SimpleNamespace(size=side, labels=SimpleNamespace(is_cuda=cuda))
+    assert inference._default_batch_size(stand_in) == size
+
+
+def test_nan_logits_name_the_number_of_images(data):
+    network = SmallNet()
+    data.inputs[INDICES[:3]] = torch.nan
+    with pytest.raises(inference.NotFinite, match="NaN or infinite for 3 of 11 images"):
+        inference.compute_logits(network, data, INDICES)
+
+
+def test_the_classifier_is_timms_or_the_last_linear_layer():
+    linear, other = nn.Linear(8, 3), nn.Linear(8, 3)
+    network = nn.Sequential(nn.Linear(8, 8), linear, nn.ReLU())
+    assert inference.classifier_layers(network) == [linear]
+    for several in ([linear, other], (linear, other), nn.ModuleList([linear, other])):
+        network.get_classifier = lambda several=several: several
+        assert inference.classifier_layers(network) == [linear, other]
+    network.get_classifier = lambda: other
+    assert inference.classifier_layers(network) == [other]
+    assert inference.classifier_layers(nn.Conv2d(3, 8, 1)) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 4), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ((2, 2, 2), [[1, 2], [5, 6]]),
+        ((2, 1, 2, 2), [[1.5], [5.5]]),
+    ],
+)
+def test_features_are_averaged_over_positions_and_tokens(shape, expected):
+    features = torch.arange(8.0).view(shape)
+    assert inference._pooled(features).tolist() == expected
