@@ -32,8 +32,8 @@ MODEL_FILE = "unlearning_model.pth"
 RECORD_FILE = "results.json"
 MASK_FILE = "saliency_mask.pth"
 FAILURE_FILE = "failure.json"
-TRAINING_PARTS = ("retain", "forget")
-PARTS = (*TRAINING_PARTS, "test")
+PARTS = ("retain", "forget")
+MEASURED_PARTS = (*PARTS, "test")
 
 
 class Diverged(UserError):
@@ -415,7 +415,7 @@ def index_batches(job, parts, epoch):
     """
     num_images = sum(len(getattr(job.split, part)) for part in parts)
     num_steps = math.ceil(num_images / job.recipe.batch_size)
-    shares = {part: no_images(job, num_steps) for part in TRAINING_PARTS}
+    shares = {part: no_images(job, num_steps) for part in PARTS}
     shares |= {part: shuffled_shares(job, part, epoch, num_steps=num_steps) for part in parts}
     return [
         (torch.cat([retain, forget]), len(retain))
@@ -453,7 +453,7 @@ def no_images(job, num_steps):
 # ---------------------------------------------------------------- records and resuming
 
 
-def accuracies(job, limit=None, parts=PARTS):
+def accuracies(job, limit=None, parts=MEASURED_PARTS):
     """Accuracies {part: fraction} without augmentation on the retain, forget and test images.
 
     ``limit`` restricts each part to a fixed random sample of that size. Parts without images are
@@ -477,7 +477,7 @@ def accuracy(logits, labels):
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
-def monitored_accuracies(job, epoch, parts=PARTS):
+def monitored_accuracies(job, epoch, parts=MEASURED_PARTS):
     """:func:`accuracies` of a sample in the precision of the training, as {"retain_acc": …}.
 
     Raises :class:`Diverged` if a logit is not finite.
@@ -579,18 +579,9 @@ METHODS: dict[str, Method] = {}
 
 # The options of single methods: the type of the flag and its help. Defaults are at the methods.
 OPTIONS = {
-    "stop_accuracy": (
-        utils.number(float, 0, 1),
-        "forget accuracy at which the ascent ends",
-    ),
-    "forget_weight": (
-        utils.number(float, 0),
-        "weight of the ascent on the forget images",
-    ),
-    "kd_T": (
-        utils.number(float, 0, exclusive=True),
-        "temperature of the distillation",
-    ),
+    "stop_accuracy": (utils.number(float, 0, 1), "forget accuracy at which the ascent ends"),
+    "forget_weight": (utils.number(float, 0), "weight of the ascent on the forget images"),
+    "kd_T": (utils.number(float, 0, exclusive=True), "temperature of the distillation"),
     "msteps": (
         utils.number(int, 0),
         "number of epochs that start with a maximization pass over the forget images",
@@ -599,42 +590,24 @@ OPTIONS = {
         utils.number(float, 0),
         "weight of the distance to the original model on the retain images",
     ),
-    "gamma": (
-        utils.number(float, 0),
-        "weight of the cross-entropy on the retain images",
-    ),
-    "mask_ratio": (
-        utils.number(float, 0, 1),
-        "fraction of the weights that are salient",
-    ),
+    "gamma": (utils.number(float, 0), "weight of the cross-entropy on the retain images"),
+    "mask_ratio": (utils.number(float, 0, 1), "fraction of the weights that are salient"),
     "mask_path": (
         utils.expand_path,
         "saved mask to use instead of a new one (saliency_mask.pth of an earlier run)",
     ),
-    "noise": (
-        utils.number(float, 0),
-        "scale of the variance of the noise",
-    ),
+    "noise": (utils.number(float, 0), "scale of the variance of the noise"),
     "selection_weighting": (
         utils.number(float, 0),
         "importance ratio D_f / D above which a weight is dampened",
     ),
-    "dampening_constant": (
-        utils.number(float, 0),
-        "factor of the dampening",
-    ),
+    "dampening_constant": (utils.number(float, 0), "factor of the dampening"),
     "ascent": (
         utils.number(float, 0),
         "initial weight of the ascent, which follows a cosine to zero",
     ),
-    "ascent_every": (
-        utils.number(int, 1),
-        "number of repair steps per ascent step",
-    ),
-    "adaptivity": (
-        utils.number(float, 0),
-        "exponent of the loss in the weight of a forget image",
-    ),
+    "ascent_every": (utils.number(int, 1), "number of repair steps per ascent step"),
+    "adaptivity": (utils.number(float, 0), "exponent of the loss in the weight of a forget image"),
     "saliency_threshold": (
         utils.number(float, 0),
         "importance ratio D_f / D_r from which a weight is salient",
@@ -709,7 +682,7 @@ def RL(job):
     The labels are drawn once. Defaults: those published for random labels with SalUn on CIFAR-10
     (10 epochs at 0.013).
     """
-    return train(job, random_label_loss(job), TRAINING_PARTS)
+    return train(job, random_label_loss(job), PARTS)
 
 
 def random_label_loss(job):
@@ -786,7 +759,7 @@ def ga_plus(job):
     def loss(batch):
         return cross_entropy(*batch.retain) - forget_weight * cross_entropy(*batch.forget)
 
-    return train(job, loss, TRAINING_PARTS)
+    return train(job, loss, PARTS)
 
 
 @method(trained=False, noise=1e-7)
@@ -838,7 +811,7 @@ def teacher(job):
         forget_targets = batch.outputs_of(incompetent, "forget")
         return distance(batch.logits, torch.cat([retain_targets, forget_targets]), temperature)
 
-    return train(job, loss, TRAINING_PARTS)
+    return train(job, loss, PARTS)
 
 
 def frozen_copy(model):
@@ -953,7 +926,7 @@ def salun(job):
         for name, parameter in job.model.named_parameters():
             parameter.copy_(torch.where(masks[name], parameter, originals[name]))
 
-    return train(job, random_label_loss(job), TRAINING_PARTS, after_step=restore_unmasked)
+    return train(job, random_label_loss(job), PARTS, after_step=restore_unmasked)
 
 
 def saliency_mask(job):
@@ -1294,15 +1267,20 @@ def run_and_save(job, run, files, *, meta, args):
             job = replace(job, progress=progress, epoch_done=epoch_done)
             job = replace(job, model=run_resumably(run, job))
             meta = meta | {"seconds": progress.seconds, "accuracies": final_accuracies(job)}
-            for file_name, state in job.by_products.items():
-                checkpoint.save(unfinished / file_name, state, meta)
-            curves = {"history": history.records} if files.record_has_history else {}
-            utils.save_json(unfinished / files.record_file, meta | curves)
-            checkpoint.save(unfinished / files.model_file, job.model.state_dict(), meta)
-            utils.move_up(unfinished, last=files.model_file)
+            save_files(job, files, unfinished, meta=meta, records=history.records)
             row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
             wandb_run.log_table("run", [row])
     return meta
+
+
+def save_files(job, files, unfinished, *, meta, records):
+    """Save the by-products, the record and the model, and move them up, the model last."""
+    for file_name, state in job.by_products.items():
+        checkpoint.save(unfinished / file_name, state, meta)
+    history = {"history": records} if files.record_has_history else {}
+    utils.save_json(unfinished / files.record_file, meta | history)
+    checkpoint.save(unfinished / files.model_file, job.model.state_dict(), meta)
+    utils.move_up(unfinished, last=files.model_file)
 
 
 def run_resumably(run, job):

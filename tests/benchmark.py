@@ -218,9 +218,17 @@ def epoch(args):
     split = utils.Split(part, nothing, nothing, nothing, nothing, nothing, nothing)
     recipe = unlearn.Recipe(1 + args.repeats, 0.01, args.batch_size, precision=precision)
     job = unlearn.Job(
-        "original", "original", new()[0], data, split, recipe, 1, quiet=True, compile=args.compile
+        name="original",
+        label="original",
+        model=new()[0],
+        data=data,
+        split=split,
+        recipe=recipe,
+        seed=1,
+        epoch_done=epoch_done,
+        quiet=True,
+        compile=args.compile,
     )
-    job.epoch_done = epoch_done
     unlearn.train(job, unlearn.retain_cross_entropy)
     # The first epoch warms up, and compiles.
     ours_speed, bare_speed, plain_speed = (

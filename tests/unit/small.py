@@ -30,7 +30,11 @@ class SmallNet(nn.Sequential):
 
     def __init__(self, seed=0):
         super().__init__(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, CLASSES)
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(128, CLASSES),
         )
         rng = torch.Generator().manual_seed(seed)
         for name, tensor in self.state_dict().items():
@@ -64,7 +68,9 @@ class Tensors:
 def images(count, seed):
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=rng)
-    return Tensors(torch.randn(count, 3, 4, 4, generator=rng) + labels[:, None, None, None] / CLASSES, labels)
+    return Tensors(
+        torch.randn(count, 3, 4, 4, generator=rng) + labels[:, None, None, None] / CLASSES, labels
+    )
 
 
 def small_job(
@@ -104,7 +110,9 @@ def small_job(
     )
     term = None
     if lamda is not None:
-        term = unlearn_cpu.ConformalTerm(held_out, split.train_calibration, alpha, delta, lamda)
+        term = unlearn_cpu.ConformalTerm(
+            held_out, split.train_calibration, alpha=alpha, delta=delta, lamda=lamda
+        )
     fields = {"seed": 4, "model": SmallNet(), "new_model": lambda: SmallNet(7), "split": split}
     fields |= {key: given.pop(key) for key in JOB_FIELDS if key in given}
     return unlearn.Job(
@@ -125,22 +133,26 @@ def run(job):
 
 
 def training_steps(job):
-    """What a finished job trained on: (epoch, retain indices, forget indices) of each step, in order."""
+    """(epoch, retain indices, forget indices) of every step of a finished job, in order."""
     retained, steps, seeds = set(job.split.retain.tolist()), [], {}
     for indices, seed in job.data.train.uses:
         if seed is not None:
             epoch = seeds.setdefault(seed, len(seeds) + 1)
             count = sum(index in retained for index in indices)
             assert set(indices[:count]) <= retained  # the retained ones come first
-            steps.append((epoch, torch.tensor(indices[:count]).long(), torch.tensor(indices[count:]).long()))
+            steps.append(
+                (epoch, torch.tensor(indices[:count]).long(), torch.tensor(indices[count:]).long())
+            )
     return steps
 
 
 class ByHand:
-    """The network and SGD with momentum from their formulas: v ← 0.9·v + g + wd·w, w ← w − rate·v."""
+    """The network and SGD with momentum m by hand: v ← m·v + g + wd·w, w ← w − rate·v."""
 
     def __init__(self, model):
-        state = {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
+        state = {
+            name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()
+        }
         self.mean, self.var = state.pop("1.running_mean"), state.pop("1.running_var")
         state.pop("1.num_batches_tracked")
         self.weights = {name: tensor.requires_grad_() for name, tensor in state.items()}
@@ -165,7 +177,9 @@ class ByHand:
         return self.logits(inputs).log_softmax(1)
 
     def gradients(self, loss):
-        return dict(zip(self.weights, torch.autograd.grad(loss, list(self.weights.values())), strict=True))
+        return dict(
+            zip(self.weights, torch.autograd.grad(loss, list(self.weights.values())), strict=True)
+        )
 
     def descend(self, gradients, rate, momentum, weight_decay, masks=None):
         with torch.no_grad():
@@ -201,14 +215,18 @@ class ByHand:
 
     def assert_equal(self, state, rtol=1e-4, atol=1e-6):
         for name, tensor in self.state().items():
-            torch.testing.assert_close(state[name].double(), tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: n + m)
+            torch.testing.assert_close(
+                state[name].double(), tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: n + m
+            )
 
 
 def rates(recipe):
     """The learning rate of each epoch: a cosine to zero, or a tenth from each milestone on."""
     for epoch in range(recipe.num_epochs):
         if recipe.milestones:
-            yield recipe.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in recipe.milestones)
+            yield recipe.learning_rate * 0.1 ** sum(
+                epoch >= milestone for milestone in recipe.milestones
+            )
         else:
             yield recipe.learning_rate * (1 + math.cos(math.pi * epoch / recipe.num_epochs)) / 2
 
@@ -219,7 +237,11 @@ def by_definition(model, images, labels, expected):
     for image, label in zip(images, labels, strict=True):
         log_p = model(image[None]).log_softmax(1)[0]
         for number in range(len(log_p)) if expected else [label]:
-            gradients = torch.autograd.grad(log_p[number], list(model.parameters()), retain_graph=True)
+            gradients = torch.autograd.grad(
+                log_p[number], list(model.parameters()), retain_graph=True
+            )
             for name, gradient in zip(total, gradients, strict=True):
-                total[name] += gradient**2 * (log_p[number].exp().detach() if expected else 1) / len(labels)
+                total[name] += (
+                    gradient**2 * (log_p[number].exp().detach() if expected else 1) / len(labels)
+                )
     return total

@@ -1,4 +1,4 @@
-"""Few images, one image, one class, no calibration image: a method ends with finite weights or says why it cannot."""
+"""Few images, one image, one class, no calibration images: finite weights, or an error message."""
 
 from dataclasses import replace
 
@@ -26,16 +26,26 @@ SIZES = {
 def test_weights_and_records_are_finite(label, sizes):
     conformal = {"lamda": 0.5} if label.startswith("cpu_") else {}
     records = []
-    job = small_job(
-        label, num_epochs=2, epoch_done=records.append, **SIZES[sizes], **conformal
-    )
+    job = small_job(label, num_epochs=2, epoch_done=records.append, **SIZES[sizes], **conformal)
     after = run(job)
     assert all(tensor.isfinite().all() for tensor in after.values())
-    assert all(value == value and abs(value) < 1e6 for record in records for value in record.values())
-    changed = {name for name, tensor in SmallNet().state_dict().items() if not tensor.equal(after[name])}
-    assert changed or label == "ssd"  # no weight of the few images may matter eight times as much as of all
+    assert all(
+        value == value and abs(value) < 1e6 for record in records for value in record.values()
+    )
+    changed = {
+        name for name, tensor in SmallNet().state_dict().items() if not tensor.equal(after[name])
+    }
+    assert (
+        changed or label == "ssd"
+    )  # no weight of the few images may matter eight times as much as of all
     if job.recipe:
-        assert records and set(records[-1]) >= {"loss", "train_acc", "retain_acc", "forget_acc", "test_acc"}
+        assert records and set(records[-1]) >= {
+            "loss",
+            "train_acc",
+            "retain_acc",
+            "forget_acc",
+            "test_acc",
+        }
 
 
 @pytest.mark.parametrize("label", [*unlearn.METHODS, *unlearn_cpu.METHODS])
@@ -48,15 +58,28 @@ def test_one_retained_class_gives_finite_weights(label):
 @pytest.mark.parametrize("label", [*unlearn.METHODS, *unlearn_cpu.METHODS])
 def test_without_training_calibration_a_method_works_or_says_why(label):
     if label == "GA":
-        with pytest.raises(utils.UserError, match=r"GA: .* held-out images, and none of the 40 .* --stop_accuracy"):
+        with pytest.raises(
+            utils.UserError, match=r"GA: .* held-out images, and none of the 40 .* --stop_accuracy"
+        ):
             run(small_job(label, train_calibration=0))
-        assert all(t.isfinite().all() for t in run(small_job(label, train_calibration=0, stop_accuracy=0.1)).values())
-        assert all(t.isfinite().all() for t in run(small_job(label, train_calibration=0, forget_class=1)).values())
+        assert all(
+            t.isfinite().all()
+            for t in run(small_job(label, train_calibration=0, stop_accuracy=0.1)).values()
+        )
+        assert all(
+            t.isfinite().all()
+            for t in run(small_job(label, train_calibration=0, forget_class=1)).values()
+        )
     elif label.startswith("cpu_"):
-        with pytest.raises(utils.UserError, match="--alpha 0.1: a finite q̂ needs at least 9 .* gives 0 "):
+        with pytest.raises(
+            utils.UserError, match="--alpha 0.1: a finite q̂ needs at least 9 .* gives 0 "
+        ):
             small_job(label, train_calibration=0, lamda=0.5)
     else:
-        assert all(tensor.isfinite().all() for tensor in run(small_job(label, train_calibration=0)).values())
+        assert all(
+            tensor.isfinite().all()
+            for tensor in run(small_job(label, train_calibration=0)).values()
+        )
 
 
 def test_a_step_without_retain_images_is_ascent_alone():
@@ -113,7 +136,9 @@ def test_a_result_whose_outputs_or_weights_are_not_finite_is_divergence():
         unlearn.final_accuracies(job)
     job = small_job("ssd")
     job.model[1].running_var[0] = float("inf")  # the outputs are finite all the same
-    with pytest.raises(unlearn.Diverged, match="lower --selection_weighting or --dampening_constant "):
+    with pytest.raises(
+        unlearn.Diverged, match="lower --selection_weighting or --dampening_constant "
+    ):
         unlearn.final_accuracies(job)
     job = small_job("ssd")
     assert unlearn.final_accuracies(job) == unlearn.accuracies(job)

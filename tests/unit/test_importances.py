@@ -205,7 +205,7 @@ def test_another_networks_answers_are_those_for_the_named_part(world, num_retain
             distributed.local_rows(inputs),
             torch.zeros(6, 5),
         )
-        return batch.answers(network, "retain"), batch.answers(network, "forget")
+        return batch.outputs_of(network, "retain"), batch.outputs_of(network, "forget")
 
     for retain, forget in Processes(monkeypatch, world).run(answers):
         torch.testing.assert_close(retain, expected[:num_retain])
@@ -216,9 +216,9 @@ def test_another_networks_answers_are_those_for_the_named_part(world, num_retain
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatch):
     def gradients():
-        job = small_job("ga_plus", num_epochs=1, batch_size=64)
         torch.manual_seed(0)
-        job.model, job.quiet = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), True
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+        job = small_job("ga_plus", num_epochs=1, batch_size=64, model=model, quiet=True)
         job.data.train = Shares(job.data.train)
         taken = []
 
@@ -255,7 +255,7 @@ def test_a_network_is_not_asked_about_no_image():
     batch = unlearn.Batch(
         torch.arange(2), torch.zeros(2).long(), 2, torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)
     )
-    assert batch.answers(network, "forget").shape == (0, 5)
+    assert batch.outputs_of(network, "forget").shape == (0, 5)
 
 
 # ---------------------------------------------------------------- masks

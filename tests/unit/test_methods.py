@@ -1,4 +1,4 @@
-"""Each method against its paper: one step on a tiny linear model, worked out by hand, and what all have in common."""
+"""One step of every method on a tiny linear model, worked out by hand, and common properties."""
 
 import math
 from functools import partial
@@ -32,15 +32,23 @@ class Vectors:
         return (self.inputs[part] for part in parts)
 
 
-def linear_job(name, weights, *, inputs=((1.0, 0.0), (0.0, 1.0)), labels=(0, 0), weight_decay=0.0, **given):
-    """A job on two classes and two images, the first retained, the second to be forgotten; logits = weights · image."""
+def linear_job(
+    name, weights, *, inputs=((1.0, 0.0), (0.0, 1.0)), labels=(0, 0), weight_decay=0.0, **given
+):
+    """A job on two classes, one retain and one forget image. The logits are weights · image."""
     model = nn.Linear(2, 2, bias=False)
     model.weight.data = torch.tensor(weights)
     vectors = Vectors(inputs, labels)
     data = SimpleNamespace(train=vectors, held_out=vectors, classes=["a", "b"])
     nothing = torch.empty(0, dtype=torch.int64)
     split = utils.Split(
-        torch.tensor([0]), torch.tensor([1]), nothing, torch.tensor([0]), torch.tensor([0]), nothing, nothing
+        torch.tensor([0]),
+        torch.tensor([1]),
+        nothing,
+        torch.tensor([0]),
+        torch.tensor([0]),
+        nothing,
+        nothing,
     )
     recipe = unlearn.Recipe(given.pop("num_epochs", 1), 0.1, weight_decay=weight_decay)
     epoch_done = given.pop("epoch_done", lambda record: None)
@@ -67,7 +75,9 @@ def weight_after(job):
 def caught(job, monkeypatch):
     """What the method hands to the loop, without running it: (loss, keyword arguments)."""
     calls = []
-    monkeypatch.setattr(unlearn, "train", lambda job, loss, *parts, **keywords: calls.append((loss, keywords)))
+    monkeypatch.setattr(
+        unlearn, "train", lambda job, loss, *parts, **keywords: calls.append((loss, keywords))
+    )
     unlearn.METHODS[job.name].run(job)
     return calls[0]
 
@@ -92,7 +102,10 @@ ZERO = ((0.0, 0.0), (0.0, 0.0))
 @pytest.mark.parametrize("name", ["finetune", "retrain"])
 def test_finetune_and_retrain_descend_on_the_retained_image_alone(name):
     # p = (½, ½): the gradient is (p − e₀)·xᵀ with x = (1, 0)
-    assert weight_after(linear_job(name, ZERO)).tolist() == [pytest.approx([0.05, 0]), pytest.approx([-0.05, 0])]
+    assert weight_after(linear_job(name, ZERO)).tolist() == [
+        pytest.approx([0.05, 0]),
+        pytest.approx([-0.05, 0]),
+    ]
 
 
 def test_retrain_starts_from_the_untrained_network():
@@ -100,7 +113,7 @@ def test_retrain_starts_from_the_untrained_network():
 
 
 def test_random_labels_descend_towards_the_wrong_label():
-    # Mean over two images; the forget image (0, 1) of class 0 is taught class 1, the only wrong one.
+    # Mean over two images. The target of the forget image (0, 1) of class 0 is class 1.
     assert weight_after(linear_job("RL", ZERO)).tolist() == [
         pytest.approx([0.025, -0.025]),
         pytest.approx([-0.025, 0.025]),
@@ -108,7 +121,10 @@ def test_random_labels_descend_towards_the_wrong_label():
 
 
 def test_gradient_ascent_ascends():
-    assert weight_after(linear_job("GA", ZERO)).tolist() == [pytest.approx([0, -0.05]), pytest.approx([0, 0.05])]
+    assert weight_after(linear_job("GA", ZERO)).tolist() == [
+        pytest.approx([0, -0.05]),
+        pytest.approx([0, 0.05]),
+    ]
 
 
 def test_gradient_ascent_ends_when_the_images_are_forgotten():
@@ -118,7 +134,11 @@ def test_gradient_ascent_ends_when_the_images_are_forgotten():
     assert [record["forget_acc"] for record in records] == [1.0, 0.0]
     weights = torch.tensor(((0.0, 9.0), (0.0, 0.0)))
     assert (
-        weight_after(linear_job("GA", weights.tolist(), num_epochs=3, stop_accuracy=1.0)).sub(weights).abs().max() > 0
+        weight_after(linear_job("GA", weights.tolist(), num_epochs=3, stop_accuracy=1.0))
+        .sub(weights)
+        .abs()
+        .max()
+        > 0
     )
 
 
@@ -131,28 +151,38 @@ def test_the_teacher_has_two_targets(monkeypatch):
     job = linear_job("teacher", ((LN3, 0.0), (0.0, 0.0)))
     loss, _ = caught(job, monkeypatch)
     # Original on the retained image: (¾, ¼). Untrained network on the forget image: (½, ½).
-    assert loss(batch(job, [[LN3, 0.0], [0.0, 0.0]], [0, 1], 1)).item() == pytest.approx(0, abs=1e-7)
+    assert loss(batch(job, [[LN3, 0.0], [0.0, 0.0]], [0, 1], 1)).item() == pytest.approx(
+        0, abs=1e-7
+    )
     to_half = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    assert loss(batch(job, [[LN3, 0.0], [LN3, 0.0]], [0, 1], 1)).item() == pytest.approx(to_half / 2)
+    assert loss(batch(job, [[LN3, 0.0], [LN3, 0.0]], [0, 1], 1)).item() == pytest.approx(
+        to_half / 2
+    )
     to_original = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    assert loss(batch(job, [[0.0, 0.0], [0.0, 0.0]], [0, 1], 1)).item() == pytest.approx(to_original / 2)
+    assert loss(batch(job, [[0.0, 0.0], [0.0, 0.0]], [0, 1], 1)).item() == pytest.approx(
+        to_original / 2
+    )
 
 
 def test_one_step_of_the_teacher():
-    # On the forget image the student says (¾, ¼), its target is (½, ½): gradient (¼, −¼) over two images.
+    # Forget image: the student's (¾, ¼) minus its target (½, ½) is (¼, −¼), over two images.
     weights = weight_after(linear_job("teacher", ((0.0, LN3), (0.0, 0.0))))
     assert weights.tolist() == [pytest.approx([0, LN3 - 0.0125]), pytest.approx([0, 0.0125])]
 
 
 def test_distance_is_softened_by_the_temperature():
     found = unlearn.distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * LN3, 0.0]]), 2.0)
-    assert found.item() == pytest.approx(4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)))
+    assert found.item() == pytest.approx(
+        4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+    )
 
 
 def test_scrub_maximises_first_and_minimises_after(monkeypatch):
     job = linear_job("scrub", ((LN3, LN3), (0.0, 0.0)), msteps=2, kd_T=1.0, beta=0.5, gamma=2.0)
     loss, keywords = caught(job, monkeypatch)
-    steps = {epoch: [(i.tolist(), n) for i, n in keywords["schedule"](epoch)] for epoch in (1, 2, 3)}
+    steps = {
+        epoch: [(i.tolist(), n) for i, n in keywords["schedule"](epoch)] for epoch in (1, 2, 3)
+    }
     assert steps[1] == steps[2] == [([1], 0), ([0], 1)] and steps[3] == [([0], 1)]
     to_original = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert loss(batch(job, [[0.0, 0.0]], [1], 0)).item() == pytest.approx(-to_original)
@@ -163,7 +193,9 @@ def test_scrub_maximises_first_and_minimises_after(monkeypatch):
 def test_salun_moves_the_salient_weights_and_no_bit_of_the_others():
     weights = ((0.3, -0.2), (0.1, 0.7))
     # The forget image (2, 1) has gradients twice as large on the first column.
-    job = linear_job("salun", weights, inputs=((1.0, 1.0), (2.0, 1.0)), num_epochs=3, weight_decay=0.1)
+    job = linear_job(
+        "salun", weights, inputs=((1.0, 1.0), (2.0, 1.0)), num_epochs=3, weight_decay=0.1
+    )
     after, before = weight_after(job), torch.tensor(weights)
     assert job.by_products["saliency_mask.pth"]["weight"].tolist() == [[True, False], [True, False]]
     assert after[:, 1].equal(before[:, 1]) and not (after[:, 0] == before[:, 0]).any()
@@ -171,34 +203,38 @@ def test_salun_moves_the_salient_weights_and_no_bit_of_the_others():
 
 def test_one_step_of_salun_is_one_of_random_labels_on_its_weights():
     job = linear_job("salun", ZERO, inputs=((1.0, 1.0), (2.0, 1.0)))
-    # Retained: −½·(1, 1) towards class 0; forgotten: ½·(2, 1) towards class 1; mean: (¼, 0); the mask leaves (¼, –).
+    # Gradients of class 0: retain −½·(1, 1), forget ½·(2, 1), mean (¼, 0). The mask leaves (¼, –).
     assert weight_after(job).tolist() == [pytest.approx([-0.025, 0]), pytest.approx([0.025, 0])]
 
 
 def test_ssd_dampens_by_the_ratio_of_the_importances():
     forget, overall = torch.tensor([4.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
-    assert unlearn.dampening(forget, overall, 2.0, 1.0).tolist() == pytest.approx([1 / 4, 1, 1 / 3, 1])
+    assert unlearn.dampening(forget, overall, 2.0, 1.0).tolist() == pytest.approx(
+        [1 / 4, 1, 1 / 3, 1]
+    )
     assert unlearn.dampening(forget, overall, 3.5, 0.5).tolist() == pytest.approx([1 / 8, 1, 1, 1])
     assert unlearn.dampening(forget, overall, 2.0, 8.0).tolist() == [1, 1, 1, 1]
 
 
 def test_ssd_on_the_linear_model():
-    # p = (½, ½) on both images: I_f = ¼ on the second column, I_D = ⅛ on each; a ratio of 2 on the second.
+    # p = (½, ½) on both images. I_f = ¼ on the second column, I_D = ⅛ on each: a ratio of 2.
     job = linear_job("ssd", ((0.0, 0.0), (0.0, 0.0)), selection_weighting=1.5)
     job.model.weight.data += 1
     assert weight_after(job).tolist() == [[1, 0.5], [1, 0.5]]
 
 
 def test_sfron_weighs_the_remembered_images_more():
-    logits = torch.tensor([[0.0, 0.0], [0.0, LN3]], requires_grad=True)  # losses ln 2 and ln 4 of label 0
+    logits = torch.tensor(
+        [[0.0, 0.0], [0.0, LN3]], requires_grad=True
+    )  # losses ln 2 and ln 4 of label 0
     loss = unlearn.adaptive_cross_entropy(logits, torch.tensor([0, 0]), 1.0)
     # Weights ∝ 1, ½, of mean 1: 4/3 and 2/3.
     assert loss.item() == pytest.approx((4 / 3 * math.log(2) + 2 / 3 * math.log(4)) / 2)
     loss.backward()
     assert logits.grad[:, 0].tolist() == pytest.approx([4 / 3 * -0.5 / 2, 2 / 3 * -0.75 / 2])
-    assert unlearn.adaptive_cross_entropy(logits, torch.tensor([0, 0]), 0.0).item() == pytest.approx(
-        (math.log(2) + math.log(4)) / 2
-    )
+    assert unlearn.adaptive_cross_entropy(
+        logits, torch.tensor([0, 0]), 0.0
+    ).item() == pytest.approx((math.log(2) + math.log(4)) / 2)
     sure = torch.tensor([[200.0, 0.0], [0.0, 0.0]])
     assert unlearn.adaptive_cross_entropy(sure, torch.tensor([0, 0]), 0.5).isfinite()
 
@@ -208,9 +244,13 @@ def test_sfron_takes_turns_and_confines_the_ascent_to_salient_weights(monkeypatc
     loss, keywords = caught(job, monkeypatch)
     assert [(i.tolist(), n) for i, n in keywords["schedule"](1)] == [([1], 0), ([0], 1)]
     ascent = batch(job, [[0.0, 0.0]], [1], 0)
-    assert loss(ascent).item() == pytest.approx(-3 * math.log(2))  # before the first repair: the full weight
+    assert loss(ascent).item() == pytest.approx(
+        -3 * math.log(2)
+    )  # before the first repair: the full weight
     assert loss(batch(job, [[0.0, 0.0]], [0], 1)).item() == pytest.approx(math.log(2))
-    assert loss(ascent).item() == pytest.approx(-1.5 * math.log(2))  # half-way: the cosine has halved it
+    assert loss(ascent).item() == pytest.approx(
+        -1.5 * math.log(2)
+    )  # half-way: the cosine has halved it
     job.model.weight.grad = torch.full((2, 2), 10.0)
     keywords["before_step"](ascent)
     # Only the second column matters more for the forget image; the norm √200 is clipped to 7.
@@ -270,16 +310,23 @@ def test_the_diagonal_of_fisher_is_that_of_autograd_per_sample(network, expected
     model(digits.train.batch(torch.arange(100)))  # running statistics other than those at the start
     scores = fisher.expected_scores if expected else fisher.observed_score
     found = fisher.diagonal_fisher(model, digits.train, torch.arange(10), scores, chunk=4)
-    reference = by_definition(model.eval(), digits.train.batch(torch.arange(10)), digits.train.labels[:10], expected)
+    reference = by_definition(
+        model.eval(), digits.train.batch(torch.arange(10)), digits.train.labels[:10], expected
+    )
     assert found.keys() == reference.keys()
     for name, square in reference.items():
         torch.testing.assert_close(found[name], square, rtol=1e-3, atol=1e-6 * square.max().item())
 
 
-@pytest.mark.parametrize("logits", [[1.0, 0.0, -2.0], [0.0, 0.0], [-9.0, 1.0, 12.0, -30.0], [16.0, 0.0, 0.0, -3.0]])
+@pytest.mark.parametrize(
+    "logits", [[1.0, 0.0, -2.0], [0.0, 0.0], [-9.0, 1.0, 12.0, -30.0], [16.0, 0.0, 0.0, -3.0]]
+)
 def test_rows_of_the_expected_scores_make_the_fisher_of_the_logits(logits):
-    """To the last digits where a class is nearly certain, too: most training images are like that."""
-    rows, p = fisher.expected_scores(torch.tensor(logits), torch.tensor(0)), torch.tensor(logits).double().softmax(0)
+    """Also to the last digits where a class is nearly certain, as for most training images."""
+    rows, p = (
+        fisher.expected_scores(torch.tensor(logits), torch.tensor(0)),
+        torch.tensor(logits).double().softmax(0),
+    )
     assert rows.shape == (len(logits) - 1, len(logits))
     expected = torch.diag(p) - torch.outer(p, p)
     torch.testing.assert_close(rows.double().T @ rows.double(), expected, rtol=2e-6, atol=1e-12)
@@ -307,7 +354,9 @@ def test_cpu_variants_are_those_trained_by_gradient_steps_on_a_bounded_loss():
 def test_the_term_acts_in_every_step_of_methods_in_turns(name, monkeypatch):
     job, seen = small_job(name, lamda=0.5), []
     plain = job.term.loss
-    monkeypatch.setattr(job.term, "loss", lambda logits, labels: seen.append(len(labels)) or plain(logits, labels))
+    monkeypatch.setattr(
+        job.term, "loss", lambda logits, labels: seen.append(len(labels)) or plain(logits, labels)
+    )
     run(job)
     assert min(seen) > 0 and len(seen) == len(training_steps(job)) > 9
 

@@ -1,7 +1,7 @@
-"""Each method against its paper: the weights after several epochs equal those of a reference made from the formulas.
+"""The weights of every method after several epochs equal those of a reference from its paper.
 
-The references are plain torch in float64: network, optimiser, schedule and loss by hand (``small.ByHand``). The values
-of all options differ from their defaults and from each other.
+The references are plain torch in float64: network, optimizer, schedule and loss by hand
+(``small.ByHand``). The values of all options differ from their defaults and from each other.
 """
 
 import math
@@ -79,9 +79,13 @@ class Reference:
     def prepare_salun(self):
         self.prepare_RL()
         forget = self.job.split.forget
-        sizes = self.net.gradients(nll(self.net.logits(self.images[forget]), self.labels[forget]).mean())
+        sizes = self.net.gradients(
+            nll(self.net.logits(self.images[forget]), self.labels[forget]).mean()
+        )
         every = torch.cat([size.abs().flatten() for size in sizes.values()])
-        least = every.sort(descending=True).values[round(self.options["mask_ratio"] * len(every)) - 1]
+        least = every.sort(descending=True).values[
+            round(self.options["mask_ratio"] * len(every)) - 1
+        ]
         self.masks = {name: size.abs() >= least for name, size in sizes.items()}
         saved = self.job.by_products["saliency_mask.pth"]
         assert all(saved[name].equal(mask) for name, mask in self.masks.items())
@@ -89,14 +93,15 @@ class Reference:
     def prepare_sfron(self):
         split = self.job.split
         forget, retain = (
-            self.net.empirical_fisher(self.images[part], self.labels[part]) for part in (split.forget, split.retain)
+            self.net.empirical_fisher(self.images[part], self.labels[part])
+            for part in (split.forget, split.retain)
         )
         threshold = self.options["saliency_threshold"]
         self.salient = {name: forget[name] >= threshold * retain[name] for name in forget}
         self.repairs, self.all_repairs = 0, sum(len(r) > 0 for _, r, _ in training_steps(self.job))
 
     def loss(self, retain, forget):
-        """The method's loss of one step, from the logits and indices of its retain and of its forget images."""
+        """The loss of one step. ``retain`` and ``forget`` are (logits, indices)."""
         (logits_r, r), (logits_f, f) = retain, forget
         ce_r, ce_f = (nll(logits, self.labels[i]) for logits, i in (retain, forget))
         name, options = self.job.name, self.options
@@ -132,7 +137,9 @@ class Reference:
         term = self.job.term
         chosen = term.calibration
         p = self.net.logits(self.job.data.held_out.inputs[chosen]).softmax(1).detach()
-        scores = sorted(1 - p[i, label].item() for i, label in enumerate(self.job.data.held_out.labels[chosen]))
+        scores = sorted(
+            1 - p[i, label].item() for i, label in enumerate(self.job.data.held_out.labels[chosen])
+        )
         return scores[math.ceil((len(scores) + 1) * (1 - term.alpha)) - 1]
 
     def run(self):
@@ -151,11 +158,17 @@ class Reference:
                 loss = loss + term.lamda * (q_hat - scores + term.delta).clamp(min=0).mean()
             gradients = self.net.gradients(loss)
             if job.name == "sfron" and not len(r):
-                gradients = {name: gradient * self.salient[name] for name, gradient in gradients.items()}
-                norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+                gradients = {
+                    name: gradient * self.salient[name] for name, gradient in gradients.items()
+                }
+                norm = math.sqrt(
+                    sum(gradient.square().sum().item() for gradient in gradients.values())
+                )
                 shrunk = min(1, self.options["max_norm"] / (norm + 1e-6))
                 gradients = {name: shrunk * gradient for name, gradient in gradients.items()}
-            self.net.descend(gradients, rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay, self.masks)
+            self.net.descend(
+                gradients, rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay, self.masks
+            )
         return self.net
 
 
@@ -185,7 +198,9 @@ def test_milestones_replace_the_cosine():
 def test_cosine_starts_at_the_rate_and_heads_for_zero():
     records = []
     run(small_job("finetune", num_epochs=4, epoch_done=records.append))
-    assert [record["learning_rate"] for record in records] == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
+    assert [record["learning_rate"] for record in records] == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    )
 
 
 def test_without_other_settings_sgd_has_momentum_and_weight_decay():
@@ -213,7 +228,9 @@ def test_training_is_augmented_and_nothing_else_is(name):
     assert len(set(augmented)) == job.recipe.num_epochs  # a generator of its own for every epoch
     unaugmented = sum(len(indices) for indices, seed in job.data.train.uses if seed is None)
     importances = {"salun": 11, "sfron": 30}.get(name, 0)
-    assert unaugmented == 30 * job.recipe.num_epochs + importances  # accuracies after each epoch see all 30 images
+    assert (
+        unaugmented == 30 * job.recipe.num_epochs + importances
+    )  # accuracies after each epoch see all 30 images
     assert not any(seed for _, seed in job.data.held_out.uses)
 
 
@@ -249,13 +266,20 @@ def test_sfron_ascends_before_every_nth_repair_and_repeats_no_forget_image_withi
     job = small_job("sfron", retain=33, forget=11, ascent_every=2, num_epochs=2)
     run(job)
     for steps in epochs_of(job):
-        assert ["ascent" if f else "repair" for _, f in steps] == ["ascent", "repair", "repair"] * 2 + [
+        assert ["ascent" if f else "repair" for _, f in steps] == [
+            "ascent",
+            "repair",
+            "repair",
+        ] * 2 + [
             "ascent",
             "repair",
         ]
         ascents = [f for _, f in steps if f]
         assert [len(f) for f in ascents] == [8, 3, 8]
-        assert sorted(ascents[0] + ascents[1]) == job.split.forget.tolist() and ascents[0] != ascents[2]
+        assert (
+            sorted(ascents[0] + ascents[1]) == job.split.forget.tolist()
+            and ascents[0] != ascents[2]
+        )
         assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
     first, second = (steps[0][1] for steps in epochs_of(job))
     assert first != second
@@ -269,14 +293,16 @@ def test_conformal_term_joins_forget_images_to_the_steps_without_any():
         own = [f for _, f in base if f]
         assert [f for _, f in steps][: len(own)] == own
         joined = [f for r, f in steps if r]
-        assert sorted(sum(joined, [])) == job.split.forget.tolist() and [len(f) for f in joined] == [4, 4, 3]
+        assert sorted(sum(joined, [])) == job.split.forget.tolist() and [
+            len(f) for f in joined
+        ] == [4, 4, 3]
 
 
 # ---------------------------------------------------------------- where gradient ascent ends
 
 
 def ascent_job(stop_accuracy, **given):
-    """Gradient ascent on images whose labels are what the original answers, with 12 epochs to forget them."""
+    """12 epochs of gradient ascent on images labelled with the predictions of the original."""
     job = small_job("GA", num_epochs=12, learning_rate=0.002, stop_accuracy=stop_accuracy, **given)
     job.data.train.labels = ByHand(job.model).logits(job.data.train.inputs).argmax(1)
     return job
@@ -308,6 +334,23 @@ def test_gradient_ascent_without_a_stop_accuracy_ends_at_that_of_training_calibr
     assert ended == forget_accuracies(ascent_job(0.7)) and 2 <= len(ended) < 12
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("monitored", [5, 2000])
+def test_quiet_gradient_ascent_ends_with_same_weights(monitored, precision, monkeypatch):
+    monkeypatch.setattr(unlearn, "MONITORED", monitored)
+    free = forget_accuracies(ascent_job(-1.0, precision=precision))
+    stop, records = free[4], []
+    loud, quiet = (ascent_job(stop, precision=precision, quiet=quiet) for quiet in (False, True))
+    expected = run(loud)
+    weights = run(replace(quiet, epoch_done=records.append))
+    assert all(weights[name].equal(tensor) for name, tensor in expected.items())
+    assert len(records) == next(n for n, accuracy in enumerate(free, 1) if accuracy <= stop) < 12
+    assert not any("forget_acc" in record for record in records)
+    evaluated = [i for i, seed in quiet.data.train.uses if seed is None]
+    assert len(evaluated) == len(records)  # the forget images alone
+    assert all(set(i) <= set(quiet.split.forget.tolist()) for i in evaluated)
+
+
 def test_gradient_ascent_of_a_class_ends_at_one_percent():
     assert unlearn.ascent_end(ascent_job(None, forget_class=0)) == 0.01
 
@@ -317,7 +360,9 @@ def test_gradient_ascent_keeps_the_running_statistics_of_every_kind_of_batch_nor
     norm = torch.nn.BatchNorm1d(128)
     job.model.insert(4, norm)
     unlearn.METHODS["GA"].run(job)
-    assert norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() and not norm.bias.eq(0).all()
+    assert (
+        norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() and not norm.bias.eq(0).all()
+    )
 
 
 # ---------------------------------------------------------------- methods without training
@@ -327,7 +372,10 @@ def by_importances(job):
     """Empirical Fisher information of the forget images and of all training images, by hand."""
     net, split, train = ByHand(SmallNet()), job.split, job.data.train
     everything = torch.cat([split.retain, split.forget])
-    return [net.empirical_fisher(train.inputs[part], train.labels[part]) for part in (split.forget, everything)]
+    return [
+        net.empirical_fisher(train.inputs[part], train.labels[part])
+        for part in (split.forget, everything)
+    ]
 
 
 def test_ssd_dampens_the_weights_that_its_paper_selects():
@@ -339,7 +387,9 @@ def test_ssd_dampens_the_weights_that_its_paper_selects():
     ):
         factor = torch.where(forget > 1.7 * overall, (0.6 * overall / forget).clamp(max=1), 1.0)
         selected += (factor < 1).sum().item()
-        torch.testing.assert_close(after[name].double(), weights[name] * factor, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(
+            after[name].double(), weights[name] * factor, rtol=1e-4, atol=1e-7
+        )
     assert 20 < selected < 400
     assert after["1.running_mean"].equal(SmallNet()[1].running_mean)
     assert all(seed is None for _, seed in job.data.train.uses)
@@ -354,18 +404,31 @@ def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_
         largest = 100 if name.startswith("4.") else 1000
         variance = 3e-4 * (1 / (fisher[name] + 1e-8)).clamp(max=largest)
         noise = torch.randn(weight.shape, generator=rng).double() * variance.sqrt()
-        torch.testing.assert_close(after[name].double(), weight.detach() + noise, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            after[name].double(), weight.detach() + noise, rtol=1e-4, atol=1e-6
+        )
     assert all(seed is None for _, seed in job.data.train.uses)
 
 
 def test_the_last_layer_is_found_where_other_layers_are_as_wide():
-    assert fisher.last_layer(ResNet18(64, 8)) == {"fc.weight", "fc.bias"}  # the last stage has 64 channels
+    assert fisher.last_layer(ResNet18(64, 8)) == {
+        "fc.weight",
+        "fc.bias",
+    }  # the last stage has 64 channels
     assert fisher.last_layer(SmallNet()) == {"4.weight", "4.bias"}
     assert fisher.last_layer(torch.nn.Linear(8, 3, bias=False)) == {"weight"}
     heads = torch.nn.ModuleDict({"norm": torch.nn.BatchNorm1d(3), "head": torch.nn.Linear(8, 3)})
     heads["head_dist"] = torch.nn.Conv2d(8, 3, 1)
-    heads.get_classifier = lambda: (heads["head"], heads["head_dist"])  # timm's interface, with two heads
-    assert fisher.last_layer(heads) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    heads.get_classifier = lambda: (
+        heads["head"],
+        heads["head_dist"],
+    )  # timm's interface, with two heads
+    assert fisher.last_layer(heads) == {
+        "head.weight",
+        "head.bias",
+        "head_dist.weight",
+        "head_dist.bias",
+    }
 
 
 # ---------------------------------------------------------------- the original is only read
@@ -387,5 +450,9 @@ def test_distillation_leaves_its_teachers_as_they_were(name, monkeypatch):
     assert len(kinds) == (2 if name == "teacher" else 1) and id(job.model) not in kinds
     for network in kinds.values():
         expected = SmallNet(7) if network is untrained else SmallNet()
-        assert not network.training and not any(weight.requires_grad for weight in network.parameters())
-        assert all(tensor.equal(expected.state_dict()[key]) for key, tensor in network.state_dict().items())
+        assert not network.training and not any(
+            weight.requires_grad for weight in network.parameters()
+        )
+        assert all(
+            tensor.equal(expected.state_dict()[key]) for key, tensor in network.state_dict().items()
+        )

@@ -110,15 +110,16 @@ def everything(trained, few):
             trained, ["cpu_finetune", "cpu_scrub"], "--num_epochs", 2, *conformal
         )
     return SimpleNamespace(
-        root=trained / "resnet18w8_few_seed1/random_0.7", status=(status, cpu_status), said=said, cpu_said=cpu_said
+        root=trained / "resnet18w8_few_seed1/random_0.7",
+        status=(status, cpu_status),
+        said=said,
+        cpu_said=cpu_said,
     )
 
 
 def accuracies_of(model, data, split):
     """:func:`unlearn.accuracies` of any model."""
-    job = unlearn.Job(
-        name="x", label="x", model=model, data=data, split=split, recipe=None, seed=1
-    )
+    job = unlearn.Job(name="x", label="x", model=model, data=data, split=split, recipe=None, seed=1)
     return unlearn.accuracies(job)
 
 
@@ -138,8 +139,13 @@ def model_of(path):
 def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
     root = trained / "resnet18w8_few_seed1"
     record = json.loads((root / "original_model.json").read_text())
-    assert [line["epoch"] for line in record["history"]] == [1, 2] and record["method"] == "original"
-    assert record["recipe"]["num_epochs"] == 2 and record["identity"]["training_images"] == few.fingerprint
+    assert [line["epoch"] for line in record["history"]] == [1, 2] and record[
+        "method"
+    ] == "original"
+    assert (
+        record["recipe"]["num_epochs"] == 2
+        and record["identity"]["training_images"] == few.fingerprint
+    )
     assert set(record["accuracies"]) == {"retain", "test"}
     args = flags_in(trained)
     split = utils.make_split(few, args, scenario=False)
@@ -153,7 +159,9 @@ def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
 def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everything, few):
     assert everything.status == (0, 0)
     split = utils.make_split(few, flags_in("unused", *SCENARIO))
-    original = checkpoint.weights_hash(checkpoint.read(everything.root.parent / "original_model.pth")[0])
+    original = checkpoint.weights_hash(
+        checkpoint.read(everything.root.parent / "original_model.pth")[0]
+    )
     hashes = {original}
     for name in [*unlearn.METHODS, "cpu_finetune", "cpu_scrub"]:
         folder, method = everything.root / name, unlearn.METHODS[name.removeprefix("cpu_")]
@@ -164,26 +172,40 @@ def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everythi
         assert found["method"] == name and found["seconds"] > 0 and found["original_seconds"] > 0
         assert found["forget_set"] == split.fingerprint and found["num_forget"] == 18
         assert found["unlearn_type"] == "random" and "history" not in found
-        assert found["identity"]["original"] == original and found["identity"]["forget_set"] == split.fingerprint
-        assert (found["recipe"] is not None) == method.trained and set(found["options"]) == set(method.options)
+        assert (
+            found["identity"]["original"] == original
+            and found["identity"]["forget_set"] == split.fingerprint
+        )
+        assert (found["recipe"] is not None) == method.trained and set(found["options"]) == set(
+            method.options
+        )
         lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         assert len(lines) == (0 if not method.trained else 2 if name.startswith("cpu_") else 1)
         assert not (folder / ".unfinished").exists() and not (folder / "failure.json").exists()
         hashes.add(checkpoint.weights_hash(model.state_dict()))
         assert f"{name} epoch 1" in everything.said + everything.cpu_said or not method.trained
-    assert len(hashes) == len(unlearn.METHODS) + 3 - ("ssd" in unlearn.METHODS and ssd_did_nothing(everything))
-    assert [path.name for path in everything.root.glob("*/saliency_mask.pth")] == ["saliency_mask.pth"]
+    assert len(hashes) == len(unlearn.METHODS) + 3 - (
+        "ssd" in unlearn.METHODS and ssd_did_nothing(everything)
+    )
+    assert [path.name for path in everything.root.glob("*/saliency_mask.pth")] == [
+        "saliency_mask.pth"
+    ]
 
 
 def ssd_did_nothing(everything):
-    models = [everything.root.parent / "original_model.pth", everything.root / "ssd/unlearning_model.pth"]
+    models = [
+        everything.root.parent / "original_model.pth",
+        everything.root / "ssd/unlearning_model.pth",
+    ]
     return len({checkpoint.weights_hash(checkpoint.read(path)[0]) for path in models}) == 1
 
 
 def test_a_conformal_variant_has_its_terms_numbers_in_its_identity(everything):
     identity = results(everything.root / "cpu_finetune")["identity"]
     assert (identity["alpha"], identity["delta"], identity["lamda"]) == (0.3, 0.02, 0.4)
-    assert not {"alpha", "delta", "lamda"} & results(everything.root / "finetune")["identity"].keys()
+    assert (
+        not {"alpha", "delta", "lamda"} & results(everything.root / "finetune")["identity"].keys()
+    )
     lines = (everything.root / "cpu_finetune/history.jsonl").read_text().splitlines()
     assert all("q_hat" in json.loads(line) for line in lines)
 
@@ -193,13 +215,17 @@ def test_the_terms_advice_is_printed_with_the_variants_name(original, monkeypatc
         monkeypatch.setattr(unlearn_cpu.ConformalTerm, "advice", lambda term, advice=advice: advice)
         given = ["--num_epochs", 1, "--alpha", 0.3, "--overwrite"]
         status, said = unlearn_cpu_in(original, ["cpu_finetune"], *given)
-        assert status == 0 and ("cpu_finetune: a smaller alpha" in said.splitlines()) == (advice is not None)
+        assert status == 0 and ("cpu_finetune: a smaller alpha" in said.splitlines()) == (
+            advice is not None
+        )
         assert "cpu_finetune: None" not in said
 
 
 def test_the_table_has_a_row_for_every_method(everything):
     lines = everything.said.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["method", "epochs"])
+    start = next(
+        number for number, line in enumerate(lines) if line.split()[:2] == ["method", "epochs"]
+    )
     rows = {line.split()[0]: line.split() for line in lines[start + 1 :]}
     assert list(rows) == list(unlearn.METHODS) and "note" not in lines[start]
     found = results(everything.root / "salun")
@@ -233,11 +259,14 @@ def test_overwrite_replaces_a_run_and_the_first_seed_gives_the_same_weights(ever
     assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_ratio", 0.2)[0] == 0
     folder = original / "resnet18w8_few_seed1/random_0.7/salun"
     sparse = checkpoint.read(folder / "saliency_mask.pth")[0]
-    assert sum(mask.sum() for mask in sparse.values()) == round(0.2 * sum(mask.numel() for mask in sparse.values()))
+    assert sum(mask.sum() for mask in sparse.values()) == round(
+        0.2 * sum(mask.numel() for mask in sparse.values())
+    )
     status, said = unlearn_in(original, ["salun"], "--num_epochs", 1, "--overwrite")
     assert status == 0 and "salun epoch 1" in said
     again, first = (
-        checkpoint.read(path / "salun/unlearning_model.pth")[0] for path in (folder.parent, everything.root)
+        checkpoint.read(path / "salun/unlearning_model.pth")[0]
+        for path in (folder.parent, everything.root)
     )
     assert checkpoint.weights_hash(again) == checkpoint.weights_hash(first)
 
@@ -247,8 +276,14 @@ def test_a_saved_mask_is_used_and_part_of_the_identity(everything, original):
     assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_path", path)[0] == 0
     folder = original / "resnet18w8_few_seed1/random_0.7/salun"
     used, saved = (checkpoint.read(part / "saliency_mask.pth")[0] for part in (folder, path.parent))
-    assert results(folder)["identity"]["mask_path"] == checkpoint.weights_hash(saved) == checkpoint.weights_hash(used)
-    model, expected = (checkpoint.read(part / "unlearning_model.pth")[0] for part in (folder, path.parent))
+    assert (
+        results(folder)["identity"]["mask_path"]
+        == checkpoint.weights_hash(saved)
+        == checkpoint.weights_hash(used)
+    )
+    model, expected = (
+        checkpoint.read(part / "unlearning_model.pth")[0] for part in (folder, path.parent)
+    )
     assert checkpoint.weights_hash(model) == checkpoint.weights_hash(expected)
 
 
@@ -263,7 +298,9 @@ def test_initialisation_differs_between_seeds_and_not_between_runs(trained, few)
     assert made[0] == made[1] != made[2]
 
 
-def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(original, few, monkeypatch):
+def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(
+    original, few, monkeypatch
+):
     asked, plain = [], models.build_model
 
     def build_model(*arguments, pretrained):
@@ -276,11 +313,15 @@ def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(origi
 
 
 def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
-    status, said = unlearn_in(original, ["ga_plus", "GA", "scrub"], "--retain_ratio", 0.05, "--num_epochs", 1)
+    status, said = unlearn_in(
+        original, ["ga_plus", "GA", "scrub"], "--retain_ratio", 0.05, "--num_epochs", 1
+    )
     assert status == 0 and "nan" not in said.lower()
     for name in ("ga_plus", "GA", "scrub"):
         found = results(original / "resnet18w8_few_seed1/random_0.05" / name)
-        assert found["num_forget"] == 57 and all(0 <= value <= 1 for value in found["accuracies"].values())
+        assert found["num_forget"] == 57 and all(
+            0 <= value <= 1 for value in found["accuracies"].values()
+        )
 
 
 # ---------------------------------------------------------------- failures
@@ -303,11 +344,20 @@ def test_a_failure_is_a_row_and_the_other_methods_still_run(original):
     status, said = unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=BROKEN)
     root = original / "resnet18w8_few_seed1/random_0.7"
     assert status == 2 and "broken (seed 1) failed: too fast" in said
-    assert (root / "finetune/unlearning_model.pth").exists() and not (root / "broken/unlearning_model.pth").exists()
+    assert (root / "finetune/unlearning_model.pth").exists() and not (
+        root / "broken/unlearning_model.pth"
+    ).exists()
     failure = json.loads((root / "broken/failure.json").read_text())
-    assert failure["error"] == "too fast" and failure["forget_set"] == results(root / "finetune")["forget_set"]
+    assert (
+        failure["error"] == "too fast"
+        and failure["forget_set"] == results(root / "finetune")["forget_set"]
+    )
     rows = [line.split() for line in said.splitlines()[-2:]]
-    assert [row[0] for row in rows] == ["broken", "finetune"] and rows[0][-2:] == ["too", "fast"] and rows[1][-1] == "–"
+    assert (
+        [row[0] for row in rows] == ["broken", "finetune"]
+        and rows[0][-2:] == ["too", "fast"]
+        and rows[1][-1] == "–"
+    )
 
     working = BROKEN | {"broken": unlearn.METHODS["finetune"]}
     assert unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=working)[0] == 0
@@ -322,11 +372,18 @@ def wrong_file(job):
 def test_an_error_of_one_of_several_methods_is_a_row(original):
     methods = {"wrong": entry(wrong_file), "other": entry(wrong_file)}
     status, said = unlearn_in(original, methods, methods=methods)
-    assert status == 2 and [line.split()[0] for line in said.splitlines()[-2:]] == ["wrong", "other"]
+    assert status == 2 and [line.split()[0] for line in said.splitlines()[-2:]] == [
+        "wrong",
+        "other",
+    ]
 
 
-@pytest.mark.parametrize(("error", "ends"), [(utils.UserError("wrong file"), True), (unlearn.Diverged("fast"), False)])
-def test_on_several_processes_only_divergence_lets_the_other_methods_run(error, ends, original, few, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "ends"), [(utils.UserError("wrong file"), True), (unlearn.Diverged("fast"), False)]
+)
+def test_on_several_processes_only_divergence_lets_the_other_methods_run(
+    error, ends, original, few, monkeypatch
+):
     """Another error may have reached one process only, and the others would wait for it."""
 
     def unlearn_and_save(run, data, device):
@@ -366,7 +423,8 @@ def test_seeds_share_one_row_of_means(trained):
     status, said = unlearn_in(trained, ["teacher"], "--seeds", "1,2", "--num_epochs", 1)
     assert status == 0
     found = [
-        results(trained / f"resnet18w8_few_seed{seed}/random_0.7/teacher")["accuracies"]["test"] for seed in (1, 2)
+        results(trained / f"resnet18w8_few_seed{seed}/random_0.7/teacher")["accuracies"]["test"]
+        for seed in (1, 2)
     ]
     row = said.splitlines()[-1].split()
     assert row[0] == "teacher" and row[5] == utils.format_cell(
@@ -434,18 +492,28 @@ def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, whol
         unlearn_in(original, ["finetune"], *given, methods=methods)
     assert kind is not KeyboardInterrupt or "pass --resume to continue" in str(caught.value)
     folder = original / "resnet18w8_few_seed1/random_0.7/finetune"
-    assert checkpoint.read_state(folder / ".unfinished" / "resume.pth")["epoch"] == 2 and not (folder / "unlearning_model.pth").exists()
+    assert (
+        checkpoint.read_state(folder / ".unfinished" / "resume.pth")["epoch"] == 2
+        and not (folder / "unlearning_model.pth").exists()
+    )
     status, said = unlearn_in(original, ["finetune"], *given, "--resume", methods=methods)
-    assert status == 0 and "after epoch 2" in said and "epoch 2/4" not in said and "epoch 3/4" in said
+    assert (
+        status == 0 and "after epoch 2" in said and "epoch 2/4" not in said and "epoch 3/4" in said
+    )
     resumed = checkpoint.read(folder / "unlearning_model.pth")[0]
-    assert len((folder / "history.jsonl").read_text().splitlines()) == 4 and not (folder / ".unfinished").exists()
+    assert (
+        len((folder / "history.jsonl").read_text().splitlines()) == 4
+        and not (folder / ".unfinished").exists()
+    )
     assert checkpoint.weights_hash(resumed) == whole
 
 
 def test_an_interruption_before_the_first_epoch_has_nothing_to_resume(original):
     with pytest.raises(KeyboardInterrupt) as caught:
         unlearn_in(original, ["finetune"], methods=stops(KeyboardInterrupt, after=0))
-    assert not isinstance(caught.value, utils.Interrupted) and not list(original.rglob("resume.pth"))
+    assert not isinstance(caught.value, utils.Interrupted) and not list(
+        original.rglob("resume.pth")
+    )
 
 
 def test_divergence_keeps_no_state_to_resume(original):
@@ -456,10 +524,14 @@ def test_divergence_keeps_no_state_to_resume(original):
 
 def test_time_and_accuracies_are_a_table_in_the_log(original, monkeypatch):
     tables = []
-    monkeypatch.setattr(utils.WandbRun, "log_table", lambda log, title, rows: tables.append((title, rows)))
+    monkeypatch.setattr(
+        utils.WandbRun, "log_table", lambda log, title, rows: tables.append((title, rows))
+    )
     unlearn_in(original, ["finetune"], "--num_epochs", 1)
     found = results(original / "resnet18w8_few_seed1/random_0.7/finetune")
-    assert tables == [("run", [{"method": "finetune", "seconds": found["seconds"]} | found["accuracies"]])]
+    assert tables == [
+        ("run", [{"method": "finetune", "seconds": found["seconds"]} | found["accuracies"]])
+    ]
 
 
 def test_the_settings_for_compiling_and_saving_reach_the_job(original):
@@ -483,7 +555,9 @@ def test_only_an_equal_run_is_already_done(tmp_path):
     checkpoint.save(path, {"w": torch.zeros(1)}, {"identity": identity, "seconds": 2.5})
 
     def found(given, **flags):
-        return unlearn.already_done(path, given, SimpleNamespace(**{"overwrite": False, "precision": "auto"} | flags))
+        return unlearn.already_done(
+            path, given, SimpleNamespace(**{"overwrite": False, "precision": "auto"} | flags)
+        )
 
     assert found(identity)["seconds"] == 2.5
     assert found(identity, overwrite=True) is None
@@ -497,7 +571,10 @@ def test_only_an_equal_run_is_already_done(tmp_path):
         with pytest.raises(utils.UserError, match="model.pth.*--overwrite"):
             found(other, **given)
     absent = tmp_path / "absent.pth"
-    assert unlearn.already_done(absent, identity, SimpleNamespace(overwrite=False, precision="auto")) is None
+    assert (
+        unlearn.already_done(absent, identity, SimpleNamespace(overwrite=False, precision="auto"))
+        is None
+    )
     path.write_text("torn")
     with pytest.raises(utils.UserError, match="--overwrite"):
         found(identity)
@@ -507,7 +584,10 @@ def test_only_an_equal_run_is_already_done(tmp_path):
 def test_a_mask_of_another_network_or_no_mask_is_refused(tmp_path):
     model = torch.nn.Linear(2, 3)
     path = tmp_path / "mask.pth"
-    good = {"weight": torch.tensor([[1, 0], [0, 0], [1, 1]]), "bias": torch.tensor([True, False, True])}
+    good = {
+        "weight": torch.tensor([[1, 0], [0, 0], [1, 1]]),
+        "bias": torch.tensor([True, False, True]),
+    }
     checkpoint.save(path, good, {})
     masks = unlearn.read_mask(path, model)
     assert {name: mask.tolist() for name, mask in masks.items()} == {

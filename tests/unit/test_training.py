@@ -1,4 +1,4 @@
-"""The data on the device, the training loop and the conformal loss: the known traps of this field's code."""
+"""Known faults of unlearning code: in data on the device, the loop and the conformal loss."""
 
 from dataclasses import replace
 
@@ -21,7 +21,9 @@ def digits(digits):
     """200 training and 200 held-out digits."""
     parts = (digits.train, digits.held_out)
     return utils.Data(
-        *[replace(part, pixels=part.pixels[:200], labels=part.labels[:200]) for part in parts], digits.classes, "few"
+        *[replace(part, pixels=part.pixels[:200], labels=part.labels[:200]) for part in parts],
+        digits.classes,
+        "few",
     )
 
 
@@ -44,9 +46,17 @@ def job(digits, term=None, *, name="finetune", new_model=None, quiet=False, **re
     )
 
 
-def conformal_term(digits, lamda=0.5, alpha=0.05, delta=0.01):
-    split = utils.make_split(digits, flags())
-    return unlearn_cpu.ConformalTerm(digits.held_out, split.train_calibration, alpha, delta, lamda)
+def conformal_term(digits, lamda=0.5):
+    calibration = utils.make_split(digits, flags()).train_calibration
+    return unlearn_cpu.ConformalTerm(
+        digits.held_out, calibration, alpha=0.05, delta=0.01, lamda=lamda
+    )
+
+
+def term_of(num_calibration, alpha):
+    """A conformal term with so many calibration images."""
+    calibration = torch.arange(num_calibration)
+    return unlearn_cpu.ConformalTerm(None, calibration, alpha=alpha, delta=0.01, lamda=0.5)
 
 
 # ---------------------------------------------------------------- images
@@ -65,14 +75,18 @@ def test_augmentation_is_drawn_anew_and_per_image(digits):
     same = torch.zeros(64, dtype=torch.int64)
     first, second = digits.train.batch(same, rng), digits.train.batch(same, rng)
     assert not first.equal(second)
-    assert len({image.numpy().tobytes() for image in first}) == 9  # 3 × 3 crops of padding 1; digits are never flipped
+    assert (
+        len({image.numpy().tobytes() for image in first}) == 9
+    )  # 3 × 3 crops of padding 1; digits are never flipped
     assert digits.train.batch(same, utils.generator(1, "test")).equal(first)
 
 
 def test_crop_flip_and_grayscale_give_what_torchvision_gives():
     from torchvision.transforms.v2 import functional as transforms
 
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(
+        256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     augmented = utils.random_augment(
         image.expand(3000, -1, -1, -1), utils.SPECS["cifar10"], utils.generator(1, "crops")
     )
@@ -164,11 +178,13 @@ def test_conformal_loss_by_hand():
 
 
 def test_conformal_loss_of_an_image_depends_on_its_own_label_only():
-    """A B×B matrix of all labels' probabilities would spread the gradient over other images' labels."""
+    """A B×B matrix of probabilities would spread the gradient over other images' labels."""
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3])
     together = unlearn_cpu.conformal_loss(logits, labels, 0.9, 0.1)
-    alone = [unlearn_cpu.conformal_loss(logits[i : i + 1], labels[i : i + 1], 0.9, 0.1) for i in range(4)]
+    alone = [
+        unlearn_cpu.conformal_loss(logits[i : i + 1], labels[i : i + 1], 0.9, 0.1) for i in range(4)
+    ]
     assert together.item() == pytest.approx(torch.stack(alone).mean().item())
 
 
@@ -191,27 +207,31 @@ def test_conformal_loss_of_no_image_is_zero():
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 0.25, 0.1, 0.07, 0.05, 0.021])
 def test_a_term_needs_as_many_calibration_images_as_make_q_hat_finite(alpha):
     least = next(n for n in range(100) if CR.quantile_rank(n, alpha) <= n)
-    unlearn_cpu.ConformalTerm(None, torch.arange(least), alpha, 0.01, 0.5)
-    with pytest.raises(utils.UserError, match=f"--alpha {alpha}: .* at least {least} .* gives {least - 1} "):
-        unlearn_cpu.ConformalTerm(None, torch.arange(least - 1), alpha, 0.01, 0.5)
+    term_of(least, alpha)
+    with pytest.raises(
+        utils.UserError, match=f"--alpha {alpha}: .* at least {least} .* gives {least - 1} "
+    ):
+        term_of(least - 1, alpha)
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 18, 98, 600])
 def test_the_suggested_alpha_is_large_enough_and_little_larger(count):
     with pytest.raises(utils.UserError) as caught:
-        unlearn_cpu.ConformalTerm(None, torch.arange(count), 0.001, 0.01, 0.5)
+        term_of(count, 0.001)
     suggested = float(str(caught.value).split("choose --alpha ")[1].split()[0])
-    unlearn_cpu.ConformalTerm(None, torch.arange(count), suggested, 0.01, 0.5)
+    term_of(count, suggested)
     assert suggested < 1 / (count + 1) + 0.001
 
 
 def test_without_calibration_images_no_alpha_is_suggested():
-    with pytest.raises(utils.UserError, match="gives 0 .* add held-out images of the retained classes$"):
-        unlearn_cpu.ConformalTerm(None, torch.arange(0), 0.9, 0.01, 0.5)
+    with pytest.raises(
+        utils.UserError, match="gives 0 .* add held-out images of the retained classes$"
+    ):
+        term_of(0, 0.9)
 
 
 def test_a_finished_run_whose_sets_held_one_label_gets_advice():
-    term = unlearn_cpu.ConformalTerm(None, torch.arange(9), 0.1, 0.01, 0.5)
+    term = term_of(9, 0.1)
     term.q_hats[:] = [0.9, 0.9, 0.2]
     assert term.advice() is None
     term.q_hats[:] = [0.9, 0.31, 0.2]
@@ -228,13 +248,15 @@ def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
         expected.append(inference.compute_logits(run.model, digits.held_out, term.calibration))
 
     unlearn.train(replace(run, epoch_done=epoch_done), unlearn.retain_cross_entropy)
-    q_hats = [CR.conformal_quantile(scores.true_label_scores(*answers), 0.05) for answers in expected]
+    q_hats = [
+        CR.conformal_quantile(scores.true_label_scores(*answers), 0.05) for answers in expected
+    ]
     assert [record["q_hat"] for record in records] == q_hats[:3] and len(set(q_hats[:3])) == 3
     assert type(term.q_hat) is float
 
 
 def test_the_loop_adds_lamda_times_the_term_to_the_method(digits):
-    """One step by hand: gradients of CE on the retained part plus λ × the conformal loss on the forgotten part."""
+    """One step by hand: cross-entropy of retain images plus λ · conformal loss of the others."""
     term = conformal_term(digits, lamda=0.7)
     run = job(digits, term, num_epochs=1, batch_size=1000, learning_rate=0.1)
     reference = job(digits).model
@@ -243,31 +265,43 @@ def test_the_loop_adds_lamda_times_the_term_to_the_method(digits):
     term.start_epoch(reference)
     reference.train()
     augmentation = utils.generator(run.seed, run.name, "augmentation", 1)
-    logits, labels = reference(digits.train.batch(indices, augmentation)), digits.train.labels[indices]
+    logits, labels = (
+        reference(digits.train.batch(indices, augmentation)),
+        digits.train.labels[indices],
+    )
     loss = F.cross_entropy(logits[:num_retain], labels[:num_retain])
-    loss = loss + 0.7 * unlearn_cpu.conformal_loss(logits[num_retain:], labels[num_retain:], term.q_hat, 0.01)
+    loss = loss + 0.7 * unlearn_cpu.conformal_loss(
+        logits[num_retain:], labels[num_retain:], term.q_hat, 0.01
+    )
     loss.backward()
     expected = reference.fc.weight - 0.1 * (reference.fc.weight.grad + 5e-4 * reference.fc.weight)
     unlearn.train(run, unlearn.retain_cross_entropy)
     torch.testing.assert_close(run.model.fc.weight, expected)
 
 
-# ---------------------------------------------------------------- speed that may not be lost, precision
+# ---------------------------------------------------------------- speed and precision
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: numbers and shapes that depend on what a tensor holds."""
+    """Counts operations that make the host wait for a GPU."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        self.count += function.overloadpacket.__name__ in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "equal",
+        )
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("name", ["finetune", "RL", "ga_plus", "teacher", "scrub", "salun", "sfron", "cpu_finetune"])
+@pytest.mark.parametrize(
+    "name", ["finetune", "RL", "ga_plus", "teacher", "scrub", "salun", "sfron", "cpu_finetune"]
+)
 def test_no_step_waits_for_the_device(name, digits):
     """However many steps an epoch has, nothing in them asks for a number."""
 
