@@ -41,20 +41,32 @@ def train_original(args, data, device):
 
     utils.seed_everything(args.seed, "original", "initialisation")
     model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
-    job = unlearn.Job("original", "original", model, data, split, recipe, args.seed)
+    job = unlearn.Job(
+        name="original",
+        label="original",
+        model=model,
+        data=data,
+        split=split,
+        recipe=recipe,
+        seed=args.seed,
+        compile=args.compile,
+    )
+    files = unlearn.RunFiles(
+        folder, path.name, record_file="original_model.json", record_has_history=True
+    )
     meta = utils.describe_run(args, data, device)
     meta |= {"method": "original", "identity": identity, "recipe": asdict(recipe)}
 
     size = f"{len(data.train)} images, {len(data.classes)} classes, {meta['device']}"
     print(f"{args.model_name} on {data.tag}: {size}")
-    meta = unlearn.execute(job, train_on_all, folder, path.name, "original_model.json", meta, args)
+    meta = unlearn.run_and_save(job, train_on_all, files, meta=meta, args=args)
     accuracy = 100 * meta["accuracies"]["test"]
     print(f"{path}: test accuracy {accuracy:.2f} %, {meta['seconds']:.0f} s")
 
 
 def train_on_all(job):
     """Cross-entropy on every training image: nothing is forgotten, so all are retained."""
-    unlearn.train(job, unlearn.retain_cross_entropy)
+    return unlearn.train(job, unlearn.retain_cross_entropy)
 
 
 if __name__ == "__main__":

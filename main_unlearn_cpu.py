@@ -1,13 +1,15 @@
-"""Unlearn with Conformal Prediction Unlearning (CPU): a method's own loss plus λ times the conformal loss.
+"""Unlearn with CPU (Conformal Prediction Unlearning): the loss of a method plus a conformal loss.
 
     python main_unlearn_cpu.py --data_name digits --unlearn_name finetune --alpha 0.01
 
-reads the original model and writes <type>_<detail>/cpu_<method>/unlearning_model.pth beside it.
+reads the original model from its run folder and writes the unlearned models to
+<type>_<detail>/cpu_<method>/unlearning_model.pth in the same folder.
 """
 
 import utils  # before torch
 
 # isort: split
+import main_unlearn
 import unlearn
 import unlearn_cpu
 
@@ -15,17 +17,24 @@ import unlearn_cpu
 def main():
     parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn_cpu.METHODS))
     utils.add_scenario_flags(parser, ", ".join(unlearn_cpu.METHODS), "original_model.pth")
-    utils.add_training_flags(parser, "when left out: the method's own, below")
+    utils.add_training_flags(parser, "default: depends on the method, listed below")
     utils.add_conformal_flags(parser)
     unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()
+    names = utils.method_names(args.unlearn_name, unlearn_cpu.METHODS, prefix="cpu_")
+    methods = {name: unlearn_cpu.METHODS[name] for name in names}
+    return main_unlearn.unlearn_all(args, methods, make_term=conformal_term)
 
-    def conformal_term(args, data, split):
-        return unlearn_cpu.ConformalTerm(
-            data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda
-        )
 
-    return unlearn.run_methods(args, unlearn_cpu.METHODS, conformal_term, prefix="cpu_")
+def conformal_term(args, data, split):
+    """The conformal loss of one run, with q̂ from the training calibration images."""
+    return unlearn_cpu.ConformalTerm(
+        images=data.held_out,
+        calibration=split.train_calibration,
+        alpha=args.alpha,
+        delta=args.delta,
+        lamda=args.lamda,
+    )
 
 
 if __name__ == "__main__":

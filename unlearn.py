@@ -1,7 +1,8 @@
-"""The baseline methods and the one training loop they share.
+"""The training loop and the baseline methods.
 
-A method is a function of a :class:`Job`, registered with its default hyper-parameters by ``@method``. Most say
-only which images an epoch passes through and what the loss of a batch is, and leave the rest to :func:`train`.
+A method is a function of a :class:`Job` that returns the unlearned model. ``@method`` registers it
+with its default hyper-parameters. Most methods define the loss of a batch, choose the images of an
+epoch, and leave the rest to :func:`train`.
 """
 
 import copy
@@ -10,8 +11,9 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,34 +24,29 @@ from tqdm import tqdm
 
 import models
 import utils
-from models import batch_norm, checkpoint, distributed, fisher, inference
+from models import checkpoint, distributed, fisher, inference
+from models.errors import NotFinite, UserError
 
-MONITORED = 2000  # images of each part whose accuracy is measured after every epoch
+MONITORED = 2000  # the accuracies after every epoch use at most this many images of each part
 MODEL_FILE = "unlearning_model.pth"
+RECORD_FILE = "results.json"
 MASK_FILE = "saliency_mask.pth"
 FAILURE_FILE = "failure.json"
-PARTS = ("retain", "forget")
-RUN_COLUMNS = {
-    "method": ("method", "text"),
-    "num_epochs": ("epochs", "text"),
-    "learning_rate": ("rate", "text"),
-    "retain": ("retain %", "percent"),
-    "forget": ("forget %", "percent"),
-    "test": ("test %", "percent"),
-    "seconds": ("time s", "seconds"),
-}
+TRAINING_PARTS = ("retain", "forget")
+PARTS = (*TRAINING_PARTS, "test")
 
 
-class Diverged(utils.UserError):
-    """The loss or the weights of a run are no longer finite."""
+class Diverged(UserError):
+    """The loss, the weights or the outputs of a run are NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyper-parameters of the training loop; SGD with momentum 0.9 and weight decay 5e-4 throughout.
+    """Hyper-parameters of the training loop. The optimizer is SGD.
 
-    ``precision`` is that of the network's forward and backward pass: fp32, tf32 or bf16 (autocast; the weights and
-    what is computed from the logits are float32).
+    ``milestones`` are the epochs after which the learning rate is divided by 10. Without them it
+    follows a cosine to zero. ``precision`` is that of the forward and backward pass: fp32, tf32 or
+    bf16 (autocast). Weights and losses are float32 in every case.
     """
 
     num_epochs: int
@@ -61,26 +58,29 @@ class Recipe:
     precision: str = "fp32"
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run: a model, what it trains on, and how.
+    """One run: the model, its training data, and the settings.
 
-    ``name`` is the base method's and seeds the run, so that a CPU variant draws its base's random numbers; ``label``
-    is what people read. ``options`` are the method's own hyper-parameters. ``term`` is the conformal loss of
-    :mod:`unlearn_cpu`, or None. ``new_model`` builds the network as it was before any training on this data.
-    ``epoch_done`` receives a dict of numbers after every epoch; a ``quiet`` run measures and prints no accuracies.
-    What a method puts into ``by_products`` (a state_dict by file name) is saved beside the model.
+    ``name`` is the name of the base method. It seeds the run, so a CPU variant draws the same
+    random numbers as its base method. ``label`` is the name in the files. ``recipe`` is None for
+    a method without training, and ``options`` are the method's own hyper-parameters.
+    ``new_model()`` builds the network as it was before any training on this data. ``term`` is the
+    conformal loss (:class:`unlearn_cpu.ConformalTerm`) or None. ``epoch_done`` is called with the
+    record of every epoch. A ``quiet`` run neither measures nor prints accuracies. ``progress``
+    saves the state for --resume. A method stores its additional results in ``by_products``, a
+    state_dict by file name, which are saved with the model.
     """
 
     name: str
     label: str
-    model: torch.nn.Module
+    model: nn.Module
     data: utils.Data
     split: utils.Split
     recipe: Recipe | None
     seed: int
     options: dict = field(default_factory=dict)
-    new_model: Callable[[], torch.nn.Module] | None = None
+    new_model: Callable[[], nn.Module] | None = None
     term: object = None
     epoch_done: Callable[[dict], None] = lambda record: None
     quiet: bool = False
@@ -92,76 +92,20 @@ class Job:
     def device(self):
         return self.data.train.labels.device
 
-
-class Progress:
-    """Where a run stands after each epoch, so that a killed one goes on (``--resume``).
-
-    The state lies in ``path`` until the run is done. All that is random is drawn from the seed and the epoch, so that
-    model, optimiser, schedule and records are the whole state. Raises UserError where ``resume`` finds the state of
-    another run.
-    """
-
-    def __init__(self, path, identity, resume, save_every):
-        self.path, self.identity, self.found, self._every = path, identity, None, save_every
-        self._state, self._saved, self._started = None, time.perf_counter(), time.perf_counter()
-        if resume and path.exists():
-            self.found = checkpoint.read_state(path)
-            if not isinstance(self.found, dict) or self.found.get("identity") != identity:
-                raise utils.UserError(
-                    f"--resume: {path} is of a run with other flags; leave it out to begin anew"
-                )
-
     @property
-    def seconds(self):
-        """What the run has taken so far, before it was killed and since."""
-        return time.perf_counter() - self._started + (self.found["seconds"] if self.found else 0)
-
-    def restore(self, model, optimizer, scheduler, term):
-        """Bring everything to the state that was saved. Returns (epochs done, records, whether the run had ended)."""
-        if not self.found:
-            return 0, [], False
-        model.load_state_dict(self.found["model"])
-        optimizer.load_state_dict(self.found["optimizer"])
-        scheduler.load_state_dict(self.found["scheduler"])
-        if term is not None:
-            term.q_hats[:] = self.found["q_hats"]
-        return self.found["epoch"], self.found["records"], self.found["ended"]
-
-    def epoch_done(self, model, optimizer, scheduler, term, epoch, records, ended):
-        """Remember the state after an epoch, and save it when the last saving is ``save_every`` seconds ago."""
-        if distributed.rank():
-            return
-        copied = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-        }
-        copied = copy.deepcopy(checkpoint.on_cpu(copied))
-        copied |= {
-            "identity": self.identity,
-            "epoch": epoch,
-            "records": list(records),
-            "ended": ended,
-        }
-        self._state = copied | {
-            "q_hats": list(term.q_hats) if term is not None else [],
-            "seconds": self.seconds,
-        }
-        if time.perf_counter() - self._saved >= self._every:
-            self.save()
-
-    def save(self):
-        """Write the last epoch's state; returns whether there is one."""
-        if self._state is not None:
-            checkpoint.save_state(self.path, self._state)
-            self._saved = time.perf_counter()
-        return self._state is not None or self.found is not None
+    def adds_term(self):
+        """Whether the conformal loss contributes to the loss of every step."""
+        return self.term is not None and self.term.lamda > 0
 
 
 @dataclass
 class Batch:
-    """One step's images, first the retained ones, then the forgotten ones: where they stand among the training
-    images, their labels, and the model's logits for them. ``inputs`` are the augmented images of this process alone."""
+    """The images of one step, retain images first.
+
+    ``indices`` (M) are positions in the training set, ``labels`` (M) and ``logits`` (M×K) belong to
+    them. The first ``num_retain`` are retain images, the others forget images. ``inputs`` are the
+    augmented images of this process only.
+    """
 
     indices: torch.Tensor
     labels: torch.Tensor
@@ -171,22 +115,24 @@ class Batch:
 
     @property
     def retain(self):
+        """(logits, labels) of the retain images."""
         return self.logits[: self.num_retain], self.labels[: self.num_retain]
 
     @property
     def forget(self):
+        """(logits, labels) of the forget images."""
         return self.logits[self.num_retain :], self.labels[self.num_retain :]
 
-    def answers(self, network, part):
-        """Logits of another network, without gradient, for the ``retain`` or the ``forget`` images."""
-        retained = len(distributed.local_rows(self.labels[: self.num_retain]))
-        places = slice(retained) if part == "retain" else slice(retained, None)
-        own = self.logits.new_zeros(len(self.inputs), self.logits.shape[1])
-        if len(self.inputs[places]):  # not every network takes a batch of no images
+    def outputs_of(self, network, part):
+        """Logits of another network for the ``retain`` or ``forget`` images, without gradient."""
+        num_local_retain = len(distributed.local_rows(self.labels[: self.num_retain]))
+        rows = slice(num_local_retain) if part == "retain" else slice(num_local_retain, None)
+        logits = self.logits.new_zeros(len(self.inputs), self.logits.shape[1])
+        if len(self.inputs[rows]):  # some networks reject an empty batch
             with torch.no_grad():
-                own[places] = network(self.inputs[places]).float()
-        every = distributed.gather_rows(own, len(self.labels))
-        return every[: self.num_retain] if part == "retain" else every[self.num_retain :]
+                logits[rows] = network(self.inputs[rows]).float()
+        logits = distributed.gather_rows(logits, len(self.labels))
+        return logits[: self.num_retain] if part == "retain" else logits[self.num_retain :]
 
 
 # ---------------------------------------------------------------- the training loop
@@ -202,23 +148,95 @@ def train(
     after_step=None,
     finished=None,
 ):
-    """Train ``job.model`` by ``batch_loss(batch)``, a scalar, over epochs through the named parts of the split.
+    """Train ``job.model`` with the loss ``batch_loss(batch)``, a scalar. Returns the model.
 
-    An epoch visits every image of each part once, freshly shuffled and augmented; each step takes the same share
-    of every part. Where that is not the method's order, ``schedule(epoch)`` gives the steps as :func:`index_batches`
-    does. ``before_step(batch)`` may change the gradients, ``after_step()`` the weights, and ``finished(record)`` end
-    the training after an epoch. With a conformal term, forget
-    images join the steps that have none, and λ times the term is added to the loss of every step. The model,
-    BatchNorm included, trains in train mode, which every evaluation leaves as it was; a step of one image, which
-    has no batch statistics, takes the running ones. Nothing in an epoch waits for the device. Raises
-    :class:`Diverged` when the loss or a weight is not finite.
-
-    Several processes divide each step's images: the logits of all come together on every process, which takes the
-    loss of the whole step, so that any loss of a method gives the gradient that one process would give.
+    An epoch visits every image of the parts in ``passes_through`` once, shuffled and augmented.
+    Each step takes an equal share of every part. A method with another order passes
+    ``schedule(epoch)``, which returns steps as :func:`index_batches` does. ``before_step(batch)``
+    may change the gradients and ``after_step()`` the weights. ``finished(record)`` may end the
+    training after an epoch. With a conformal term, forget images join the steps that have none,
+    and λ times the term is added to the loss of every step. Raises :class:`Diverged` if the loss
+    or a weight is not finite.
     """
-    model, recipe, term = job.model, job.recipe, job.term
+    schedule = schedule or partial(index_batches, job, passes_through)
+    objective = Objective(batch_loss, schedule, before_step=before_step, after_step=after_step)
+    state = initial_state(job)
+    if job.progress:
+        job.progress.restore(state)
+        for record in state.records:
+            job.epoch_done(record)
+    forward = forward_pass(job)
+    with distributed.progress_bar(desc=job.label, unit="img", unit_scale=True) as bar:
+        while state.epoch < job.recipe.num_epochs and not state.ended:
+            record = run_epoch(job, state, objective, forward=forward, bar=bar)
+            job.epoch_done(record)
+            if not job.quiet:
+                tqdm.write(epoch_line(job, record))
+            state.records.append(record)
+            state.epoch += 1
+            state.ended = bool(finished and finished(record))
+            if job.progress:
+                job.progress.update(state)
+    return job.model
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a method does in every epoch and step: the arguments of :func:`train` of these names."""
+
+    loss: Callable[[Batch], torch.Tensor]
+    schedule: Callable[[int], list[tuple[torch.Tensor, int]]]
+    before_step: Callable[[Batch], None] | None = None
+    after_step: Callable[[], None] | None = None
+
+
+@dataclass
+class TrainingState:
+    """Everything that an epoch changes. A resumed run restores it.
+
+    All random numbers are drawn from the seed and the epoch, so the state holds no generator.
+    ``epoch`` is the number of complete epochs, ``records`` has one record for each. ``ended`` says
+    whether the method ended the training before the last epoch.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    term: object = None
+    epoch: int = 0
+    records: list[dict] = field(default_factory=list)
+    ended: bool = False
+
+    def state_dict(self):
+        """A copy on the CPU, which further training does not change."""
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        return copy.deepcopy(checkpoint.on_cpu(tensors)) | {
+            "q_hats": list(self.term.q_hats) if self.term is not None else [],
+            "epoch": self.epoch,
+            "records": list(self.records),
+            "ended": self.ended,
+        }
+
+    def load_state_dict(self, saved):
+        """Restore what :meth:`state_dict` returned."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if self.term is not None:
+            self.term.q_hats[:] = saved["q_hats"]
+        self.epoch, self.ended = saved["epoch"], saved["ended"]
+        self.records[:] = saved["records"]
+
+
+def initial_state(job):
+    """The :class:`TrainingState` before the first epoch: SGD and the schedule of its rate."""
+    recipe = job.recipe
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        job.model.parameters(),
         recipe.learning_rate,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
@@ -228,84 +246,96 @@ def train(
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, recipe.milestones)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.num_epochs)
-    schedule = schedule or partial(index_batches, job, passes_through)
-    done, records, ended = 0, [], False
-    if job.progress:
-        done, records, ended = job.progress.restore(model, optimizer, scheduler, term)
-        for record in records:
-            job.epoch_done(record)
-    forward = _forward_pass(job)
-    adds_term = term is not None and term.lamda > 0
-    bar = distributed.progress_bar(desc=job.label, unit="img", unit_scale=True)
-    for epoch in () if ended else range(done + 1, recipe.num_epochs + 1):
-        start = time.perf_counter()
-        record = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0]}
-        steps = schedule(epoch)
-        if term is not None:
-            record |= term.start_epoch(model)
-        if adds_term:
-            steps = join_forget(job, steps, epoch)
-        bar.reset(recipe.num_epochs * sum(len(indices) for indices, _ in steps))
-        utils.seed_everything(job.seed, job.name, "dropout", epoch)
-        augmentation = utils.generator(job.seed, job.name, "augmentation", epoch, device=job.device)
-        loss_sum = torch.zeros((), device=job.device)
-        correct = torch.zeros((), device=job.device)
-        seen = 0
-        bar.update((epoch - 1) * bar.total // recipe.num_epochs)
-        batches = job.data.train.batches((indices for indices, _ in steps), augmentation)
-        for (indices, num_retain), inputs in zip(steps, batches, strict=True):
-            model.train(len(indices) > 1)
-            logits = forward(inputs, len(indices))
-            batch = Batch(indices, job.data.train.labels[indices], num_retain, inputs, logits)
-            loss = batch_loss(batch)
-            if adds_term:
-                loss = loss + term.lamda * term.loss(*batch.forget)
-            optimizer.zero_grad(set_to_none=True)
-            (
-                loss * distributed.world_size()
-            ).backward()  # of which each process has its images' part, and the mean is taken
-            if before_step:
-                before_step(batch)
-            optimizer.step()
-            if after_step:
-                after_step()
-            loss_sum += loss.detach()
-            correct += (batch.logits.detach().argmax(dim=1) == batch.labels).sum()
-            seen += len(indices)
-            bar.update(len(indices))
-        scheduler.step()
-        model.train()
+    return TrainingState(job.model, optimizer, scheduler, term=job.term)
 
-        record |= {"loss": loss_sum.item() / len(steps), "train_acc": correct.item() / seen}
-        bar.set_postfix(epoch=epoch, loss=f"{record['loss']:.3f}", acc=f"{record['train_acc']:.3f}")
-        seconds = time.perf_counter() - start
-        if not math.isfinite(record["loss"]) or not weights_are_finite(model):
-            bar.close()
-            raise Diverged(
-                f"{job.label} diverged in epoch {epoch} at learning rate {recipe.learning_rate:g}: the loss is "
-                f"{record['loss']}; lower --learning_rate. What was saved before is unchanged"
-            )
-        if not job.quiet:
-            try:
-                with _autocast(job):
-                    record |= {
-                        f"{part}_acc": accuracy
-                        for part, accuracy in accuracies(job, MONITORED).items()
-                    }
-            except utils.NotFinite as error:
-                bar.close()
-                raise Diverged(f"{job.label} in epoch {epoch}: {error}") from error
-        record |= {"images_per_second": seen / seconds, "seconds": time.perf_counter() - start}
-        job.epoch_done(record)
-        if not job.quiet:
-            tqdm.write(_line(job, record))
-        records.append(record)
-        ended = bool(finished and finished(record))
-        if job.progress:
-            job.progress.epoch_done(model, optimizer, scheduler, term, epoch, records, ended)
-        if ended:
-            break
-    bar.close()
+
+def run_epoch(job, state, objective, *, forward, bar):
+    """Train for one more epoch and measure it. Returns the record of the epoch.
+
+    The record has the epoch, its learning rate, q̂ of a conformal term, the mean loss, the
+    accuracies, the speed and the time.
+    """
+    start = time.perf_counter()
+    epoch = state.epoch + 1
+    record = {"epoch": epoch, "learning_rate": state.scheduler.get_last_lr()[0]}
+    steps = objective.schedule(epoch)
+    if job.term is not None:
+        record |= job.term.start_epoch(job.model)
+    if job.adds_term:
+        steps = join_forget(job, steps, epoch)
+    num_images = sum(len(indices) for indices, _ in steps)
+    bar.reset(job.recipe.num_epochs * num_images)
+    bar.update((epoch - 1) * num_images)
+
+    record |= train_epoch(job, state, objective, steps=steps, forward=forward, bar=bar)
+    state.scheduler.step()
+    bar.set_postfix(epoch=epoch, loss=f"{record['loss']:.3f}", acc=f"{record['train_acc']:.3f}")
+    training_seconds = time.perf_counter() - start
+    check_finite(job, record)
+    if not job.quiet:
+        record |= monitored_accuracies(job, epoch)
+    record["images_per_second"] = num_images / training_seconds
+    record["seconds"] = time.perf_counter() - start
+    return record
+
+
+def train_epoch(job, state, objective, *, steps, forward, bar):
+    """Train on every step of one epoch. Returns {"loss", "train_acc"}.
+
+    The loss is the mean over the steps, the accuracy the mean over the augmented images. The model
+    is in train mode, except in a step of one image: BatchNorm then uses its running statistics,
+    since one image has no batch statistics. No step waits for the device.
+    """
+    epoch = state.epoch + 1
+    utils.seed_everything(job.seed, job.name, "dropout", epoch)
+    augmentation = utils.generator(job.seed, job.name, "augmentation", epoch, device=job.device)
+    step_inputs = job.data.train.batches((indices for indices, _ in steps), augmentation)
+    loss_sum = torch.zeros((), device=job.device)
+    num_correct = torch.zeros((), device=job.device)
+    num_images = 0
+    for (indices, num_retain), inputs in zip(steps, step_inputs, strict=True):
+        job.model.train(len(indices) > 1)
+        batch = Batch(
+            indices=indices,
+            labels=job.data.train.labels[indices],
+            num_retain=num_retain,
+            inputs=inputs,
+            logits=forward(inputs, len(indices)),
+        )
+        loss_sum += optimizer_step(job, objective, batch, optimizer=state.optimizer)
+        num_correct += (batch.logits.detach().argmax(dim=1) == batch.labels).sum()
+        num_images += len(indices)
+        bar.update(len(indices))
+    job.model.train()
+    return {"loss": loss_sum.item() / len(steps), "train_acc": num_correct.item() / num_images}
+
+
+def optimizer_step(job, objective, batch, *, optimizer):
+    """One step of the optimizer on a batch. Returns the detached loss, with the conformal term."""
+    loss = objective.loss(batch)
+    if job.adds_term:
+        loss = loss + job.term.lamda * job.term.loss(*batch.forget)
+    optimizer.zero_grad(set_to_none=True)
+    # Every process computes the loss of the whole step, but has the gradient of its own images
+    # only. DDP takes the mean over the processes, and the step needs the sum.
+    (loss * distributed.world_size()).backward()
+    if objective.before_step:
+        objective.before_step(batch)
+    optimizer.step()
+    if objective.after_step:
+        objective.after_step()
+    return loss.detach()
+
+
+def check_finite(job, record):
+    """Raise :class:`Diverged` if the loss of an epoch or a weight after it is not finite."""
+    if math.isfinite(record["loss"]) and weights_are_finite(job.model):
+        return
+    raise Diverged(
+        f"{job.label} diverged in epoch {record['epoch']} at learning rate "
+        f"{job.recipe.learning_rate:g}: the loss is {record['loss']}; lower --learning_rate "
+        "(earlier results are unchanged)"
+    )
 
 
 def weights_are_finite(model):
@@ -314,228 +344,277 @@ def weights_are_finite(model):
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
-def _forward_pass(job):
-    """``forward(inputs, count)`` of :func:`train`: from a process's own augmented images the float32 logits of all
-    ``count`` images of the step, with the gradient of its own."""
-    device, network = job.device, job.model
+def forward_pass(job):
+    """The function ``forward(inputs, count)`` that :func:`train` calls in every step.
+
+    ``inputs`` are the augmented images of this process. It returns the float32 logits of all
+    ``count`` images of the step, count×K. The rows of this process have a gradient. With several
+    processes, every process therefore computes the loss of the whole step.
+    """
+    network = job.model
     if distributed.world_size() > 1:
-        batch_norm.synchronise(network)
-        warnings.filterwarnings(
-            "ignore", "Grad strides do not match"
-        )  # of 1×1 convolutions; only speed is at stake
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # newer torch has another name for this argument
-            network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = data_parallel(network)
     if job.compile:
-        network = _compiled(network, device)
+        network = compiled(network, job.device)
 
     def forward(inputs, count):
-        with _autocast(job):
+        with autocast(job):
             logits = network(inputs).float()
         if distributed.world_size() == 1:
             return logits
-        every = distributed.gather_rows(logits, count)
-        distributed.local_rows(every).copy_(logits)
-        return every
+        all_logits = distributed.gather_rows(logits, count)
+        distributed.local_rows(all_logits).copy_(logits)
+        return all_logits
 
     return forward
 
 
-def _autocast(job):
+def data_parallel(network):
+    """DistributedDataParallel around a network with synchronised BatchNorm."""
+    distributed.synchronise_batch_norm(network)
+    # 1×1 convolutions have gradients with other strides, which only costs speed.
+    warnings.filterwarnings("ignore", "Grad strides do not match")
+    with warnings.catch_warnings(action="ignore"):  # newer torch renamed broadcast_buffers
+        return DistributedDataParallel(network, broadcast_buffers=False)
+
+
+def autocast(job):
+    """bfloat16 autocast if the recipe asks for it."""
     return torch.autocast(job.device.type, torch.bfloat16, enabled=job.recipe.precision == "bf16")
 
 
-def _compiled(network, device):
-    """``torch.compile``, anew for each batch size, with CUDA graphs on a GPU. Raises UserError where it cannot."""
-    compiled = torch.compile(
-        network, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else "default"
-    )
+def compiled(network, device):
+    """A network compiled for every batch size, with CUDA graphs on a GPU.
+
+    Raises UserError if the compiler fails.
+    """
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    compiled_network = torch.compile(network, dynamic=False, mode=mode)
 
     def forward(inputs):
         torch.compiler.cudagraph_mark_step_begin()
         try:
-            return compiled(inputs)
+            return compiled_network(inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise utils.UserError(
-                f"--compile: {str(error).strip().splitlines()[0]}; leave it out"
-            ) from error
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--compile: {reason}; leave it out") from error
 
     return forward
 
 
-def relearn(model, data, split, seed, num_steps, learning_rate, measure):
-    """Train ``model`` on a tenth of the forget images and see whether the others come back.
-
-    SGD at a constant rate, batches of at most 64 images of the tenth, which every step augments anew. ``measure(step,
-    others)`` is called before the first step and after 1, 2, 4, ... and ``num_steps`` of them, with the indices of
-    the nine tenths that are not trained on. Raises UserError for fewer than two forget images, and :class:`Diverged`
-    as :func:`train` does.
-    """
-    if len(split.forget) < 2:
-        raise utils.UserError(
-            "--relearn: one forget image cannot be divided; leave it out, or forget more"
-        )
-    shuffled = torch.from_numpy(utils.permutation(seed, "relearn", len(split.forget)))
-    order, tenth = split.forget[shuffled.to(split.forget.device)], max(1, len(split.forget) // 10)
-    again, others = order[:tenth], order[tenth:]
-    stops = sorted(
-        {2**power for power in range(num_steps.bit_length()) if 2**power < num_steps} | {num_steps}
-    )
-    batches = _endless_batches(again, utils.generator(seed, "relearn", "order"))
-    recipe = Recipe(len(stops), learning_rate, milestones=[len(stops)])
-    job = Job("relearn", "relearn", model, data, split, recipe, seed, quiet=True)
-    job.epoch_done = lambda record: measure(stops[record["epoch"] - 1], others)
-
-    def schedule(epoch):
-        before = stops[epoch - 2] if epoch > 1 else 0
-        return [(next(batches), 0) for _ in range(stops[epoch - 1] - before)]
-
-    measure(0, others)
-    train(job, lambda batch: F.cross_entropy(*batch.forget), schedule=schedule)
-
-
-def _endless_batches(indices, rng):
-    while True:
-        order = indices[torch.randperm(len(indices), generator=rng).to(indices.device)]
-        yield from order.tensor_split(math.ceil(len(order) / Recipe.batch_size))
+# ---------------------------------------------------------------- the steps of an epoch
 
 
 def index_batches(job, parts, epoch):
-    """The steps of one pass through ``parts``: pairs of (indices into the training images, how many are retained).
+    """The steps of one pass through ``parts``, a list of pairs (indices, num_retain).
 
-    As many steps as the parts fill; each takes an equal share of every part, and no step is empty. Near-equal steps
-    leave no last batch of one image, which BatchNorm could not train on.
+    The indices point into the training images, the first ``num_retain`` are retain images. There
+    are as many steps as full batches need. Each step takes an equal share of every part, and none
+    is empty. Steps of near-equal size avoid a last batch of one image, which BatchNorm could not
+    train on.
     """
-    own = {part: getattr(job.split, part) for part in parts}
-    steps = math.ceil(sum(len(indices) for indices in own.values()) / job.recipe.batch_size)
-    shares = [
-        _shares(job, part, epoch, steps) if part in own else _nothing(job, steps) for part in PARTS
+    num_images = sum(len(getattr(job.split, part)) for part in parts)
+    num_steps = math.ceil(num_images / job.recipe.batch_size)
+    shares = {part: no_images(job, num_steps) for part in TRAINING_PARTS}
+    shares |= {part: shuffled_shares(job, part, epoch, num_steps=num_steps) for part in parts}
+    return [
+        (torch.cat([retain, forget]), len(retain))
+        for retain, forget in zip(shares["retain"], shares["forget"], strict=True)
+        if len(retain) + len(forget)
     ]
-    return [(torch.cat([r, f]), len(r)) for r, f in zip(*shares, strict=True) if len(r) + len(f)]
 
 
 def join_forget(job, steps, epoch):
-    """The same steps, with an equal share of the forget images in each that had none."""
+    """The steps with an equal share of the forget images added to every step that has none."""
     without = [
         number for number, (indices, num_retain) in enumerate(steps) if len(indices) == num_retain
     ]
     joined = list(steps)
-    for number, share in zip(without, _shares(job, "forget", epoch, len(without)), strict=True):
-        joined[number] = torch.cat([steps[number][0], share]), steps[number][1]
+    shares = shuffled_shares(job, "forget", epoch, num_steps=len(without))
+    for number, share in zip(without, shares, strict=True):
+        indices, num_retain = steps[number]
+        joined[number] = (torch.cat([indices, share]), num_retain)
     return joined
 
 
-def _shares(job, part, epoch, steps):
-    """The images of a part, freshly shuffled and divided over ``steps``."""
+def shuffled_shares(job, part, epoch, *, num_steps):
+    """The shuffled images of a part, divided into ``num_steps`` near-equal shares."""
     indices = getattr(job.split, part)
     rng = utils.generator(job.seed, job.name, "order", part, epoch)
-    return (
-        indices[torch.randperm(len(indices), generator=rng).to(job.device)].tensor_split(steps)
-        if steps
-        else ()
-    )
+    order = torch.randperm(len(indices), generator=rng).to(job.device)
+    return indices[order].tensor_split(num_steps) if num_steps else ()
 
 
-def _nothing(job, steps):
-    return [torch.empty(0, dtype=torch.int64, device=job.device)] * steps
+def no_images(job, num_steps):
+    """``num_steps`` shares without images."""
+    return [torch.empty(0, dtype=torch.int64, device=job.device)] * num_steps
 
 
-def accuracies(job, limit=None):
-    """Accuracy on the retain, forget and test images without augmentation: of all, or of ``limit`` fixed ones each.
+# ---------------------------------------------------------------- records and resuming
 
-    Finite weights can still overflow inside the network. Raises utils.NotFinite where a logit is not finite.
+
+def accuracies(job, limit=None, parts=PARTS):
+    """Accuracies {part: fraction} without augmentation on the retain, forget and test images.
+
+    ``limit`` restricts each part to a fixed random sample of that size. Parts without images are
+    left out. Raises NotFinite if a logit is not finite, which finite weights can cause too.
     """
-    found = {}
-    for part, images in (
-        ("retain", job.data.train),
-        ("forget", job.data.train),
-        ("test", job.data.held_out),
-    ):
+    measured = {}
+    for part in parts:
+        images = job.data.held_out if part == "test" else job.data.train
         indices = getattr(job.split, part)
         if limit is not None and len(indices) > limit:
             sample = utils.permutation(job.seed, "monitored", len(indices))[:limit]
             indices = indices[torch.from_numpy(sample).to(indices.device)]
         if len(indices):
             logits, labels = inference.compute_logits(job.model, images, indices)
-            found[part] = (logits.argmax(dim=1) == labels).double().mean().item()
-    return found
+            measured[part] = accuracy(logits, labels)
+    return measured
 
 
-def _line(job, record):
-    parts = [
-        f"{job.label} epoch {record['epoch']}/{job.recipe.num_epochs}",
-        f"loss {record['loss']:.4f}",
-    ]
-    parts += [
-        f"{key[:-4]} {100 * value:.1f} %" for key, value in record.items() if key.endswith("_acc")
-    ]
+def accuracy(logits, labels):
+    """Fraction of the images whose largest logit is that of their label. N×K, N → float."""
+    return (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def monitored_accuracies(job, epoch, parts=PARTS):
+    """:func:`accuracies` of a sample in the precision of the training, as {"retain_acc": …}.
+
+    Raises :class:`Diverged` if a logit is not finite.
+    """
+    try:
+        with autocast(job):
+            measured = accuracies(job, MONITORED, parts)
+    except NotFinite as error:
+        raise Diverged(f"{job.label} in epoch {epoch}: {error}") from error
+    return {f"{part}_acc": value for part, value in measured.items()}
+
+
+def epoch_line(job, record):
+    """The line that is printed after an epoch."""
+    cells = [f"{job.label} epoch {record['epoch']}/{job.recipe.num_epochs}"]
+    cells.append(f"loss {record['loss']:.4f}")
+    for key, value in record.items():
+        if key.endswith("_acc"):
+            cells.append(f"{key.removesuffix('_acc')} {100 * value:.1f} %")
     if "q_hat" in record:
-        parts.append(f"q̂ {record['q_hat']:.4f}")
-    return "  ".join([*parts, f"{record['images_per_second']:.0f} img/s"])
+        cells.append(f"q̂ {record['q_hat']:.4f}")
+    return "  ".join([*cells, f"{record['images_per_second']:.0f} img/s"])
+
+
+class Progress:
+    """Saves the state of a training after its epochs, and restores it with --resume.
+
+    The state is in the file ``path`` until the run is complete. ``identity`` is everything that
+    determines the weights. ``restored`` is the saved state, or None if the run starts from the
+    beginning. Raises UserError if ``resume`` finds the state of a run with another identity.
+    """
+
+    def __init__(self, path, identity, *, resume, save_every):
+        self.path, self.identity, self.save_every = path, identity, save_every
+        self.restored, self._latest = None, None
+        self._started = self._saved_at = time.perf_counter()
+        if resume and path.exists():
+            self.restored = checkpoint.read_state(path)
+            if not isinstance(self.restored, dict) or self.restored.get("identity") != identity:
+                raise UserError(
+                    f"--resume: {path} was saved by a run with other flags; "
+                    "pass the same flags, or omit --resume to start from the beginning"
+                )
+
+    @property
+    def seconds(self):
+        """Wall time of the run so far, including the time before an interruption."""
+        earlier = self.restored["seconds"] if self.restored else 0
+        return time.perf_counter() - self._started + earlier
+
+    def restore(self, state):
+        """Load the saved state, if there is one, into a :class:`TrainingState`."""
+        if self.restored:
+            state.load_state_dict(self.restored)
+
+    def update(self, state):
+        """Keep a copy of the state, and save it at most every ``save_every`` seconds."""
+        if distributed.rank():
+            return
+        run = {"identity": self.identity, "seconds": self.seconds}
+        self._latest = state.state_dict() | run
+        if time.perf_counter() - self._saved_at >= self.save_every:
+            self.save()
+
+    def save(self):
+        """Save the state after the last complete epoch. Returns whether there is one."""
+        if self._latest is not None:
+            checkpoint.save_state(self.path, self._latest)
+            self._saved_at = time.perf_counter()
+        return self._latest is not None or self.restored is not None
 
 
 # ---------------------------------------------------------------- methods
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method and its default hyper-parameters; None stands for the original model's own.
+    """A method and its default hyper-parameters.
 
-    ``options`` are the hyper-parameters that only some methods have, ``vit`` the defaults that differ for transformers.
-    A method that is not ``trained`` has no epochs and no rate; one that is not ``extensible`` has no CPU variant.
+    ``run(job)`` returns the unlearned model. ``num_epochs`` and ``learning_rate`` are None where
+    the method uses those of the original model. ``options`` are hyper-parameters that only some
+    methods have. ``transformer`` holds the defaults that differ for transformers. A method that is
+    not ``trained`` has no epochs and no learning rate. A method that is not ``extensible`` has no
+    CPU variant.
     """
 
-    run: Callable[[Job], None]
-    num_epochs: int | None
-    learning_rate: float | None
-    momentum: float
-    options: dict
-    vit: dict
-    trained: bool
-    extensible: bool
+    name: str
+    run: Callable[[Job], nn.Module]
+    num_epochs: int | None = None
+    learning_rate: float | None = None
+    momentum: float = 0.9
+    options: dict = field(default_factory=dict)
+    transformer: dict = field(default_factory=dict)
+    trained: bool = True
+    extensible: bool = True
 
 
 METHODS: dict[str, Method] = {}
 
-# Hyper-parameters of single methods: how a flag is read, and what it means. The defaults stand at the methods.
+# The options of single methods: the type of the flag and its help. Defaults are at the methods.
 OPTIONS = {
-    "stop_accuracy": (
-        utils.number(float, 0, 1),
-        "accuracy on the forget images at which the ascent ends",
-    ),
+    "stop_accuracy": (utils.number(float, 0, 1), "forget accuracy at which the ascent ends"),
     "forget_weight": (utils.number(float, 0), "weight of the ascent on the forget images"),
     "kd_T": (utils.number(float, 0, exclusive=True), "temperature of the distillation"),
     "msteps": (
         utils.number(int, 0),
-        "epochs that begin with a pass of maximisation on the forget images",
+        "number of epochs that start with a maximization pass over the forget images",
     ),
-    "beta": (utils.number(float, 0), "weight of the distance to the original on the retain images"),
+    "beta": (
+        utils.number(float, 0),
+        "weight of the distance to the original model on the retain images",
+    ),
     "gamma": (utils.number(float, 0), "weight of the cross-entropy on the retain images"),
-    "mask_ratio": (utils.number(float, 0, 1), "share of the weights that are salient"),
+    "mask_ratio": (utils.number(float, 0, 1), "fraction of the weights that are salient"),
     "mask_path": (
         utils.expand_path,
-        "a saved mask (saliency_mask.pth of an earlier run) instead of one computed on the fly",
+        "saved mask to use instead of a new one (saliency_mask.pth of an earlier run)",
     ),
-    "noise": (utils.number(float, 0), "scale of the noise's variance"),
+    "noise": (utils.number(float, 0), "scale of the variance of the noise"),
     "selection_weighting": (
         utils.number(float, 0),
-        "weights this many times more important for D_f than for D dampen",
+        "importance ratio D_f / D above which a weight is dampened",
     ),
     "dampening_constant": (utils.number(float, 0), "factor of the dampening"),
     "ascent": (
         utils.number(float, 0),
-        "weight of the ascent at the start; it falls to zero as a cosine",
+        "initial weight of the ascent, which follows a cosine to zero",
     ),
-    "ascent_every": (utils.number(int, 1), "repair steps from one ascent step to the next"),
+    "ascent_every": (utils.number(int, 1), "number of repair steps per ascent step"),
     "adaptivity": (utils.number(float, 0), "exponent of the loss in the weight of a forget image"),
     "saliency_threshold": (
         utils.number(float, 0),
-        "weights whose importance ratio D_f / D_r is above are salient",
+        "importance ratio D_f / D_r from which a weight is salient",
     ),
     "max_norm": (
         utils.number(float, 0, exclusive=True),
-        "largest norm of an ascent step's gradient",
+        "maximum norm of the gradient of an ascent step",
     ),
 }
 
@@ -545,78 +624,77 @@ def method(
     learning_rate=None,
     momentum=0.9,
     *,
-    vit=None,
+    transformer=None,
     trained=True,
     extensible=True,
     **options,
 ):
-    """Register the decorated function under its own name, with its default hyper-parameters."""
+    """Register the decorated function under its name, with its default hyper-parameters."""
 
     def register(function):
-        entry = Method(
-            function,
-            num_epochs,
-            learning_rate,
-            momentum,
-            options,
-            vit or {},
-            trained,
-            trained and extensible,
+        METHODS[function.__name__] = Method(
+            name=function.__name__,
+            run=function,
+            num_epochs=num_epochs,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            options=options,
+            transformer=transformer or {},
+            trained=trained,
+            extensible=trained and extensible,
         )
-        METHODS[function.__name__] = entry
         return function
 
     return register
 
 
 def cross_entropy(logits, labels):
-    """Mean cross-entropy, logits M×K and labels M → a scalar with gradient; 0 where M = 0, as in a step without
-    retained images."""
+    """Mean cross-entropy of M images, M×K and M → a scalar. 0, with a gradient, for M = 0."""
     return F.cross_entropy(logits, labels) if len(labels) else logits.sum()
 
 
 def retain_cross_entropy(batch):
-    """Cross-entropy on the retained images of a batch."""
+    """Cross-entropy on the retain images of a batch."""
     return cross_entropy(*batch.retain)
 
 
 @method()
 def retrain(job):
-    """The reference: the original's own recipe from scratch, on the retain set alone."""
-    job.model = job.new_model()
-    train(job, retain_cross_entropy)
+    """Retrain, the reference: train from scratch on the retain set with the original's recipe."""
+    return train(replace(job, model=job.new_model()), retain_cross_entropy)
 
 
 @method(num_epochs=20)
 def finetune(job):
-    """Fine-tuning the original on the retain set, so that it forgets the rest (Warnecke et al. 2021, 2108.11577).
+    """Fine-tuning: train the original model on the retain set (Warnecke et al. 2021, 2108.11577).
 
-    Defaults: 20 epochs at the rate that the original was trained with, which is what the command line published
-    with arXiv 2501.19403 says for CIFAR-10 (20 epochs at 0.1).
+    Defaults: 20 epochs at the learning rate of the original model. The command line published with
+    arXiv 2501.19403 uses them for CIFAR-10 (20 epochs at 0.1).
     """
-    train(job, retain_cross_entropy)
+    return train(job, retain_cross_entropy)
 
 
 @method(num_epochs=10, learning_rate=0.013)
 def RL(job):
-    """Random labels: the forget images get wrong labels, and the original trains on them and the retain images
-    (Golatkar et al. 2020, 1911.04933).
+    """Random labels: train the original model on the retain images, and on the forget images with
+    wrong labels (Golatkar et al. 2020, 1911.04933).
 
-    The labels are drawn once; augmentation is drawn anew for each batch. Defaults: those published for random
-    labels with SalUn on CIFAR-10 (10 epochs at 0.013).
+    The labels are drawn once. Defaults: those published for random labels with SalUn on CIFAR-10
+    (10 epochs at 0.013).
     """
-    train(job, random_label_loss(job), PARTS)
+    return train(job, random_label_loss(job), TRAINING_PARTS)
 
 
 def random_label_loss(job):
-    """Cross-entropy with the true labels of the retain images and wrong labels, drawn once, of the forget images."""
-    labels, classes = job.data.train.labels, len(job.data.classes)
+    """The cross-entropy of a batch with the true labels of the retain images and wrong labels of
+    the forget images. The wrong labels are drawn once, uniformly.
+    """
+    labels, num_classes = job.data.train.labels, len(job.data.classes)
     rng = utils.generator(job.seed, "random labels")
-    shift = torch.randint(1, classes, (len(labels),), generator=rng).to(
-        job.device
-    )  # never 0: never the true label
+    # A shift of 0 would be the true label.
+    shift = torch.randint(1, num_classes, (len(labels),), generator=rng).to(job.device)
     targets = labels.clone()
-    targets[job.split.forget] = (labels + shift)[job.split.forget] % classes
+    targets[job.split.forget] = (labels + shift)[job.split.forget] % num_classes
     return lambda batch: F.cross_entropy(batch.logits, targets[batch.indices])
 
 
@@ -624,234 +702,285 @@ def random_label_loss(job):
 def GA(job):
     """Gradient ascent on the cross-entropy of the forget images (Thudi et al. 2022, 2109.13398).
 
-    Ascent has no end of its own: it stops after the epoch in which accuracy on the forget images has come down to
-    ``stop_accuracy``; when that is left out, to :func:`ascent_end`. BatchNorm normalises by the batch, and keeps the
-    original's running statistics: those of forget images alone would replace the retained classes' (digits, class 9,
-    five epochs at 0.003: 93 % of the retained training images stay right, with the original's 99 %). Defaults: found
-    on digits; the epochs are the most that are run.
+    Ascent does not converge, so it stops after the epoch in which the accuracy on (at most 2,000)
+    forget images falls to ``stop_accuracy``, by default to :func:`ascent_end`. BatchNorm normalizes
+    by the batch and keeps the running statistics of the original model. Statistics of forget images
+    would replace those of the retained classes. On digits (class 9, five epochs at 0.003), 93 % of
+    the retain images are then classified correctly, and 99 % with the original statistics.
+    Defaults: found on digits. ``num_epochs`` is the maximum.
     """
-    stop = ascent_end(job) if job.options["stop_accuracy"] is None else job.options["stop_accuracy"]
+    stop_accuracy = job.options["stop_accuracy"]
+    if stop_accuracy is None:
+        stop_accuracy = ascent_end(job)
     for module in job.model.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = 0.0
 
     def finished(record):
-        return record["forget_acc"] <= stop
+        if "forget_acc" not in record:  # a quiet run does not measure it
+            record = monitored_accuracies(job, record["epoch"], ["forget"])
+        return record["forget_acc"] <= stop_accuracy
 
-    train(job, lambda batch: -F.cross_entropy(*batch.forget), ("forget",), finished=finished)
+    def loss(batch):
+        return -F.cross_entropy(*batch.forget)
+
+    return train(job, loss, ("forget",), finished=finished)
 
 
 def ascent_end(job):
-    """The accuracy at which forget images are forgotten: 1 % for a class, else the original's on images it never saw.
+    """The forget accuracy at which gradient ascent ends.
 
-    Those are the training-calibration images, which no metric scores. Raises UserError where there are none.
+    1 % for a class. Else the accuracy of the original model on held-out images: the training
+    calibration images, which no metric uses. Raises UserError if there are none.
     """
     if job.split.forget_class is not None:
         return 0.01
     if not len(job.split.train_calibration):
-        raise utils.UserError(
-            f"{job.label}: none of the {len(job.data.held_out)} held-out images is left to measure the accuracy at "
-            "which the ascent should stop; pass --stop_accuracy"
+        raise UserError(
+            f"{job.label}: the accuracy at which the ascent stops is measured on held-out images, "
+            f"and none of the {len(job.data.held_out)} is available; pass --stop_accuracy"
         )
-    logits, labels = inference.compute_logits(
-        job.model, job.data.held_out, job.split.train_calibration
+    return accuracy(
+        *inference.compute_logits(job.model, job.data.held_out, job.split.train_calibration)
     )
-    return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
 @method(num_epochs=5, learning_rate=0.01, forget_weight=0.02)
 def ga_plus(job):
-    """NegGrad+: descent on the retain images and ascent on the forget images in each step
+    """NegGrad+: descent on the retain images and ascent on the forget images in every step
     (Kurmanji et al. 2023, 2302.09880).
 
-    The weight is relative to 1 for the retain images. Defaults: found on digits and 5,000 CIFAR-10 images. A weight of
-    0.05, about what that paper's 0.95 : 0.05 comes to, leaves the retained classes of the latter at 31 % when one is
-    forgotten.
+    The weight of the ascent is relative to 1 for the descent. Defaults: found on digits and 5,000
+    CIFAR-10 images. The paper's 0.95 : 0.05 is a weight of about 0.05. When one class of these
+    CIFAR-10 images is forgotten, it reduces the accuracy on the retained classes to 31 %.
     """
-    weight = job.options["forget_weight"]
+    forget_weight = job.options["forget_weight"]
 
     def loss(batch):
-        return cross_entropy(*batch.retain) - weight * cross_entropy(*batch.forget)
+        return cross_entropy(*batch.retain) - forget_weight * cross_entropy(*batch.forget)
 
-    train(job, loss, PARTS)
+    return train(job, loss, TRAINING_PARTS)
 
 
 @method(trained=False, noise=1e-7)
 def FisherForgetting(job):
-    """Gaussian noise on every weight, of variance noise / F with F the diagonal Fisher information of the retain
-    images (Golatkar et al. 2020, 1911.04933).
+    """Gaussian noise of variance noise / F on every weight, where F is the diagonal Fisher
+    information of the retain images (Golatkar et al. 2020, 1911.04933).
 
-    The information is exact: expected over the model's own answers, image by image. 1 / F is bounded as usual, by 1000,
-    and by 100 in the last layer. Default: ten times as much noise leaves 10 % accuracy on digits, chance.
+    F is exact: the expectation over the model's own predictions, image by image. 1 / F is at most
+    1000, and at most 100 in the last layer. Default: ten times as much noise reduces the accuracy
+    on digits to 10 %, which is chance.
     """
+    model = job.model
     information = fisher.diagonal_fisher(
-        job.model, job.data.train, job.split.retain, fisher.expected_scores
+        model, job.data.train, job.split.retain, fisher.expected_scores
     )
     rng = utils.generator(job.seed, job.name, "noise", device=job.device)
-    last = fisher.last_layer(job.model)
+    last_layer = fisher.last_layer(model)
     with torch.no_grad():
-        for name, parameter in job.model.named_parameters():
-            largest = 1e2 if name in last else 1e3
-            deviation = fisher_noise_deviation(information[name], job.options["noise"], largest)
+        for name, parameter in model.named_parameters():
+            bound = 1e2 if name in last_layer else 1e3
+            deviation = fisher_noise_deviation(information[name], job.options["noise"], bound)
             parameter += deviation * torch.randn(parameter.shape, generator=rng, device=job.device)
+    return model
 
 
-def fisher_noise_deviation(fisher, noise, largest):
-    """Standard deviation of the noise of each weight, from its diagonal Fisher information F: √(noise / F), with 1 / F
-    at most ``largest``."""
-    return (noise / fisher.clamp(min=1 / largest)).sqrt()
+def fisher_noise_deviation(information, noise, bound):
+    """Standard deviation √(noise / F) of the noise of every weight, with 1 / F ≤ ``bound``.
+
+    ``information`` is the diagonal Fisher information F of one tensor. Returns the same shape.
+    """
+    return (noise / information.clamp(min=1 / bound)).sqrt()
 
 
 @method(num_epochs=5, learning_rate=0.01, kd_T=1.0)
 def teacher(job):
-    """Bad teaching: the student follows the original on the retain images and a network that was never trained
-    on the forget images (Chundawat et al. 2023, 2205.08096).
+    """Bad teaching: distill the original model on the retain images and an untrained network on the
+    forget images (Chundawat et al. 2023, 2205.08096).
 
-    Departs from the paper in the optimiser (theirs is Adam at 1e-4), and takes all retain images, not a share. A
-    pre-trained network starts from its pre-trained weights with a new head. Default temperature: the authors'.
+    Differs from the paper in the optimizer (Adam at 1e-4 there), and uses all retain images instead
+    of a fraction. A pre-trained network serves as untrained with a new head. Default temperature:
+    the authors'.
     """
-    competent, incompetent = frozen_copy(job.model), job.new_model().eval().requires_grad_(False)
+    competent = frozen_copy(job.model)
+    incompetent = job.new_model().eval().requires_grad_(False)
     temperature = job.options["kd_T"]
 
     def loss(batch):
-        targets = torch.cat(
-            [batch.answers(competent, "retain"), batch.answers(incompetent, "forget")]
-        )
-        return distance(batch.logits, targets, temperature)
+        retain_targets = batch.outputs_of(competent, "retain")
+        forget_targets = batch.outputs_of(incompetent, "forget")
+        return distance(batch.logits, torch.cat([retain_targets, forget_targets]), temperature)
 
-    train(job, loss, PARTS)
+    return train(job, loss, TRAINING_PARTS)
 
 
 def frozen_copy(model):
-    """A copy in eval mode without gradients, to be distilled from."""
+    """A copy in eval mode without gradients, as a teacher for distillation."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def distance(logits, targets, temperature):
-    """KL(teacher ‖ student) of two sets of logits N×K, softened by the temperature T: mean over images, times T²."""
-    student, tutor = (F.log_softmax(answers / temperature, dim=1) for answers in (logits, targets))
-    return F.kl_div(student, tutor, log_target=True, reduction="batchmean") * temperature**2
+    """T² · mean over images of KL(teacher ‖ student), both softened by the temperature T.
+
+    ``logits`` are the student's and ``targets`` the teacher's, both N×K → a scalar.
+    """
+    student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (logits, targets))
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
 
 
 @method(
-    trained=False, selection_weighting=8.0, dampening_constant=1.0, vit={"selection_weighting": 4.0}
+    trained=False,
+    selection_weighting=8.0,
+    dampening_constant=1.0,
+    transformer={"selection_weighting": 4.0},
 )
 def ssd(job):
-    """Selective synaptic dampening: weights that matter more for the forget images than for all training images
-    shrink in proportion (Foster et al. 2024, 2308.07707).
+    """Selective synaptic dampening: weights that are more important for the forget images D_f than
+    for all training images D shrink in proportion (Foster et al. 2024, 2308.07707).
 
-    Importances are the mean squared gradients of single images, the empirical Fisher information; the authors' code
-    squares the gradients of whole batches, whose ratios are larger. As D holds D_f, I_f / I_D cannot exceed
-    |D| / |D_f|, which is 10 for a tenth of the images: their α of 10 would then never select a weight. Defaults:
-    λ theirs; α = 8 is where digits models stay whole; half of it for transformers, as the authors do. 4 forgets a
-    class of 5,000 CIFAR-10 images, 8 leaves it.
+    The importance I is the mean squared gradient of single images, the empirical Fisher
+    information. The authors' code squares the gradients of whole batches, which gives larger
+    ratios. Since D contains D_f, I_f / I_D is at most |D| / |D_f|, which is 10 for a tenth of the
+    images. The authors' α = 10 would then select no weight. Defaults: the authors' λ; α = 8 keeps
+    models of digits intact. Transformers use half of it, as in the paper. On 5,000 CIFAR-10 images,
+    4 forgets a class and 8 does not.
     """
-    images, parts = job.data.train, (job.split.retain, job.split.forget)
+    images, split = job.data.train, job.split
     retain, forget = (
-        fisher.diagonal_fisher(job.model, images, part, fisher.observed_score) for part in parts
+        fisher.diagonal_fisher(job.model, images, indices, fisher.observed_score)
+        for indices in (split.retain, split.forget)
     )
-    share = len(job.split.forget) / sum(map(len, parts))
+    forget_share = len(split.forget) / (len(split.retain) + len(split.forget))
     with torch.no_grad():
         for name, parameter in job.model.named_parameters():
-            overall = (1 - share) * retain[name] + share * forget[name]
+            overall = (1 - forget_share) * retain[name] + forget_share * forget[name]
             parameter *= dampening(forget[name], overall, **job.options)
+    return job.model
 
 
 def dampening(forget, overall, selection_weighting, dampening_constant):
-    """The factor of each weight: min(λ·I_D / I_f, 1) where I_f > α·I_D, else 1. Importances in, same shape out."""
+    """The factor of every weight: min(λ·I_D / I_f, 1) where I_f > α·I_D, else 1.
+
+    ``forget`` and ``overall`` are the importances I_f and I_D of one tensor, α is
+    ``selection_weighting`` and λ ``dampening_constant``. Returns the same shape.
+    """
     factor = (dampening_constant * overall / forget).clamp(max=1)
     return torch.where(forget > selection_weighting * overall, factor, 1.0)
 
 
 @method(num_epochs=10, learning_rate=2e-3, msteps=2, kd_T=4.0, beta=0.001, gamma=0.99)
 def scrub(job):
-    """SCRUB: away from the original on the forget images, back to it and to the labels on the retain images, in turns
-    (Kurmanji et al. 2023, 2302.09880).
+    """SCRUB: alternate between moving away from the original model on the forget images, and back
+    to it and to the labels on the retain images (Kurmanji et al. 2023, 2302.09880).
 
-    The first ``msteps`` epochs begin with a pass through the forget images. Defaults: weights and temperature are
-    those of the authors' code; its rate of 5e-4 leaves two thirds of a class of 5,000 CIFAR-10 images
-    remembered after 5 epochs, 2e-3 none after 4.
+    The first ``msteps`` epochs start with a pass over the forget images. Defaults: weights and
+    temperature of the authors' code. Its learning rate of 5e-4 leaves two thirds of a class of
+    5,000 CIFAR-10 images remembered after 5 epochs, and 2e-3 none after 4.
     """
-    original = frozen_copy(job.model)
-    temperature, beta, gamma = (job.options[key] for key in ("kd_T", "beta", "gamma"))
+    turns = ScrubTurns(job)
+    return train(job, turns.loss, schedule=turns.schedule)
 
-    def schedule(epoch):
-        maximise = index_batches(job, ("forget",), epoch) if epoch <= job.options["msteps"] else []
-        return maximise + index_batches(job, ("retain",), epoch)
 
-    def loss(batch):
+class ScrubTurns:
+    """The maximization and minimization steps of SCRUB, and their losses."""
+
+    def __init__(self, job):
+        self.job, self.original = job, frozen_copy(job.model)
+
+    def schedule(self, epoch):
+        """The steps of an epoch: a maximization pass in the first epochs, then minimization."""
+        minimize = index_batches(self.job, ("retain",), epoch)
+        if epoch > self.job.options["msteps"]:
+            return minimize
+        return index_batches(self.job, ("forget",), epoch) + minimize
+
+    def loss(self, batch):
+        """−distance on forget images; β · distance + γ · cross-entropy on retain images."""
+        options = self.job.options
         if not batch.num_retain:
-            return -distance(batch.logits, batch.answers(original, "forget"), temperature)
+            targets = batch.outputs_of(self.original, "forget")
+            return -distance(batch.logits, targets, options["kd_T"])
         logits, labels = batch.retain
-        from_original = distance(logits, batch.answers(original, "retain"), temperature)
-        return beta * from_original + gamma * F.cross_entropy(logits, labels)
-
-    train(job, loss, schedule=schedule)
+        targets = batch.outputs_of(self.original, "retain")
+        from_original = distance(logits, targets, options["kd_T"])
+        return options["beta"] * from_original + options["gamma"] * F.cross_entropy(logits, labels)
 
 
 @method(num_epochs=10, learning_rate=0.013, mask_ratio=0.5, mask_path=None)
 def salun(job):
-    """SalUn: random labels on the weights with the largest gradient of the forget loss; the others keep the
-    original's values (Fan et al. 2024, 2310.12508).
+    """SalUn: random labels, applied only to the weights with the largest gradient of the forget
+    loss (Fan et al. 2024, 2310.12508).
 
-    Defaults: those published with it for 10 % of CIFAR-10 (10 epochs at 0.013, half of the weights).
+    The other weights keep the values of the original model. Defaults: those published with the
+    method for 10 % of CIFAR-10 (10 epochs at 0.013, half of the weights).
     """
     path = job.options["mask_path"]
     masks = read_mask(path, job.model) if path else saliency_mask(job)
     job.by_products[MASK_FILE] = masks
-    pairs = [
-        (p, p.detach().clone(), masks[name].to(job.device))
-        for name, p in job.model.named_parameters()
-    ]
+    masks = {name: mask.to(job.device) for name, mask in masks.items()}
+    originals = {name: weight.detach().clone() for name, weight in job.model.named_parameters()}
 
     @torch.no_grad()
-    def restore():  # weight decay and momentum would move them too
-        for parameter, original, mask in pairs:
-            parameter.copy_(torch.where(mask, parameter, original))
+    def restore_unmasked():
+        # A gradient of zero is not enough: weight decay and momentum move the weights too.
+        for name, parameter in job.model.named_parameters():
+            parameter.copy_(torch.where(masks[name], parameter, originals[name]))
 
-    train(job, random_label_loss(job), PARTS, after_step=restore)
+    return train(job, random_label_loss(job), TRAINING_PARTS, after_step=restore_unmasked)
 
 
 def saliency_mask(job):
-    """The ``mask_ratio`` of all weights with the largest |∇ cross-entropy of D_f|: booleans by parameter name."""
+    """The fraction ``mask_ratio`` of all weights with the largest |∇ cross-entropy of D_f|.
+
+    Returns booleans by parameter name.
+    """
+    gradients = forget_gradients(job)
+    magnitudes = torch.cat([gradient.abs().flatten() for gradient in gradients.values()])
+    num_salient = round(job.options["mask_ratio"] * len(magnitudes))
+    salient = torch.zeros(len(magnitudes), dtype=torch.bool, device=job.device)
+    salient[magnitudes.topk(num_salient).indices] = True
+    flat_masks = salient.split([gradient.numel() for gradient in gradients.values()])
+    return {
+        name: mask.view_as(gradients[name])
+        for name, mask in zip(gradients, flat_masks, strict=True)
+    }
+
+
+def forget_gradients(job):
+    """Gradients of the summed cross-entropy of the forget images, by parameter name."""
     job.model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in job.model.named_parameters()}
-    parts = job.split.forget.split(512 * distributed.world_size())
-    for indices, inputs in zip(parts, job.data.train.batches(parts), strict=True):
-        loss = F.cross_entropy(
-            job.model(inputs),
-            job.data.train.labels[distributed.local_rows(indices)],
-            reduction="sum",
-        )
+    chunks = job.split.forget.split(512 * distributed.world_size())
+    for indices, inputs in zip(chunks, job.data.train.batches(chunks), strict=True):
+        labels = job.data.train.labels[distributed.local_rows(indices)]
+        loss = F.cross_entropy(job.model(inputs), labels, reduction="sum")
         gradients = torch.autograd.grad(loss, list(job.model.parameters()))
         for name, gradient in zip(total, gradients, strict=True):
             total[name] += gradient
     distributed.add_up(total.values())
-    sizes = torch.cat([gradient.abs().flatten() for gradient in total.values()])
-    chosen = torch.zeros(len(sizes), dtype=torch.bool, device=job.device)
-    chosen[sizes.topk(round(job.options["mask_ratio"] * len(sizes))).indices] = True
-    parts = chosen.split([gradient.numel() for gradient in total.values()])
-    return {name: part.view_as(total[name]) for name, part in zip(total, parts, strict=True)}
+    return total
 
 
 def read_mask(path, model):
-    """A saved mask, booleans by parameter name. Raises UserError for a file that is none, or another network's."""
-    masks, _ = checkpoint.read(
-        path, f"salun saves the mask that it used as {MASK_FILE} beside its model"
-    )
+    """A saved mask, booleans by parameter name.
+
+    Raises UserError for a file that is not a mask, or is the mask of another network.
+    """
+    masks, _ = checkpoint.read(path, f"salun saves its mask with its model, as {MASK_FILE}")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     masks = checkpoint.match_names(masks, shapes, path)
-    odd = [
+    mismatches = [
         name
         for name in shapes.keys() | masks.keys()
-        if getattr(masks.get(name), "shape", None) != shapes.get(name)
+        if name not in shapes or name not in masks or masks[name].shape != shapes[name]
     ]
-    if odd:
-        raise utils.UserError(
-            f"--mask_path {path}: not a mask of this network: {min(odd)} differs or is missing"
+    if mismatches:
+        raise UserError(
+            f"--mask_path {path}: not a mask of this network: "
+            f"{min(mismatches)} differs or is missing"
         )
     if not all(((mask == 0) | (mask == 1)).all() for mask in masks.values()):
-        raise utils.UserError(f"--mask_path {path}: not a mask: it holds other values than 0 and 1")
+        raise UserError(f"--mask_path {path}: not a mask: it has values other than 0 and 1")
     return {name: masks[name].bool() for name in shapes}
 
 
@@ -865,119 +994,170 @@ def read_mask(path, model):
     max_norm=7.0,
 )
 def sfron(job):
-    """SFRon: ascent on the forget images, weighted by image and confined to salient weights, and repair on the retain
-    images, in turns (Huang et al. 2024, 2409.19732).
+    """SFRon: alternate between weighted ascent on the forget images, restricted to salient weights,
+    and repair on the retain images (Huang et al. 2024, 2409.19732).
 
-    Defaults: the authors' for 10 % of CIFAR-10; their 1,500 steps of 128 images are five epochs. BatchNorm is in train
-    mode in both turns, as theirs. A weight is salient where its empirical Fisher information, image by image, is
-    at least ``saliency_threshold`` times as large on the forget as on the retain images.
+    A weight is salient if its empirical Fisher information, image by image, is at least
+    ``saliency_threshold`` times as large on the forget as on the retain images. BatchNorm is in
+    train mode in both kinds of steps, as in the authors' code. Defaults: the authors' for 10 % of
+    CIFAR-10. Their 1,500 steps of 128 images are five epochs.
     """
-    options = job.options
-    images, split = job.data.train, job.split
     forget, retain = (
-        fisher.diagonal_fisher(job.model, images, part, fisher.observed_score)
-        for part in (split.forget, split.retain)
+        fisher.diagonal_fisher(job.model, job.data.train, indices, fisher.observed_score)
+        for indices in (job.split.forget, job.split.retain)
     )
-    masks = {name: forget[name] >= options["saliency_threshold"] * retain[name] for name in forget}
-    steps = job.recipe.num_epochs * len(index_batches(job, ("retain",), 1))
-    progress = [0]
+    threshold = job.options["saliency_threshold"]
+    salient = {name: forget[name] >= threshold * retain[name] for name in forget}
+    turns = SFRonTurns(job, salient)
+    return train(
+        job, turns.loss, schedule=turns.schedule, before_step=turns.restrict_ascent_gradient
+    )
 
-    def schedule(epoch):
-        progress[0] = (epoch - 1) * steps // job.recipe.num_epochs
-        turns, ascents = [], endless_passes(epoch)
-        for number, repair in enumerate(index_batches(job, ("retain",), epoch)):
-            if number % options["ascent_every"] == 0:
-                turns.append((next(ascents), 0))
-            turns.append(repair)
-        return turns
 
-    def endless_passes(epoch):
-        pass_number = 0
+class SFRonTurns:
+    """The ascent and repair steps of SFRon.
+
+    ``salient`` are booleans by parameter name. The strength of the ascent follows a cosine from
+    the option ``ascent`` to zero over the repair steps of all epochs.
+    """
+
+    def __init__(self, job, salient):
+        self.job, self.salient = job, salient
+        self.repairs_per_epoch = len(index_batches(job, ("retain",), 1))
+        self.repairs_done = 0
+
+    def schedule(self, epoch):
+        """The steps of an epoch: an ascent step before every ``ascent_every``-th repair step."""
+        self.repairs_done = (epoch - 1) * self.repairs_per_epoch
+        ascents, steps = self.ascent_batches(epoch), []
+        for number, repair in enumerate(index_batches(self.job, ("retain",), epoch)):
+            if number % self.job.options["ascent_every"] == 0:
+                steps.append((next(ascents), 0))
+            steps.append(repair)
+        return steps
+
+    def ascent_batches(self, epoch):
+        """Endless batches of the forget images, shuffled again for every pass over them."""
+        job, pass_number = self.job, 0
         while True:
             rng = utils.generator(job.seed, job.name, "order", "ascent", epoch, pass_number)
-            order = torch.randperm(len(split.forget), generator=rng).to(job.device)
-            yield from split.forget[order].split(job.recipe.batch_size)
+            order = torch.randperm(len(job.split.forget), generator=rng).to(job.device)
+            yield from job.split.forget[order].split(job.recipe.batch_size)
             pass_number += 1
 
-    def loss(batch):
+    def loss(self, batch):
+        """Cross-entropy on retain images; −strength · adaptive cross-entropy on forget images."""
         if batch.num_retain:
-            progress[0] += 1
+            self.repairs_done += 1
             return F.cross_entropy(*batch.retain)
-        strength = options["ascent"] * (1 + math.cos(math.pi * progress[0] / steps)) / 2
-        return -strength * adaptive_cross_entropy(*batch.forget, options["adaptivity"])
+        num_repairs = self.job.recipe.num_epochs * self.repairs_per_epoch
+        cosine = math.cos(math.pi * self.repairs_done / num_repairs)
+        strength = self.job.options["ascent"] * (1 + cosine) / 2
+        return -strength * adaptive_cross_entropy(*batch.forget, self.job.options["adaptivity"])
 
-    def confine(batch):
+    def restrict_ascent_gradient(self, batch):
+        """In an ascent step, set the gradients of other weights to zero and clip their norm."""
         if not batch.num_retain:
-            for name, parameter in job.model.named_parameters():
-                parameter.grad *= masks[name]
-            nn.utils.clip_grad_norm_(job.model.parameters(), options["max_norm"])
-
-    train(job, loss, schedule=schedule, before_step=confine)
+            for name, parameter in self.job.model.named_parameters():
+                parameter.grad *= self.salient[name]
+            nn.utils.clip_grad_norm_(self.job.model.parameters(), self.job.options["max_norm"])
 
 
 def adaptive_cross_entropy(logits, labels, adaptivity):
-    """Mean over images of w·ℓ with w ∝ ℓ^−λ of mean 1: images forgotten already, of large loss, count less.
+    """Mean over images of w·ℓ with w ∝ ℓ^−λ of mean 1 (Huang et al. 2024).
 
-    Logits M×K, labels M, λ a float → a scalar; the weights have no gradient (Huang et al. 2024).
+    Images with a large loss ℓ, which are already forgotten, have a small weight w. The weights
+    have no gradient. Logits M×K, labels M, λ = ``adaptivity`` → a scalar.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")
     log_losses = losses.detach().clamp(min=torch.finfo(losses.dtype).eps).log()
-    weights = (-adaptivity * log_losses).softmax(
-        dim=0
-    )  # of sum 1; powers would overflow at a large λ
+    # softmax(−λ·log ℓ) is ℓ^−λ normalized to a sum of 1. The power itself overflows for a large λ.
+    weights = (-adaptivity * log_losses).softmax(dim=0)
     return (weights * losses).sum()
 
 
-# ---------------------------------------------------------------- importances of weights
+# ---------------------------------------------------------------- flags and recipes
 
 
-def describe_methods(names=None):
-    """The methods with their defaults, for ``--help``."""
+def describe_methods(methods):
+    """The methods (:class:`Method` by label) with their defaults, for ``--help``."""
     lines = ["methods and their defaults:"]
-    for name in names or METHODS:
-        entry = METHODS[name.removeprefix("cpu_")]
-        epochs, rate = entry.num_epochs or "the original's", entry.learning_rate or "the original's"
-        parts = (
-            [f"epochs: {epochs}", f"learning rate: {rate}"] if entry.trained else ["not trained"]
-        )
-        parts += [f"{key}: {value}" for key, value in entry.options.items() if value is not None]
-        parts += [f"{key} of vit: {value}" for key, value in entry.vit.items()]
-        lines.append(f"  {name:<16} {', '.join(parts)}")
+    lines += [f"  {label:<16} {describe_defaults(entry)}" for label, entry in methods.items()]
     return "\n".join(lines)
 
 
-def add_option_flags(parser, names):
-    """The flags of ``OPTIONS`` that the named methods have."""
-    group = parser.add_argument_group("single methods", "when left out: the method's own, below")
+def describe_defaults(entry):
+    """The defaults of a :class:`Method` in one line."""
+    defaults = ["no training"]
+    if entry.trained:
+        epochs = entry.num_epochs or "as for the original model"
+        rate = entry.learning_rate or "as for the original model"
+        defaults = [f"epochs: {epochs}", f"learning rate: {rate}"]
+    for option, value in entry.options.items():
+        if option in entry.transformer:
+            defaults.append(f"{option}: {value} (transformers: {entry.transformer[option]})")
+        elif value is not None:
+            defaults.append(f"{option}: {value}")
+    return ", ".join(defaults)
+
+
+def add_option_flags(parser, methods):
+    """Add the flags of ``OPTIONS`` that the methods (:class:`Method` by label) have."""
+    group = parser.add_argument_group("options of single methods", "defaults: listed below")
     for option, (kind, text) in OPTIONS.items():
-        owners = [name for name in names if option in METHODS[name.removeprefix("cpu_")].options]
+        owners = [label for label, entry in methods.items() if option in entry.options]
         if owners:
             group.add_argument(f"--{option}", type=kind, help=f"{', '.join(owners)}: {text}")
 
 
+def check_flags(args, methods):
+    """Raise UserError for a flag that cannot apply to the chosen methods (Method by label)."""
+    labels = ", ".join(methods)
+    if len(methods) > 1 and args.learning_rate:
+        raise UserError(
+            "--learning_rate with several methods: no single rate suits all of them; "
+            "omit it or choose one method"
+        )
+    if not any(entry.trained for entry in methods.values()):
+        for flag in ("num_epochs", "learning_rate", "batch_size", "milestones"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} does not apply to {labels} (no training); omit it")
+    for option in OPTIONS:
+        applies = any(option in entry.options for entry in methods.values())
+        if getattr(args, option, None) is not None and not applies:
+            owners = ", ".join(name for name, entry in METHODS.items() if option in entry.options)
+            raise UserError(f"--{option} applies to {owners} and not to {labels}; omit it")
+
+
 def method_options(entry, args):
-    """A method's own hyper-parameters: flags where given, else its defaults."""
-    defaults = entry.options | {
-        key: value for key, value in _vit(entry, args).items() if key in entry.options
+    """The options of a method: the flags that were passed, else its defaults."""
+    options = entry.options | {
+        option: value
+        for option, value in transformer_defaults(entry, args).items()
+        if option in entry.options
     }
-    given = {key: getattr(args, key, None) for key in entry.options}
-    return defaults | {key: value for key, value in given.items() if value is not None}
+    flags = {option: getattr(args, option, None) for option in entry.options}
+    return options | {option: value for option, value in flags.items() if value is not None}
 
 
-def _vit(entry, args):
-    return entry.vit if args.model_name != "resnet18" else {}
-
-
-# ---------------------------------------------------------------- runs
+def transformer_defaults(entry, args):
+    """The defaults of a method that differ for the network of the flags."""
+    return entry.transformer if models.describe(args.model_name).is_transformer else {}
 
 
 def original_recipe(args, device):
-    """The recipe of an original model where flags are left out: from scratch, or from ImageNet weights."""
-    spec, from_scratch = utils.SPECS[args.data_name], args.model_name == "resnet18"
+    """The recipe of the original model: flags, else the defaults of the data set.
+
+    A network that starts from ImageNet weights trains for at most 20 epochs at 0.01.
+    """
+    spec = utils.SPECS[args.data_name]
+    if models.describe(args.model_name).trained_from_scratch:
+        num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
+    else:
+        num_epochs, learning_rate = min(spec.num_epochs, 20), 0.01
     return Recipe(
-        num_epochs=args.num_epochs
-        or (spec.num_epochs if from_scratch else min(spec.num_epochs, 20)),
-        learning_rate=args.learning_rate or (spec.learning_rate if from_scratch else 0.01),
+        num_epochs=args.num_epochs or num_epochs,
+        learning_rate=args.learning_rate or learning_rate,
         batch_size=args.batch_size or Recipe.batch_size,
         milestones=args.milestones,
         precision=utils.pick_precision(args, device),
@@ -985,286 +1165,163 @@ def original_recipe(args, device):
 
 
 def method_recipe(entry, args, original_meta, device):
-    """A method's recipe: flags where given, else its own defaults, else the original model's recipe.
+    """The recipe of a method: flags, else its defaults, else the recipe of the original model.
 
-    None for a method that is not trained.
+    None for a method without training. An original model without a recorded recipe counts as
+    trained with the recipe of the flags.
     """
     if not entry.trained:
         return None
     original = original_meta.get("recipe") or asdict(original_recipe(args, device))
     follows_original = entry.num_epochs is None
-    defaults = {"num_epochs": entry.num_epochs, "learning_rate": entry.learning_rate} | _vit(
-        entry, args
-    )
+    defaults = {"num_epochs": entry.num_epochs, "learning_rate": entry.learning_rate}
+    defaults |= transformer_defaults(entry, args)
+    batch_size = original["batch_size"] if follows_original else Recipe.batch_size
+    milestones = original["milestones"] if follows_original else None
     return Recipe(
         num_epochs=args.num_epochs or defaults["num_epochs"] or original["num_epochs"],
         learning_rate=args.learning_rate or defaults["learning_rate"] or original["learning_rate"],
-        batch_size=args.batch_size
-        or (original["batch_size"] if follows_original else Recipe.batch_size),
-        milestones=args.milestones or (original["milestones"] if follows_original else None),
+        batch_size=args.batch_size or batch_size,
+        milestones=args.milestones or milestones,
         momentum=entry.momentum,
         precision=utils.pick_precision(args, device),
     )
 
 
-def already_done(path, identity, args):
-    """The meta of an equal run at ``path``, or None where there is none (or --overwrite redoes it).
+# ---------------------------------------------------------------- running and saving
 
-    ``identity`` is everything that determines the weights. A precision that no flag asks for may be another device's.
-    Raises UserError where another run's result is there.
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of a run: ``model_file`` and ``record_file`` in ``folder``.
+
+    ``record_has_history`` adds the records of all epochs to the record.
+    """
+
+    folder: Path
+    model_file: str = MODEL_FILE
+    record_file: str = RECORD_FILE
+    record_has_history: bool = False
+
+    @property
+    def model_path(self):
+        return self.folder / self.model_file
+
+
+def already_done(path, identity, args):
+    """The meta of an earlier run with the same ``identity`` that saved its model at ``path``.
+
+    ``identity`` is everything that determines the weights. Returns None if there is no file, or if
+    --overwrite is set. Raises UserError if the file cannot be read or comes from other settings.
+    With --precision auto the precision may differ, since it depends on the device.
     """
     if args.overwrite or not path.exists():
         return None
     try:
         meta = checkpoint.read(path)[1]
-    except utils.UserError as error:
-        raise utils.UserError(f"{error}; --overwrite replaces it") from error
-    found = meta.get("identity", {})
-    different = [key for key in identity | found if found.get(key) != identity.get(key)]
+    except UserError as error:
+        raise UserError(f"{error}; pass --overwrite to replace it") from error
+    saved = meta.get("identity", {})
+    different = [key for key in identity | saved if saved.get(key) != identity.get(key)]
     if args.precision == "auto" and "precision" in different:
         different.remove("precision")
     if not different:
         return meta
     differences = ", ".join(
-        f"{key} {found.get(key)} there, {identity.get(key)} now" for key in different
+        f"{key}: {saved.get(key)} on disk, {identity.get(key)} requested" for key in different
     )
-    raise utils.UserError(
-        f"{path} exists and is another run's ({differences}); --overwrite replaces it"
+    raise UserError(
+        f"{path} already exists with different settings ({differences}); "
+        "pass --overwrite to replace it"
     )
 
 
-def execute(job, run, folder, file_name, record_name, meta, args):
-    """Run ``run(job)``, record it, and save the model with its ``meta`` as ``folder/file_name``.
+def run_and_save(job, run, files, *, meta, args):
+    """Run a job and save its model and records, or return the meta of an equal earlier run.
 
-    Returns the meta with the wall time in seconds and the final accuracies added. A run that fails saves nothing. The
-    model is moved to its place last, so that an interrupted run is either done or can be resumed.
+    ``run(job)`` returns the trained model. ``meta`` is saved with it, and must hold the
+    "identity" (see :func:`already_done`). Returns it with "seconds", the wall time, and the final
+    "accuracies" added. All files are written to an unfinished folder and moved up at the end, the
+    model last. So a failed run saves nothing, and an interrupted one is either complete or can be
+    resumed. Raises UserError, e.g. :class:`Diverged`.
     """
-    with utils.unfinished_folder(folder, checkpoint.size(job.model)) as unfinished:
-        if done := already_done(
-            folder / file_name, meta["identity"], args
-        ):  # since the flags were checked
-            return done
-        job.compile = args.compile
-        job.progress = Progress(
-            unfinished / utils.RESUME_FILE, meta["identity"], args.resume, args.save_every
+    with utils.unfinished_folder(files.folder, checkpoint.size(job.model)) as unfinished:
+        # Another run may have finished here since the flags were checked.
+        if earlier := already_done(files.model_path, meta["identity"], args):
+            return earlier
+        progress = Progress(
+            unfinished / utils.RESUME_FILE,
+            meta["identity"],
+            resume=args.resume,
+            save_every=args.save_every,
         )
-        if job.progress.found:
-            print(
-                f"{job.label}: goes on after epoch {job.progress.found['epoch']} ({job.progress.path})"
-            )
+        if progress.restored:
+            print(f"{job.label}: resuming after epoch {progress.restored['epoch']}")
         history = utils.History(unfinished / "history.jsonl")
-        with utils.WandbRun(folder, job.label, meta, args) as wandb_run:
+        with utils.WandbRun(files.folder, job.label, meta, args) as wandb_run:
 
             def epoch_done(record):
                 history.add(record)
                 wandb_run.log(record)
 
-            job.epoch_done = epoch_done
-            _run_and_keep_what_is_done(run, job)
-            meta = meta | {"seconds": job.progress.seconds, "accuracies": final_accuracies(job)}
-            for name, state in job.by_products.items():
-                checkpoint.save(unfinished / name, state, meta)
-            curves = {"history": history.records} if record_name == "original_model.json" else {}
-            utils.save_json(unfinished / record_name, meta | curves)
-            checkpoint.save(unfinished / file_name, job.model.state_dict(), meta)
-            utils.move_up(unfinished, last=file_name)
-            wandb_run.log_table(
-                "run", [{"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]]
-            )
+            job = replace(job, progress=progress, epoch_done=epoch_done)
+            job = replace(job, model=run_resumably(run, job))
+            meta = meta | {"seconds": progress.seconds, "accuracies": final_accuracies(job)}
+            save_files(job, files, unfinished, meta=meta, records=history.records)
+            row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
+            wandb_run.log_table("run", [row])
     return meta
 
 
-def final_accuracies(job):
-    """:func:`accuracies` on all images. Raises :class:`Diverged` where a weight or a logit is not finite, which a
-    method without training can cause too."""
-    found = None
-    with suppress(utils.NotFinite):
-        found = accuracies(job)
-    if found is None or not weights_are_finite(job.model):
-        flags = " or ".join(
-            f"--{option}" for option in (["learning_rate"] if job.recipe else job.options)
-        )
-        raise Diverged(
-            f"{job.label} diverged: some of its weights or outputs are NaN or infinite; lower {flags}. "
-            "What was saved before is unchanged"
-        )
-    return found
+def save_files(job, files, unfinished, *, meta, records):
+    """Save the by-products, the record and the model, and move them up, the model last."""
+    for file_name, state in job.by_products.items():
+        checkpoint.save(unfinished / file_name, state, meta)
+    history = {"history": records} if files.record_has_history else {}
+    utils.save_json(unfinished / files.record_file, meta | history)
+    checkpoint.save(unfinished / files.model_file, job.model.state_dict(), meta)
+    utils.move_up(unfinished, last=files.model_file)
 
 
-def _run_and_keep_what_is_done(run, job):
-    """``run(job)``; where something stops it, the state of the last epoch is saved for --resume."""
+def run_resumably(run, job):
+    """``run(job)``. Saves the state of the last epoch for --resume if the run is interrupted."""
     try:
-        run(job)
+        return run(job)
     except Diverged:
         raise
     except KeyboardInterrupt:
         if job.progress.save():
             raise utils.Interrupted(
-                f"{job.label} is saved; the same command with --resume goes on"
+                f"the state of {job.label} is saved; pass --resume to continue"
             ) from None
         raise
-    except BrokenPipeError:  # such as main_unlearn.py | head
+    except BrokenPipeError:  # e.g. main_unlearn.py | head
         if job.progress.save():
             raise utils.Interrupted(
-                f"the output pipe was closed; {job.label} is saved; the same command with --resume continues it"
+                f"the output pipe was closed; the state of {job.label} is saved; "
+                "pass --resume to continue"
             ) from None
         raise
-    except Exception:  # a full disk, an unreadable image, a process that died
-        with suppress(utils.UserError):
+    except Exception:  # e.g. a full disk, an unreadable image, a failed rank
+        with suppress(UserError):
             job.progress.save()
         raise
 
 
-def run_methods(args, methods, term_of=lambda args, data, split: None, prefix=""):
-    """Unlearn with each of ``args.unlearn_name``, for each seed, and print one table. Returns the exit status.
+def final_accuracies(job):
+    """:func:`accuracies` on all images.
 
-    ``term_of(args, data, split)`` makes the conformal term; ``prefix`` is what its variants' names have before the
-    base method's. What is already done is not done again; a method that fails is a row that says why, and the
-    others go on.
+    Raises :class:`Diverged` if a weight or a logit is not finite. This also happens to methods
+    without training.
     """
-    names = utils.method_names(args.unlearn_name, methods, prefix)
-    check_flags(args, [methods[name] for name in names], names)
-    device = utils.pick_device(args)
-    data = utils.load_data(args, device, models.input_size(args.model_name))
-    plans = [
-        plan_runs(seed_args, names, methods, data, device, term_of)
-        for seed_args in utils.each_seed(args)
-    ]
-    rows = [row for plan in plans for row in run_plan(plan, methods, data, device, prefix)]
-    failures = [row for row in rows if "note" in row]
-    columns = RUN_COLUMNS | {"note": ("note", "text")} if failures else RUN_COLUMNS
-    utils.print_table(columns, utils.summarise(rows, columns, ["method"]))
-    return 2 if failures else 0
-
-
-def check_flags(args, entries, names):
-    """Raise UserError for a flag that the chosen methods have no use for, or that cannot be right for all of them."""
-    if len(names) > 1 and args.learning_rate:
-        raise utils.UserError(
-            "--learning_rate with several methods: no rate is right for all; leave it out, or run one"
+    measured = None
+    with suppress(NotFinite):
+        measured = accuracies(job)
+    if measured is None or not weights_are_finite(job.model):
+        options = ["learning_rate"] if job.recipe else job.options
+        flags = " or ".join(f"--{option}" for option in options)
+        raise Diverged(
+            f"{job.label} diverged: some of its weights or outputs are NaN or infinite; "
+            f"lower {flags} (earlier results are unchanged)"
         )
-    if not any(entry.trained for entry in entries):
-        for flag in ("num_epochs", "learning_rate", "batch_size", "milestones"):
-            if getattr(args, flag) is not None:
-                raise utils.UserError(f"--{flag}: {', '.join(names)} is not trained; leave it out")
-    for option in OPTIONS:
-        if getattr(args, option, None) is not None and not any(
-            option in entry.options for entry in entries
-        ):
-            owners = ", ".join(name for name, entry in METHODS.items() if option in entry.options)
-            raise utils.UserError(
-                f"--{option} belongs to {owners}, not to {', '.join(names)}; leave it out"
-            )
-
-
-@dataclass
-class Plan:
-    """What is to be done for one seed: the original model, the split, and one entry for each method."""
-
-    args: object
-    split: utils.Split
-    state: dict
-    original: dict
-    folder: object
-    runs: list[tuple]
-
-
-def plan_runs(args, names, methods, data, device, term_of):
-    """Read and check everything that the runs of one seed need, before any of them begins."""
-    split = utils.make_split(data, args)
-    root = utils.run_folder(args, data)
-    path = utils.locate(args.model_dir, root)
-    state, original = checkpoint.read(
-        path, "train it first with main_original_model.py and the same flags"
-    )
-    checkpoint.check_meta(path, original, args, data)
-    model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
-    checkpoint.load_weights(model, state, path, data.train.spec)
-    try:
-        inference.compute_logits(model, data.train, split.retain[:64])
-    except utils.NotFinite as error:
-        raise utils.UserError(f"{path}: {error}") from error
-    print(f"{path}: forget {split.describe()}")
-
-    runs, origin = [], {"original": checkpoint.weights_hash(state), "forget_set": split.fingerprint}
-    for label in names:
-        entry, term = methods[label], term_of(args, data, split)
-        recipe, options = method_recipe(entry, args, original, device), method_options(entry, args)
-        identity = (asdict(recipe) if recipe else {}) | options | origin
-        if options.get("mask_path"):
-            identity["mask_path"] = checkpoint.weights_hash(read_mask(options["mask_path"], model))
-        if term is not None:
-            identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
-        done = already_done(root / split.folder / label / MODEL_FILE, identity, args)
-        runs.append((label, recipe, options, term, identity, done))
-    return Plan(args, split, copy.deepcopy(model.state_dict()), original, root / split.folder, runs)
-
-
-def run_plan(plan, methods, data, device, prefix):
-    """The runs of one seed, one after the other. Yields a row of the table for each."""
-    args, split = plan.args, plan.split
-
-    def build(pretrained):
-        return models.build_model(
-            args, len(data.classes), data.train.size, device, pretrained=pretrained
-        )
-
-    def new_model(purpose):
-        utils.seed_everything(args.seed, purpose, "initialisation")
-        return build(pretrained=True)
-
-    for label, recipe, options, term, identity, meta in plan.runs:
-        folder, name = plan.folder / label, label.removeprefix(prefix)
-        if meta:
-            print(f"{folder / MODEL_FILE}: already done; --overwrite redoes it")
-        else:
-            model = build(pretrained=False)
-            model.load_state_dict(plan.state)
-            job = Job(
-                name,
-                label,
-                model,
-                data,
-                split,
-                recipe,
-                args.seed,
-                options,
-                partial(new_model, name),
-                term,
-            )
-            meta = utils.describe_run(args, data, device) | {
-                "method": label,
-                "identity": identity,
-                "recipe": asdict(recipe) if recipe else None,
-                "options": options,
-                "unlearn_type": args.unlearn_type,
-                "forget_set": split.fingerprint,
-                "num_forget": len(split.forget),
-                "original_seconds": plan.original.get("seconds"),
-            }
-            try:
-                meta = execute(
-                    job, methods[label].run, folder, MODEL_FILE, "results.json", meta, args
-                )
-            except utils.UserError as error:
-                alone = len(plan.runs) == 1 and not args.seeds
-                if alone or (distributed.world_size() > 1 and not isinstance(error, Diverged)):
-                    raise  # of several processes, perhaps one alone has met it: they would not go on together
-                utils.save_json(
-                    folder / FAILURE_FILE, {"forget_set": split.fingerprint, "error": str(error)}
-                )
-                print(f"{label} (seed {args.seed}) failed: {error}")
-                yield {
-                    "method": label,
-                    "note": f"seed {args.seed}: {error}" if args.seeds else str(error),
-                }
-                continue
-            if not distributed.rank():
-                (folder / FAILURE_FILE).unlink(missing_ok=True)
-            if term is not None and (advice := term.advice()):
-                print(f"{label}: {advice}")
-        yield (
-            {"method": label, "seconds": meta["seconds"]}
-            | (meta["recipe"] or {})
-            | meta["accuracies"]
-        )
+    return measured

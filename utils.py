@@ -53,7 +53,14 @@ from torchvision.transforms.v2 import functional as transforms
 
 from models import distributed
 from models.checkpoint import write_file
-from models.errors import NotFinite, UserError, error_reason, first_line, printable  # noqa: F401
+from models.errors import (  # noqa: F401 - utils.NotFinite
+    NotFinite,
+    UserError,
+    binary_kind,
+    error_reason,
+    first_line,
+    printable,
+)
 
 # ---------------------------------------------------------------- errors
 
@@ -1711,13 +1718,6 @@ def _composed(name):
 # ---------------------------------------------------------------- forget lists
 
 
-SIGNATURES = {
-    b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle", b"PK\x03\x04": "a zip archive (a checkpoint, .npz or .xlsx)",
-    b"\x93NUMPY": "a NumPy array", b"\x1f\x8b": "a gzip archive", b"%PDF": "a PDF",
-    b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"SQLite": "a database",
-    b"PAR1": "a Parquet table", b"\x89HDF": "an HDF5 file",
-}  # fmt: skip
 LIST_HEADINGS = {"", "file", "files", "filename", "filenames", "file_name", "name", "path",
                  "filepath", "file_path", "image", "images", "image_path", "img", "index",
                  "indices", "idx", "id", "image_id"}  # fmt: skip
@@ -1742,9 +1742,8 @@ def read_forget_list(path, data):
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag}: cannot be read ({error_reason(error)})") from error
-    for signature, kind in SIGNATURES.items():
-        if content.startswith(signature):
-            raise UserError(f"{flag}: looks like {kind}; {LIST_FORMAT}")
+    if kind := binary_kind(content):
+        raise UserError(f"{flag}: looks like {kind}; {LIST_FORMAT}")
     text = _decode(content)
     if "\0" in text:
         raise UserError(f"{flag}: looks like a binary file; {LIST_FORMAT}")

@@ -1,7 +1,10 @@
-"""Networks by name: ``resnet18`` for small images, ``vit``, and every model of timm.
+"""Networks by name: ``resnet18`` for small images, ``vit``, and every timm model.
 
-A new network of one's own is a new file here and a branch in :func:`create_model`.
+To add a network, write a file here and extend :func:`describe` and :func:`create_model`.
 """
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -11,8 +14,52 @@ from .layout import choose_layout
 from .resnet import ResNet18
 
 
+@dataclass(frozen=True)
+class Network:
+    """What the defaults of the scripts need to know about a network before it is built.
+
+    ``name`` is the value of --model_name. ``trained_from_scratch`` is False for a network that
+    starts from ImageNet weights by default. ``has_width`` says whether --width applies.
+    ``is_transformer`` says whether the defaults for transformers apply. ``native_side`` is the side
+    in pixels of the square images that the network was pre-trained on, None if it takes any size.
+    """
+
+    name: str
+    trained_from_scratch: bool
+    has_width: bool
+    is_transformer: bool
+    native_side: int | None
+
+
+@cache
+def describe(model_name):
+    """The :class:`Network` behind --model_name, without building it or downloading weights.
+
+    Raises UserError for an unknown name.
+    """
+    if model_name == "resnet18":
+        return Network(
+            name=model_name,
+            trained_from_scratch=True,
+            has_width=True,
+            is_transformer=False,
+            native_side=None,
+        )
+    return Network(
+        name=model_name,
+        trained_from_scratch=False,
+        has_width=False,
+        is_transformer=vit.is_transformer(model_name),
+        native_side=vit.native_side(model_name),
+    )
+
+
 def build_model(args, num_classes, size, device, *, pretrained):
-    """The network of the flags, on ``device``; ``pretrained`` loads ImageNet weights where the model has them."""
+    """The network that the flags ask for, on ``device``.
+
+    ``pretrained`` loads ImageNet weights where the network has them, unless --no_pretrained is set.
+    Raises UserError as :func:`create_model` does.
+    """
     model = create_model(
         args.model_name,
         num_classes,
@@ -21,10 +68,8 @@ def build_model(args, num_classes, size, device, *, pretrained):
         pretrained=pretrained and not args.no_pretrained,
         pretrained_path=args.pretrained_path if pretrained else None,
     )
-    return model.to(
-        device,
-        memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format,
-    )
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    return model.to(device, memory_format=layout)
 
 
 def create_model(
@@ -32,19 +77,25 @@ def create_model(
 ):
     """A network that maps N×3×H×W images to N×num_classes logits.
 
-    Raises UserError, with the flag at fault, for an unknown name or weights that cannot be had.
+    ``width`` applies to resnet18, ``image_size`` (side in pixels) and the weights to timm models.
+    Raises UserError, naming the flag, for an unknown name or for weights that cannot be loaded.
     """
     if model_name == "resnet18":
         if pretrained_path:
             raise UserError(
-                "--pretrained_path: resnet18 for small images has no pre-trained weights; leave it out"
+                "--pretrained_path: resnet18 has no pre-trained weights; leave the flag out"
             )
         return choose_layout(ResNet18(num_classes, width))
-    return choose_layout(
-        vit.create(model_name, num_classes, image_size, pretrained, pretrained_path)
+    model = vit.create(
+        model_name,
+        num_classes,
+        image_size=image_size,
+        pretrained=pretrained,
+        pretrained_path=pretrained_path,
     )
+    return choose_layout(model)
 
 
 def input_size(model_name):
-    """Side in pixels of the square images that a timm model was pre-trained on; None for resnet18, which takes any."""
-    return None if model_name == "resnet18" else vit.input_size(model_name)
+    """:attr:`Network.native_side` of a network."""
+    return describe(model_name).native_side

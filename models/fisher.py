@@ -1,4 +1,26 @@
-"""Importances of weights: the diagonal of the Fisher information."""
+"""Importances of weights: the diagonal of the Fisher information.
+
+The Fisher information of a weight w says how much the network's predictions depend on w:
+
+    F(w) = mean over images x of  E_y [(∂ log p_y(x) / ∂ w)²]
+
+In the expected Fisher information, y is drawn from the network's own prediction p(x) (Golatkar et
+al. 2020, arXiv 1911.04933). In the empirical Fisher information, y is the image's label (Foster et
+al. 2024, arXiv 2308.07707). Both are computed from scores: rows R of one number per class, with
+
+    F(w) = mean over images of  Σ_r (R_r · ∂ logits / ∂ w)²
+
+The square is inside the sum over images, so every image's own gradient is needed. There are two
+ways to compute it:
+
+* layer by layer: one backward pass per row gives the gradient at every layer's output for a chunk
+  of images. Together with the layer's input it gives each image's weight gradient. This works for
+  networks of plain convolutions, linear layers and BatchNorm2d.
+* by torch.func: the gradients of one image after the other. This works for every network.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -7,18 +29,29 @@ from torch.nn import functional as F
 from . import distributed
 from .inference import classifier_layers
 
+# ---------------------------------------------------------------- scores
+
 
 def observed_score(logits, label):
-    """∂ log p_y / ∂ logits of the true label: one row, for the empirical Fisher information. K → 1×K."""
+    """∂ log p_y / ∂ logits = onehot(y) − p for the label y, as one row. K → 1×K.
+
+    With this score :func:`diagonal_fisher` computes the empirical Fisher information.
+    """
     return F.one_hot(label, len(logits))[None] - logits.softmax(0)
 
 
 def expected_scores(logits, label):
-    """Rows whose squares sum to the expected Fisher information: RᵀR = diag(p) − ppᵀ. K → (K−1)×K.
+    """Rows R with RᵀR = diag(p) − ppᵀ, the Fisher information of the logits. K → (K−1)×K.
 
-    √p_c · ∂ log p_c / ∂ logits of every class c would be K such rows. Reflected so that √p becomes an axis
-    (Householder), one of them is zero: with the likeliest class's axis without cancellation.
+    With these scores :func:`diagonal_fisher` computes the expected Fisher information. ``label`` is
+    not used.
     """
+    # The definition gives K rows √p_c · (onehot(c) − p). As a matrix they are (I − s sᵀ) diag(s),
+    # where s = √p is a unit vector. An orthogonal matrix H in front does not change RᵀR. Take the
+    # Householder reflection H = I − n nᵀ / n₀ with n = s + e₀. It maps s to −e₀, so H (I − s sᵀ)
+    # is H with its row 0 set to zero: one row, and one backward pass, fewer.
+    # Index 0 is the likeliest class. All other s_i² are then at most ½, and the diagonal of H,
+    # 1 − s_i² / n₀, does not cancel.
     order = logits.argsort(descending=True)
     root = logits.softmax(0).sqrt()[order]
     normal = root.clone()
@@ -27,127 +60,171 @@ def expected_scores(logits, label):
     return (reflection[1:] * root)[:, order.argsort()]
 
 
-def diagonal_fisher(model, images, indices, scores, chunk=32):
-    """The diagonal of the Fisher information of each weight: mean over images of Σ_c (scores_c · ∂ logits / ∂ w)².
+# ---------------------------------------------------------------- importances
 
-    Eval mode, without augmentation, per image exactly. ``scores`` is :func:`expected_scores` (expectation over the
-    model's own answers, as in Golatkar et al. 2020) or :func:`observed_score` (the true labels, as in Foster et al.
-    2024). Returns tensors like the parameters, by name. Networks of convolutions, linear layers and BatchNorm take
-    one backward pass a row for a whole chunk of images; others go through torch.func, image by image.
+
+def diagonal_fisher(model, images, indices, scores, chunk=32):
+    """The diagonal of the Fisher information: a tensor for each parameter, by name.
+
+    ``scores`` is :func:`expected_scores` or :func:`observed_score`. The model is left in eval mode.
+    Images are not augmented. ``chunk`` is the number of images per pass and process. Several
+    processes divide the images, and each returns the result of all.
     """
     model.eval()
-    squares = _layer_squares if _covers(model) else _functional_squares
+    squares_of = _layer_squares if _knows_layers(model) else _functional_squares
     total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    parts = indices.split(chunk * distributed.world_size())
+    chunks = indices.split(chunk * distributed.world_size())
     with distributed.progress_bar(total=len(indices), desc="importances", unit="img") as bar:
-        for part, inputs in zip(parts, images.batches(parts), strict=True):
-            if len(inputs):  # one of several processes may have none of a small part
-                for name, square in squares(
-                    model, inputs, images.labels[distributed.local_rows(part)], scores
-                ):
+        for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+            labels = images.labels[distributed.local_rows(chunk_indices)]
+            # The last chunk may have fewer images than there are processes.
+            if len(inputs):
+                for name, square in squares_of(model, inputs, labels=labels, scores=scores):
                     total[name] += square
-            bar.update(len(part))
+            bar.update(len(chunk_indices))
     distributed.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
 
 
-def _covers(model):
-    """Whether :func:`_layer_squares` knows every layer that has weights, by its exact type: subclasses do more."""
-    layers = [module for module in model.modules() if list(module.parameters(recurse=False))]
-    convolutions = [layer for layer in layers if type(layer) is nn.Conv2d]
-    return all(type(layer) in (nn.Conv2d, nn.Linear, nn.BatchNorm2d) for layer in layers) and all(
-        layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        for layer in convolutions
-    )
+def last_layer(model):
+    """Names of the parameters of the layers that turn features into logits."""
+    last = {parameter for layer in classifier_layers(model) for parameter in layer.parameters()}
+    return {name for name, parameter in model.named_parameters() if parameter in last}
 
 
-def _functional_squares(model, inputs, labels, scores):
-    """Pairs of (name, sum over images of the squared gradients), one image at a time, for any network."""
+def _functional_squares(model, inputs, *, labels, scores):
+    """Pairs of a parameter's name and an image's squared gradients, summed over the rows."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for image, label in zip(inputs, labels, strict=True):
-        logits, pull = torch.func.vjp(
-            lambda p, x=image[None]: torch.func.functional_call(model, p, (x,))[0], parameters
-        )
-        (gradients,) = torch.func.vmap(pull)(scores(logits, label))
+
+        def image_logits(parameters, image=image):
+            return torch.func.functional_call(model, parameters, (image[None],))[0]
+
+        logits, gradients_of = torch.func.vjp(image_logits, parameters)
+        (gradients,) = torch.func.vmap(gradients_of)(scores(logits, label))
         for name, gradient in gradients.items():
             yield name, gradient.square().sum(0)
 
 
-def _layer_squares(model, inputs, labels, scores):
-    """Pairs of (name, sum over images of the squared gradients), from each layer's inputs and output gradients.
+# ---------------------------------------------------------------- layer by layer
 
-    In eval mode images do not meet, so one backward pass gives each image's own gradients at every layer's output.
+
+@dataclass
+class _LayerCall:
+    """A layer's name, the factors of its weights (image × weight × position) and its output."""
+
+    name: str
+    layer: nn.Module
+    columns: torch.Tensor
+    output: torch.Tensor
+
+
+def _layers_with_weights(model):
+    layers = dict(model.named_modules())
+    return {name: layer for name, layer in layers.items() if list(layer.parameters(recurse=False))}
+
+
+def _knows_layers(model):
+    """Whether :func:`_layer_squares` applies to every layer that has weights."""
+    return all(map(_knows, _layers_with_weights(model).values()))
+
+
+def _knows(layer):
+    # The exact type: a subclass may compute something else.
+    if type(layer) is nn.Conv2d:
+        plain_padding = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return layer.groups == 1 and plain_padding
+    if type(layer) is nn.BatchNorm2d:
+        return layer.track_running_stats
+    return type(layer) is nn.Linear
+
+
+def _layer_squares(model, inputs, *, labels, scores):
+    """Pairs of a parameter's name and sums over images of squared gradients.
+
+    A weight gradient is the product of what the layer multiplies the weight by and of the gradient
+    at the layer's output, summed over positions. In eval mode images do not interact, so one
+    backward pass of a row summed over images gives each image's own gradient at every output.
     """
-    modules = [
-        (name, module)
-        for name, module in model.named_modules()
-        if list(module.parameters(recurse=False))
-    ]
-    layers = [(f"{name}." if name else "", module) for name, module in modules]
-    taken, given, handles = {}, {}, []
-    for name, layer in layers:
+    logits, calls = _call_layers(model, inputs)
+    if Counter(call.name for call in calls) != Counter(_layers_with_weights(model)):
+        # A layer that is called twice sums the gradients of both calls before the square.
+        yield from _functional_squares(model, inputs, labels=labels, scores=scores)
+        return
+    image_scores = [scores(*pair) for pair in zip(logits.detach(), labels, strict=True)]
+    weight_squares = {  # weight × output channel
+        call.name: call.layer.weight.new_zeros(call.layer.weight.flatten(1).shape[::-1])
+        for call in calls
+        if not isinstance(call.layer, nn.BatchNorm2d)
+    }
+    for row in torch.stack(image_scores, dim=1):  # image × class
+        outputs = [call.output for call in calls]
+        gradients = torch.autograd.grad(logits, outputs, row, retain_graph=True)
+        for call, gradient in zip(calls, gradients, strict=True):
+            # image × channel × position; a linear layer has one position
+            gradient = gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]
+            if call.name in weight_squares:
+                _add_squared_products(weight_squares[call.name], call.columns, gradient)
+            else:
+                scale_gradient = (gradient * call.columns).sum(2)
+                yield _parameter_name(call, "weight"), scale_gradient.square().sum(0)
+            if call.layer.bias is not None:
+                yield _parameter_name(call, "bias"), gradient.sum(2).square().sum(0)
+    for call in calls:
+        if call.name in weight_squares:
+            square = weight_squares[call.name].T.reshape(call.layer.weight.shape)
+            yield _parameter_name(call, "weight"), square
 
-        def keep(_, arguments, output, name=name):
-            taken[name], given[name] = arguments[0].detach(), output
-            return output.clone()  # what follows may work in place
 
-        handles.append(layer.register_forward_hook(keep))
+def _parameter_name(call, parameter):
+    return f"{call.name}.{parameter}" if call.name else parameter
+
+
+def _call_layers(model, inputs):
+    """The logits and a :class:`_LayerCall` per call of a layer with weights."""
+    calls, handles = [], []
+    for name, layer in _layers_with_weights(model).items():
+
+        def record(layer, arguments, output, name=name):
+            columns = _as_columns(layer, arguments[0].detach())
+            calls.append(_LayerCall(name, layer, columns=columns, output=output))
+            # The next layer may work in place, on a copy instead of the recorded output.
+            return output.clone()
+
+        handles.append(layer.register_forward_hook(record))
     try:
-        logits = model(inputs)
+        return model(inputs), calls
     finally:
         for handle in handles:
             handle.remove()
-    rows = torch.stack([scores(*pair) for pair in zip(logits.detach(), labels, strict=True)], dim=1)
-    inner = {name: _as_columns(layer, taken[name]) for name, layer in layers}
-    squares = {  # of weights × channels
-        name: layer.weight.new_zeros(layer.weight.flatten(1).shape[::-1])
-        for name, layer in layers
-        if not isinstance(layer, nn.BatchNorm2d)
-    }
-    for row in rows:
-        outer = torch.autograd.grad(
-            logits, [given[name] for name, _ in layers], row, retain_graph=True
-        )
-        for (name, layer), gradient in zip(layers, outer, strict=True):
-            gradient = (
-                gradient.flatten(2) if gradient.ndim > 2 else gradient[:, :, None]
-            )  # image × channel × position
-            if isinstance(layer, nn.BatchNorm2d):
-                yield f"{name}weight", (gradient * inner[name]).sum(2).square().sum(0)
-            else:
-                _add_squared_products(squares[name], inner[name], gradient)
-            if layer.bias is not None:
-                yield f"{name}bias", gradient.sum(2).square().sum(0)
-    for name, square in squares.items():
-        yield f"{name}weight", square.T.reshape(model.get_parameter(f"{name}weight").shape)
+
+
+def _as_columns(layer, inputs):
+    """What a layer multiplies each weight of an output channel by: image × weight × position."""
+    if isinstance(layer, nn.Conv2d):
+        return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+    if isinstance(layer, nn.BatchNorm2d):
+        deviation = (layer.running_var + layer.eps).sqrt()
+        normalised = (inputs - layer.running_mean[:, None, None]) / deviation[:, None, None]
+        return normalised.flatten(2)
+    return inputs[:, :, None]
 
 
 def _add_squared_products(total, columns, gradient):
-    """Add Σ over images of (columns · gradientᵀ)², element by element, to ``total``. W×C, B×W×P, B×C×P."""
-    if gradient.shape[2] == 1:  # one position: the square of an outer product is one of squares
+    """Add Σ over images of (columns · gradientᵀ)², squared elementwise, to ``total``.
+
+    Shapes: total W×C, columns B×W×P, gradient B×C×P, for W weights per output channel, C output
+    channels, B images and P positions.
+    """
+    if gradient.shape[2] == 1:
+        # The square of an outer product is the outer product of the squares: one matrix product.
         total.addmm_(columns.flatten(1).square().T, gradient.flatten(1).square())
     elif gradient.is_cuda:
         total += torch.bmm(columns, gradient.mT).square_().sum(0)
     else:
-        # One image after the other, in one buffer: a product fits a CPU's cache, those of a chunk do not. The longer
-        # side comes first, which matrix products on CPUs prefer.
+        # One image after the other: a single product fits in a CPU's cache, and a chunk's does not.
+        # Columns come first because matrix products on CPUs are faster with the longer side first.
         product = torch.empty_like(total)
-        for pair in zip(columns, gradient.mT, strict=True):
-            torch.mm(*pair, out=product)
+        for image_columns, image_gradient in zip(columns, gradient.mT, strict=True):
+            torch.mm(image_columns, image_gradient, out=product)
             total.addcmul_(product, product)
-
-
-def _as_columns(layer, inputs):
-    """What each weight of a layer is multiplied with: image × weight × position."""
-    if isinstance(layer, nn.Conv2d):
-        return F.unfold(inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    if isinstance(layer, nn.BatchNorm2d):
-        spread = (layer.running_var + layer.eps).sqrt()
-        return ((inputs - layer.running_mean[:, None, None]) / spread[:, None, None]).flatten(2)
-    return inputs[:, :, None]
-
-
-def last_layer(model):
-    """Names of the parameters of the layers that turn features into logits."""
-    found = {parameter for layer in classifier_layers(model) for parameter in layer.parameters()}
-    return {name for name, parameter in model.named_parameters() if parameter in found}

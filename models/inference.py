@@ -1,88 +1,135 @@
-"""Logits and features of images: eval mode, no augmentation, one pass per image."""
+"""Logits and features of images: eval mode, no augmentation, one forward pass per image."""
+
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from .distributed import gather_rows, local_rows, world_size
+from .distributed import gather_rows, world_size
 from .errors import NotFinite
 
 
-@torch.no_grad()
 def compute_logits(model, images, indices, batch_size=None):
-    """Logits (float32, on the CPU) and labels of the images at ``indices``: eval mode, no augmentation, one pass.
+    """Logits and labels of the images at ``indices``: N×K float32 and N int64, on the CPU.
 
-    Every process passes its :func:`local_rows` images and gets the logits of all. ``batch_size`` left out is what fits in a
-    GPU's memory, or in a CPU's cache: 64 of 32×32 (twice as fast as 512 there). Every module's mode is left as it was
-    found. Returns (M×K, M). Raises NotFinite where a logit is NaN or infinite.
+    Every process runs the model on its :func:`distributed.local_rows` and gets all rows.
+    ``batch_size`` is the number of images per forward pass and process. By default it is what fits
+    in a GPU's memory or in a CPU's cache (64 images of 32×32, twice as fast there as 512), and a
+    quarter of that after each time the memory is full. Every module keeps its training mode. Raises
+    NotFinite where a logit is NaN or infinite.
     """
-    device = images.labels.device
-    size = batch_size or (
-        16_384 if device.type == "cuda" else min(512, max(4, 2**16 // images.size**2))
+    logits, _ = _forward_images(model, images, indices, batch_size=batch_size)
+    return logits, images.labels[indices].cpu()
+
+
+def compute_features(model, images, indices, batch_size=None):
+    """:func:`compute_logits` and the input of the classifier: N×K, N and N×F float32, on the CPU.
+
+    Features with positions (N×F×H×W) or tokens (N×T×F) are averaged over them. Features of several
+    classifiers, or of several calls of a classifier, are concatenated. If the network never calls
+    its classifier as a module, the logits serve as features.
+    """
+    layers = classifier_layers(model)
+    logits, features = _forward_images(
+        model, images, indices, batch_size=batch_size, classifiers=layers
     )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    return logits, images.labels[indices].cpu(), logits if features is None else features
+
+
+def classifier_layers(model):
+    """The layers that turn features into logits: timm's ``get_classifier()``, else the last Linear.
+
+    An empty list if the network has neither.
+    """
+    if hasattr(model, "get_classifier"):
+        classifier = model.get_classifier()
+    else:
+        classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    several = isinstance(classifier, tuple | list | nn.ModuleList)
+    return list(classifier) if several else [classifier]
+
+
+@torch.no_grad()
+def _forward_images(model, images, indices, *, batch_size, classifiers=()):
+    """Logits and features of all images, gathered from the processes; None for no features."""
+    size = batch_size or _default_batch_size(images)
+    with _eval_mode(model), _recorded(classifiers) as calls:
         while True:
             try:
-                found = [
-                    model(inputs).float()
-                    for inputs in images.batches(indices.split(size * world_size()))
-                ]
+                batches = images.batches(indices.split(size * world_size()))
+                outputs = [_forward_batch(model, inputs, calls) for inputs in batches]
                 break
             except torch.OutOfMemoryError:
                 if batch_size or size == 1:
                     raise
-            size = max(1, size // 4)  # outside the handler, which keeps what filled the memory
+            # Outside the handler, whose traceback keeps the tensors that filled the memory.
+            size = max(1, size // 4)
+    logits, features = zip(*outputs, strict=True)
+    logits = gather_rows(torch.cat(logits), len(indices)).cpu()
+    _check_finite(logits)
+    if features[0] is None:
+        return logits, None
+    return logits, gather_rows(torch.cat(features), len(indices)).cpu()
+
+
+def _default_batch_size(images):
+    if images.labels.is_cuda:
+        return 16_384
+    return min(512, max(4, 2**16 // images.size**2))
+
+
+def _forward_batch(model, inputs, calls):
+    """Float32 logits of a batch, and its features or None. ``calls`` comes from _recorded."""
+    # A forward pass that ran out of memory has left its calls behind.
+    for features in calls:
+        features.clear()
+    logits = model(inputs).float()
+    features = [features for layer_calls in calls for features in layer_calls]
+    return logits, torch.cat(features, dim=1) if features else None
+
+
+@contextmanager
+def _recorded(layers):
+    """Lists, one per layer, to which each call of a layer appends its pooled input."""
+    calls = [[] for _ in layers]
+    handles = []
+    for layer, layer_calls in zip(layers, calls, strict=True):
+
+        def record(_, inputs, layer_calls=layer_calls):
+            layer_calls.append(_pooled(inputs[0].float()))
+
+        handles.append(layer.register_forward_pre_hook(record))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eval_mode(model):
+    """The model in eval mode; afterwards every module has the mode that it had before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
-    logits = gather_rows(torch.cat(found), len(indices)).cpu()
-    if not logits.isfinite().all():
-        count = (~logits.isfinite().all(dim=1)).sum().item()
+
+
+def _check_finite(logits):
+    finite = logits.isfinite().all(dim=1)
+    if not finite.all():
         raise NotFinite(
-            f"the network's outputs are NaN or infinite for {count} of {len(logits)} images: its training diverged, or "
-            "its BatchNorm statistics are damaged; train it again, with a lower --learning_rate if it diverged"
+            f"the network's outputs are NaN or infinite for {(~finite).sum()} of {len(logits)} "
+            "images: its training diverged, or its BatchNorm statistics are damaged; "
+            "train it again, with a lower --learning_rate if it diverged"
         )
-    return logits, images.labels[indices].cpu()
-
-
-@torch.no_grad()
-def compute_features(model, images, indices, batch_size=None):
-    """:func:`compute_logits`, and what enters the model's classifier on the way: (M×K, M, M×F float32).
-
-    Features with places or tokens are averaged over them; those of several classifiers are joined. The logits take
-    their place in a network whose classifier is never called as a module.
-    """
-    seen = [[] for _ in classifier_layers(model)]
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, inputs, parts=parts: parts.append(_pooled(inputs[0].float()))
-        )
-        for layer, parts in zip(classifier_layers(model), seen, strict=True)
-    ]
-    try:
-        logits, labels = compute_logits(model, images, indices, batch_size)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = [torch.cat(parts)[-len(local_rows(indices)) :] for parts in seen if parts]
-    return (
-        logits,
-        labels,
-        gather_rows(torch.cat(found, dim=1), len(indices)).cpu() if found else logits,
-    )
-
-
-def classifier_layers(model):
-    """The layers that turn features into logits: those that timm names, else the last linear layer."""
-    if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
-    else:
-        found = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1:]
-    return list(found) if isinstance(found, tuple | list | torch.nn.ModuleList) else [found]
 
 
 def _pooled(features):
-    """N×F from N×F, N×F×H×W or N×tokens×F."""
+    """N×F from N×F, N×F×H×W or N×T×F: the mean over positions or tokens."""
     if features.ndim == 4:
         return features.mean(dim=(2, 3))
     return features.mean(dim=1) if features.ndim == 3 else features

@@ -1,16 +1,17 @@
-"""The memory layout of a network's input: channels last where that is fast and its gradients are right."""
+"""The memory layout of a network's input: channels last where its gradients are right."""
 
 import torch
 from torch import nn
 
-NARROW = 16  # input channels per group
+# Fewer input channels per group than this do not fill a vector register of AVX-512.
+NARROW = 16
 
 
 def choose_layout(model):
-    """Let ``model`` convert its own input to the layout that :func:`input_layout` chooses. Returns ``model``.
+    """Make ``model`` convert its input to the layout of :func:`input_layout`. Returns ``model``.
 
-    On the CPU, 1×1 convolutions with few input channels also convert theirs to contiguous: networks such as ConvNeXt
-    permute dimensions inside, which makes an inner tensor channels last whatever the network's input is.
+    On the CPU, narrow 1×1 convolutions also convert their input to contiguous: networks that
+    permute dimensions inside, e.g. ConvNeXt, produce channels-last tensors whatever their input is.
     """
     for layer in _convolutions(model):
         if _is_narrow(layer) and max(layer.kernel_size) == 1:
@@ -20,22 +21,25 @@ def choose_layout(model):
 
 
 def input_layout(model, device):
-    """``torch.channels_last`` or ``torch.contiguous_format`` for the input of ``model`` on ``device``.
+    """``torch.channels_last`` or ``torch.contiguous_format`` for ``model``'s input on ``device``.
 
-    With channels-last tensors, oneDNN computes a wrong weight gradient for a 1×1 convolution of stride 2, and
-    writes past its workspace, if the convolution has fewer input channels than a vector register holds: 8, or 16 with
-    AVX-512 (https://github.com/uxlfoundation/oneDNN/issues/6035). On the CPU, channels last is therefore used only if
-    all convolutions have at least 16 input channels per group. The first convolution has three, and its gradient is
-    right unless it is a 1×1 convolution.
+    Channels last is faster on GPUs and CPUs. On the CPU it is used only if every convolution but
+    the first has at least 16 input channels per group, because of an error in oneDNN
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). For a 1×1 convolution of stride 2 on
+    channels-last tensors, oneDNN computes a wrong weight gradient and writes beyond its workspace
+    if the convolution has fewer input channels than a vector register holds (8, or 16 with
+    AVX-512). The first convolution always has three input channels; its gradient is right unless it
+    is a 1×1 convolution.
     """
     kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.channels_last
     if kind != "cpu":
-        return torch.channels_last if kind == "cuda" else torch.contiguous_format
-    first, *others = _convolutions(model) or [None]
-    risky = any(map(_is_narrow, others)) or (
-        first is not None and _is_narrow(first) and max(first.kernel_size) == 1
-    )
-    return torch.contiguous_format if risky else torch.channels_last
+        return torch.contiguous_format
+    convolutions = _convolutions(model)
+    first_at_risk = any(max(layer.kernel_size) == 1 for layer in convolutions[:1])
+    at_risk = convolutions if first_at_risk else convolutions[1:]
+    return torch.contiguous_format if any(map(_is_narrow, at_risk)) else torch.channels_last
 
 
 def _convolutions(model):

@@ -8,9 +8,9 @@ from torchvision.models.resnet import BasicBlock
 class ResNet18(nn.Module):
     """ResNet-18 whose stem keeps the resolution: a 3×3 convolution of stride 1 and no max-pool.
 
-    Input N×3×H×W (any H, W ≥ 1), output N×num_classes logits. ``width`` is the number of channels of the
-    first stage, doubled at each of the next three: 64 is the paper's network (11.2 million parameters), 16 a
-    sixteenth of it for experiments on a CPU.
+    Input N×3×H×W (any H, W ≥ 1), output N×num_classes logits. ``width`` is the number of channels
+    of the first stage. Each of the next three stages doubles it. 64 is the paper's network, of 11.2
+    million parameters. 16 has a sixteenth of its parameters, for experiments on a CPU.
     """
 
     def __init__(self, num_classes, width=64):
@@ -34,7 +34,7 @@ class ResNet18(nn.Module):
 
 
 def _stage(in_channels, out_channels, stride):
-    """Two basic blocks; the first one changes resolution and channels."""
+    """Two basic blocks; the first changes the resolution and the number of channels."""
     shortcut = None
     if stride != 1 or in_channels != out_channels:
         shortcut = nn.Sequential(

@@ -1,4 +1,4 @@
-"""ViT-Small (Dosovitskiy et al. 2021, arXiv 2010.11929) and every other timm model, with ImageNet weights."""
+"""ViT-Small (Dosovitskiy et al. 2021, arXiv 2010.11929) and every other timm model."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ PAPER_VIT = "vit_small_patch16_224"
 
 
 def timm_name(model_name):
-    """The timm name behind --model_name: ``vit`` stands for the paper's ``vit_small_patch16_224``.
+    """The timm name behind --model_name: ``vit`` is the paper's ``vit_small_patch16_224``.
 
     Raises UserError for a name that timm does not know.
     """
@@ -24,50 +24,84 @@ def timm_name(model_name):
     return name
 
 
-def input_size(model_name):
-    """Side in pixels of the square images that the model was pre-trained on (224 where timm does not say)."""
+def native_side(model_name):
+    """Side in pixels of the square images that a timm model was pre-trained on.
+
+    It is 224 where timm does not record it. Raises UserError for an unknown name.
+    """
     config = timm.get_pretrained_cfg(timm_name(model_name))
     return config.input_size[-1] if config else 224
 
 
-def create(model_name, num_classes, image_size=None, pretrained=True, pretrained_path=None):
+def is_transformer(model_name):
+    """Whether a timm model has at least two layers of multi-head attention.
+
+    ViT, DeiT, BEiT and Swin have one per block. So do hybrids of convolution and attention, e.g.
+    CoAtNet. Squeeze-and-excitation is not multi-head attention, and a convolutional network with
+    one attention layer that pools its features (CLIP's ResNet) is not a transformer. Builds the
+    network without its weights. Raises UserError for an unknown name.
+    """
+    model = _skeleton(timm_name(model_name))
+    # timm has one attention class per architecture; all of them store their number of heads.
+    heads = [module for module in model.modules() if {"num_heads", "heads"} & vars(module).keys()]
+    return len(heads) >= 2
+
+
+def _skeleton(name):
+    """A timm model that is not for use: no weights in memory, no random numbers drawn."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False)
+    except RuntimeError:  # older timm reads values of tensors while it builds a transformer
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name, pretrained=False)
+
+
+def create(model_name, num_classes, *, image_size=None, pretrained=True, pretrained_path=None):
     """A timm model with a new head for ``num_classes``.
 
-    ``image_size`` other than the model's own makes timm interpolate the position embedding. ``pretrained``
-    loads ImageNet weights, from ``pretrained_path`` if given, else by download; a model that timm has no
-    weights for starts at random. Raises UserError when the weights cannot be had or do not fit.
+    If ``image_size`` (side in pixels) differs from the model's own, timm interpolates the position
+    embedding. ``pretrained`` loads ImageNet weights from ``pretrained_path``, else by download. A
+    model without published weights starts at random. Raises UserError where the weights cannot be
+    loaded or do not fit.
     """
     name = timm_name(model_name)
+    if not pretrained:
+        pretrained_path = None
     options = {"num_classes": num_classes}
-    if pretrained and pretrained_path:
+    if pretrained_path:
         if not Path(pretrained_path).is_file():
             raise UserError(f"--pretrained_path {pretrained_path}: no such file")
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(pretrained_path)}}
     elif pretrained and timm.models.is_model_pretrained(name):
         options["pretrained"] = True
     try:
-        if (
-            pretrained
-            and pretrained_path
-            and Path(pretrained_path).suffix not in (".safetensors", ".npz")
-        ):
-            torch.load(
-                pretrained_path, map_location="cpu", weights_only=True
-            )  # older timm would run code in a pickle
-        try:
-            return timm.create_model(name, img_size=image_size, **options)
-        except TypeError:  # networks without a fixed input size have no img_size argument
-            return timm.create_model(name, **options)
-    except Exception as error:  # the hub, urllib, safetensors and torch each raise their own
-        if not options.get("pretrained"):
-            raise UserError(
-                f"--model_name {model_name} --image_size {image_size}: {error_reason(error)[:200]}"
-            ) from error
         if pretrained_path:
-            raise UserError(
-                f"--pretrained_path {pretrained_path}: no weights of {name} ({error_reason(error)[:200]})"
-            ) from error
-        raise UserError(
-            f"--model_name {model_name}: its ImageNet weights could not be downloaded ({error_reason(error)[:200]}). "
-            "Two ways out: a weights file on disk with --pretrained_path FILE, or random weights with --no_pretrained"
-        ) from error
+            _refuse_code(Path(pretrained_path))
+        return _create(name, image_size, options)
+    except Exception as error:  # the hub, urllib, safetensors and torch each raise their own
+        reason = error_reason(error)[:200]
+        if pretrained_path:
+            message = f"--pretrained_path {pretrained_path}: not weights of {name} ({reason})"
+        elif options.get("pretrained"):
+            message = (
+                f"--model_name {model_name}: its ImageNet weights could not be downloaded "
+                f"({reason}); load them from a file with --pretrained_path FILE, "
+                "or start at random with --no_pretrained"
+            )
+        else:
+            message = f"--model_name {model_name} --image_size {image_size}: {reason}"
+        raise UserError(message) from error
+
+
+def _create(name, image_size, options):
+    try:
+        return timm.create_model(name, img_size=image_size, **options)
+    except TypeError:  # a network without a fixed input size has no img_size argument
+        return timm.create_model(name, **options)
+
+
+def _refuse_code(path):
+    """Raise an error for a pickle of anything but tensors, whose code older timm would run."""
+    if path.suffix not in (".safetensors", ".npz"):
+        torch.load(path, map_location="cpu", weights_only=True)

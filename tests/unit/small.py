@@ -1,4 +1,4 @@
-"""A small unlearning problem, and the same network and optimiser written out by hand in float64."""
+"""A small unlearning problem, and the same network and optimizer from their formulas in float64."""
 
 import math
 from types import SimpleNamespace
@@ -11,7 +11,8 @@ import unlearn_cpu
 import utils
 
 CLASSES = 5
-BRIGHTER = 1.25  # what the stand-in for augmentation does to an image
+BRIGHTER = 1.25  # augmentation multiplies the small images by this
+JOB_FIELDS = ("seed", "model", "new_model", "epoch_done", "quiet", "compile", "progress", "split")
 
 
 def arguments(*given, methods=unlearn.METHODS, data="cifar10"):
@@ -40,8 +41,11 @@ class SmallNet(nn.Sequential):
 
 
 class Tensors:
-    """Stands for utils.Images. Augmented images are brighter. ``uses`` lists, for each batch, its images and the seed
-    of the generator that augments it, or None."""
+    """In the place of utils.Images: augmented images are brighter.
+
+    ``uses`` lists, for each batch, its images and the seed of the generator that augments it, or
+    None.
+    """
 
     size = 4
 
@@ -63,13 +67,28 @@ def images(count, seed):
     return Tensors(torch.randn(count, 3, 4, 4, generator=rng) + labels[:, None, None, None] / CLASSES, labels)
 
 
-def small_job(label, retain=19, forget=11, *, lamda=None, alpha=0.1, delta=0.03, train_calibration=20, **given):
-    """A job of ``retain`` and ``forget`` images. What the recipe does not know are options of the method."""
+def small_job(
+    label,
+    retain=19,
+    forget=11,
+    *,
+    lamda=None,
+    alpha=0.1,
+    delta=0.03,
+    train_calibration=20,
+    forget_class=None,
+    **given,
+):
+    """A job of ``retain`` and ``forget`` images.
+
+    ``given`` are fields of the job, of its recipe, or else options of the method.
+    """
     train, held_out = images(retain + forget, 1), images(40, 2)
     name = label.removeprefix("cpu_")
-    fields = ("num_epochs", "learning_rate", "batch_size", "milestones", "momentum", "weight_decay", "precision")
-    recipe = {"num_epochs": 3, "learning_rate": 0.05, "batch_size": 8, "momentum": 0.8, "weight_decay": 0.03}
-    recipe |= {key: given.pop(key) for key in fields if key in given}
+    recipe = {"num_epochs": 3, "learning_rate": 0.05, "batch_size": 8}
+    recipe |= {"momentum": 0.8, "weight_decay": 0.03}
+    recipe_fields = (*recipe, "milestones", "precision")
+    recipe |= {key: given.pop(key) for key in recipe_fields if key in given}
     order = torch.randperm(retain + forget, generator=torch.Generator().manual_seed(3))
     parts = torch.arange(40).split([train_calibration, 32 - train_calibration, 8])
     nothing = torch.empty(0, dtype=torch.int64)
@@ -81,29 +100,28 @@ def small_job(label, retain=19, forget=11, *, lamda=None, alpha=0.1, delta=0.03,
         calibration=parts[2],
         forget_test=nothing,
         is_forgotten=nothing,
-        forget_class=given.pop("forget_class", None),
+        forget_class=forget_class,
     )
     term = None
     if lamda is not None:
         term = unlearn_cpu.ConformalTerm(held_out, split.train_calibration, alpha, delta, lamda)
+    fields = {"seed": 4, "model": SmallNet(), "new_model": lambda: SmallNet(7), "split": split}
+    fields |= {key: given.pop(key) for key in JOB_FIELDS if key in given}
     return unlearn.Job(
-        name,
-        label,
-        SmallNet(),
-        SimpleNamespace(train=train, held_out=held_out, classes=[*"abcde"]),
-        split,
-        unlearn.Recipe(**recipe) if unlearn.METHODS[name].trained else None,
-        4,
-        unlearn.METHODS[name].options | given,
-        lambda: SmallNet(7),
-        term,
+        name=name,
+        label=label,
+        data=SimpleNamespace(train=train, held_out=held_out, classes=[*"abcde"]),
+        recipe=unlearn.Recipe(**recipe) if unlearn.METHODS[name].trained else None,
+        options=unlearn.METHODS[name].options | given,
+        term=term,
+        **fields,
     )
 
 
 def run(job):
     """The weights and statistics after the method, by name."""
-    unlearn.METHODS[job.name].run(job)
-    return {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
+    model = unlearn.METHODS[job.name].run(job)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def training_steps(job):

@@ -49,7 +49,7 @@ def network(layers):
 @pytest.mark.parametrize("layers", [*NETWORKS, *OTHERS])
 def test_importances_are_the_mean_squared_gradients_of_single_images(layers, expected):
     model, data = network((NETWORKS | OTHERS)[layers]()), small_job("ssd").data.train
-    assert fisher._covers(model) == (layers in NETWORKS)
+    assert fisher._knows_layers(model) == (layers in NETWORKS)
     indices = torch.tensor([4, 9, 2, 17, 5, 11, 29])
     scores = fisher.expected_scores if expected else fisher.observed_score
     found = fisher.diagonal_fisher(model.train(), data, indices, scores, chunk=3)
@@ -189,7 +189,7 @@ def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatc
         unlearn, "DistributedDataParallel", lambda network, **options: wrapped.append(options) or network
     )
     synchronised = []
-    monkeypatch.setattr(unlearn.batch_norm, "synchronise", synchronised.append)
+    monkeypatch.setattr(distributed, "synchronise_batch_norm", synchronised.append)
     together = Processes(monkeypatch, world).run(gradients)
     for number, gradient in enumerate(alone):
         torch.testing.assert_close(sum(part[number] for part in together) / world, gradient)

@@ -1,14 +1,15 @@
-"""The training loop on the small problem: its records, its progress bar, modes of the model, resuming, relearning."""
+"""The training loop on the small problem: its records, its progress bar, modes of the model, resuming."""
 
+import copy
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small import BRIGHTER, ByHand, SmallNet, run, small_job, training_steps
+from small import ByHand, run, small_job, training_steps
 from torch import nn
-from torch.nn import functional as F
 
 import unlearn
 import utils
@@ -63,14 +64,14 @@ def same(first, second):
 
 
 def test_a_record_has_the_means_over_steps_and_images_of_its_epoch(clock, bars):
-    job, records, losses, right = small_job("finetune"), [], [], []
+    records, losses, right = [], [], []
+    job = small_job("finetune", epoch_done=records.append)
 
     def loss(batch):
         losses.append(unlearn.retain_cross_entropy(batch))
         right.append((batch.logits.argmax(1) == batch.labels).tolist())
         return losses[-1]
 
-    job.epoch_done = records.append
     unlearn.train(job, loss)
     assert [record["epoch"] for record in records] == [1, 2, 3] and len(losses) == 9
     for number, record in enumerate(records):
@@ -86,8 +87,8 @@ def test_a_record_has_the_means_over_steps_and_images_of_its_epoch(clock, bars):
 
 
 def test_a_quiet_run_measures_and_prints_no_accuracy(capsys):
-    job, records = small_job("finetune"), []
-    job.quiet, job.epoch_done = True, records.append
+    records = []
+    job = small_job("finetune", quiet=True, epoch_done=records.append)
     run(job)
     assert not any(key in record for record in records for key in ("retain_acc", "forget_acc", "test_acc"))
     assert capsys.readouterr().out == "" and not any(seed is None for _, seed in job.data.train.uses)
@@ -96,7 +97,7 @@ def test_a_quiet_run_measures_and_prints_no_accuracy(capsys):
 def test_a_line_shows_epoch_loss_accuracies_and_speed(capsys):
     job = small_job("cpu_finetune", lamda=0.5)
     record = {"epoch": 2, "loss": 1.23456, "train_acc": 0.5, "test_acc": 0.25, "q_hat": 0.87654}
-    line = unlearn._line(job, record | {"images_per_second": 1234.4})
+    line = unlearn.epoch_line(job, record | {"images_per_second": 1234.4})
     assert line.split("  ") == [
         "cpu_finetune epoch 2/3",
         "loss 1.2346",
@@ -105,8 +106,7 @@ def test_a_line_shows_epoch_loss_accuracies_and_speed(capsys):
         "q̂ 0.8765",
         "1234 img/s",
     ]
-    job.term = None
-    run(job)
+    run(replace(job, term=None))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all("q̂" not in line and "retain" in line and "forget" in line for line in lines)
 
@@ -140,9 +140,15 @@ def test_monitored_accuracies_are_those_of_a_fixed_sample():
 
 @pytest.mark.parametrize("label", ["finetune", "cpu_finetune"])
 def test_the_bar_reaches_the_share_of_the_epochs_that_are_done(label, bars):
-    job, at_end = small_job(label, lamda=0.5 if label != "finetune" else None), []
-    job.quiet, job.epoch_done = True, lambda record: at_end.append(bars[0].n / bars[0].total)
-    run(job)
+    at_end = []
+    run(
+        small_job(
+            label,
+            lamda=0.5 if label != "finetune" else None,
+            quiet=True,
+            epoch_done=lambda record: at_end.append(bars[0].n / bars[0].total),
+        )
+    )
     assert at_end == pytest.approx([1 / 3, 2 / 3, 1])
     assert bars[0].total == 3 * (30 if label != "finetune" else 19)
     assert bars[0].history == sorted(bars[0].history) and bars[0].closed
@@ -159,9 +165,8 @@ def test_the_bar_of_the_importances_counts_images(bars):
 
 
 def test_steps_of_one_image_take_the_running_statistics_and_larger_ones_the_batchs():
-    job, seen = small_job("finetune", retain=5, batch_size=2, num_epochs=1), []
+    job, seen = small_job("finetune", retain=5, batch_size=2, num_epochs=1, quiet=True), []
     job.model[1].register_forward_pre_hook(lambda norm, inputs: seen.append((len(inputs[0]), norm.training)))
-    job.quiet = True
     run(job)
     assert sorted(seen) == [(1, False), (2, True), (2, True)]
 
@@ -169,16 +174,18 @@ def test_steps_of_one_image_take_the_running_statistics_and_larger_ones_the_batc
 @pytest.mark.parametrize(("label", "retain"), [("finetune", 17), ("cpu_finetune", 17), ("finetune", 1)])
 def test_the_model_is_in_train_mode_after_every_epoch(label, retain):
     job, modes = small_job(label, retain=retain, lamda=0.5 if label != "finetune" else None), []
-    job.epoch_done = lambda record: modes.append([module.training for module in job.model.modules()])
-    run(job)
+
+    def epoch_done(record):
+        modes.append([module.training for module in job.model.modules()])
+
+    run(replace(job, epoch_done=epoch_done))
     assert all(all(training) for training in modes) and len(modes) == 3
 
 
 def test_dropout_depends_on_the_seed_and_the_epoch_alone():
     def weights(seed, before=lambda: None):
-        job = small_job("finetune")
+        job = small_job("finetune", seed=seed)
         job.model.insert(4, nn.Dropout(0.5))
-        job.seed = seed
         before()
         return run(job)
 
@@ -208,11 +215,10 @@ def test_a_network_is_compiled_for_each_batch_size_and_marks_its_steps(monkeypat
     asked, marks = [], []
     monkeypatch.setattr(torch, "compile", lambda network, **options: asked.append(options) or network)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
-    job, plain = small_job("finetune"), small_job("finetune")
-    job.compile = True
+    job, plain = small_job("finetune", compile=True), small_job("finetune")
     assert same(run(job), run(plain))
     assert asked == [{"dynamic": False, "mode": "default"}] and len(marks) == 9
-    unlearn._compiled(job.model, torch.device("cuda"))
+    unlearn.compiled(job.model, torch.device("cuda"))
     assert asked[1] == {"dynamic": False, "mode": "reduce-overhead"}
 
 
@@ -230,8 +236,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
     exceptions = SimpleNamespace(TorchDynamoException=CompilerFails)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch, "_dynamo", SimpleNamespace(exc=exceptions), raising=False)
-    job = small_job("finetune")
-    job.compile = True
+    job = small_job("finetune", compile=True)
     with pytest.raises(utils.UserError, match="^--compile: no C\\+\\+ compiler; leave it out$"):
         run(job)
 
@@ -266,23 +271,34 @@ class Stop(Exception):
 
 
 def resumable(tmp_path, label, resume=False, stop_in=None, identity=None, **given):
-    """A job whose state is saved after every epoch; it stops in the second step of epoch ``stop_in``."""
-    job = small_job(label, lamda=0.5 if label.startswith("cpu_") else None, num_epochs=5, **given)
-    job.progress = unlearn.Progress(tmp_path / "resume.pth", identity or {"a": 1}, resume, 0.0)
-    job.records = []
-    job.epoch_done = job.records.append
+    """(job, records): the state is saved after every epoch.
+
+    The job stops in the second step of epoch ``stop_in``.
+    """
+    records = []
+    progress = unlearn.Progress(
+        tmp_path / "resume.pth", identity or {"a": 1}, resume=resume, save_every=0.0
+    )
+    job = small_job(
+        label,
+        lamda=0.5 if label.startswith("cpu_") else None,
+        num_epochs=5,
+        progress=progress,
+        epoch_done=records.append,
+        **given,
+    )
     if stop_in:
         plain, count = job.data.train.batches, itertools.count()
 
         def batches(parts, augment=None):
-            training = augment is not None and len(job.records) + 1 == stop_in
+            training = augment is not None and len(records) + 1 == stop_in
             for number, inputs in enumerate(plain(parts, augment)):
                 if training and number == 1 and next(count) == 0:
                     raise Stop
                 yield inputs
 
         job.data.train.batches = batches
-    return job
+    return job, records
 
 
 def without_times(records):
@@ -292,50 +308,50 @@ def without_times(records):
 @pytest.mark.parametrize("label", ["finetune", "scrub", "sfron", "salun", "teacher", "cpu_finetune", "retrain"])
 @pytest.mark.parametrize("stop_in", [2, 4])
 def test_a_resumed_run_has_the_weights_and_records_of_an_uninterrupted_one(label, stop_in, tmp_path):
-    whole = resumable(tmp_path / "none", label)
-    whole.progress = None
-    expected = run(whole)
+    whole, expected_records = resumable(tmp_path / "none", label)
+    expected = run(replace(whole, progress=None))
     with pytest.raises(Stop):
-        run(resumable(tmp_path, label, stop_in=stop_in))
-    resumed = resumable(tmp_path, label, resume=True)
+        run(resumable(tmp_path, label, stop_in=stop_in)[0])
+    resumed, records = resumable(tmp_path, label, resume=True)
     assert same(run(resumed), expected)
-    assert without_times(resumed.records) == without_times(whole.records)
+    assert without_times(records) == without_times(expected_records)
     assert {epoch for epoch, *_ in training_steps(resumed)} == set(range(1, 5 - (stop_in - 1) + 1))
     if whole.term:
         assert resumed.term.q_hats == whole.term.q_hats and len(set(whole.term.q_hats)) == 5
 
 
 def test_a_run_that_had_ended_by_itself_is_not_trained_further(tmp_path):
-    first = resumable(tmp_path, "GA", stop_accuracy=1.0)
+    first, records = resumable(tmp_path, "GA", stop_accuracy=1.0)
     expected = run(first)
-    assert len(first.records) == 1
-    again = resumable(tmp_path, "GA", resume=True, stop_accuracy=1.0)
+    assert len(records) == 1
+    again, repeated = resumable(tmp_path, "GA", resume=True, stop_accuracy=1.0)
     assert same(run(again), expected) and not training_steps(again)
-    assert again.records == first.records
+    assert repeated == records
 
 
 def test_the_bar_of_a_resumed_run_starts_at_the_epochs_done(tmp_path, bars):
     with pytest.raises(Stop):
-        run(resumable(tmp_path, "finetune", stop_in=4))
-    run(resumable(tmp_path, "finetune", resume=True))
+        run(resumable(tmp_path, "finetune", stop_in=4)[0])
+    run(resumable(tmp_path, "finetune", resume=True)[0])
     assert bars[1].history[0] == 3 / 5 and bars[1].history[-1] == 1
 
 
 def test_without_resume_a_saved_state_is_not_read(tmp_path):
     with pytest.raises(Stop):
-        run(resumable(tmp_path, "finetune", stop_in=3))
-    assert resumable(tmp_path, "finetune").progress.found is None
-    assert resumable(tmp_path / "elsewhere", "finetune", resume=True).progress.found is None
+        run(resumable(tmp_path, "finetune", stop_in=3)[0])
+    assert resumable(tmp_path, "finetune")[0].progress.restored is None
+    elsewhere, _ = resumable(tmp_path / "elsewhere", "finetune", resume=True)
+    assert elsewhere.progress.restored is None
 
 
 @pytest.mark.parametrize("content", [None, [], {"epoch": 3}])
 def test_the_state_of_another_run_is_an_error(content, tmp_path):
     if content is None:
         with pytest.raises(Stop):
-            run(resumable(tmp_path, "finetune", stop_in=3, identity={"a": 2}))
+            run(resumable(tmp_path, "finetune", stop_in=3, identity={"a": 2})[0])
     else:
         checkpoint.save_state(tmp_path / "resume.pth", content)
-    with pytest.raises(utils.UserError, match=r"--resume: .*resume.pth"):
+    with pytest.raises(utils.UserError, match=r"--resume: .*resume.pth .* other flags"):
         resumable(tmp_path, "finetune", resume=True)
 
 
@@ -343,96 +359,44 @@ def test_the_state_is_saved_after_save_every_seconds_and_on_demand(tmp_path, mon
     now = [0.0]
     monkeypatch.setattr(unlearn, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     path, job = tmp_path / "resume.pth", small_job("finetune")
-    progress = unlearn.Progress(path, {}, False, 10.0)
+    progress = unlearn.Progress(path, {}, resume=False, save_every=10.0)
     assert not progress.save() and not path.exists()  # nothing is done yet
     optimizer = torch.optim.SGD(job.model.parameters(), 0.1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
-    saved = []
+    state, saved = unlearn.TrainingState(job.model, optimizer, scheduler), []
     for epoch, seconds in enumerate([3, 9.9, 10, 12, 19.9, 20, 25], 1):
         now[0] = seconds
-        progress.epoch_done(job.model, optimizer, scheduler, None, epoch, [{"epoch": epoch}], False)
+        state.epoch = epoch
+        progress.update(state)
         saved.append(checkpoint.read_state(path)["epoch"] if path.exists() else 0)
     assert saved == [0, 0, 3, 3, 3, 6, 6] and progress.seconds == 25
     assert progress.save() and checkpoint.read_state(path)["epoch"] == 7
     now[0] = 100.0
-    resumed = unlearn.Progress(path, {}, True, 10.0)
+    resumed = unlearn.Progress(path, {}, resume=True, save_every=10.0)
     now[0] = 104.0
     assert resumed.seconds == 29 and resumed.save()  # 25 before it stopped, 4 since
 
 
 def test_only_the_first_process_saves_the_state(tmp_path, monkeypatch):
     with pytest.raises(Stop):
-        run(resumable(tmp_path, "finetune", stop_in=3))
+        run(resumable(tmp_path, "finetune", stop_in=3)[0])
     before = (tmp_path / "resume.pth").read_bytes()
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    second = resumable(tmp_path, "finetune", resume=True)
-    run(second)
+    run(resumable(tmp_path, "finetune", resume=True)[0])
     assert (tmp_path / "resume.pth").read_bytes() == before
 
 
 def test_a_saved_state_is_a_copy_that_training_does_not_change(tmp_path):
-    job = resumable(tmp_path, "finetune", stop_in=3)
-    job.progress._every = math.inf
+    job, _ = resumable(tmp_path, "finetune", stop_in=3)
+    job.progress.save_every = math.inf
     with pytest.raises(Stop):
         run(job)
-    after_two = resumable(tmp_path, "finetune")
-    after_two.progress = None
-    snapshots = []
-    after_two.epoch_done = lambda record: snapshots.append(
-        {k: v.clone() for k, v in after_two.model.state_dict().items()}
-    )
-    run(after_two)
+    uninterrupted, snapshots = small_job("finetune", num_epochs=5), []
+
+    def epoch_done(record):
+        snapshots.append(copy.deepcopy(uninterrupted.model.state_dict()))
+
+    run(replace(uninterrupted, epoch_done=epoch_done))
     assert job.progress.save()
     state = checkpoint.read_state(tmp_path / "resume.pth")
     assert state["epoch"] == 2 and same(state["model"], snapshots[1]) and len(state["records"]) == 2
-
-
-# ---------------------------------------------------------------- relearning
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 11])
-def test_relearning_measures_at_powers_of_two_and_trains_a_tenth(num_steps):
-    job, measured = small_job("finetune", forget=41), []
-    uses = job.data.train.uses
-
-    def measure(step, others):
-        trained = [indices for indices, seed in uses if seed is not None]
-        measured.append((step, len(trained), others.tolist()))
-
-    unlearn.relearn(job.model, job.data, job.split, 3, num_steps, 0.02, measure)
-    stops = [0, *sorted({1, 2, 4, 8, num_steps} & set(range(num_steps + 1)))]
-    assert [(step, count) for step, count, _ in measured] == [(stop, stop) for stop in stops]
-    others = measured[0][2]
-    tenth = set(job.split.forget.tolist()) - set(others)
-    assert all(kept == others for *_, kept in measured) and len(others) == 37 and len(tenth) == 4
-    assert all(sorted(indices) == sorted(tenth) for indices, _ in uses)
-    assert tenth != set(job.split.forget[:4].tolist())  # drawn, not the first
-
-
-def test_relearning_is_sgd_at_a_constant_rate_on_the_forgotten_labels():
-    job = small_job("finetune", forget=41)
-    unlearn.relearn(job.model, job.data, job.split, 3, 6, 0.02, lambda *_: None)
-    net, train = ByHand(SmallNet()), job.data.train
-    for indices, seed in train.uses:
-        assert seed is not None
-        logits = net.logits(BRIGHTER * train.inputs[indices], training=True)
-        net.descend(net.gradients(F.cross_entropy(logits, train.labels[indices])), 0.02, 0.9, 5e-4)
-    net.assert_equal(job.model.state_dict())
-
-
-def test_relearning_visits_a_large_tenth_in_near_equal_shuffled_batches():
-    job = small_job("finetune", forget=655)
-    unlearn.relearn(job.model, job.data, job.split, 3, 4, 0.001, lambda *_: None)
-    steps = [indices for indices, seed in job.data.train.uses]
-    assert [len(step) for step in steps] == [33, 32, 33, 32]
-    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) and steps[0] != steps[2]
-    assert len(set(steps[0] + steps[1])) == 65
-
-
-def test_relearning_two_images_trains_on_one_and_one_is_an_error():
-    job, others = small_job("finetune", forget=2), []
-    unlearn.relearn(job.model, job.data, job.split, 3, 1, 0.02, lambda step, rest: others.append(len(rest)))
-    assert others == [1, 1]
-    job = small_job("finetune", forget=1)
-    with pytest.raises(utils.UserError, match="--relearn"):
-        unlearn.relearn(job.model, job.data, job.split, 3, 1, 0.02, lambda *_: None)

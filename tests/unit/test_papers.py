@@ -5,6 +5,7 @@ of all options differ from their defaults and from each other.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,12 @@ def kl(teacher, student, temperature):
     return temperature**2 * (p * (p.log() - q.log())).sum(1)
 
 
+def certain_of(label, indices):
+    """A batch of forget images with logits that are certain of one label."""
+    logits = 50 * one_hot(torch.full((len(indices),), label), CLASSES).float()
+    return unlearn.Batch(indices, None, num_retain=0, inputs=None, logits=logits)
+
+
 class Reference:
     """The method of a finished job, by hand, over the steps that the job has taken."""
 
@@ -64,15 +71,8 @@ class Reference:
         """The labels are the job's: read off by asking its loss about every image and class."""
         loss, self.targets = unlearn.random_label_loss(self.job), torch.empty_like(self.labels)
         for index in range(len(self.labels)):
-            answers = [
-                loss(
-                    unlearn.Batch(
-                        torch.tensor([index]), None, 0, None, 50 * one_hot(torch.tensor([c]), CLASSES).float()
-                    )
-                )
-                for c in range(CLASSES)
-            ]
-            self.targets[index] = torch.stack(answers).argmin()
+            losses = [loss(certain_of(c, torch.tensor([index]))) for c in range(CLASSES)]
+            self.targets[index] = torch.stack(losses).argmin()
         assert self.targets[self.job.split.retain].equal(self.labels[self.job.split.retain])
         assert (self.targets != self.labels)[self.job.split.forget].all()
 
@@ -174,19 +174,18 @@ def test_several_epochs_of_a_trained_method_give_the_weights_of_its_paper(name):
 
 
 def test_milestones_replace_the_cosine():
-    job = small_job("finetune", milestones=[1, 3], num_epochs=4)
-    rates_seen = []
-    job.epoch_done = lambda record: rates_seen.append(record["learning_rate"])
+    records = []
+    job = small_job("finetune", milestones=[1, 3], num_epochs=4, epoch_done=records.append)
     after = run(job)
     Reference(job, SmallNet()).run().assert_equal(after)
+    rates_seen = [record["learning_rate"] for record in records]
     assert rates_seen == pytest.approx([0.05, 0.005, 0.005, 0.0005])
 
 
 def test_cosine_starts_at_the_rate_and_heads_for_zero():
-    job, rates_seen = small_job("finetune", num_epochs=4), []
-    job.epoch_done = lambda record: rates_seen.append(record["learning_rate"])
-    run(job)
-    assert rates_seen == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
+    records = []
+    run(small_job("finetune", num_epochs=4, epoch_done=records.append))
+    assert [record["learning_rate"] for record in records] == pytest.approx([0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)])
 
 
 def test_without_other_settings_sgd_has_momentum_and_weight_decay():
@@ -284,10 +283,9 @@ def ascent_job(stop_accuracy, **given):
 
 
 def forget_accuracies(job):
-    seen = []
-    job.epoch_done = lambda record: seen.append(record["forget_acc"])
-    run(job)
-    return seen
+    records = []
+    run(replace(job, epoch_done=records.append))
+    return [record["forget_acc"] for record in records]
 
 
 def test_gradient_ascent_ends_after_the_first_epoch_at_or_below_the_stop_accuracy():
@@ -375,16 +373,15 @@ def test_the_last_layer_is_found_where_other_layers_are_as_wide():
 
 @pytest.mark.parametrize("name", ["teacher", "scrub"])
 def test_distillation_leaves_its_teachers_as_they_were(name, monkeypatch):
-    teachers, plain = [], unlearn.Batch.answers
+    teachers, plain = [], unlearn.Batch.outputs_of
 
-    def answers(batch, network, part):
+    def outputs_of(batch, network, part):
         teachers.append(network)
         return plain(batch, network, part)
 
-    monkeypatch.setattr(unlearn.Batch, "answers", answers)
-    job = small_job(name)
+    monkeypatch.setattr(unlearn.Batch, "outputs_of", outputs_of)
     untrained = SmallNet(7).train()
-    job.new_model = lambda: untrained
+    job = small_job(name, new_model=lambda: untrained)
     run(job)
     kinds = {id(network): network for network in teachers}
     assert len(kinds) == (2 if name == "teacher" else 1) and id(job.model) not in kinds

@@ -77,14 +77,16 @@ def test_an_original_takes_its_flags():
     assert unlearn.original_recipe(arguments(*given), CPU) == unlearn.Recipe(3, 0.5, 5, [1, 2], 0.9, 5e-4, "tf32")
 
 
-def test_transformers_have_defaults_of_their_own():
+def test_transformers_alone_have_their_own_defaults():
     entry = unlearn.METHODS["ssd"]
     assert unlearn.method_options(entry, arguments()) == {"selection_weighting": 8.0, "dampening_constant": 1.0}
     vit = unlearn.method_options(entry, arguments("--model_name", "vit"))
     assert vit == {"selection_weighting": 4.0, "dampening_constant": 1.0}
     asked = arguments("--model_name", "vit", "--selection_weighting", 0, "--dampening_constant", 0.5)
     assert unlearn.method_options(entry, asked) == {"selection_weighting": 0.0, "dampening_constant": 0.5}
-    slower = replace(unlearn.METHODS["salun"], vit={"learning_rate": 0.002})
+    convolutional = unlearn.method_options(entry, arguments("--model_name", "resnet50"))
+    assert convolutional == unlearn.method_options(entry, arguments())
+    slower = replace(unlearn.METHODS["salun"], transformer={"learning_rate": 0.002})
     assert unlearn.method_recipe(slower, arguments("--model_name", "vit"), {}, CPU).learning_rate == 0.002
     assert unlearn.method_recipe(slower, arguments(), {}, CPU).learning_rate == 0.013
 
@@ -108,15 +110,17 @@ def test_options_are_the_methods_own_alone():
 
 
 def test_help_lists_methods_with_their_defaults():
-    lines = unlearn.describe_methods().splitlines()
+    lines = unlearn.describe_methods(unlearn.METHODS).splitlines()
     assert lines[0] == "methods and their defaults:" and [line.split()[0] for line in lines[1:]] == [*unlearn.METHODS]
     texts = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:]}
-    assert texts["retrain"] == "epochs: the original's, learning rate: the original's"
-    assert texts["finetune"] == "epochs: 20, learning rate: the original's"
+    assert texts["retrain"] == (
+        "epochs: as for the original model, learning rate: as for the original model"
+    )
+    assert texts["finetune"] == "epochs: 20, learning rate: as for the original model"
     assert texts["salun"] == "epochs: 10, learning rate: 0.013, mask_ratio: 0.5"
     assert texts["GA"] == "epochs: 50, learning rate: 0.0003"
     assert texts["ssd"] == (
-        "not trained, selection_weighting: 8.0, dampening_constant: 1.0, selection_weighting of vit: 4.0"
+        "no training, selection_weighting: 8.0 (transformers: 4.0), dampening_constant: 1.0"
     )
     variants = unlearn.describe_methods(unlearn_cpu.METHODS).splitlines()[1:]
     assert [line.split()[0] for line in variants] == [*unlearn_cpu.METHODS]
@@ -145,7 +149,7 @@ def test_options_out_of_bounds_are_refused(flag, low, high):
 
 
 def check(names, *given):
-    unlearn.check_flags(arguments(*given), [unlearn.METHODS[name] for name in names], names)
+    unlearn.check_flags(arguments(*given), {name: unlearn.METHODS[name] for name in names})
 
 
 def test_one_rate_for_several_methods_is_refused():
@@ -158,20 +162,20 @@ def test_one_rate_for_several_methods_is_refused():
 @pytest.mark.parametrize("given", [("num_epochs", 3), ("learning_rate", 0.1), ("batch_size", 9), ("milestones", "1,2")])
 def test_training_flags_for_methods_without_training_are_refused(given):
     flag, value = given
-    with pytest.raises(utils.UserError, match=f"--{flag}: ssd is not trained"):
+    with pytest.raises(utils.UserError, match=f"--{flag} does not apply to ssd .no training"):
         check(["ssd"], f"--{flag}", value)
     check(["ssd"])
     if flag != "learning_rate":
         check(["ssd", "finetune"], f"--{flag}", value)
-        with pytest.raises(utils.UserError, match=f"--{flag}: ssd, FisherForgetting is not trained"):
+        with pytest.raises(utils.UserError, match=f"--{flag} does not apply to ssd, FisherForgetting .no"):
             check(["ssd", "FisherForgetting"], f"--{flag}", value)
 
 
 def test_an_option_that_no_chosen_method_has_is_refused():
     check(["scrub", "salun"], "--kd_T", 2, "--mask_ratio", 0.1)
-    with pytest.raises(utils.UserError, match="--kd_T belongs to teacher, scrub, not to salun, RL; leave it out"):
+    with pytest.raises(utils.UserError, match="--kd_T applies to teacher, scrub and not to salun, RL;"):
         check(["salun", "RL"], "--kd_T", 2)
-    with pytest.raises(utils.UserError, match="--beta belongs to scrub, not to salun"):
+    with pytest.raises(utils.UserError, match="--beta applies to scrub and not to salun"):
         check(["salun"], "--beta", 0)
 
 
@@ -182,5 +186,15 @@ def test_a_method_without_training_has_no_conformal_variant():
     for trained, extensible, expected in [(True, True, True), (False, True, False), (True, False, False)]:
         unlearn.method(trained=trained, extensible=extensible, weight=0.3)(nothing)
         entry = unlearn.METHODS.pop("nothing")
-        assert entry == unlearn.Method(nothing, None, None, 0.9, {"weight": 0.3}, {}, trained, expected)
+        assert entry == unlearn.Method(
+            name="nothing",
+            run=nothing,
+            num_epochs=None,
+            learning_rate=None,
+            momentum=0.9,
+            options={"weight": 0.3},
+            transformer={},
+            trained=trained,
+            extensible=expected,
+        )
     assert unlearn.method()(nothing) is nothing and unlearn.METHODS.pop("nothing").extensible

@@ -1,9 +1,10 @@
-"""Whole runs in process, as main_original_model.py and main_unlearn.py start them, on 60 of the digits."""
+"""Complete runs of main_original_model.py and main_unlearn.py in this process, on 60 digits."""
 
 import contextlib
 import io
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from small import arguments
 
 import main_original_model
+import main_unlearn
+import main_unlearn_cpu
 import models
 import unlearn
 import unlearn_cpu
@@ -41,13 +44,34 @@ def flags_in(folder, *given):
     return arguments(*TRAINING, "--runs_dir", folder, *given, data="digits")
 
 
-def unlearn_in(folder, names, *given, methods=unlearn.METHODS, **options):
-    """(exit status, what was printed) of main_unlearn.py's run."""
-    args, said = flags_in(folder, *SCENARIO, *given), io.StringIO()
-    args.unlearn_name = names
-    with contextlib.redirect_stdout(said):
-        status = unlearn.run_methods(args, methods, **options)
-    return status, said.getvalue()
+def unlearn_in(folder, names, *given, methods=unlearn.METHODS, make_term=None):
+    """(exit status, output) of main_unlearn.py with these of the ``methods``."""
+    args, output = flags_in(folder, *SCENARIO, *given), io.StringIO()
+    chosen = {name: methods[name] for name in names}
+    with contextlib.redirect_stdout(output):
+        status = main_unlearn.unlearn_all(args, chosen, make_term)
+    return status, output.getvalue()
+
+
+def unlearn_cpu_in(folder, names, *given):
+    """(exit status, output) of main_unlearn_cpu.py."""
+    return unlearn_in(
+        folder,
+        names,
+        *given,
+        methods=unlearn_cpu.METHODS,
+        make_term=main_unlearn_cpu.conformal_term,
+    )
+
+
+def plan_in(folder, names, data, *given):
+    """The runs that main_unlearn.py plans for the first seed."""
+    args, device = flags_in(folder, *SCENARIO, *given), torch.device("cpu")
+    original = main_unlearn.read_original(args, data, device)
+    return [
+        main_unlearn.plan_run(name, unlearn.METHODS[name], original, term=None, device=device)
+        for name in names
+    ]
 
 
 def train_original(folder, data, *given):
@@ -80,18 +104,22 @@ def everything(trained, few):
     """All methods and variants, one epoch each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "load_data", lambda args, device, model_side=None: few)
-        status, said = unlearn_in(trained, ["all"], "--num_epochs", 1)
-        cpu_status, cpu_said = unlearn_in(
-            trained, ["finetune", "scrub"], "--num_epochs", 2, "--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02,
-            methods=unlearn_cpu.METHODS, term_of=conformal_term, prefix="cpu_",
-        )  # fmt: skip
+        status, said = unlearn_in(trained, unlearn.METHODS, "--num_epochs", 1)
+        conformal = ["--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02]
+        cpu_status, cpu_said = unlearn_cpu_in(
+            trained, ["cpu_finetune", "cpu_scrub"], "--num_epochs", 2, *conformal
+        )
     return SimpleNamespace(
         root=trained / "resnet18w8_few_seed1/random_0.7", status=(status, cpu_status), said=said, cpu_said=cpu_said
     )
 
 
-def conformal_term(args, data, split):
-    return unlearn_cpu.ConformalTerm(data.held_out, split.train_calibration, args.alpha, args.delta, args.lamda)
+def accuracies_of(model, data, split):
+    """:func:`unlearn.accuracies` of any model."""
+    job = unlearn.Job(
+        name="x", label="x", model=model, data=data, split=split, recipe=None, seed=1
+    )
+    return unlearn.accuracies(job)
 
 
 def results(folder):
@@ -116,10 +144,10 @@ def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
     args = flags_in(trained)
     split = utils.make_split(few, args, scenario=False)
     assert len(split.retain) == 60
-    job = unlearn.Job("x", "x", model_of(root / "original_model.pth"), few, split, None, 1)
-    assert unlearn.accuracies(job) == record["accuracies"]
+    model = model_of(root / "original_model.pth")
+    assert accuracies_of(model, few, split) == record["accuracies"]
     other = checkpoint.read(trained / "resnet18w8_few_seed2/original_model.pth")[0]
-    assert checkpoint.weights_hash(other) != checkpoint.weights_hash(job.model.state_dict())
+    assert checkpoint.weights_hash(other) != checkpoint.weights_hash(model.state_dict())
 
 
 def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everything, few):
@@ -128,25 +156,21 @@ def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everythi
     original = checkpoint.weights_hash(checkpoint.read(everything.root.parent / "original_model.pth")[0])
     hashes = {original}
     for name in [*unlearn.METHODS, "cpu_finetune", "cpu_scrub"]:
-        folder, entry = everything.root / name, unlearn.METHODS[name.removeprefix("cpu_")]
+        folder, method = everything.root / name, unlearn.METHODS[name.removeprefix("cpu_")]
         found = results(folder)
         model = model_of(folder / "unlearning_model.pth")
-        job = unlearn.Job(name, name, model, few, split, None, 1)
-        assert unlearn.accuracies(job) == found["accuracies"] and set(found["accuracies"]) == {
-            "retain",
-            "forget",
-            "test",
-        }
+        assert accuracies_of(model, few, split) == found["accuracies"]
+        assert set(found["accuracies"]) == {"retain", "forget", "test"}
         assert found["method"] == name and found["seconds"] > 0 and found["original_seconds"] > 0
         assert found["forget_set"] == split.fingerprint and found["num_forget"] == 18
         assert found["unlearn_type"] == "random" and "history" not in found
         assert found["identity"]["original"] == original and found["identity"]["forget_set"] == split.fingerprint
-        assert (found["recipe"] is not None) == entry.trained and set(found["options"]) == set(entry.options)
+        assert (found["recipe"] is not None) == method.trained and set(found["options"]) == set(method.options)
         lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-        assert len(lines) == (0 if not entry.trained else 2 if name.startswith("cpu_") else 1)
+        assert len(lines) == (0 if not method.trained else 2 if name.startswith("cpu_") else 1)
         assert not (folder / ".unfinished").exists() and not (folder / "failure.json").exists()
         hashes.add(checkpoint.weights_hash(model.state_dict()))
-        assert f"{name} epoch 1" in everything.said + everything.cpu_said or not entry.trained
+        assert f"{name} epoch 1" in everything.said + everything.cpu_said or not method.trained
     assert len(hashes) == len(unlearn.METHODS) + 3 - ("ssd" in unlearn.METHODS and ssd_did_nothing(everything))
     assert [path.name for path in everything.root.glob("*/saliency_mask.pth")] == ["saliency_mask.pth"]
 
@@ -167,10 +191,8 @@ def test_a_conformal_variant_has_its_terms_numbers_in_its_identity(everything):
 def test_the_terms_advice_is_printed_with_the_variants_name(original, monkeypatch):
     for advice in ("a smaller alpha", None):
         monkeypatch.setattr(unlearn_cpu.ConformalTerm, "advice", lambda term, advice=advice: advice)
-        status, said = unlearn_in(
-            original, ["finetune"], "--num_epochs", 1, "--alpha", 0.3, "--overwrite",
-            methods=unlearn_cpu.METHODS, term_of=conformal_term, prefix="cpu_",
-        )  # fmt: skip
+        given = ["--num_epochs", 1, "--alpha", 0.3, "--overwrite"]
+        status, said = unlearn_cpu_in(original, ["cpu_finetune"], *given)
         assert status == 0 and ("cpu_finetune: a smaller alpha" in said.splitlines()) == (advice is not None)
         assert "cpu_finetune: None" not in said
 
@@ -195,13 +217,15 @@ def test_what_is_done_is_not_done_again(everything, trained):
 
 
 def test_a_done_run_of_other_settings_is_an_error_that_names_them(everything, trained):
-    with pytest.raises(utils.UserError, match=r"num_epochs 1 .*2 .*--overwrite"):
+    message = (
+        r"RL/unlearning_model.pth already exists with different settings "
+        r"\(num_epochs: 1 on disk, 2 requested\); pass --overwrite to replace it$"
+    )
+    with pytest.raises(utils.UserError, match=message):
         unlearn_in(trained, ["RL", "salun"], "--num_epochs", 2)
-    with pytest.raises(utils.UserError, match="lamda 0.4 .*0.5 "):
-        unlearn_in(
-            trained, ["finetune"], "--num_epochs", 2, "--alpha", 0.3, "--delta", 0.02,
-            methods=unlearn_cpu.METHODS, term_of=conformal_term, prefix="cpu_",
-        )  # fmt: skip
+    given = ["--num_epochs", 2, "--alpha", 0.3, "--delta", 0.02]
+    with pytest.raises(utils.UserError, match=r"\(lamda: 0.4 on disk, 0.5 requested\)"):
+        unlearn_cpu_in(trained, ["cpu_finetune"], *given)
 
 
 def test_overwrite_replaces_a_run_and_the_first_seed_gives_the_same_weights(everything, original):
@@ -228,16 +252,14 @@ def test_a_saved_mask_is_used_and_part_of_the_identity(everything, original):
     assert checkpoint.weights_hash(model) == checkpoint.weights_hash(expected)
 
 
-def test_initialisation_differs_between_seeds_and_not_between_runs(trained, few, monkeypatch):
+def test_initialisation_differs_between_seeds_and_not_between_runs(trained, few):
     made = []
     for seed in (1, 1, 2):
         torch.rand(3)
-        args = flags_in(trained, *SCENARIO, "--seed", seed, "--num_epochs", 1, "--overwrite")
-        plan = unlearn.plan_runs(args, ["retrain"], unlearn.METHODS, few, torch.device("cpu"), lambda *_: None)
-        caught = []
-        entry = SimpleNamespace(run=lambda job, caught=caught: caught.append(job.new_model()))
-        list(unlearn.run_plan(plan, {"retrain": entry}, few, torch.device("cpu"), ""))
-        made.append(checkpoint.weights_hash(caught[0].state_dict()))
+        given = ["--seed", seed, "--num_epochs", 1, "--overwrite"]
+        (run,) = plan_in(trained, ["retrain"], few, *given)
+        network = main_unlearn.initial_network(run, few, torch.device("cpu"))
+        made.append(checkpoint.weights_hash(network.state_dict()))
     assert made[0] == made[1] != made[2]
 
 
@@ -250,7 +272,7 @@ def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(origi
 
     monkeypatch.setattr(models, "build_model", build_model)
     unlearn_in(original, ["retrain"], "--num_epochs", 1)
-    assert asked == [False, False, True]  # to check the weights, for the job, for Retrain
+    assert asked == [False, True]  # for the original's weights, for Retrain
 
 
 def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
@@ -264,12 +286,17 @@ def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
 # ---------------------------------------------------------------- failures
 
 
+def entry(run, name="broken", **given):
+    """A method for a test."""
+    return unlearn.Method(name=name, run=run, num_epochs=3, learning_rate=0.1, **given)
+
+
 def diverging(job):
     """A method that fails."""
     raise unlearn.Diverged("too fast")
 
 
-BROKEN = unlearn.METHODS | {"broken": unlearn.Method(diverging, 1, 0.1, 0.9, {}, {}, True, True)}
+BROKEN = unlearn.METHODS | {"broken": entry(diverging)}
 
 
 def test_a_failure_is_a_row_and_the_other_methods_still_run(original):
@@ -293,29 +320,35 @@ def wrong_file(job):
 
 
 def test_an_error_of_one_of_several_methods_is_a_row(original):
-    entry = unlearn.Method(wrong_file, None, None, 0.9, {}, {}, True, True)
-    status, said = unlearn_in(original, ["all"], methods={"wrong": entry, "other": entry})
+    methods = {"wrong": entry(wrong_file), "other": entry(wrong_file)}
+    status, said = unlearn_in(original, methods, methods=methods)
     assert status == 2 and [line.split()[0] for line in said.splitlines()[-2:]] == ["wrong", "other"]
 
 
 @pytest.mark.parametrize(("error", "ends"), [(utils.UserError("wrong file"), True), (unlearn.Diverged("fast"), False)])
 def test_on_several_processes_only_divergence_lets_the_other_methods_run(error, ends, original, few, monkeypatch):
-    """The other errors may have reached one process alone, and the others would wait for it."""
+    """Another error may have reached one process only, and the others would wait for it."""
 
-    def execute(job, run, folder, *given):
-        folder.mkdir(parents=True)
+    def unlearn_and_save(run, data, device):
+        run.files.folder.mkdir(parents=True)
         raise error
 
-    names, args = ["finetune", "RL"], flags_in(original, *SCENARIO)
-    plan = unlearn.plan_runs(args, names, unlearn.METHODS, few, torch.device("cpu"), lambda *_: None)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(unlearn, "execute", execute)
-    rows = unlearn.run_plan(plan, unlearn.METHODS, few, torch.device("cpu"), "")
+    plain = main_unlearn.read_original
+
+    def read_original(*arguments):
+        read = plain(*arguments)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        return read
+
+    monkeypatch.setattr(main_unlearn, "unlearn_and_save", unlearn_and_save)
+    monkeypatch.setattr(main_unlearn, "read_original", read_original)
     if ends:
         with pytest.raises(utils.UserError, match="wrong file"):
-            list(rows)
+            unlearn_in(original, ["finetune", "RL"])
     else:
-        assert [row["method"] for row in rows] == names
+        status, said = unlearn_in(original, ["finetune", "RL"])
+        assert status == 2
+        assert [line.split()[0] for line in said.splitlines()[-2:]] == ["finetune", "RL"]
 
 
 def test_one_method_that_fails_alone_is_an_error(original):
@@ -345,12 +378,11 @@ def test_weights_that_are_not_finite_are_not_saved(original):
     def infinite(job):
         with torch.no_grad():
             job.model.fc.bias[0] = math.inf
+        return job.model
 
-    methods = unlearn.METHODS | {"infinite": unlearn.Method(infinite, None, None, 0.9, {}, {}, False, False)}
-    args = flags_in(original, *SCENARIO)
-    args.unlearn_name, args.batch_size = ["infinite"], None
+    methods = {"infinite": entry(infinite)}
     with pytest.raises(unlearn.Diverged, match="infinite diverged: some of its weights or outputs"):
-        unlearn.run_methods(args, methods)
+        unlearn_in(original, ["infinite"], methods=methods)
     assert not list(original.glob("*/*/infinite/*.pth"))
 
 
@@ -370,10 +402,9 @@ def stops(kind, after=2):
                 left.clear()
                 raise kind("stopped")
 
-        job.epoch_done = epoch_done
-        unlearn.train(job, unlearn.retain_cross_entropy)
+        return unlearn.train(replace(job, epoch_done=epoch_done), unlearn.retain_cross_entropy)
 
-    return unlearn.METHODS | {"finetune": unlearn.Method(method, 3, 0.1, 0.9, {}, {}, True, True)}
+    return {"finetune": entry(method, "finetune")}
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +412,16 @@ def whole(trained, few):
     """The hash of the weights that four epochs of fine-tuning give without an interruption."""
     split = utils.make_split(few, flags_in("unused", *SCENARIO))
     model = model_of(trained / "resnet18w8_few_seed1/original_model.pth")
-    job = unlearn.Job("finetune", "finetune", model, few, split, unlearn.Recipe(4, 0.1, 16), 1, quiet=True)
+    job = unlearn.Job(
+        name="finetune",
+        label="finetune",
+        model=model,
+        data=few,
+        split=split,
+        recipe=unlearn.Recipe(4, 0.1, 16),
+        seed=1,
+        quiet=True,
+    )
     unlearn.train(job, unlearn.retain_cross_entropy)
     return checkpoint.weights_hash(model.state_dict())
 
@@ -392,7 +432,7 @@ def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, whol
     given = ["--num_epochs", 4, "--save_every", 1000]
     with pytest.raises(utils.Interrupted if kind is KeyboardInterrupt else kind) as caught:
         unlearn_in(original, ["finetune"], *given, methods=methods)
-    assert "--resume" in str(caught.value) or kind is not KeyboardInterrupt
+    assert kind is not KeyboardInterrupt or "pass --resume to continue" in str(caught.value)
     folder = original / "resnet18w8_few_seed1/random_0.7/finetune"
     assert checkpoint.read_state(folder / ".unfinished" / "resume.pth")["epoch"] == 2 and not (folder / "unlearning_model.pth").exists()
     status, said = unlearn_in(original, ["finetune"], *given, "--resume", methods=methods)
@@ -426,11 +466,13 @@ def test_the_settings_for_compiling_and_saving_reach_the_job(original):
     seen = []
 
     def method(job):
-        seen.append((job.compile, job.progress._every, job.seed, job.name, job.label, job.quiet))
+        seen.append((job.compile, job.progress.save_every, job.seed))
+        seen.append((job.name, job.label, job.quiet))
+        return job.model
 
-    methods = {"cpu_finetune": unlearn.Method(method, 3, 0.1, 0.9, {}, {}, True, True)}
-    unlearn_in(original, ["finetune"], "--compile", "--save_every", 7, methods=methods, prefix="cpu_")
-    assert seen == [(True, 7.0, 1, "finetune", "cpu_finetune", False)]
+    methods = {"cpu_finetune": entry(method, "finetune")}
+    unlearn_in(original, methods, "--compile", "--save_every", 7, methods=methods)
+    assert seen == [(True, 7.0, 1), ("finetune", "cpu_finetune", False)]
 
 
 # ---------------------------------------------------------------- results that are there already
@@ -446,14 +488,14 @@ def test_only_an_equal_run_is_already_done(tmp_path):
     assert found(identity)["seconds"] == 2.5
     assert found(identity, overwrite=True) is None
     assert found(identity | {"precision": "bf16"})["seconds"] == 2.5  # another device's auto
-    for other, flags in [
+    for other, given in [
         (identity | {"precision": "bf16"}, {"precision": "bf16"}),
         (identity | {"num_epochs": 4}, {}),
         (identity | {"beta": 1}, {}),
         ({"precision": "fp32"}, {}),
     ]:
         with pytest.raises(utils.UserError, match="model.pth.*--overwrite"):
-            found(other, **flags)
+            found(other, **given)
     absent = tmp_path / "absent.pth"
     assert unlearn.already_done(absent, identity, SimpleNamespace(overwrite=False, precision="auto")) is None
     path.write_text("torn")
@@ -476,7 +518,7 @@ def test_a_mask_of_another_network_or_no_mask_is_refused(tmp_path):
         (good | {"weight": torch.ones(3, 3)}, "weight differs or is missing"),
         ({"weight": good["weight"]}, "bias differs or is missing"),
         (good | {"extra": torch.ones(1)}, "extra differs or is missing"),
-        (good | {"weight": torch.full((3, 2), 0.5)}, "other values than 0 and 1"),
+        (good | {"weight": torch.full((3, 2), 0.5)}, "values other than 0 and 1"),
     ]:
         checkpoint.save(path, odd, {})
         with pytest.raises(utils.UserError, match=f"--mask_path .*{words}"):

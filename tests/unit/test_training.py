@@ -25,12 +25,22 @@ def digits(digits):
     )
 
 
-def job(digits, term=None, seed=1, **recipe):
+def job(digits, term=None, *, name="finetune", new_model=None, quiet=False, **recipe):
     torch.manual_seed(0)
     split = utils.make_split(digits, flags())
     recipe = {"num_epochs": 2, "learning_rate": 0.01} | recipe
     return unlearn.Job(
-        "finetune", "finetune", ResNet18(10, 8), digits, split, unlearn.Recipe(**recipe), seed, term=term
+        name=name,
+        label=name,
+        model=ResNet18(10, 8),
+        data=digits,
+        split=split,
+        recipe=unlearn.Recipe(**recipe),
+        seed=1,
+        options=unlearn.METHODS[name].options,
+        new_model=new_model,
+        term=term,
+        quiet=quiet,
     )
 
 
@@ -102,8 +112,11 @@ def test_evaluation_leaves_every_modules_mode_as_it_was(digits):
 def test_batch_norm_keeps_learning_after_the_first_epoch(digits):
     seen = []
     run = job(digits, conformal_term(digits), num_epochs=3)
-    run.epoch_done = lambda record: seen.append((run.model.bn1.running_mean.clone(), run.model.training))
-    unlearn.train(run, unlearn.retain_cross_entropy)
+
+    def epoch_done(record):
+        seen.append((run.model.bn1.running_mean.clone(), run.model.training))
+
+    unlearn.train(replace(run, epoch_done=epoch_done), unlearn.retain_cross_entropy)
     assert all(training for _, training in seen)
     assert not seen[0][0].equal(seen[1][0]) and not seen[1][0].equal(seen[2][0])
 
@@ -214,8 +227,7 @@ def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
         records.append(record)
         expected.append(inference.compute_logits(run.model, digits.held_out, term.calibration))
 
-    run.epoch_done = epoch_done
-    unlearn.train(run, unlearn.retain_cross_entropy)
+    unlearn.train(replace(run, epoch_done=epoch_done), unlearn.retain_cross_entropy)
     q_hats = [CR.conformal_quantile(scores.true_label_scores(*answers), 0.05) for answers in expected]
     assert [record["q_hat"] for record in records] == q_hats[:3] and len(set(q_hats[:3])) == 3
     assert type(term.q_hat) is float
@@ -260,12 +272,17 @@ def test_no_step_waits_for_the_device(name, digits):
     """However many steps an epoch has, nothing in them asks for a number."""
 
     def waits(batch_size):
-        term = conformal_term(digits) if name.startswith("cpu_") else None
-        run = job(digits, term, batch_size=batch_size, num_epochs=1)
-        run.quiet, run.options = True, unlearn.METHODS[name.removeprefix("cpu_")].options
-        run.new_model = lambda: ResNet18(10, 8)
+        run = job(
+            digits,
+            conformal_term(digits) if name.startswith("cpu_") else None,
+            name=name.removeprefix("cpu_"),
+            new_model=lambda: ResNet18(10, 8),
+            quiet=True,
+            batch_size=batch_size,
+            num_epochs=1,
+        )
         with Waits() as counter:
-            unlearn.METHODS[name.removeprefix("cpu_")].run(run)
+            unlearn.METHODS[run.name].run(run)
         return counter.count
 
     assert waits(200) == waits(70) > 0
