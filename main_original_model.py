@@ -14,11 +14,14 @@ from dataclasses import asdict
 import models
 import unlearn
 
+DEFAULTS = f"""training defaults: {unlearn.Recipe.batch_size} images per step, and
+  ImageNet weights  at most 20 epochs at 0.01
+{utils.describe_recipes()}"""
+
 
 def main():
-    parser = utils.make_parser(__doc__)
-    epochs = "200 epochs at 0.1 (digits: 20 at 0.01; vit: 20 at 0.01)"
-    utils.add_training_flags(parser, f"if omitted: 64 images, {epochs}")
+    parser = utils.make_parser(__doc__, epilog=DEFAULTS)
+    utils.add_training_flags(parser, "default: listed below")
     args = parser.parse_args()
 
     device = utils.pick_device(args)
