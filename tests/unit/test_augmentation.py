@@ -70,6 +70,20 @@ def test_the_given_share_of_the_images_is_gray():
     assert abs(shares(found, 2)[1] - 0.3) < 0.04
 
 
+def test_a_draw_equal_to_the_share_leaves_the_image_as_it_is(monkeypatch):
+    """Draws lie in [0, 1): those below a share p have probability p, those at most p more."""
+    pixels, still = random_pixels(2), replace(PLAIN, crop_padding=0)
+    for spec, share in ((replace(still, flip=True), 0.5), (replace(still, grayscale=0.25), 0.25)):
+        for below in (0.0, 2.0**-20):
+
+            def rand(size, draw=share - below, **options):
+                return torch.full(size, draw)
+
+            monkeypatch.setattr(torch, "rand", rand)
+            made = utils.random_augment(pixels, spec, utils.generator(1, "test"))
+            assert made.equal(pixels.float()) == (below == 0)
+
+
 def test_nothing_is_drawn_that_the_data_set_does_not_ask_for():
     image, made = augmented(replace(PLAIN, crop_padding=0), count=5)
     assert made.equal(image.float().expand(5, -1, -1, -1)) and made.dtype == torch.float32
@@ -221,6 +235,19 @@ def test_the_numbers_of_a_seed_and_purpose_are_pinned():
     """A change of these changes every published result."""
     assert utils.permutation(1, "forget", 8).tolist() == [7, 4, 0, 5, 2, 6, 3, 1]
     assert utils.generator(1, "order", "retain", 2).initial_seed() == 7433692491322154092
+
+
+def test_a_generator_lies_on_the_device_it_is_asked_for(monkeypatch):
+    class Asked:
+        def __init__(self, device):
+            self.device = device
+
+        def manual_seed(self, seed):
+            return self.device, seed
+
+    seed = utils.generator(1, "a", 2).initial_seed()
+    monkeypatch.setattr(torch, "Generator", Asked)
+    assert utils.generator(1, "a", 2, device="cuda:1") == ("cuda:1", seed)
 
 
 def test_every_seed_and_purpose_has_numbers_of_its_own():

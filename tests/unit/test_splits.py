@@ -202,6 +202,12 @@ def test_scenarios_that_cannot_be_are_errors(scenario, words):
         utils.make_split(labelled(40, 120), flags(**scenario))
 
 
+@pytest.mark.parametrize(("ratio", "forgotten"), [(0.975, 1), (0.025, 39)])
+def test_one_image_to_forget_or_to_retain_is_enough(ratio, forgotten):
+    split = utils.make_split(labelled(40, 120), flags(retain_ratio=ratio))
+    assert (len(split.retain), len(split.forget)) == (40 - forgotten, forgotten)
+
+
 def test_a_class_of_all_or_no_training_images_is_an_error():
     data = labelled(40, 120)
     data.train.labels = torch.ones(40, dtype=torch.int64)
@@ -223,6 +229,14 @@ def test_folders_name_what_is_forgotten_and_lists_by_their_content(tmp_path):
     assert utils.scenario_folder(flags(unlearn_type="subclass"), data) == "subclass"
     assert utils.scenario_folder(flags(unlearn_type="subclass", forget_class="fine 6"), data) == "subclass_6"
     assert utils.scenario_folder(flags(retain_ratio=0.25), data) == "random_0.25"
+
+
+@pytest.mark.parametrize("length", [100, 101, 150])
+def test_a_lists_folder_has_at_most_a_hundred_characters_of_its_name(length, tmp_path):
+    path = tmp_path / f"{'n' * length}.txt"
+    path.write_text("1\n2\n")
+    split = utils.make_split(labelled(40, 120), flags(unlearn_type="list", forget_list=str(path)))
+    assert split.folder[:-9] == "list_" + "n" * 100 and split.folder[-9] == "_"
 
 
 def test_the_fingerprint_is_of_the_forget_set_in_any_order():
