@@ -34,6 +34,7 @@ from metrics import CR, classwise, comparison, conformal, probe, samples, scores
 from metrics.report import figures, notes, page, tables
 from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
 from models import checkpoint, distributed, inference
+from models.errors import NotFinite
 
 COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the columns …_minus_retrain
 TEXT_COLUMNS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights")
@@ -309,8 +310,8 @@ def naming(subject):
     """Put ``subject`` in front of the error that a network's outputs are not finite."""
     try:
         yield
-    except utils.NotFinite as error:
-        raise utils.NotFinite(f"{subject}: {error}") from error
+    except NotFinite as error:
+        raise NotFinite(f"{subject}: {error}") from error
 
 
 # ---------------------------------------------------------------- models

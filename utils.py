@@ -160,10 +160,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, except None, and keeps the line breaks of the description and the epilog."""
+    """Shows defaults of flags with a value, and keeps the line breaks of description and epilog."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.required:
+        if action.default in (None, False) or action.required:
             return action.help
         return super()._get_help_string(action)
 
@@ -247,8 +247,8 @@ def _add_model_flags(group):
     add("--model_name", default="resnet18", help=names)
     width = "number of channels in resnet18's first stage"
     add("--width", type=number(int, 1, 512), default=64, help=width)
-    size = "resize images to this side length in pixels; if omitted: resnet18 takes the data's"
-    add("--image_size", type=number(int, 1, 4096), help=f"{size} own size, vit takes 224")
+    size = "resize images to this side length in pixels; default: the data's own (resnet18)"
+    add("--image_size", type=number(int, 1, 4096), help=f"{size} or 224 (vit)")
     path = "file with ImageNet weights for vit or a timm model, instead of a download"
     add("--pretrained_path", type=expand_path, help=path)
     random = "start vit or a timm model from random weights"
@@ -260,7 +260,7 @@ def _add_data_flags(group):
     add("--data_name", choices=DATA_NAMES, default="digits", help="data set")
     folder = "folder of the data set; downloads go there"
     add("--data_dir", type=expand_path, default="./data", help=folder)
-    classes = "number of classes, checked against the data; if omitted: taken from the data"
+    classes = "number of classes, checked against the data; default: inferred from the data"
     add("--num_classes", type=number(int, 2), help=classes)
     files = "image_folder, tiny_imagenet:"
     memory = f"{files} stream data sets larger than this from disk"
@@ -278,18 +278,20 @@ def _add_run_flags(group):
     device = "auto (CUDA if there is a GPU, else CPU), cpu, cuda, cuda:1, ..., mps"
     add("--device", default="auto", help=device)
     add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
-    wandb = "if omitted: online when logged in, else offline"
+    wandb = "default: online if logged in to wandb, else offline"
     add("--wandb_mode", choices=["online", "offline", "disabled"], help=wandb)
 
 
 def add_training_flags(parser, defaults):
-    """Flags of the training loop. ``defaults`` describes what an omitted flag means."""
+    """Flags of the training loop. ``defaults`` says what the default recipe is."""
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=number(int, 3), help=f"images per step; {defaults}")
-    add("--num_epochs", type=number(int, 1), help=defaults)
-    add("--learning_rate", type=number(float, 0, exclusive=True), help=defaults)
-    milestones = "epochs at which the learning rate is divided by 10, e.g. 91,136;"
-    schedule = f"{milestones} if omitted: cosine decay to zero"
+    add("--num_epochs", type=number(int, 1), help=f"number of epochs; {defaults}")
+    rate = f"initial learning rate; {defaults}"
+    add("--learning_rate", type=number(float, 0, exclusive=True), help=rate)
+    schedule = (
+        "epochs at which the rate is divided by 10, e.g. 91,136; default: cosine decay to zero"
+    )
     add("--milestones", type=list_of(number(int, 1)), help=schedule)
     precision = "precision of the network in training; auto: bf16 on a GPU that supports it, else"
     choices = ["auto", "fp32", "tf32", "bf16"]
@@ -304,6 +306,14 @@ def add_training_flags(parser, defaults):
     add("--save_every", type=number(float, 0), default=30.0, metavar="SECONDS", help=seconds)
 
 
+def describe_recipes():
+    """Epochs and learning rate of each data set, for --help."""
+    lines = []
+    for name, spec in SPECS.items():
+        lines.append(f"  {name:16}  {spec.num_epochs} epochs at {spec.learning_rate:g}")
+    return "\n".join(lines)
+
+
 def add_scenario_flags(parser, methods, model_dir):
     """Flags that define what is forgotten and with which methods."""
     add = parser.add_argument_group("unlearning").add_argument
@@ -312,7 +322,7 @@ def add_scenario_flags(parser, methods, model_dir):
     add("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
     ratio = "random: fraction of the training images to retain"
     add("--retain_ratio", type=float, default=0.9, help=ratio)
-    classes = "class, subclass: name or number of the class; if omitted: drawn from the seed"
+    classes = "class, subclass: name or number of the class; default: drawn from the seed"
     add("--forget_class", help=classes)
     lines = "list: text file with one training index per line, or for image_folder one file name"
     add("--forget_list", type=expand_path, help=f"{lines} (class/image.jpg) per line")
