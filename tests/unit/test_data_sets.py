@@ -171,7 +171,7 @@ def test_unreadable_picture_of_tiny_imagenet_is_skipped(tiny_imagenet, capsys):
         skipping = flags(**vars(tiny_imagenet) | {"memory_gb": memory_gb, "skip_corrupt": True})
         data = utils.load_data(skipping, torch.device("cpu"))
         output = capsys.readouterr().out
-        assert "1 image" in output and "val/images/val_61.JPEG" in output
+        assert "1 unreadable image:" in output and "val/images/val_61.JPEG" in output
         left = [name for name in whole.held_out.names if not name.endswith("val_61.JPEG")]
         assert data.held_out.names == left and len(data.held_out.labels) == 29
 

@@ -125,7 +125,7 @@ def test_help_shows_groups_and_defaults(script, tmp_path):
     assert all(group in text for group in ("model:", "data:"))
     assert all(f"(default: {default})" in text for default in ("digits", "64"))
     if script.startswith("unlearn"):
-        assert "finetune epochs: 20, learning rate: the original's" in text
+        assert "finetune epochs: 20, learning rate: as for the original model" in text
         assert "(default: 0.9)" in text
 
 

@@ -18,6 +18,8 @@ import models
 import unlearn
 import unlearn_cpu
 import utils
+from metrics.columns import Spread
+from metrics.report import tables
 from models import checkpoint, distributed
 from models.resnet import ResNet18
 
@@ -427,8 +429,8 @@ def test_seeds_share_one_row_of_means(trained):
         for seed in (1, 2)
     ]
     row = said.splitlines()[-1].split()
-    assert row[0] == "teacher" and row[5] == utils.format_cell(
-        utils.Spread(sum(found) / 2, abs(found[0] - found[1]) / math.sqrt(2)), "percent"
+    assert row[0] == "teacher" and row[5] == tables.format_cell(
+        Spread(sum(found) / 2, abs(found[0] - found[1]) / math.sqrt(2)), "percent"
     )
 
 
