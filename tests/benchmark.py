@@ -41,7 +41,7 @@ import main_evaluate
 import metrics
 import models
 import unlearn
-from metrics import MIA, MIACR, classwise, samples
+from metrics import attack, classwise, samples
 from models import fisher as importances
 
 BENCHMARKS = {}
@@ -395,10 +395,11 @@ def mia(args):
         points = np.concatenate([draw(2500, True), draw(4500, False)])
 
         def ours():
-            attack = MIA.Attack(members[:, None], non_members[:, None])  # noqa: B023 - called within the loop
-            pair = ([torch.from_numpy(members)], [torch.from_numpy(non_members)])  # noqa: B023
-            probabilities = MIACR.attack_probabilities(*pair, torch.from_numpy(points))[0]  # noqa: B023
-            return attack.says_member(points[:, None]), probabilities.numpy()  # noqa: B023
+            # Called within the loop, hence the noqa.
+            trained = attack.Attack(members[:, None], non_members[:, None])  # noqa: B023
+            decisions = trained.says_member(points[:, None])  # noqa: B023
+            sides = members, non_members  # noqa: B023
+            return decisions, attack.membership_probabilities(*sides, points)  # noqa: B023
 
         def plain():
             model = CalibratedClassifierCV(SVC(C=3, gamma="auto"), ensemble=False)
@@ -470,9 +471,10 @@ def evaluation(args):
 
     def ours():
         outputs, _ = main_evaluate.collect_outputs(model, data, split, flags)
-        found = metrics.evaluate(outputs, settings)
-        classwise.class_rows(outputs, settings, data.classes)
-        samples.sample_rows(outputs, settings, split.forget)
+        conformal_scores = metrics.ConformalScores(outputs, settings)
+        found = metrics.evaluate(conformal_scores)
+        classwise.class_rows(conformal_scores, data.classes)
+        samples.sample_rows(conformal_scores, split.forget)
         return found
 
     bare()

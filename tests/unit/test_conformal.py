@@ -1,5 +1,5 @@
-"""The conformal metrics: scores against 60-digit arithmetic, and every number of a report against a plain recomputation
-with loops and sorted lists."""
+"""The conformal metrics: scores against 60-digit arithmetic, and every number of a report against a
+plain recomputation with loops and sorted lists."""
 
 import math
 from fractions import Fraction
@@ -32,7 +32,7 @@ def mean(number):
 
 
 def exact_log_odds(name, logits, u, penalty=0.01, k_reg=2, weight=0.2):
-    """log S − log(1 − S) of one image's labels, FROM_ONE_ON · S where S ≥ 1, in decimal arithmetic."""
+    """log S − log(1 − S) of one image's labels (FROM_ONE_ON · S where S ≥ 1), 60 digits."""
     mpmath = pytest.importorskip("mpmath")
     with mpmath.workdps(700):
         powers = [mpmath.exp(mpmath.mpf(float(logit))) for logit in logits]
@@ -249,7 +249,7 @@ def plain_q_hat(values, alpha):
 
 
 def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
-    """Every number of :func:`CR.describe`, image by image. None where there is no q̂ or nothing to count."""
+    """Every number of :func:`CR.describe`, image by image. None without a q̂ or an image."""
     numbers = score.log_odds(output.logits, drawn).tolist()
     inside, sizes, wrong = [], [], []
     for image in chosen:
@@ -397,7 +397,7 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
 
 
 def test_some_draws_have_no_finite_q_hat():
-    """The forgotten class has 3 of 9 images on average among the first 20: four draws in five reach alpha 0.34."""
+    """Draws have few images of the forgotten class among the first 20: some miss the alpha."""
     outputs = some_outputs(30, 3, cal_sizes=(20,))
     counts = [len(outputs.forget_calibration(20, draw)) for draw in range(30)]
     alpha = math.ceil(1000 / (counts[0] + 1)) / 1000
@@ -427,7 +427,7 @@ def test_theory_with_draws_left_out_is_that_of_the_others():
 @pytest.mark.parametrize("num_draws", [1, 40])
 @pytest.mark.parametrize("covered", ["none", "as it should", "all"])
 def test_coverage_outside_the_theory_is_flagged_on_both_sides(num_draws, covered):
-    """Test images whose scores are all above, like, or all below those of the calibration images."""
+    """Test images with scores all above, like, or all below those of calibration images."""
     outputs = some_outputs(num_draws, counts=(10, 10, 200), cal_sizes=(100,))
     generator, labels = torch.Generator().manual_seed(0), torch.zeros(200, dtype=torch.int64)
     margins = torch.rand(200, generator=generator)

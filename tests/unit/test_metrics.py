@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out by hand, against the theory of split conformal prediction, and against MAPIE,
+"""Metrics against numbers worked out by hand, the theory of split conformal prediction, MAPIE,
 torchcp and scikit-learn."""
 
 import math
@@ -222,7 +222,7 @@ def test_tied_scores_are_all_inside():
 
 
 def test_coverage_over_random_splits_follows_the_theory():
-    """Coverage given the calibration set is Beta(k, n+1−k): its mean over many splits is k/(n+1)."""
+    """Coverage given the calibration set is Beta(k, n+1−k), with the mean k/(n+1)."""
     rng, n, tested, alpha, trials = np.random.default_rng(1), 50, 200, 0.1, 2000
     k = math.ceil((n + 1) * (1 - alpha))
     covered = []
@@ -267,7 +267,7 @@ def column(values):
 
 
 def test_membership_attack_on_separable_confidences():
-    """Members above 0.9, non-members below 0.5: the SVM separates them, and the targets' share is known."""
+    """Members above 0.9, non-members below 0.5: the SVM separates them."""
     rng = np.random.default_rng(0)
     members, non_members = 0.9 + 0.1 * rng.random(200), 0.5 * rng.random(200)
     targets = np.array([0.95, 0.97, 0.2, 0.3, 0.1])
@@ -350,7 +350,8 @@ def test_the_ranking_attack_by_hand():
 
 
 def test_miacr_counts_sets_that_are_exactly_non_member():
-    # Scores (non-member, member). Calibration: true scores .1 .2 .3 .4, so q̂ at α = 0.4 is the 3rd smallest, 0.3.
+    # Scores (non-member, member). True scores of the calibration images are .1 .2 .3 .4.
+    # q̂ at α = 0.4 is the 3rd smallest, 0.3.
     members = torch.tensor([[0.9, 0.1], [0.8, 0.2]], dtype=torch.float64)
     non_members = torch.tensor([[0.3, 0.7], [0.4, 0.6]], dtype=torch.float64)
     targets = torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.35, 0.65], [0.9, 0.1]], dtype=torch.float64)
@@ -489,7 +490,7 @@ def test_coverage_over_a_thousand_random_splits_has_the_theorys_mean_and_spread(
 
 @pytest.mark.parametrize("num_draws", [1, 50])
 def test_coverage_that_the_theory_excludes_is_told(num_draws):
-    """A model that answers all images alike ties all scores: every set holds the label or none does."""
+    """A model that answers all images alike ties all scores: all sets hold the label or none."""
     outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=num_draws)
     outputs.held_out.logits[:] = 0
     assert report(CR, outputs, settings(0.1))[1]["thr", 100, 0.1]["coverage_outside"]
@@ -609,8 +610,10 @@ def conformal_data():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["thr", "aps", "raps"])
 def test_q_hat_and_sets_are_those_of_mapie(name):
-    """Image by image, with the same random numbers (MAPIE takes 1 − u where we take u). MAPIE chooses raps'
-    parameters from a part of the calibration images; sets are compared with what it chose."""
+    """Image by image, with the same random numbers (MAPIE takes 1 − u where we take u).
+
+    MAPIE chooses raps' parameters from some calibration images, so these are used here as well.
+    """
     from mapie.classification import SplitConformalClassifier
 
     logits, labels, probabilities = conformal_data()
@@ -660,7 +663,7 @@ def test_q_hat_and_sets_are_those_of_mapie(name):
 
 @pytest.mark.parametrize("name", scores.NAMES)
 def test_scores_and_sets_are_those_of_torchcp(name):
-    """Without the random part; torchcp then takes u = 1 for all. It is not installed with the rest."""
+    """Without the random part, where torchcp takes u = 1. torchcp is not a requirement."""
     pytest.importorskip("torchcp")
     from torchcp.classification import score as theirs
     from torchcp.classification.predictor import SplitPredictor
