@@ -49,7 +49,7 @@ def main():
     data = utils.load_data(flags, device, models.input_size(flags.model_name))
     flags.cal_sizes = flags.cal_sizes or [utils.default_cal_size(data)]
 
-    evaluations = []
+    seeds = []
     for args in utils.each_seed(flags):
         evaluation = start_evaluation(args, data, device)
         saved_models = read_models(locate_models(evaluation), evaluation)
@@ -61,15 +61,15 @@ def main():
             add_earlier_results(evaluation)
             compare_with_retrain(evaluation)
             save_evaluation(evaluation, unfinished)
-        evaluations.append(evaluation)
+        seeds.append(SeedRows(evaluation))
 
-    rows = [row for evaluation in evaluations for row in evaluation.rows()]
+    rows = [row for seed in seeds for row in seed.rows]
     if flags.seeds:
         scored_methods = {row["method"] for row in rows}
-        summary = summarise_seeds([row for each in evaluations for row in each.all_rows()])
+        summary = summarise_seeds([row for seed in seeds for row in seed.all_rows])
         save_summary(summary, flags, data=data, device=device)
         rows = [row for row in summary if row["method"] in scored_methods]
-    print_results(rows, evaluations, flags)
+    print_results(rows, seeds, flags)
     return 0
 
 
@@ -85,6 +85,7 @@ def evaluate_model(model, saved, evaluation):
         with naming(f"--relearn {args.relearn} of {saved.path}"):
             scored.relearning = relearn(model, outputs, evaluation)
     scored.seconds = time.perf_counter() - start
+    saved.state.clear()  # all models together may not fit the memory
     return scored
 
 
@@ -295,6 +296,15 @@ class Evaluation:
         if self.has_own_folder(saved):
             return self.folder / saved.name / file
         return saved.path.with_suffix(f".{file}")
+
+
+class SeedRows:
+    """What remains of an evaluation when the next seed begins: its rows, for tables and notes."""
+
+    def __init__(self, evaluation):
+        self.rows = evaluation.rows()
+        self.all_rows = evaluation.all_rows()
+        self.class_rows = evaluation.class_rows()
 
 
 def start_evaluation(args, data, device):
@@ -1021,7 +1031,7 @@ def report_page(rows, pictures, scope):
 # ---------------------------------------------------------------- the terminal
 
 
-def print_results(rows, evaluations, flags):
+def print_results(rows, seeds, flags):
     """Print the tables, and notes on the numbers that need them."""
     if flags.columns == "all":
         for table in tables.full_tables(rows):
@@ -1030,10 +1040,11 @@ def print_results(rows, evaluations, flags):
     else:
         for line in tables.short_lines(rows, over_seeds=bool(flags.seeds)):
             print(line)
-    seed_rows = [evaluation.rows() for evaluation in evaluations]
-    scored_rows = [row for rows in seed_rows for row in rows]
-    class_rows = [row for evaluation in evaluations for row in evaluation.class_rows()]
-    for line in notes.missing_q_hats(scored_rows, class_rows) + notes.advice(seed_rows):
+    seed_rows = [row for seed in seeds for row in seed.rows]
+    class_rows = [row for seed in seeds for row in seed.class_rows]
+    for line in notes.missing_q_hats(seed_rows, class_rows):
+        print(line)
+    for line in notes.advice([seed.rows for seed in seeds]):
         print(line)
 
 
