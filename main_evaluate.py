@@ -223,7 +223,7 @@ class ScoredModel:
     """One model and everything that was measured of it.
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
-    (score, calibration size, α). ``origin`` says which weights and settings they belong to.
+    (score, calibration size, α). ``origin`` identifies the weights and the settings.
     ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv.
     """
 
@@ -246,11 +246,11 @@ class ScoredModel:
 
 @dataclass
 class Evaluation:
-    """The models of one seed, what was measured of them, and what earlier evaluations left.
+    """The models of one seed, their numbers, and the results of earlier evaluations.
 
-    ``failed`` are {method: reason} of the requested methods without a model. ``earlier_rows`` and
-    ``earlier_class_rows`` are those of results.csv and classes.csv about models that are not scored
-    now.
+    ``failed`` is {method: reason} for the requested methods that left no model. ``earlier_rows``
+    and ``earlier_class_rows`` are the rows of results.csv and classes.csv about models that are not
+    scored now.
     """
 
     args: argparse.Namespace
@@ -288,7 +288,7 @@ class Evaluation:
         return sorted([*self.class_rows(), *self.earlier_class_rows], key=table_position)
 
     def has_own_folder(self, saved):
-        """Whether a model's files go to its method's folder, as those of this run's models do."""
+        """Whether a model belongs to this run folder. Its files then go to its method's folder."""
         return saved.path.parent in (self.folder / saved.name, self.folder.parent)
 
     def path_of(self, saved, file):
@@ -384,7 +384,7 @@ def read_models(paths, evaluation):
 
 
 def origin_of(saved, evaluation):
-    """The columns of results.csv that say which weights, forget set and settings a row is about."""
+    """The columns of results.csv that identify a row's weights, forget set and settings."""
     args, split = evaluation.args, evaluation.split
     names = ("seed", "resplits", "not_randomized", "raps_penalty", "raps_k", "saps_weight")
     flags = [getattr(args, name) for name in (*names, "set_sizes")]
@@ -520,11 +520,12 @@ def draw_fake_sheet(conformal_scores, name, evaluation):
 def relearn(model, outputs, evaluation):
     """Train on a tenth of the forget images, and measure whether the other images come back.
 
-    SGD at a constant rate, in batches of at most 64 images, augmented anew in each step. Returns
-    {"step", "accuracy", "coverage"} of the other nine tenths, before the first step and after 1, 2,
-    4, ... and ``--relearn`` steps. Coverage is at the first α and score, with q̂ of the same model
-    from the retained classes' calibration images. It is NaN where these are too few. Raises
-    UserError for fewer than two forget images, and Diverged as :func:`unlearn.train` does.
+    SGD at a constant rate, in batches of at most 64 images with fresh augmentation. Returns
+    {"step", "accuracy", "coverage"}, lists of the same length: the accuracy and coverage of the
+    other nine tenths before the first step and after 1, 2, 4, ... and ``--relearn`` steps. Coverage
+    is that of the first α and score, under the q̂ of the same model from the retained classes'
+    calibration images. It is NaN where these are too few. Raises UserError for fewer than two
+    forget images, and Diverged as :func:`unlearn.train` does.
     """
     args, data, split = evaluation.args, evaluation.data, evaluation.split
     if len(split.forget) < 2:
@@ -646,7 +647,7 @@ def earlier_rows(evaluation, failed):
     kept, dropped, weights = [], {}, {}
     for row in tables.read_earlier(path, needed, texts=TEXT_COLUMNS, replaced=scored):
         name = row["method"]
-        if name in scored:
+        if name in scored or name in evaluation.failed:
             continue
         if "UA" not in row:
             is_current = name in failed
@@ -753,7 +754,7 @@ def compare_earlier_rows(evaluation, reference):
         if "UA" not in row or row.get("compared_to") == reference.weights:
             continue
         outdated = [key for key in row if key in COMPARED or key.endswith("_minus_retrain")]
-        row |= dict.fromkeys(outdated)
+        row |= dict.fromkeys(outdated)  # empty cells
         if not has_settings(row, evaluation):
             continue
         row |= compare_model(row["method"], row, reference.numbers)
@@ -801,8 +802,7 @@ def summarise_seeds(rows):
         reference = retrain.get(block_of(row), {})
         if has_spread(row, "UA") and has_spread(reference, "UA"):
             key = f"{CR.judged_forget_images(row)}_CR"
-            more_UA = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
-            row["UA_word"] = more_UA
+            row["UA_word"] = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
             row["CR_word"] = verdict_over_seeds(row, reference, key=key, fewest=fewest)
     return summary
 
@@ -901,8 +901,8 @@ def log_to_wandb(evaluation, unfinished, *, description, pictures):
         if isinstance(value, int | float) and math.isfinite(value)
     }
     rows = [tables.without_nan(tables.flat(row)) for row in evaluation.all_rows()]
-    path = unfinished / "log.jsonl"
-    with utils.RunLog(folder, "evaluation", description, args, path=path) as log:
+    history = unfinished / "log.jsonl"
+    with utils.RunLog(folder, "evaluation", description, args, path=history) as log:
         log.table("evaluation", rows)
         log.numbers(numbers)
         log.pictures({picture.caption: path for path, picture in pictures.items()})
@@ -965,12 +965,11 @@ def draw_scored_models(evaluation):
         drawn[RELEARNING] = ("Relearning", figures.relearn_curves(curves, alpha))
     if not evaluation.earlier_rows:
         return drawn
-    named = {}
-    for file, (caption, figure) in drawn.items():
-        if (evaluation.folder / file).is_file():
-            file, caption = partial_name(file), f"{caption} ({', '.join(scored)} only)"
-        named[file] = (caption, figure)
-    return named
+    kept = [file for file in drawn if (evaluation.folder / file).is_file()]
+    for file in kept:
+        caption, figure = drawn.pop(file)
+        drawn[partial_name(file)] = (f"{caption} ({', '.join(scored)} only)", figure)
+    return drawn
 
 
 def partial_name(file):
