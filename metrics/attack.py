@@ -18,10 +18,10 @@ from sklearn.svm import SVC
 
 C = 3.0
 FOLDS = 5  # of Platt scaling; fewer images of a kind train no attack
-STEPS = (1 / 1024, 1 / 256, 1 / 64, 1 / 32)  # between nodes; the RBF kernel is about 0.7 wide
-MOST_NODES = 2000
+STEPS = (1 / 1024, 1 / 256, 1 / 64, 1 / 16)  # between nodes; the RBF kernel is about 0.7 wide
+MOST_NODES = 3000
 PROBABILITY_STEP = 1 / 128
-MOST_POINTS = 10_000  # of a training set that no histogram replaces
+MOST_POINTS = 10_000  # of a training set with several features
 FARTHEST = 1e6  # beyond, libsvm loses the distance of neighbouring points to rounding
 ROUNDING = 1e-6  # decisions that differ by less are equal; the two margins are 2 apart
 
@@ -104,8 +104,9 @@ class Attack:
     """An RBF SVM that tells members from non-members by their features N×d.
 
     ``members`` and ``non_members`` are equally many, at least five, in random order. One feature is
-    replaced by a weighted histogram. Where there is more than one, or where the values are too far
-    apart for a histogram, at most the first 10,000 points train, half of them members.
+    replaced by a weighted histogram. Where its values are too far apart for a histogram of 3,000
+    nodes, the first 3,000 images train, half of them members. With several features the first
+    10,000 images train.
     ``tells_apart`` is False where the decisions are the same for all training points, e.g. because
     the feature is constant. Raises ValueError as :func:`check_sizes` does.
     """
@@ -118,7 +119,7 @@ class Attack:
         if grid:
             training = _weighted_nodes(grid, members[:, 0], non_members[:, 0])
         else:
-            half = MOST_POINTS // 2
+            half = (MOST_NODES if width == 1 else MOST_POINTS) // 2
             training = _images(_near(members[:half]), _near(non_members[:half]))
         self._svm = SVC(C=C, kernel="rbf", gamma=1 / width)
         self._svm.fit(training.points, training.is_member, training.weights)
@@ -126,8 +127,10 @@ class Attack:
 
     def decide(self, points):
         """Decisions of the SVM for features N×d → N, float64; positive for members."""
-        if self._step is None or not len(points):
-            return self._svm.decision_function(points) if len(points) else np.zeros(0)
+        if not len(points):
+            return np.zeros(0)
+        if self._step is None:
+            return self._svm.decision_function(_near(points))
         grid = Grid(points[:, 0], self._step)
         return grid.interpolate(points[:, 0], self._svm.decision_function(grid.nodes[:, None]))
 
@@ -137,8 +140,9 @@ class Attack:
 
 
 def membership_probabilities(members, non_members, points):
-    """P(member) at ``points`` M by an attack on one feature in [0, 1]. NumPy arrays N, N, M → M,
-    float64.
+    """P(member) at ``points`` by an attack on one feature in [0, 1].
+
+    NumPy arrays: ``members`` N, ``non_members`` N, ``points`` M → M, float64.
 
     ``members`` and ``non_members`` are equally many, at least five, in random order. The
     probabilities are Platt-scaled (Platt 1999): a sigmoid is fitted to the decisions of five SVMs,

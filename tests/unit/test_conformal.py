@@ -172,7 +172,9 @@ def test_mean_over_draws_leaves_out_those_without_a_number():
         "alone": [0.3, nan, nan],
         "same": [0.5, 0.5, nan],
     }
-    spreads = {key: CR.over_draws(torch.tensor(row, dtype=torch.float64)) for key, row in values.items()}
+    spreads = {
+        key: CR.over_draws(torch.tensor(row, dtype=torch.float64)) for key, row in values.items()
+    }
     assert spreads["coverage"] == pytest.approx(Spread(0.3, 0.02**0.5))
     assert all(math.isnan(number) for number in spreads["unknown"])
     assert spreads["alone"].mean == 0.3 and math.isnan(spreads["alone"].std)
@@ -470,6 +472,109 @@ def test_metrics_of_many_thresholds_are_those_of_each():
             assert values.tolist() == pytest.approx(
                 together[key][number : number + 1].tolist(), nan_ok=True
             ), key
+
+
+# ---------------------------------------------------------------- which q̂ judges which images
+
+
+def test_judgements_of_random_forgetting_share_one_q_hat():
+    outputs = some_outputs(3)
+    chosen = metrics.Settings((0.1, 0.2))
+    judgements = metrics.ConformalScores(outputs, chosen).judgements(size=20)
+    assert set(judgements) == {"forget", "retain", "test"}
+    true_label = scores.true_label_log_odds(*outputs.held_out)
+    for draw in range(3):
+        calibration = true_label[outputs.draws[draw, :20]]
+        expected = [CR.conformal_quantile(calibration, alpha) for alpha in (0.1, 0.2)]
+        assert all(one.q_hats[draw].tolist() == expected for one in judgements.values())
+        assert judgements["test"].images[draw].tolist() == outputs.draws[draw, 45:].tolist()
+    assert judgements["forget"].images is None and judgements["retain"].images is None
+
+
+def test_judgements_of_class_forgetting_have_two_q_hats():
+    outputs = some_outputs(3, forgotten_class=3)
+    judgements = metrics.ConformalScores(outputs, metrics.Settings((0.3,))).judgements(size=45)
+    true_label, labels = scores.true_label_log_odds(*outputs.held_out), outputs.held_out.labels
+    own_groups, retained_groups = ["forget", "forget_test"], ["retain", "test"]
+    retained_groups += ["forget_by_retain", "forget_test_by_retain"]
+    assert set(judgements) == {*own_groups, *retained_groups}
+    for draw in range(3):
+        first, last = outputs.draws[draw, :45], outputs.draws[draw, 45:]
+        for groups, mask in ((own_groups, labels == 3), (retained_groups, labels != 3)):
+            calibration = true_label[first[mask[first]]]
+            expected = CR.finite_quantile(calibration, 0.3)
+            for group in groups:
+                found = judgements[group].q_hats[draw].item()
+                assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True), group
+        for group in ("forget_test", "forget_test_by_retain"):
+            assert judgements[group].images[draw].tolist() == last[labels[last] == 3].tolist()
+        assert judgements["test"].images[draw].tolist() == last[labels[last] != 3].tolist()
+
+
+def test_conformal_scores_default_to_first_score_and_largest_size():
+    outputs = some_outputs(2, forgotten_class=3)
+    first, second = scores.Score("aps", seed=1), scores.Score()
+    conformal_scores = metrics.ConformalScores(outputs, metrics.Settings((0.3,), (first, second)))
+    for forgotten_class in (False, True):
+        found = conformal_scores.q_hats(forgotten_class=forgotten_class)
+        expected = conformal_scores.q_hats(first, 45, forgotten_class=forgotten_class)
+        assert torch.equal(found, expected)
+    other = [conformal_scores.q_hats(second), conformal_scores.q_hats(size=20)]
+    assert not any(torch.equal(conformal_scores.q_hats(), q_hats) for q_hats in other)
+    part = conformal_scores.part("forget")
+    assert torch.equal(part.ranked, first.log_odds(outputs.forget.logits, "forget").sort().values)
+    assert not torch.equal(part.ranked, conformal_scores.part("forget", second).ranked)
+
+
+def test_conformal_scores_are_computed_once(monkeypatch):
+    calls = []
+    log_odds = scores.Score.log_odds
+    monkeypatch.setattr(
+        scores.Score,
+        "log_odds",
+        lambda self, logits, part: calls.append((self.name, part)) or log_odds(self, logits, part),
+    )
+    outputs = some_outputs(2, forgotten_class=3)
+    chosen = metrics.Settings((0.1, 0.3), (scores.Score(), scores.Score("aps")))
+    conformal_scores = metrics.ConformalScores(outputs, chosen)
+    metrics.evaluate(conformal_scores)
+    classwise.class_rows(conformal_scores, [*"abcd"])
+    samples.sample_rows(conformal_scores, torch.arange(len(outputs.forget.labels)))
+    samples.most_fake(conformal_scores, 3)
+    parts = ("forget", "retain", "held_out")
+    assert sorted(calls) == sorted((name, part) for name in ("thr", "aps") for part in parts)
+
+
+def test_class_q_hats_are_those_of_each_class_alone():
+    outputs = some_outputs(2)
+    conformal_scores = metrics.ConformalScores(outputs, metrics.Settings((0.05, 0.3)))
+    true_label, labels = scores.true_label_log_odds(*outputs.held_out), outputs.held_out.labels
+    found = conformal_scores.class_q_hats()
+    assert found.shape == (4, 2)
+    for number in range(4):
+        images = [image for image in range(45) if labels[image] == number]
+        assert conformal_scores.class_calibration()[number].tolist() == images
+        for column, alpha in enumerate((0.05, 0.3)):
+            expected = plain_q_hat(true_label[images].tolist(), alpha)
+            expected = math.nan if expected is None else expected
+            assert found[number, column].item() == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", ["thr", "aps"])
+def test_accuracy_and_coverage_of_images_are_those_of_loops(name):
+    outputs = some_outputs(1)
+    score = scores.Score(name, seed=3)
+    chosen = metrics.Settings((0.2, 0.1), (score, scores.Score("saps")))
+    calibration = outputs.held_out.select(torch.arange(30))
+    found = conformal.accuracy_and_coverage(outputs.forget, calibration, chosen)
+    labels = calibration.labels.tolist()
+    rows = score.log_odds(calibration.logits, "held_out").tolist()
+    q_hat = plain_q_hat([row[label] for row, label in zip(rows, labels, strict=True)], 0.2)
+    numbers = plain_numbers(outputs.forget, range(40), q_hat, (), score, "forget")
+    assert found.coverage == pytest.approx(numbers["coverage"])
+    assert found.accuracy == pytest.approx(1 - numbers["misclassified"] / 40)
+    few = conformal.accuracy_and_coverage(outputs.forget, calibration.select([0, 1, 2]), chosen)
+    assert math.isnan(few.coverage) and few.accuracy == found.accuracy
 
 
 # ---------------------------------------------------------------- classes, samples

@@ -271,13 +271,12 @@ def test_membership_attack_on_separable_confidences():
     rng = np.random.default_rng(0)
     members, non_members = 0.9 + 0.1 * rng.random(200), 0.5 * rng.random(200)
     targets = np.array([0.95, 0.97, 0.2, 0.3, 0.1])
-    attack = MIA.Attack(column(members[:100]), column(non_members[:100]))
-    assert attack.says_member(column(targets)).tolist() == [True, True, False, False, False]
-    points = torch.from_numpy(np.concatenate([targets, members[100:], non_members[100:]]))
-    found = MIACR.attack_probabilities(
-        [torch.from_numpy(members[:100])], [torch.from_numpy(non_members[:100])], points
-    )[0]
-    scored = [MIACR.membership_scores(part) for part in found.split([5, 100, 100])]
+    membership = attack.Attack(column(members[:100]), column(non_members[:100]))
+    assert membership.says_member(column(targets)).tolist() == [True, True, False, False, False]
+    points = np.concatenate([targets, members[100:], non_members[100:]])
+    found = attack.membership_probabilities(members[:100], non_members[:100], points)
+    split = torch.from_numpy(found).split([5, 100, 100])
+    scored = [MIACR.membership_scores(part) for part in split]
     assert MIACR.miacr(*scored, 0.05) == 3 / 5
 
 
@@ -299,7 +298,7 @@ def test_the_attack_decides_as_scikit_learns(kind):
     points = np.concatenate([members, non_members])
     membership = np.repeat([1, 0], [len(members), len(non_members)])
     expected = SVC(C=3, gamma="auto", tol=1e-6).fit(points, membership).predict(targets)
-    assert np.mean(MIA.Attack(members, non_members).says_member(targets) == expected) >= 0.999
+    assert np.mean(attack.Attack(members, non_members).says_member(targets) == expected) >= 0.999
 
 
 def test_the_attack_on_several_features_decides_as_scikit_learns():
@@ -307,22 +306,19 @@ def test_the_attack_on_several_features_decides_as_scikit_learns():
     members, non_members, targets = (rng.dirichlet(np.full(10, a), 1000) for a in (0.1, 0.14, 0.12))
     points, membership = np.concatenate([members, non_members]), np.repeat([1, 0], 1000)
     expected = SVC(C=3, gamma="auto", tol=1e-6).fit(points, membership).predict(targets)
-    assert np.mean(MIA.Attack(members, non_members).says_member(targets) == expected) >= 0.999
+    assert np.mean(attack.Attack(members, non_members).says_member(targets) == expected) >= 0.999
 
 
-def test_the_attacks_probabilities_are_those_of_scikit_learn():
+@pytest.mark.parametrize("b", [2, 3])
+def test_probabilities_of_an_attack_are_those_of_scikit_learn_on_all_images(b):
     rng = np.random.default_rng(3)
-    pairs = [(rng.beta(5, 1, 500), rng.beta(b, 1, 500)) for b in (2, 3)]
-    targets = rng.beta(3, 1, 1000)
-    found = MIACR.attack_probabilities(
-        *([torch.from_numpy(pair[side]) for pair in pairs] for side in (0, 1)),
-        torch.from_numpy(targets),
-    )
-    for (members, non_members), probabilities in zip(pairs, found, strict=True):
-        model = CalibratedClassifierCV(SVC(C=3, gamma="auto", tol=1e-6), ensemble=False)
-        model.fit(column(np.concatenate([members, non_members])), np.repeat([1, 0], 500))
-        expected = model.predict_proba(column(targets))[:, 1]
-        assert np.abs(probabilities.numpy() - expected).max() < 2e-3
+    members, non_members, targets = rng.beta(5, 1, 500), rng.beta(b, 1, 500), rng.beta(3, 1, 1000)
+    found = attack.membership_probabilities(members, non_members, targets)
+    # Unshuffled folds of scikit-learn are blocks of each class, as here.
+    model = CalibratedClassifierCV(SVC(C=3, gamma="auto", tol=1e-6), ensemble=False)
+    model.fit(column(np.concatenate([members, non_members])), np.repeat([1, 0], 500))
+    expected = model.predict_proba(column(targets))[:, 1]
+    assert np.abs(found - expected).max() < 4e-3
 
 
 def test_entropies_by_hand():
@@ -362,13 +358,6 @@ def test_miacr_counts_sets_that_are_exactly_non_member():
     assert math.isnan(
         MIACR.miacr(targets, members, non_members, 0.1)
     )  # q̂ = ∞: every set is {non, member}
-
-
-def test_attacks_refuse_unequal_or_too_few_images():
-    with pytest.raises(ValueError, match="equally many"):
-        MIA.Attack(column(range(10)), column(range(9)))
-    with pytest.raises(ValueError, match="at least 5"):
-        MIACR.attack_probabilities([torch.rand(3)], [torch.rand(3)], torch.rand(2))
 
 
 # ---------------------------------------------------------------- whole reports
@@ -552,7 +541,7 @@ def test_sample_rows_add_up_to_the_metrics():
     rows = samples.sample_rows(conformal_scores, indices, [f"{i}.png" for i in range(60)])
     assert [row["index"] for row in rows] == indices.tolist() and rows[3]["file"] == "3.png"
     alone = random_outputs(torch.Generator().manual_seed(0))
-    row = CR.report(alone, settings(0.1))[1]["thr", 100, 0.1]
+    row = report(CR, alone, settings(0.1))[1]["thr", 100, 0.1]
     assert np.mean([one["in_set@0.1"] for one in rows]) == row["forget_coverage"]
     assert np.mean([one["set_size@0.1"] for one in rows]) == row["forget_set_size"]
     assert sum(one["fake@0.1"] for one in rows) == row["forget_fake"]
