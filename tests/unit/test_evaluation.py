@@ -530,6 +530,18 @@ def test_printed_tables_are_means_in_at_most_100_characters(evaluated):
     assert max(map(len, models + sets)) <= 100 and "±" not in "".join(models + sets)
 
 
+def test_samples_name_files_and_classes(bench):
+    bench.data.train.names = [f"train/{index}.png" for index in range(60)]
+    bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2")
+    rows = bench.table("GA/samples.csv")
+    labels = bench.data.train.labels
+    assert len(rows) == 6
+    for row in rows:
+        assert row["file"] == f"train/{row['index']}.png"
+        assert row["label"] == bench.data.classes[labels[int(row["index"])]]
+        assert row["prediction"] in bench.data.classes
+
+
 def test_interrupted_saving_leaves_the_earlier_files(scored, monkeypatch):
     files = {path: path.read_bytes() for path in scored.folder().rglob("*.*") if path.is_file()}
 
