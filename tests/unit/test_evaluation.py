@@ -25,7 +25,6 @@ import metrics
 import models
 import utils
 from metrics import CR, Spread, scores
-from metrics.report import tables
 from models import checkpoint, inference
 
 COMMON = ["--wandb_mode", "disabled", "--device", "cpu", "--resplits", "3", "--cal_sizes", "24"]
@@ -385,12 +384,12 @@ FOREIGN = {
 }
 
 
-def read_earlier(path, replaced):
-    needed = ("score", "alpha", "class", "method")
-    if path.name == "results.csv":
-        needed = (*tables.KEYS, "forget_set", "weights", "model", "settings")
-    texts = main_evaluate.TEXT_COLUMNS
-    return tables.read_earlier(path, needed, texts=texts, replaced=replaced)
+def add_earlier_results(bench, *scored):
+    """An evaluation with ``scored`` as the methods that are scored now."""
+    evaluation = evaluation_of(bench.data, runs_dir=bench.root / "runs")
+    evaluation.models = dict.fromkeys(scored)
+    main_evaluate.add_earlier_results(evaluation)
+    return evaluation
 
 
 @pytest.mark.parametrize("file", ["results.csv", "classes.csv"])
@@ -405,8 +404,10 @@ def test_file_that_is_not_a_table_is_renamed(scored, capsys, kind, file):
         content = content.replace(b",0.2,", b",x0.2,", 1)
     path.write_bytes(FOREIGN[kind] or content)
     (folder / f"{file}.old").write_text("another")
-    found = read_earlier(path, {"GA"} if file == "results.csv" else ())
-    assert found == [] and (folder / f"{file}.old2").read_bytes() == (FOREIGN[kind] or content)
+    evaluation = add_earlier_results(scored, "GA")
+    assert evaluation.earlier_class_rows == []
+    assert (evaluation.earlier_rows == []) == (file == "results.csv")
+    assert (folder / f"{file}.old2").read_bytes() == (FOREIGN[kind] or content)
     assert (folder / f"{file}.old").read_text() == "another" and not path.exists()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: not a table of this version") and line.endswith(
@@ -417,9 +418,9 @@ def test_file_that_is_not_a_table_is_renamed(scored, capsys, kind, file):
 def test_older_table_whose_methods_are_all_scored_is_replaced(bench, capsys):
     path = bench.folder() / "results.csv"
     path.write_bytes(FOREIGN["older"])
-    assert read_earlier(path, {"retrain", "GA"}) == []
+    assert add_earlier_results(bench, "retrain", "GA").earlier_rows == []
     assert path.exists() and capsys.readouterr().out == ""
-    assert read_earlier(path, {"GA"}) == [] and not path.exists()
+    assert add_earlier_results(bench, "GA").earlier_rows == [] and not path.exists()
 
 
 def test_folder_with_the_name_of_the_table_is_renamed(bench):
