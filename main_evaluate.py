@@ -50,7 +50,7 @@ def main():
     data = utils.load_data(flags, device, models.input_size(flags.model_name))
     flags.cal_sizes = flags.cal_sizes or [utils.default_cal_size(data)]
 
-    evaluations = []
+    seeds = []
     for args in utils.each_seed(flags):
         evaluation = start_evaluation(args, data, device)
         saved_models = read_models(locate_models(evaluation), evaluation)
@@ -62,15 +62,15 @@ def main():
             add_earlier_results(evaluation)
             compare_with_retrain(evaluation)
             save_evaluation(evaluation, unfinished)
-        evaluations.append(evaluation)
+        seeds.append(SeedRows(evaluation))
 
-    rows = [row for evaluation in evaluations for row in evaluation.rows()]
+    rows = [row for seed in seeds for row in seed.rows]
     if flags.seeds:
         scored_methods = {row["method"] for row in rows}
-        summary = summarise_seeds([row for each in evaluations for row in each.all_rows()])
+        summary = summarise_seeds([row for seed in seeds for row in seed.all_rows])
         save_summary(summary, flags, data=data, device=device)
         rows = [row for row in summary if row["method"] in scored_methods]
-    print_results(rows, evaluations, flags)
+    print_results(rows, seeds, flags)
     return 0
 
 
@@ -86,6 +86,7 @@ def evaluate_model(model, saved, evaluation):
         with naming(f"--relearn {args.relearn} of {saved.path}"):
             scored.relearning = relearn(model, outputs, evaluation)
     scored.seconds = time.perf_counter() - start
+    saved.state.clear()  # all models together may not fit the memory
     return scored
 
 
@@ -223,7 +224,7 @@ class ScoredModel:
     """One model and everything that was measured of it.
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
-    (score, calibration size, α). ``origin`` says which weights and settings they belong to.
+    (score, calibration size, α). ``origin`` identifies the weights and the settings.
     ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv.
     """
 
@@ -246,11 +247,11 @@ class ScoredModel:
 
 @dataclass
 class Evaluation:
-    """The models of one seed, what was measured of them, and what earlier evaluations left.
+    """The models of one seed, their numbers, and the results of earlier evaluations.
 
-    ``failed`` are {method: reason} of the requested methods without a model. ``earlier_rows`` and
-    ``earlier_class_rows`` are those of results.csv and classes.csv about models that are not scored
-    now.
+    ``failed`` is {method: reason} for the requested methods that left no model. ``earlier_rows``
+    and ``earlier_class_rows`` are the rows of results.csv and classes.csv about models that are not
+    scored now.
     """
 
     args: argparse.Namespace
@@ -288,7 +289,7 @@ class Evaluation:
         return sorted([*self.class_rows(), *self.earlier_class_rows], key=table_position)
 
     def has_own_folder(self, saved):
-        """Whether a model's files go to its method's folder, as those of this run's models do."""
+        """Whether a model belongs to this run folder. Its files then go to its method's folder."""
         return saved.path.parent in (self.folder / saved.name, self.folder.parent)
 
     def path_of(self, saved, file):
@@ -296,6 +297,15 @@ class Evaluation:
         if self.has_own_folder(saved):
             return self.folder / saved.name / file
         return saved.path.with_suffix(f".{file}")
+
+
+class SeedRows:
+    """What remains of an evaluation when the next seed begins: its rows, for tables and notes."""
+
+    def __init__(self, evaluation):
+        self.rows = evaluation.rows()
+        self.all_rows = evaluation.all_rows()
+        self.class_rows = evaluation.class_rows()
 
 
 def start_evaluation(args, data, device):
@@ -375,7 +385,7 @@ def read_models(paths, evaluation):
 
 
 def origin_of(saved, evaluation):
-    """The columns of results.csv that say which weights, forget set and settings a row is about."""
+    """The columns of results.csv that identify a row's weights, forget set and settings."""
     args, split = evaluation.args, evaluation.split
     names = ("seed", "resplits", "not_randomized", "raps_penalty", "raps_k", "saps_weight")
     flags = [getattr(args, name) for name in (*names, "set_sizes")]
@@ -511,11 +521,12 @@ def draw_fake_sheet(conformal_scores, name, evaluation):
 def relearn(model, outputs, evaluation):
     """Train on a tenth of the forget images, and measure whether the other images come back.
 
-    SGD at a constant rate, in batches of at most 64 images, augmented anew in each step. Returns
-    {"step", "accuracy", "coverage"} of the other nine tenths, before the first step and after 1, 2,
-    4, ... and ``--relearn`` steps. Coverage is at the first α and score, with q̂ of the same model
-    from the retained classes' calibration images. It is NaN where these are too few. Raises
-    UserError for fewer than two forget images, and Diverged as :func:`unlearn.train` does.
+    SGD at a constant rate, in batches of at most 64 images with fresh augmentation. Returns
+    {"step", "accuracy", "coverage"}, lists of the same length: the accuracy and coverage of the
+    other nine tenths before the first step and after 1, 2, 4, ... and ``--relearn`` steps. Coverage
+    is that of the first α and score, under the q̂ of the same model from the retained classes'
+    calibration images. It is NaN where these are too few. Raises UserError for fewer than two
+    forget images, and Diverged as :func:`unlearn.train` does.
     """
     args, data, split = evaluation.args, evaluation.data, evaluation.split
     if len(split.forget) < 2:
@@ -637,7 +648,7 @@ def earlier_rows(evaluation, failed):
     kept, dropped, weights = [], {}, {}
     for row in tables.read_earlier(path, needed, texts=TEXT_COLUMNS, replaced=scored):
         name = row["method"]
-        if name in scored:
+        if name in scored or name in evaluation.failed:
             continue
         if "UA" not in row:
             is_current = name in failed
@@ -744,7 +755,7 @@ def compare_earlier_rows(evaluation, reference):
         if "UA" not in row or row.get("compared_to") == reference.weights:
             continue
         outdated = [key for key in row if key in COMPARED or key.endswith("_minus_retrain")]
-        row |= dict.fromkeys(outdated)
+        row |= dict.fromkeys(outdated)  # empty cells
         if not has_settings(row, evaluation):
             continue
         row |= compare_model(row["method"], row, reference.numbers)
@@ -792,8 +803,7 @@ def summarise_seeds(rows):
         reference = retrain.get(block_of(row), {})
         if has_spread(row, "UA") and has_spread(reference, "UA"):
             key = f"{CR.judged_forget_images(row)}_CR"
-            more_UA = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
-            row["UA_word"] = more_UA
+            row["UA_word"] = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
             row["CR_word"] = verdict_over_seeds(row, reference, key=key, fewest=fewest)
     return summary
 
@@ -955,12 +965,11 @@ def draw_scored_models(evaluation):
         drawn[RELEARNING] = ("Relearning", figures.relearn_curves(curves, alpha))
     if not evaluation.earlier_rows:
         return drawn
-    named = {}
-    for file, (caption, figure) in drawn.items():
-        if (evaluation.folder / file).is_file():
-            file, caption = partial_name(file), f"{caption} ({', '.join(scored)} only)"
-        named[file] = (caption, figure)
-    return named
+    kept = [file for file in drawn if (evaluation.folder / file).is_file()]
+    for file in kept:
+        caption, figure = drawn.pop(file)
+        drawn[partial_name(file)] = (f"{caption} ({', '.join(scored)} only)", figure)
+    return drawn
 
 
 def partial_name(file):
@@ -1021,7 +1030,7 @@ def report_page(rows, pictures, scope):
 # ---------------------------------------------------------------- the terminal
 
 
-def print_results(rows, evaluations, flags):
+def print_results(rows, seeds, flags):
     """Print the tables, and notes on the numbers that need them."""
     if flags.columns == "all":
         for table in tables.full_tables(rows):
@@ -1030,10 +1039,11 @@ def print_results(rows, evaluations, flags):
     else:
         for line in tables.short_lines(rows, over_seeds=bool(flags.seeds)):
             print(line)
-    seed_rows = [evaluation.rows() for evaluation in evaluations]
-    scored_rows = [row for rows in seed_rows for row in rows]
-    class_rows = [row for evaluation in evaluations for row in evaluation.class_rows()]
-    for line in notes.missing_q_hats(scored_rows, class_rows) + notes.advice(seed_rows):
+    seed_rows = [row for seed in seeds for row in seed.rows]
+    class_rows = [row for seed in seeds for row in seed.class_rows]
+    for line in notes.missing_q_hats(seed_rows, class_rows):
+        print(line)
+    for line in notes.advice([seed.rows for seed in seeds]):
         print(line)
 
 

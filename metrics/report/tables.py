@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import CR, columns_of
-from ..columns import Column, Spread
+from ..columns import RUN_COLUMNS, Column, Spread
 
 KEYS = ("score", "cal_size", "alpha", "method")  # what one row of results.csv is about
 WIDTH = 100  # characters of a printed line, where no method's name is longer than 16
@@ -42,23 +42,15 @@ class Table:
 
 def _model_columns():
     """{key: Column} of the numbers of a model as a whole, in the order of the table."""
-    measured = columns_of("COLUMNS")
-    efficiency = {"RTE": measured.pop("RTE")}
-    seconds = Column("time s", "seconds", "low", "seconds that unlearning or training took")
-    reason = Column("note", "text", "", "why a method left no model")
-    method = {"method": Column("method", "text")}
-    return method | measured | {"seconds": seconds} | efficiency | {"note": reason}
+    columns = {"method": RUN_COLUMNS["method"]} | columns_of("COLUMNS")
+    efficiency = columns.pop("RTE")
+    seconds, note = RUN_COLUMNS["seconds"], RUN_COLUMNS["note"]
+    return columns | {"seconds": seconds, "RTE": efficiency, "note": note}
 
 
 def _set_columns():
     """{key: Column} of the numbers of prediction sets, in the order of the table."""
-    keys = {
-        "score": Column("score", "text", "", "non-conformity score"),
-        "cal_size": Column("n_cal", "text", "", "held-out images that calibrate q̂ (--cal_sizes)"),
-        "alpha": Column("alpha", "text", "", "miscoverage level α: sets cover 1 − α of the images"),
-        "method": Column("method", "text"),
-    }
-    return keys | columns_of("ROW_COLUMNS")
+    return {key: RUN_COLUMNS[key] for key in KEYS} | columns_of("ROW_COLUMNS")
 
 
 MODEL_COLUMNS = _model_columns()

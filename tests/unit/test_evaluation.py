@@ -25,7 +25,6 @@ import metrics
 import models
 import utils
 from metrics import CR, Spread, scores
-from metrics.report import tables
 from models import checkpoint, inference
 
 COMMON = ["--wandb_mode", "disabled", "--device", "cpu", "--resplits", "3", "--cal_sizes", "24"]
@@ -359,8 +358,10 @@ def test_failed_method_keeps_its_row_while_it_fails(bench):
     (bench.folder() / "sfron").mkdir()
     failure = bench.folder() / "sfron" / main_evaluate.unlearn.FAILURE_FILE
     failure.write_text(json.dumps(record))
-    said = bench.evaluate("--unlearn_name", "all", "--alphas", "0.2")
-    assert "sfron diverged" in said
+    for _ in range(2):
+        said = bench.evaluate("--unlearn_name", "all", "--alphas", "0.2")
+        assert "\nsfron: sfron diverged\n" in said
+        assert [row["method"] for row in bench.table()].count("sfron") == 1
     said = bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2")
     rows = {row["method"]: row for row in bench.table()}
     assert (
@@ -383,12 +384,12 @@ FOREIGN = {
 }
 
 
-def read_earlier(path, replaced):
-    needed = ("score", "alpha", "class", "method")
-    if path.name == "results.csv":
-        needed = (*tables.KEYS, "forget_set", "weights", "model", "settings")
-    texts = main_evaluate.TEXT_COLUMNS
-    return tables.read_earlier(path, needed, texts=texts, replaced=replaced)
+def add_earlier_results(bench, *scored):
+    """An evaluation with ``scored`` as the methods that are scored now."""
+    evaluation = evaluation_of(bench.data, runs_dir=bench.root / "runs")
+    evaluation.models = dict.fromkeys(scored)
+    main_evaluate.add_earlier_results(evaluation)
+    return evaluation
 
 
 @pytest.mark.parametrize("file", ["results.csv", "classes.csv"])
@@ -403,8 +404,10 @@ def test_file_that_is_not_a_table_is_renamed(scored, capsys, kind, file):
         content = content.replace(b",0.2,", b",x0.2,", 1)
     path.write_bytes(FOREIGN[kind] or content)
     (folder / f"{file}.old").write_text("another")
-    found = read_earlier(path, {"GA"} if file == "results.csv" else ())
-    assert found == [] and (folder / f"{file}.old2").read_bytes() == (FOREIGN[kind] or content)
+    evaluation = add_earlier_results(scored, "GA")
+    assert evaluation.earlier_class_rows == []
+    assert (evaluation.earlier_rows == []) == (file == "results.csv")
+    assert (folder / f"{file}.old2").read_bytes() == (FOREIGN[kind] or content)
     assert (folder / f"{file}.old").read_text() == "another" and not path.exists()
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: not a table of this version") and line.endswith(
@@ -415,9 +418,9 @@ def test_file_that_is_not_a_table_is_renamed(scored, capsys, kind, file):
 def test_older_table_whose_methods_are_all_scored_is_replaced(bench, capsys):
     path = bench.folder() / "results.csv"
     path.write_bytes(FOREIGN["older"])
-    assert read_earlier(path, {"retrain", "GA"}) == []
+    assert add_earlier_results(bench, "retrain", "GA").earlier_rows == []
     assert path.exists() and capsys.readouterr().out == ""
-    assert read_earlier(path, {"GA"}) == [] and not path.exists()
+    assert add_earlier_results(bench, "GA").earlier_rows == [] and not path.exists()
 
 
 def test_folder_with_the_name_of_the_table_is_renamed(bench):
@@ -526,6 +529,18 @@ def test_printed_tables_are_means_in_at_most_100_characters(evaluated):
     ]  # fmt: skip
     assert len(models) == 5 and len(sets) == 6
     assert max(map(len, models + sets)) <= 100 and "±" not in "".join(models + sets)
+
+
+def test_samples_name_files_and_classes(bench):
+    bench.data.train.names = [f"train/{index}.png" for index in range(60)]
+    bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2")
+    rows = bench.table("GA/samples.csv")
+    labels = bench.data.train.labels
+    assert len(rows) == 6
+    for row in rows:
+        assert row["file"] == f"train/{row['index']}.png"
+        assert row["label"] == bench.data.classes[labels[int(row["index"])]]
+        assert row["prediction"] in bench.data.classes
 
 
 def test_interrupted_saving_leaves_the_earlier_files(scored, monkeypatch):
