@@ -347,6 +347,17 @@ def test_a_changed_byte_is_found_by_its_checksum(tmp_path):
         checkpoint.read_state(path)
 
 
+@pytest.mark.parametrize("method", ["stat", "open"])
+def test_a_file_without_permission_is_named(method, tmp_path, monkeypatch):
+    def refuse(*positional, **options):
+        raise PermissionError(13, "Permission denied")
+
+    checkpoint.save_state(tmp_path / "state.pth", {"model": torch.zeros(1)})
+    monkeypatch.setattr(pathlib.Path, method, refuse)
+    with pytest.raises(utils.UserError, match=r"state.pth: cannot be read \(Permission denied\)"):
+        checkpoint.read(tmp_path / "state.pth")
+
+
 def test_an_error_of_the_system_names_its_reason(tmp_path, monkeypatch):
     def fail(*positional, **options):
         raise OSError(5, "Input/output error")
