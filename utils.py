@@ -40,9 +40,12 @@ from typing import NamedTuple
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-_is_script = Path(sys.argv[0]).name.startswith("main_")
-if _is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback for Ctrl-C during the imports
+# Ctrl-C during a script's imports ends it without a traceback.
+if (
+    Path(sys.argv[0]).name.startswith("main_")
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -473,10 +476,9 @@ class Data:
     """A data set: training images, held-out images, class names, and a tag for folder names.
 
     ``subclass_names`` are the fine classes inside the classes, if there are any. ``train_folder``
-    is the folder that the training images' names are relative to, if they are files. ``contents``
-    are hashes of the training and the held-out images; if omitted, of their pixels. The fingerprint
-    has three parts: labels and names of the training images, contents of the training images, and
-    labels, names and contents of the held-out images.
+    is the folder that the training images' names are relative to, if they are files. The
+    fingerprint has three parts: labels and names of the training images, contents of the training
+    images, and labels, names and contents of the held-out images.
     """
 
     train: Images
@@ -485,16 +487,12 @@ class Data:
     tag: str
     subclass_names: list[str] | None = None
     train_folder: str | None = None
-    contents: tuple[str, str] | None = None
     fingerprint: str = field(init=False)
 
     def __post_init__(self):
-        if self.contents is None:
-            pixels = (self.train.pixels, self.held_out.pixels)
-            self.contents = tuple(map(_hash_contents, pixels))
-        train, held_out = self.contents
-        held_out = hashlib.sha256(f"{_hash_labels(self.held_out)} {held_out}".encode()).hexdigest()
-        hashes = (_hash_labels(self.train), train, held_out)
+        held_out = f"{_hash_labels(self.held_out)} {_hash_contents(self.held_out)}"
+        hashes = [_hash_labels(self.train), _hash_contents(self.train)]
+        hashes.append(hashlib.sha256(held_out.encode()).hexdigest())
         self.fingerprint = "-".join(digest[:16] for digest in hashes)
 
     def difference(self, fingerprint):
@@ -519,23 +517,11 @@ def _hash_labels(images):
     return digest.hexdigest()
 
 
-class LoadedImages(NamedTuple):
-    """Training or held-out images as a loader returns them; ``contents`` is a hash of them."""
-
-    pixels: torch.Tensor | ImageFiles
-    labels: torch.Tensor
-    names: list[str] | None
-    contents: str
-
-
-class LoadedData(NamedTuple):
-    """What a loader returns. ``train_folder`` is None where the images are not single files."""
-
-    train: LoadedImages
-    held_out: LoadedImages
-    classes: list[str]
-    tag: str
-    train_folder: str | None = None
+def _hash_contents(images):
+    """A hash of the image files, else of all bytes of the pixels."""
+    if images.contents:
+        return images.contents
+    return hashlib.sha256(images.pixels.detach().cpu().contiguous().numpy()).hexdigest()
 
 
 def load_data(args, device, model_side=None):
@@ -546,37 +532,20 @@ def load_data(args, device, model_side=None):
     """
     loaders = {"digits": _load_digits, "image_folder": _load_folder}
     load = (loaders | {"tiny_imagenet": _load_tiny_imagenet}).get(args.data_name, _load_cifar)
-    loaded = distributed.first_process_first(lambda: load(args, model_side))
-    num_classes = 20 if args.data_name == "cifar20" else len(loaded.classes)
-    if args.num_classes not in (None, num_classes):
-        reason = f"{args.data_name} has {num_classes} classes; leave the flag out"
+    data = distributed.first_process_first(lambda: load(args, model_side))
+    if args.num_classes not in (None, len(data.classes)):
+        reason = f"{args.data_name} has {len(data.classes)} classes; leave the flag out"
         raise UserError(f"--num_classes {args.num_classes}: {reason}")
-    size = args.image_size or model_side or loaded.train.pixels.shape[-1]
+    size = args.image_size or model_side or data.train.pixels.shape[-1]
     try:
-        train, held_out = (
-            Images(
-                pixels=images.pixels.to(device)
-                if torch.is_tensor(images.pixels)
-                else images.pixels,
-                labels=images.labels.to(device),
-                spec=SPECS[args.data_name],
-                size=size,
-                names=images.names,
-            )
-            for images in (loaded.train, loaded.held_out)
-        )
+        data.train.prepare(device, size)
+        data.held_out.prepare(device, size)
     except torch.OutOfMemoryError as error:
         resizable = args.data_name == "image_folder" and not args.image_size
         remedy = "lower it, or set --image_size" if resizable else "lower it"
         reason = f"the images do not fit on {device}; {remedy}"
         raise UserError(f"--memory_gb {args.memory_gb:g}: {reason}") from error
-    options = {"train_folder": loaded.train_folder}
-    options["contents"] = (loaded.train.contents, loaded.held_out.contents)
-    classes = loaded.classes
-    if args.data_name == "cifar20":
-        options["subclass_names"] = classes
-        classes = _group_by_superclass(train, held_out, args)
-    return Data(train, held_out, classes, tag=loaded.tag, **options)
+    return data
 
 
 def _load_digits(args, model_side):
@@ -589,12 +558,11 @@ def _load_digits(args, model_side):
     # The scans are ordered by writer and have no test set: a fixed permutation holds out 1,000.
     order = torch.from_numpy(permutation(0, "digits", len(labels)))
 
-    def images(indices):
-        subset = pixels[indices]
-        return LoadedImages(subset, labels[indices], names=None, contents=_hash_contents(subset))
-
-    train, held_out = (images(rows.sort().values) for rows in (order[1000:], order[:1000]))
-    return LoadedData(train, held_out, [str(digit) for digit in range(10)], tag="digits")
+    train, held_out = (
+        Images(pixels[indices], labels[indices], SPECS["digits"], size=8)
+        for indices in (order[1000:].sort().values, order[:1000].sort().values)
+    )
+    return Data(train, held_out, [str(digit) for digit in range(10)], tag="digits")
 
 
 def _load_cifar(args, model_side):
@@ -612,10 +580,13 @@ def _load_cifar(args, model_side):
     def images(dataset):
         pixels = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
         labels = torch.tensor(dataset.targets)
-        return LoadedImages(pixels, labels, names=None, contents=_hash_contents(pixels))
+        return Images(pixels, labels, SPECS[args.data_name], size=32)
 
-    classes = list(train.classes)
-    return LoadedData(images(train), images(held_out), classes, tag=args.data_name)
+    classes, train, held_out = list(train.classes), images(train), images(held_out)
+    if args.data_name != "cifar20":
+        return Data(train, held_out, classes, tag=args.data_name)
+    superclasses = _group_by_superclass(train, held_out, args)
+    return Data(train, held_out, superclasses, tag="cifar20", subclass_names=classes)
 
 
 def _download_error(args, problem, file, *, error):
@@ -637,8 +608,7 @@ def _group_by_superclass(train, held_out, args):
             return pickle.load(file, encoding="latin1")
 
     for images, name in ((train, "train"), (held_out, "test")):
-        coarse = torch.tensor(read(name)["coarse_labels"])
-        images.subclasses, images.labels = images.labels, coarse.to(images.labels.device)
+        images.subclasses, images.labels = images.labels, torch.tensor(read(name)["coarse_labels"])
     return read("meta")["coarse_label_names"]
 
 
@@ -657,7 +627,7 @@ def _load_tiny_imagenet(args, model_side):
         raise UserError(f"{printable(root)}: {reason}") from error
     train, held_out = _read_images(train, held_out, 64, args)
     folder = str(root / "train")
-    return LoadedData(train, held_out, classes, tag="tiny_imagenet", train_folder=folder)
+    return Data(train, held_out, classes, tag="tiny_imagenet", train_folder=folder)
 
 
 def _download_tiny_imagenet(args, root):
@@ -803,6 +773,7 @@ class Images:
 
     ``labels`` are int64 N, ``names`` file names, ``subclasses`` the int64 numbers N of the fine
     classes inside the labels, if the data has any. Batches have ``size``×``size`` pixels.
+    ``contents`` is a hash of the image files, if they are files.
     """
 
     pixels: torch.Tensor | ImageFiles
@@ -811,9 +782,17 @@ class Images:
     size: int
     names: list[str] | None = None
     subclasses: torch.Tensor | None = None
+    contents: str | None = None
 
     def __len__(self):
         return len(self.labels)
+
+    def prepare(self, device, size):
+        """Move the tensors to ``device`` and set the size of the batches."""
+        self.size = size
+        for name in ("pixels", "labels", "subclasses"):
+            if torch.is_tensor(tensor := getattr(self, name)):
+                setattr(self, name, tensor.to(device))
 
     def batches(self, index_batches, augment=None):
         """Normalised float images B×3×size×size for each of ``index_batches`` (int64 tensors B).
@@ -901,7 +880,7 @@ class Sample(NamedTuple):
 
 
 def _read_images(train, held_out, side, args):
-    """:class:`LoadedImages` of two lists of samples: in memory, or files beyond --memory_gb.
+    """:class:`Images` of two lists of samples: in memory, or as files beyond --memory_gb.
 
     Raises UserError for an image that cannot be read, unless --skip_corrupt leaves it out.
     """
@@ -928,7 +907,8 @@ def _read_images(train, held_out, side, args):
             subset = pixels[indices.start : indices.stop] if whole else pixels[readable]
         labels = torch.tensor([samples[index].label for index in readable])
         names = [samples[index].name for index in readable]
-        return LoadedImages(subset, labels, names, contents=contents)
+        spec = SPECS[args.data_name]
+        return Images(subset, labels, spec, size=side, names=names, contents=contents)
 
     divided = loaded(range(len(train))), loaded(range(len(train), len(samples)))
     if unreadable:
@@ -1160,7 +1140,7 @@ def _load_folder(args, model_side):
     train, held_out = _read_images(list(samples(train)), list(samples(test)), side, args)
     tag = f"image_folder-{printable(root.resolve().name)}".replace("\\", "-")
     names, folder = list(map(printable, classes)), os.path.join(root, "train")
-    return LoadedData(train, held_out, names, tag=tag, train_folder=folder)
+    return Data(train, held_out, names, tag=tag, train_folder=folder)
 
 
 FOLDER_LAYOUT = "image_folder reads train/<class>/ and test/<class>/"
@@ -1498,13 +1478,6 @@ def _hash_files(paths):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts = range(0, len(paths), 256)
         return hashlib.sha256(b"".join(pool.map(digests, starts))).hexdigest()
-
-
-def _hash_contents(pixels):
-    """A hash of all bytes of an image tensor, or of the files of :class:`ImageFiles`."""
-    if isinstance(pixels, ImageFiles):
-        return _hash_files(pixels.paths)
-    return hashlib.sha256(pixels.detach().cpu().contiguous().numpy()).hexdigest()
 
 
 # ---------------------------------------------------------------- splits
