@@ -2,8 +2,9 @@
 
     ONEDNN_MAX_CPU_ISA=AVX2 python tests/gradients.py resnet18:2 resnet18:7 convnext_atto
 
-Exits with status 1 where a gradient differs. A name may carry the width of resnet18. oneDNN reads its environment
-variables when torch is imported, and a wrong kernel may end the process: tests run this file in a process of its own.
+Exits with status 1 if a gradient differs. The name resnet18 may be followed by a width. oneDNN
+reads its environment variables when torch is imported, and a wrong kernel may crash the process.
+Tests therefore run this file in a separate process.
 """
 
 import sys
@@ -21,26 +22,20 @@ CASES = ((8, 4), (7, 3), (13, 5), (33, 2), (32, 64))  # side in pixels, images i
 
 
 def errors(model, side, count):
-    """{layer name: relative error of its weight gradient}, from one backward pass through the whole network.
+    """The relative error of each convolution's weight gradient, by name.
 
-    Each layer's own float32 input and output gradient are taken, so that only its weight gradient is compared.
+    One backward pass runs through the whole network. The exact gradient is computed from each
+    layer's own float32 input and output gradient, so that only the weight gradient is compared.
     """
-    expected, handles = defaultdict(lambda: 0), []
+    exact, handles = defaultdict(lambda: 0), []
     for name, layer in model.named_modules():
-        if (
-            isinstance(layer, nn.Conv2d)
-            and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str)
-        ):
+        if _can_be_compared(layer):
 
             def watch(layer, inputs, output, name=name):
                 images = inputs[0].detach()
 
                 def add(gradient):
-                    expected[name] += torch.nn.grad.conv2d_weight(
-                        images.double().contiguous(), layer.weight.shape, gradient.double().contiguous(),
-                        layer.stride, layer.padding, layer.dilation, layer.groups,
-                    )  # fmt: skip
+                    exact[name] += _weight_gradient(layer, images, gradient)
 
                 output.register_hook(add)
 
@@ -51,11 +46,32 @@ def errors(model, side, count):
     F.cross_entropy(model(images), torch.arange(count) % 10).backward()
     for handle in handles:
         handle.remove()
-    found = {name: model.get_parameter(f"{name}.weight").grad for name in expected}
-    return {
-        name: ((found[name] - exact).norm() / (exact.norm() + 1e-12)).item()
-        for name, exact in expected.items()
-    }
+    result = {}
+    for name, gradient in exact.items():
+        difference = model.get_parameter(f"{name}.weight").grad - gradient
+        result[name] = (difference.norm() / (gradient.norm() + 1e-12)).item()
+    return result
+
+
+def _can_be_compared(layer):
+    return (
+        isinstance(layer, nn.Conv2d)
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
+
+
+def _weight_gradient(layer, images, gradient):
+    """The gradient of a convolution's weight in float64, on contiguous tensors."""
+    return torch.nn.grad.conv2d_weight(
+        images.double().contiguous(),
+        layer.weight.shape,
+        gradient.double().contiguous(),
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+    )
 
 
 def main(names):
@@ -65,13 +81,12 @@ def main(names):
         torch.manual_seed(0)
         model = models.create_model(model_name, 10, width=int(width or 64), pretrained=False)
         for side, count in CASES if width else [(64, 4), (96, 3)]:
-            found = errors(model, side, count)
-            assert found, f"{name} has no convolution"
-            for layer, error in found.items():
+            layer_errors = errors(model, side, count)
+            assert layer_errors, f"{name} has no convolution"
+            for layer, error in layer_errors.items():
                 if not error < 1e-4:
-                    print(
-                        f"{name}, {count} images of {side}×{side}: {layer}.weight.grad is off by {error:.1%}"
-                    )
+                    images = f"{count} images of {side}×{side}"
+                    print(f"{name}, {images}: {layer}.weight.grad is off by {error:.1%}")
                     failed = True
     return int(failed)
 
