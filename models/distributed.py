@@ -175,12 +175,21 @@ class _SyncNormalisation(TorchFunctionMode):
 
 
 def _batch_norm(
-    inputs, running_mean, running_var, weight=None, bias=None, training=True, momentum=0.1, eps=1e-5
+    inputs,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
 ):
-    """``torch.nn.functional.batch_norm`` in training, with the mean and variance of all processes.
+    """``torch.nn.functional.batch_norm``, whose batch statistics are those of all processes.
 
     N×C×..., where N may be 0 on some processes. Gradients pass through the statistics.
     """
+    if not training:
+        return F.batch_norm(inputs, running_mean, running_var, weight=weight, bias=bias, eps=eps)
     x = inputs.float()
     dims = [0, *range(2, x.ndim)]
     shape = [1, -1] + [1] * (x.ndim - 2)

@@ -7,6 +7,7 @@ import torch
 from test_layout import stem_and
 from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from turns import Processes
 
@@ -82,6 +83,37 @@ def test_synchronised_batch_norm_keeps_the_type_of_its_input(monkeypatch):
     images = torch.randn(4, 8, 2, 2).bfloat16()
     outputs = Processes(monkeypatch, 2, rounds=4).run(lambda: model(images))
     assert outputs[0].dtype == torch.bfloat16
+
+
+class Frozen(nn.BatchNorm2d):
+    """Normalises by its running statistics in training, too."""
+
+    def forward(self, images):
+        return F.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class Plain(nn.BatchNorm2d):
+    """Normalises by the batch, with torch's defaults."""
+
+    def forward(self, images):
+        return F.batch_norm(images, self.running_mean, self.running_var, training=True)
+
+
+@pytest.mark.usefixtures("float_is_double")
+@pytest.mark.parametrize("layer", [Frozen, Plain])
+def test_synchronised_layers_may_leave_arguments_of_batch_norm_out(layer, monkeypatch):
+    images = 0.01 * torch.randn(6, 8, 2, 2, dtype=torch.float64)
+    expected = network(lambda: layer(8))
+    outputs = expected(images)
+
+    def step():
+        model = network(lambda: layer(8))
+        distributed.synchronise_batch_norm(model)
+        return model(distributed.local_rows(images)), model[0].running_var
+
+    for rank, (results, variance) in enumerate(Processes(monkeypatch, 2, rounds=4).run(step)):
+        torch.testing.assert_close(results, outputs[rank::2])
+        torch.testing.assert_close(variance, expected[0].running_var)
 
 
 class Shared(nn.Module):
