@@ -2270,7 +2270,7 @@ class WandbRun:
             wandb_state.hung = isinstance(error, NoResponse)
             if not wandb_state.failure_announced:
                 reason = f"{first_line(error)}; continuing without it"
-                print(f"wandb: {reason}, records are in {self._folder}")
+                print(f"wandb: {reason}, records are in {printable(self._folder)}")
             wandb_state.failure_announced = True
 
     def _choose_mode(self, args):

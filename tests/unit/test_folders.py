@@ -753,3 +753,66 @@ def test_files_that_are_written_hold_any_name_as_utf8(tmp_path):
 def test_flags_in_records_can_be_encoded(digits):
     record = utils.describe_run(flags(data_dir="caf\udce9", num_classes=10), digits, CPU)
     assert record["flags"]["data_dir"] == "caf\\xe9" and record["flags"]["num_classes"] == 10
+
+
+# ---------------------------------------------------------------- reading many images
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """150 pictures of the grey values 0 to 149, which are three batches."""
+    folder = tmp_path_factory.mktemp("many")
+    return [save_picture(folder / f"{value:03}.png", value) for value in range(150)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_images_are_read_in_order_by_any_number_of_workers(workers, many):
+    files, pixels = utils.ImageFiles(many, 4, workers), torch.zeros(150, 3, 4, 4, dtype=torch.uint8)
+    assert files.read_all(into=pixels) == {}
+    expected = torch.arange(150, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    assert pixels.equal(expected)
+    streamed = list(files.batches([torch.tensor([149, 0]), torch.tensor([], dtype=torch.int64)]))
+    assert streamed[0].equal(expected[[149, 0]]) and streamed[1].shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_unreadable_images_are_found_in_the_same_pass(workers, in_memory, many, tmp_path):
+    paths = list(many)
+    paths[3], paths[100] = tmp_path / "a.png", tmp_path / "b.png"
+    paths[3].write_bytes(b"no picture")
+    files = utils.ImageFiles(paths, 4, workers)
+    pixels = torch.full((150, 3, 4, 4), 7, dtype=torch.uint8) if in_memory else None
+    unreadable = files.read_all(into=pixels, skip_corrupt=True)
+    assert list(unreadable) == [3, 100]
+    assert "a.png: cannot read image (its content" in str(unreadable[3])
+    assert "b.png: cannot read image (No such file" in str(unreadable[100])
+    if in_memory:
+        expected = [0 if index in (3, 100) else index for index in range(150)]
+        assert pixels[:, 0, 0, 0].tolist() == expected  # unreadable ones are black
+    with pytest.raises(utils.UnreadableImage, match=r"a\.png"):
+        files.read_all(into=pixels)
+    with pytest.raises(utils.UnreadableImage, match=r"b\.png"):
+        list(files.batches([torch.tensor([0, 100])]))
+
+
+def test_error_that_is_not_the_images_fault_is_raised_also_with_skip_corrupt(many, monkeypatch):
+    def refuse(path, side):
+        raise utils.UserError("too many open files")
+
+    monkeypatch.setattr(utils, "_read_image", refuse)
+    with pytest.raises(utils.UserError, match="too many open files"):
+        utils.ImageFiles(many, 4, 0).read_all(skip_corrupt=True)
+
+
+@pytest.mark.parametrize(("side", "largest"), [(4, 64), (295, 64), (297, 63), (1024, 5), (4096, 1)])
+def test_batches_that_wait_in_a_worker_have_at_most_16_mb(side, largest, monkeypatch):
+    sizes = []
+
+    def read(files, index_batches):
+        sizes.extend(map(len, index_batches))
+        return [utils.ReadBatch(np.zeros(1), {}) for _ in index_batches]
+
+    monkeypatch.setattr(utils.ImageFiles, "_read", read)
+    utils.ImageFiles(["x"] * 130, side, 2).read_all()
+    assert max(sizes) == largest and sum(sizes) == 130

@@ -59,6 +59,14 @@ def test_finished_run_leaves_its_files_and_no_unfinished_folder(tmp_path):
     assert files(folder) == expected and not (folder / ".unfinished").exists()
 
 
+def test_folders_inside_the_unfinished_folder_are_created_in_the_parent(tmp_path):
+    with utils.unfinished_folder(tmp_path, MB) as unfinished:
+        write(unfinished, "new", names=["a/b/c.txt", "a/d.txt"])
+        utils.move_up(unfinished)
+    assert files(tmp_path) == {"a/b/c.txt": "new", "a/d.txt": "new"}
+    assert not (tmp_path / ".unfinished").exists()
+
+
 def test_files_appear_only_when_they_are_moved(tmp_path):
     with utils.unfinished_folder(tmp_path, MB) as unfinished:
         write(unfinished, "new")
@@ -201,14 +209,18 @@ def test_folder_without_locks_is_used_and_keeps_files_of_other_runs(
         assert files(unfinished) == {"other.pth": "other run"}
     output = capsys.readouterr().out
     assert f"{tmp_path}: cannot be locked ({type(error).__name__}" in output
+    finish_run(tmp_path / "a/b")
+    assert (tmp_path / "a/b/model.pth").read_text() == "new"
 
 
-def test_full_disk_is_noticed_before_the_run_and_leaves_no_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_created", [True, False])
+def test_full_disk_is_noticed_before_the_run_and_leaves_no_file(is_created, tmp_path, monkeypatch):
     written = []
 
     def fill(path, content):
         written.append(len(content))
-        path.touch()
+        if is_created:
+            path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fill)
