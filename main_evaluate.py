@@ -436,7 +436,7 @@ def compare_sets(row, reference, num_forget):
 
 def asked_failures(args, failed, evaluated):
     """The failed methods ({method: why}) that --unlearn_name asks for and that left no model."""
-    wanted = set(utils.given_names(args.unlearn_name))
+    wanted = set(utils.split_names(args.unlearn_name))
     return {
         name: f"seed {args.seed}: {why}" if args.seeds else why
         for name, why in failed.items()

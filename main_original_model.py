@@ -1,8 +1,9 @@
-"""Train the original model, the one that later has to forget.
+"""Trains the original model.
 
     python main_original_model.py --data_name digits
 
-writes runs/<model>_<data>_seed<seed>/original_model.pth, the record original_model.json and history.jsonl.
+writes runs/<model>_<data>_seed<seed>/original_model.pth, the record original_model.json and the
+curves history.jsonl.
 """
 
 import utils  # before torch
@@ -13,12 +14,14 @@ from dataclasses import asdict
 import models
 import unlearn
 
+DEFAULTS = f"""training defaults: {unlearn.Recipe.batch_size} images per step, and
+  ImageNet weights  at most 20 epochs at 0.01
+{utils.describe_recipes()}"""
+
 
 def main():
-    parser = utils.make_parser(__doc__)
-    utils.add_training_flags(
-        parser, "when left out: 64 images, 200 epochs at 0.1 (digits: 20 at 0.01; vit: 20 at 0.01)"
-    )
+    parser = utils.make_parser(__doc__, epilog=DEFAULTS)
+    utils.add_training_flags(parser, "default: listed below")
     args = parser.parse_args()
 
     device = utils.pick_device(args)
@@ -29,15 +32,14 @@ def main():
 
 
 def train_original(args, data, device):
-    """Train and save the original model of one seed, unless it is there."""
+    """Train and save the original model of one seed, unless it exists."""
     split = utils.make_split(data, args, scenario=False)
     recipe = unlearn.original_recipe(args, device)
     folder = utils.run_folder(args, data)
     path = folder / "original_model.pth"
-
     identity = asdict(recipe) | {"training_images": data.fingerprint}
     if unlearn.already_done(path, identity, args):
-        print(f"{path}: already done; pass --overwrite to train it again")
+        print(f"{path}: already done; --overwrite replaces it")
         return
 
     utils.seed_everything(args.seed, "original", "initialisation")
@@ -57,17 +59,16 @@ def train_original(args, data, device):
     )
     meta = utils.describe_run(args, data, device)
     meta |= {"method": "original", "identity": identity, "recipe": asdict(recipe)}
-    print(
-        f"{args.model_name} on {data.tag}: {len(data.train)} images, {len(data.classes)} classes, {meta['device']}"
-    )
+
+    size = f"{len(data.train)} images, {len(data.classes)} classes, {meta['device']}"
+    print(f"{args.model_name} on {data.tag}: {size}")
     meta = unlearn.run_and_save(job, train_on_all, files, meta=meta, args=args)
-    print(
-        f"{path}: test accuracy {100 * meta['accuracies']['test']:.2f} %, {meta['seconds']:.0f} s"
-    )
+    accuracy = 100 * meta["accuracies"]["test"]
+    print(f"{path}: test accuracy {accuracy:.2f} %, {meta['seconds']:.0f} s")
 
 
 def train_on_all(job):
-    """Cross-entropy on every training image, since nothing is forgotten yet."""
+    """Cross-entropy on every training image: nothing is forgotten, so all are retained."""
     return unlearn.train(job, unlearn.retain_cross_entropy)
 
 

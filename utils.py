@@ -1,4 +1,6 @@
-"""What the four scripts share: errors, flags, seeds, data and splits, checkpoints, run folders, logging."""
+"""What the four scripts share: errors, flags, seeds, data sets, splits, run folders and records."""
+
+from __future__ import annotations
 
 import argparse
 import codecs
@@ -30,19 +32,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-# This module is the first import of every script, so that the following precedes the import of torch.
-# OpenMP's idle threads go to sleep after a moment. By default they spin, and take the cores from the very thread that
-# they wait for as soon as other processes are busy.
+# ---------------------------------------------------------------- start-up
+
+# Every script imports this module first, because these settings must precede the import of torch.
+# OpenMP's idle threads spin by default. On a busy machine they take the cores from the thread that
+# they wait for. With no spin at all, training on an idle machine would be 20 % slower.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault(
-        "GOMP_SPINCOUNT", "1000"
-    )  # asleep at once, training on an idle machine is a fifth slower
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Ctrl-C during a script's imports ends it without a traceback.
 if (
     Path(sys.argv[0]).name.startswith("main_")
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
-    # While a script imports its libraries, Ctrl-C ends it at once and without a traceback. run_script() takes over.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -54,63 +56,38 @@ from torchvision.transforms.v2 import functional as transforms
 
 from models import distributed
 from models.checkpoint import write_file
-from models.errors import NotFinite, UserError, binary_kind, error_reason, first_line, printable  # noqa: F401 - utils.UserError
+from models.errors import (  # noqa: F401 - utils.NotFinite
+    NotFinite,
+    UserError,
+    binary_kind,
+    error_reason,
+    first_line,
+    printable,
+)
 
 # ---------------------------------------------------------------- errors
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run whose state is saved; the message says how to go on."""
+    """Ctrl-C in a run whose state is saved. The message says how to resume it."""
 
 
 def run_script(main):
-    """Run a script's ``main``. A user's mistake ends it with one line on stderr and status 2, Ctrl-C and SIGTERM end it
-    with status 130, and a closed output pipe with status 141. With torchrun, only the first process prints."""
+    """Run a script's ``main`` and exit with its status.
+
+    A UserError is one line on stderr and status 2. Ctrl-C and SIGTERM give status 130, a closed
+    output pipe 141. With torchrun only the first process prints.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
-        if (
-            signal.getsignal(number) is not signal.SIG_IGN
-        ):  # as nohup and background jobs of shells set it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs ignore them
             signal.signal(number, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a terminal without Unicode shows "?" in place of q̂, λ and ±
-    name = Path(sys.argv[0]).name
-    try:
-        with redirect_stdout(None) if distributed.rank() else nullcontext():
-            status = main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except SystemExit as error:  # argparse ends --help this way
-        status = error.code or 0
-    except BrokenPipeError:
-        status = 141  # what a shell reports for SIGPIPE
-    except UserError as error:
-        status = _ends(f"{name}: error: {error}", 2)
-    except KeyboardInterrupt as error:
-        status = _ends(f"{name}: interrupted; {str(error) or 'finished results are kept'}", 130)
-    except (RuntimeError, ConnectionError, MemoryError) as error:
-        if _out_of_memory(error):
-            remedy = "lower --batch_size, --image_size, --memory_gb or --workers; --resume goes on with a training"
-            status = _ends(f"{name}: error: out of memory ({first_line(error)}); {remedy}", 2)
-        elif distributed.world_size() > 1 and _of_processes(error):
-            why = f"another process of this run has died or hangs ({str(error).strip().splitlines()[-1][:100]})"
-            status = _ends(
-                f"{name}: error: {why}; nothing is lost that was done, and --resume goes on", 1
-            )
-        else:
-            raise
-    except OSError as error:  # permissions, paths that are too long, full or failing disks
-        if error.filename is None:
-            raise
-        status = _ends(
-            f"{name}: error: {printable(error.filename)}: cannot be used ({error_reason(error)})", 2
-        )
+        if hasattr(stream, "reconfigure"):  # "?" for q̂, λ and ± on a terminal without Unicode
+            stream.reconfigure(errors="replace")
+    status = _exit_status(main)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes the stream once more at exit, which must not fail.
+    except BrokenPipeError:  # Python flushes once more at exit, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = status or 141
     if wandb_state.hung:  # wandb's exit handlers would wait for it
@@ -120,29 +97,62 @@ def run_script(main):
     sys.exit(status)
 
 
-def _ends(line, status):
-    """Say why a script ends. All processes meet the same mistake: the others wait for the first one to say it, after
-    which torchrun ends them, and speak only of what the first one does not know."""
+def _exit_status(main):
+    """The exit status of ``main()``. Errors that are not the program's fault are reported here."""
+    try:
+        with redirect_stdout(None) if distributed.rank() else nullcontext():
+            status = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
+    except SystemExit as error:  # argparse ends --help this way
+        return error.code or 0
+    except BrokenPipeError:
+        return 141  # what a shell reports for SIGPIPE
+    except UserError as error:
+        return _report(f"error: {error}", 2)
+    except KeyboardInterrupt as error:
+        return _report(f"interrupted; {str(error) or 'finished results are kept'}", 130)
+    except (RuntimeError, ConnectionError, MemoryError) as error:
+        if _is_out_of_memory(error):
+            remedy = "lower --batch_size, --image_size, --memory_gb or --workers"
+            reason = f"out of memory ({first_line(error)}); {remedy}"
+            return _report(f"error: {reason}; --resume continues an interrupted training", 2)
+        if distributed.world_size() > 1 and _is_from_another_rank(error):
+            reason = str(error).strip().splitlines()[-1][:100]
+            failure = f"another rank failed or stopped responding ({reason})"
+            return _report(f"error: {failure}; continue with --resume", 1)
+        raise
+    except OSError as error:  # permissions, paths that are too long, full or failing disks
+        if error.filename is None:
+            raise
+        path = printable(error.filename)
+        return _report(f"error: {path}: cannot be used ({error_reason(error)})", 2)
+
+
+def _report(message, status):
+    """Print the one line that a script ends with, and return the status.
+
+    A mistake in the flags occurs on every rank. The other ranks wait until the first one has
+    reported it and torchrun stops them, so that it is printed once.
+    """
+    line = f"{Path(sys.argv[0]).name}: {message}"
     if distributed.rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         line = f"[process {distributed.rank()}] {line}"
-    line = "".join(
-        char if char.isprintable() else ascii(char)[1:-1] for char in line
-    )  # one line, whatever it cites
-    print(line, file=sys.stderr, flush=True)
+    characters = (char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    print("".join(characters), file=sys.stderr, flush=True)
     return status
 
 
-def _of_processes(error):
-    """Whether an error is about the connection to the other processes."""
+def _is_from_another_rank(error):
     return isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).lower()
 
 
-def _out_of_memory(error):
-    return isinstance(
-        error, MemoryError | torch.OutOfMemoryError
-    ) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error):
+    kinds = MemoryError | torch.OutOfMemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 # ---------------------------------------------------------------- flags
@@ -154,35 +164,31 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in every line that has one, line breaks of description and epilog kept."""
+    """Shows defaults of flags with a value, and keeps the line breaks of description and epilog."""
 
     def _get_help_string(self, action):
-        return (
-            action.help
-            if action.default is None or action.required
-            else super()._get_help_string(action)
-        )
+        if action.default in (None, False) or action.required:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def number(kind, minimum=None, maximum=None, *, exclusive=False):
-    """An argparse type: a finite number within bounds, which ``exclusive`` leaves out themselves."""
+    """An argparse type: a finite number within bounds. ``exclusive`` excludes the bounds."""
+    bounds = []
+    if minimum is not None:
+        bounds.append(f"{'above' if exclusive else 'at least'} {minimum}")
+    if maximum is not None:
+        bounds.append(f"{'below' if exclusive else 'at most'} {maximum}")
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'an integer' if kind is int else 'a number'}"
-            ) from None
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
         low = minimum is not None and (value < minimum or (exclusive and value == minimum))
         high = maximum is not None and (value > maximum or (exclusive and value == maximum))
         if low or high or not math.isfinite(value):
-            bounds = (
-                [f"{'above' if exclusive else 'at least'} {minimum}"] if minimum is not None else []
-            )
-            bounds += (
-                [f"{'below' if exclusive else 'at most'} {maximum}"] if maximum is not None else []
-            )
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
         return value
 
@@ -190,7 +196,7 @@ def number(kind, minimum=None, maximum=None, *, exclusive=False):
 
 
 def list_of(parse_item):
-    """An argparse type: several values with commas between, each at most once."""
+    """An argparse type: comma-separated values without duplicates."""
 
     def parse(text):
         items = [parse_item(item) for item in text.split(",") if item.strip()]
@@ -215,202 +221,145 @@ def one_of(names):
 
 
 def expand_path(text):
-    """An argparse type: a path, in which ``~`` is the home directory also after ``=``, where shells leave it."""
+    """An argparse type: a path. A leading ``~`` is the home directory, also in ``--flag=~/x``."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise argparse.ArgumentTypeError(
-            f"{text}: no such user; write ./{text} for a file of that name"
-        )
+        remedy = f"write ./{text} for a file of that name"
+        raise argparse.ArgumentTypeError(f"{text}: no such user; {remedy}")
     return expanded
 
 
 ALPHA = number(float, 0, 1, exclusive=True)
+SEED = number(int, 0, 2**32 - 1)
 
 
 def make_parser(description, epilog=None):
     """A parser with the flags that all four scripts share: model, data, run."""
-    parser = _Parser(
-        description=description, epilog=epilog, formatter_class=_HelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model_name", default="resnet18", help="resnet18 (for small images), vit, or a timm model"
-    )
-    group.add_argument(
-        "--width", type=number(int, 1, 512), default=64, help="channels of resnet18's first stage"
-    )
-    group.add_argument(
-        "--image_size",
-        type=number(int, 1, 4096),
-        help="side in pixels that images are resized to; when left out, the data's own (resnet18) or 224 (vit)",
-    )
-    group.add_argument(
-        "--pretrained_path",
-        type=expand_path,
-        help="ImageNet weights of vit or a timm model on disk, not downloaded",
-    )
-    group.add_argument(
-        "--no_pretrained", action="store_true", help="start vit or a timm model from random weights"
-    )
-    group = parser.add_argument_group("data")
-    group.add_argument("--data_name", choices=DATA_NAMES, default="digits", help="which images")
-    group.add_argument(
-        "--data_dir",
-        type=expand_path,
-        default="./data",
-        help="where the data lies or is downloaded to",
-    )
-    group.add_argument(
-        "--num_classes",
-        type=number(int, 2),
-        help="checked against the data; inferred when left out",
-    )
-    group.add_argument(
-        "--memory_gb",
-        type=number(float, 0),
-        default=8.0,
-        metavar="GB",
-        help="image_folder, tiny_imagenet: more pixels than this stay on disk and are read anew for every batch",
-    )
-    group.add_argument(
-        "--workers",
-        type=number(int, 0, 1024),
-        default=os.cpu_count(),
-        help="processes that read images which stay on disk; any number gives the same results",
-    )
-    group.add_argument(
-        "--skip_corrupt",
-        action="store_true",
-        help="image_folder, tiny_imagenet: leave out images that cannot be read",
-    )
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=1, help="of the split and the training"
-    )
-    group.add_argument(
-        "--seeds",
-        type=list_of(number(int, 0, 2**32 - 1)),
-        help="several, as 1,2,3, in the place of --seed",
-    )
-    group.add_argument(
-        "--device",
-        default="auto",
-        help="auto (CUDA if there is a GPU, else cpu), cpu, cuda, cuda:1, ..., mps",
-    )
-    group.add_argument(
-        "--runs_dir", type=expand_path, default="./runs", help="where all results go"
-    )
-    group.add_argument(
-        "--wandb_mode",
-        choices=["online", "offline", "disabled"],
-        help="when left out: online if logged in, else offline",
-    )
+    options = {"epilog": epilog, "formatter_class": _HelpFormatter, "allow_abbrev": False}
+    parser = _Parser(description=description, **options)
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_run_flags(parser.add_argument_group("run"))
     return parser
 
 
+def _add_model_flags(group):
+    add = group.add_argument
+    names = "resnet18 (for small images), vit, or the name of a timm model"
+    add("--model_name", default="resnet18", help=names)
+    width = "number of channels in resnet18's first stage"
+    add("--width", type=number(int, 1, 512), default=64, help=width)
+    size = "resize images to this side length in pixels; default: the data's own (resnet18)"
+    add("--image_size", type=number(int, 1, 4096), help=f"{size} or 224 (vit)")
+    path = "file with ImageNet weights for vit or a timm model, instead of a download"
+    add("--pretrained_path", type=expand_path, help=path)
+    random = "start vit or a timm model from random weights"
+    add("--no_pretrained", action="store_true", help=random)
+
+
+def _add_data_flags(group):
+    add = group.add_argument
+    add("--data_name", choices=DATA_NAMES, default="digits", help="data set")
+    folder = "folder of the data set; downloads go there"
+    add("--data_dir", type=expand_path, default="./data", help=folder)
+    classes = "number of classes, checked against the data; default: inferred from the data"
+    add("--num_classes", type=number(int, 2), help=classes)
+    files = "image_folder, tiny_imagenet:"
+    memory = f"{files} stream data sets larger than this from disk"
+    add("--memory_gb", type=number(float, 0), default=8.0, metavar="GB", help=memory)
+    workers = "number of processes that read image files; results do not depend on it"
+    add("--workers", type=number(int, 0, 1024), default=os.cpu_count(), help=workers)
+    add("--skip_corrupt", action="store_true", help=f"{files} skip images that cannot be read")
+
+
+def _add_run_flags(group):
+    add = group.add_argument
+    add("--seed", type=SEED, default=1, help="random seed for the split and for training")
+    seeds = "comma-separated seeds, e.g. 1,2,3 (overrides --seed)"
+    add("--seeds", type=list_of(SEED), help=seeds)
+    device = "auto (CUDA if there is a GPU, else CPU), cpu, cuda, cuda:1, ..., mps"
+    add("--device", default="auto", help=device)
+    add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
+    wandb = "default: online if logged in to wandb, else offline"
+    add("--wandb_mode", choices=["online", "offline", "disabled"], help=wandb)
+
+
 def add_training_flags(parser, defaults):
-    """Flags of the training loop. ``defaults`` says in words what a flag left out means."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--batch_size", type=number(int, 3), help=f"images a step; {defaults}")
-    group.add_argument("--num_epochs", type=number(int, 1), help=defaults)
-    group.add_argument("--learning_rate", type=number(float, 0, exclusive=True), help=defaults)
-    group.add_argument(
-        "--milestones",
-        type=list_of(number(int, 1)),
-        help="epochs at which the rate falls to a tenth, as 91,136; when left out a cosine falls to zero",
+    """Flags of the training loop. ``defaults`` says what the default recipe is."""
+    add = parser.add_argument_group("training").add_argument
+    add("--batch_size", type=number(int, 3), help=f"images per step; {defaults}")
+    add("--num_epochs", type=number(int, 1), help=f"number of epochs; {defaults}")
+    rate = f"initial learning rate; {defaults}"
+    add("--learning_rate", type=number(float, 0, exclusive=True), help=rate)
+    schedule = (
+        "epochs at which the rate is divided by 10, e.g. 91,136; default: cosine decay to zero"
     )
-    group.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "tf32", "bf16"],
-        default="auto",
-        help="of the network while it trains; auto: bf16 on a GPU that has it, else fp32; losses and scores are fp32",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the network, with CUDA graphs on a GPU",
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="redo what the run folder already holds"
-    )
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with a run that was killed; the weights are as if it had not been",
-    )
-    group.add_argument(
-        "--save_every",
-        type=number(float, 0),
-        default=30.0,
-        metavar="SECONDS",
-        help="how often at most the state that --resume needs is saved, after an epoch",
-    )
+    add("--milestones", type=list_of(number(int, 1)), help=schedule)
+    precision = "precision of the network in training; auto: bf16 on a GPU that supports it, else"
+    choices = ["auto", "fp32", "tf32", "bf16"]
+    text = f"{precision} fp32; losses and scores are always fp32"
+    add("--precision", choices=choices, default="auto", help=text)
+    compiled = "compile the network with torch.compile, with CUDA graphs on a GPU"
+    add("--compile", action="store_true", help=compiled)
+    add("--overwrite", action="store_true", help="replace results that already exist")
+    resume = "resume an interrupted run; the result is identical to an uninterrupted one"
+    add("--resume", action="store_true", help=resume)
+    seconds = "minimum seconds between resume checkpoints"
+    add("--save_every", type=number(float, 0), default=30.0, metavar="SECONDS", help=seconds)
+
+
+def describe_recipes():
+    """Epochs and learning rate of each data set, for --help."""
+    lines = []
+    for name, spec in SPECS.items():
+        lines.append(f"  {name:16}  {spec.num_epochs} epochs at {spec.learning_rate:g}")
+    return "\n".join(lines)
 
 
 def add_scenario_flags(parser, methods, model_dir):
-    """Flags that say what is forgotten and with which methods."""
-    group = parser.add_argument_group("unlearning")
-    group.add_argument(
-        "--unlearn_name",
-        nargs="+",
-        required=True,
-        metavar="METHOD",
-        help=f"one or more of {methods}, or all",
-    )
-    group.add_argument("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
-    group.add_argument(
-        "--retain_ratio",
-        type=float,
-        default=0.9,
-        help="random: share of the training images that stays",
-    )
-    group.add_argument(
-        "--forget_class",
-        help="class, subclass: its name or number; drawn from the seed when left out",
-    )
-    group.add_argument(
-        "--forget_list",
-        type=expand_path,
-        help="list: a text file with one training index a line, or one file name (class/image.jpg) for image_folder",
-    )
-    group.add_argument(
-        "--model_dir",
-        type=expand_path,
-        default=model_dir,
-        help="a bare name is a file in the run folder that the other flags imply; anything with a slash is a path",
-    )
+    """Flags that define what is forgotten and with which methods."""
+    add = parser.add_argument_group("unlearning").add_argument
+    names = f"one or more of {methods}, or all"
+    add("--unlearn_name", nargs="+", required=True, metavar="METHOD", help=names)
+    add("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
+    ratio = "random: fraction of the training images to retain"
+    add("--retain_ratio", type=float, default=0.9, help=ratio)
+    classes = "class, subclass: name or number of the class; default: drawn from the seed"
+    add("--forget_class", help=classes)
+    lines = "list: text file with one training index per line, or for image_folder one file name"
+    add("--forget_list", type=expand_path, help=f"{lines} (class/image.jpg) per line")
+    path = "model file: a bare name is in the run folder that the other flags imply, anything with"
+    add("--model_dir", type=expand_path, default=model_dir, help=f"{path} a slash is a path")
 
 
 def add_conformal_flags(parser):
     """Flags of the CPU loss (arXiv 2501.19403)."""
-    group = parser.add_argument_group("conformal prediction unlearning")
-    group.add_argument(
-        "--alpha", type=ALPHA, default=0.05, help="miscoverage level of the q̂ in the loss"
-    )
-    group.add_argument("--delta", type=number(float, 0), default=0.01, help="margin Δ beyond q̂")
-    group.add_argument(
-        "--lamda", type=number(float, 0), default=0.5, help="weight λ; 0 is the base method"
-    )
+    add = parser.add_argument_group("conformal prediction unlearning").add_argument
+    add("--alpha", type=ALPHA, default=0.05, help="miscoverage level of q̂ in the loss")
+    add("--delta", type=number(float, 0), default=0.01, help="margin Δ beyond q̂")
+    lamda = "weight λ of the conformal loss; 0 gives the base method"
+    add("--lamda", type=number(float, 0), default=0.5, help=lamda)
 
 
-def given_names(given):
-    """The names in ``--unlearn_name``, which blanks or commas divide."""
-    return [name for item in given for name in item.split(",") if name]
+def split_names(items):
+    """The names in ``--unlearn_name``, separated by blanks or commas."""
+    return [name for item in items for name in item.split(",") if name]
 
 
-def method_names(given, known, prefix=""):
-    """``--unlearn_name``: several names, with blanks or commas, and ``all``. Raises UserError for unknown ones."""
-    names = given_names(given)
+def method_names(items, known, prefix=""):
+    """The methods of ``--unlearn_name``, of which ``all`` is every known one.
+
+    A name that is unknown is tried with ``prefix``. Raises UserError for unknown names.
+    """
+    names = split_names(items)
     if "all" in names:
         names = list(known)
     names = list(dict.fromkeys(name if name in known else prefix + name for name in names))
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise UserError(
-            f"--unlearn_name {' '.join(given)}: choose from {', '.join(known) or 'nothing yet'}, or all"
-        )
+    if not names or not set(names) <= set(known):
+        choices = ", ".join(known) or "nothing yet"
+        raise UserError(f"--unlearn_name {' '.join(items)}: choose from {choices}, or all")
     return names
 
 
@@ -423,7 +372,7 @@ def _derive(seed, purpose):
 
 
 def generator(seed, *purpose, device="cpu"):
-    """A generator of its own for one purpose: what one part of a run draws never shifts another part's numbers."""
+    """A generator for one purpose, so that its draws never shift those of another purpose."""
     return torch.Generator(device=device).manual_seed(_derive(seed, purpose))
 
 
@@ -433,29 +382,39 @@ def seed_everything(seed, *purpose):
 
 
 def each_seed(args):
-    """The flags once for every seed: those of --seeds, else --seed."""
+    """The flags once per seed of --seeds, or once with --seed."""
     for seed in args.seeds or [args.seed]:
         yield argparse.Namespace(**vars(args) | {"seed": seed})
 
 
 def permutation(seed, purpose, n):
-    """A permutation of range(n) from NumPy's legacy generator, whose stream is frozen across versions."""
+    """A permutation of range(n) from NumPy's legacy generator, whose stream never changes."""
     return np.random.RandomState(_derive(seed, (purpose,)) % 2**32).permutation(n)
 
 
 def pick_device(args):
-    """The device of ``--device``, set to ``--precision``; joins the processes where torchrun started several.
+    """The device of ``--device``, prepared for ``--precision``. Joins the ranks under torchrun.
 
-    Raises UserError for a device that is not there.
+    Raises UserError for a device that does not exist.
     """
-    name = (
-        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    )
+    device = _find_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        tf32 = getattr(args, "precision", None) == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    distributed.join_processes(device)
+    return device
+
+
+def _find_device(flag):
+    name = flag
+    if flag == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.world_size() > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise UserError(
-                f"--device {name}: torchrun gives each process a GPU of its own; say --device cuda"
-            )
+            remedy = "torchrun assigns each process its own GPU; use --device cuda"
+            raise UserError(f"--device {name}: {remedy}")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
@@ -467,29 +426,23 @@ def pick_device(args):
     except Exception as error:  # each backend raises its own kind
         reason = str(error).partition("\n")[0][:200]
         raise UserError(f"--device {name}: {reason}; use --device cpu or auto") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        tf32 = getattr(args, "precision", None) == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    distributed.join_processes(device)
     return device
 
 
 def pick_precision(args, device):
-    """``--precision``, of which ``auto`` is bf16 on a GPU that has it, else fp32."""
+    """``--precision``. ``auto`` is bf16 on a GPU that supports it, else fp32."""
     if args.precision != "auto":
         return args.precision
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if fast else "fp32"
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- data sets
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What is fixed about a data set: normalisation, which augmentations make sense, training from scratch."""
+    """Constants of a data set: normalisation, augmentation, and training from scratch."""
 
     mean: tuple
     std: tuple
@@ -500,23 +453,17 @@ class DataSpec:
     learning_rate: float = 0.1
 
 
+# A mirrored digit is another symbol. Of 8 pixels, 1 is the share that 4 is of CIFAR's 32. In 20
+# epochs of 13 steps a learning rate of 0.1 does not converge (test accuracy 91 %, at 0.01 98.7 %).
+_DIGITS = {"crop_padding": 1, "flip": False, "grayscale": 0.0}
+_DIGITS |= {"num_epochs": 20, "learning_rate": 0.01}
 SPECS = {
-    # A digit mirrored is another sign, and 4 pixels would be half of it: 1 of 8 is 4 of 32. In 20 epochs of 13 steps
-    # a rate of 0.1 does not settle (test accuracy 91 %, at 0.01 98.7 %).
-    "digits": DataSpec(
-        (0.3053,) * 3,
-        (0.3759,) * 3,
-        crop_padding=1,
-        flip=False,
-        grayscale=0.0,
-        num_epochs=20,
-        learning_rate=0.01,
-    ),
+    "digits": DataSpec((0.3053,) * 3, (0.3759,) * 3, **_DIGITS),
     "cifar10": DataSpec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": DataSpec((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
     "cifar20": DataSpec((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tiny_imagenet": DataSpec((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
-    # Constants, not statistics of the folder: a statistic would remember the images to be forgotten.
+    # ImageNet's constants: statistics of the folder would remember the images to be forgotten.
     "image_folder": DataSpec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 DATA_NAMES = tuple(SPECS)
@@ -525,8 +472,226 @@ TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 
+@dataclass
+class Data:
+    """A data set: training images, held-out images, class names, and a tag for folder names.
+
+    ``subclass_names`` are the fine classes inside the classes, if there are any. ``train_folder``
+    is the folder that the training images' names are relative to, if they are files. The
+    fingerprint has three parts: labels and names of the training images, contents of the training
+    images, and labels, names and contents of the held-out images.
+    """
+
+    train: Images
+    held_out: Images
+    classes: list[str]
+    tag: str
+    subclass_names: list[str] | None = None
+    train_folder: str | None = None
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        held_out = f"{_hash_labels(self.held_out)} {_hash_contents(self.held_out)}"
+        hashes = [_hash_labels(self.train), _hash_contents(self.train)]
+        hashes.append(hashlib.sha256(held_out.encode()).hexdigest())
+        self.fingerprint = "-".join(digest[:16] for digest in hashes)
+
+    def difference(self, fingerprint):
+        """Which images differ from those of another fingerprint, in words; None if all are equal.
+
+        Old fingerprints have only the first part. The other parts are then not compared.
+        """
+        names = ["other training images", "training images of other content"]
+        names.append("other held-out images")
+        if not isinstance(fingerprint, str) or fingerprint.count("-") not in (0, 2):
+            return names[0]
+        theirs, ours = fingerprint.split("-"), self.fingerprint.split("-")
+        for name, their_hash, our_hash in zip(names, theirs, ours, strict=False):
+            if their_hash != our_hash:
+                return name
+        return None
+
+
+def _hash_labels(images):
+    digest = hashlib.sha256(images.labels.cpu().numpy().astype("<i8").tobytes())
+    digest.update("\n".join(images.names or ()).encode())
+    return digest.hexdigest()
+
+
+def _hash_contents(images):
+    """A hash of the image files, else of all bytes of the pixels."""
+    if images.contents:
+        return images.contents
+    return hashlib.sha256(images.pixels.detach().cpu().contiguous().numpy()).hexdigest()
+
+
+def load_data(args, device, model_side=None):
+    """The data set that the flags name, on ``device``.
+
+    ``model_side`` is the side length in pixels that the model was made for, None if it takes any.
+    Raises UserError for missing or contradictory data.
+    """
+    loaders = {"digits": _load_digits, "image_folder": _load_folder}
+    load = (loaders | {"tiny_imagenet": _load_tiny_imagenet}).get(args.data_name, _load_cifar)
+    data = distributed.first_process_first(lambda: load(args, model_side))
+    if args.num_classes not in (None, len(data.classes)):
+        reason = f"{args.data_name} has {len(data.classes)} classes; leave the flag out"
+        raise UserError(f"--num_classes {args.num_classes}: {reason}")
+    size = args.image_size or model_side or data.train.pixels.shape[-1]
+    try:
+        data.train.prepare(device, size)
+        data.held_out.prepare(device, size)
+    except torch.OutOfMemoryError as error:
+        resizable = args.data_name == "image_folder" and not args.image_size
+        remedy = "lower it, or set --image_size" if resizable else "lower it"
+        reason = f"the images do not fit on {device}; {remedy}"
+        raise UserError(f"--memory_gb {args.memory_gb:g}: {reason}") from error
+    return data
+
+
+def _load_digits(args, model_side):
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    pixels = torch.from_numpy((scans.images * 255 / 16).round().astype(np.uint8))
+    pixels = pixels[:, None].expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(scans.target.astype(np.int64))
+    # The scans are ordered by writer and have no test set: a fixed permutation holds out 1,000.
+    order = torch.from_numpy(permutation(0, "digits", len(labels)))
+
+    train, held_out = (
+        Images(pixels[indices], labels[indices], SPECS["digits"], size=8)
+        for indices in (order[1000:].sort().values, order[:1000].sort().values)
+    )
+    return Data(train, held_out, [str(digit) for digit in range(10)], tag="digits")
+
+
+def _load_cifar(args, model_side):
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if args.data_name == "cifar10" else datasets.CIFAR100
+    try:
+        train, held_out = (kind(args.data_dir, train=flag, download=True) for flag in (True, False))
+    except (OSError, RuntimeError) as error:
+        folder = Path(args.data_dir) / kind.base_folder
+        state = "incomplete or damaged" if os.path.lexists(folder) else "missing"
+        problem = f"{printable(folder)} is {state}"
+        raise _download_error(args, problem, kind.filename, error=error) from error
+
+    def images(dataset):
+        pixels = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+        labels = torch.tensor(dataset.targets)
+        return Images(pixels, labels, SPECS[args.data_name], size=32)
+
+    classes, train, held_out = list(train.classes), images(train), images(held_out)
+    if args.data_name != "cifar20":
+        return Data(train, held_out, classes, tag=args.data_name)
+    superclasses = _group_by_superclass(train, held_out, args)
+    return Data(train, held_out, superclasses, tag="cifar20", subclass_names=classes)
+
+
+def _download_error(args, problem, file, *, error):
+    reason, folder = printable(error_reason(error)), printable(args.data_dir)
+    remedy = f"put {file} into {folder} by hand, or check the network and the folder's permissions"
+    failure = f"{problem}, and the download failed ({reason})"
+    return UserError(f"--data_name {args.data_name}: {failure}; {remedy}")
+
+
+def _group_by_superclass(train, held_out, args):
+    """Turn CIFAR-100 into CIFAR-20: the archive's coarse labels become the labels.
+
+    Returns the names of the superclasses. torchvision has just checked the files' checksums.
+    """
+    folder = Path(args.data_dir) / "cifar-100-python"
+
+    def read(name):
+        with open(folder / name, "rb") as file:
+            return pickle.load(file, encoding="latin1")
+
+    for images, name in ((train, "train"), (held_out, "test")):
+        images.subclasses, images.labels = images.labels, torch.tensor(read(name)["coarse_labels"])
+    return read("meta")["coarse_label_names"]
+
+
+def _load_tiny_imagenet(args, model_side):
+    root = Path(args.data_dir) / "tiny-imagenet-200"
+    if not os.path.isdir(root):
+        _download_tiny_imagenet(args, root)
+    try:
+        classes, train, held_out = _list_tiny_imagenet(root)
+    except (OSError, ValueError) as error:
+        path = printable(getattr(error, "filename", None) or root)
+        if isinstance(error, PermissionError):
+            reason = f"cannot be read ({error_reason(error)}); check its permissions"
+            raise UserError(f"{path}: {reason}") from error
+        reason = f"incomplete ({printable(str(error))}); remove the folder to extract it again"
+        raise UserError(f"{printable(root)}: {reason}") from error
+    train, held_out = _read_images(train, held_out, 64, args)
+    folder = str(root / "train")
+    return Data(train, held_out, classes, tag="tiny_imagenet", train_folder=folder)
+
+
+def _download_tiny_imagenet(args, root):
+    """Extract the archive to a temporary folder, so that ``root`` is complete or does not exist."""
+    from torchvision.datasets.utils import download_and_extract_archive as download
+
+    try:
+        Path(args.data_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.data_dir, suffix=".part") as folder:
+            download(TINY_IMAGENET_URL, args.data_dir, folder, md5=TINY_IMAGENET_MD5)
+            (Path(folder) / root.name).rename(root)
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        problem = f"not in {printable(args.data_dir)}"
+        raise _download_error(args, problem, "tiny-imagenet-200.zip", error=error) from error
+
+
+def _list_tiny_imagenet(root):
+    """Class names, and lists of training samples (train/<wnid>/images/) and validation samples.
+
+    Raises OSError or ValueError for an incomplete folder.
+    """
+
+    def lines(name):
+        return (root / name).read_text(encoding="utf-8").splitlines()
+
+    wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
+    words = dict(line.split("\t")[:2] for line in lines("words.txt") if "\t" in line)
+    rows = [line.split("\t")[:2] for line in lines("val/val_annotations.txt")]
+    names = sorted((f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows)
+    held_out = [Sample(root / name, name, label) for name, label in names]
+    train = []
+    for label, wnid in enumerate(wnids):
+        folder = f"{wnid}/images"
+        files = [name for name in os.listdir(root / "train" / folder) if name.endswith(".JPEG")]
+        if not files:
+            raise ValueError(f"no images in train/{folder}")
+        for name in sorted(name for name in files if not name.startswith(".")):
+            train.append(Sample(root / "train" / folder / name, f"{folder}/{name}", label))
+    if not train or not held_out:
+        raise ValueError("no images")
+    first_words = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    classes = [
+        word if first_words.count(word) == 1 else f"{word} ({wnid})"
+        for word, wnid in zip(first_words, wnids, strict=True)
+    ]
+    return classes, train, held_out
+
+
+# ---------------------------------------------------------------- images in memory and on disk
+
+
+class ReadBatch(NamedTuple):
+    """Pixels uint8 M×3×side×side, and the UserErrors of images that cannot be read, by their index.
+
+    Those images are black.
+    """
+
+    pixels: np.ndarray
+    errors: dict
+
+
 class ImageFiles(torch.utils.data.Dataset):
-    """Images on disk: ``files[indices]`` reads them, as uint8 M×3×side×side."""
+    """Images in files, read as uint8 3×side×side by ``workers`` processes."""
 
     def __init__(self, paths, side, workers):
         self.paths, self.side, self.workers = paths, side, workers
@@ -539,59 +704,77 @@ class ImageFiles(torch.utils.data.Dataset):
         return _read_image(self.paths[index], self.side)
 
     def __getitems__(self, indices):
-        """A NumPy array: unlike tensors, it needs no shared memory, of which containers have little. An error comes
-        as a value, since a worker would bury its line in a traceback."""
-        try:
-            found = [self[index].numpy() for index in indices]
-        except UserError as error:
-            return error
-        return np.stack(found) if found else np.empty((0, *self.shape[1:]), np.uint8)
+        """A :class:`ReadBatch`, in a worker.
 
-    def batches(self, parts):
-        """The images of each of ``parts`` (index tensors), read ahead by worker processes. Raises UserError for an
-        image that cannot be read."""
-        for found in self._read([part.tolist() for part in parts]):
-            if isinstance(found, UserError):
-                raise found
-            yield torch.from_numpy(found)
+        The pixels are a NumPy array because tensors would need shared memory, which containers
+        often lack. Errors are values because a worker would put theirs into a traceback.
+        """
+        pixels = np.zeros((len(indices), *self.shape[1:]), np.uint8)
+        errors = {}
+        for row, index in enumerate(indices):
+            try:
+                pixels[row] = self[index]
+            except UserError as error:
+                errors[index] = error
+        return ReadBatch(pixels, errors)
 
-    def unreadable(self):
-        """{number: UserError} of the files that cannot be read, found by reading them all."""
-        found = enumerate(self._read([[number] for number in range(len(self.paths))]))
-        errors = {number: error for number, error in found if isinstance(error, UserError)}
-        for error in errors.values():
-            if not isinstance(error, UnreadableImage):  # not the image's fault
+    def batches(self, index_batches):
+        """The pixels of each of ``index_batches`` (tensors), read ahead by worker processes.
+
+        Raises UserError for an image that cannot be read.
+        """
+        for pixels, errors in self._read([indices.tolist() for indices in index_batches]):
+            for error in errors.values():
                 raise error
-        return errors
+            yield torch.from_numpy(pixels)
 
-    def _read(self, parts):
+    def read_all(self, *, into=None, skip_corrupt=False):
+        """Read every image, and write its pixels to the tensor ``into`` if there is one.
+
+        Returns {index: UnreadableImage}. Raises the first error unless ``skip_corrupt``.
+        """
+        count = max(1, min(64, 2**24 // (3 * self.side**2)))  # at most 16 MB wait in each worker
+        batches = torch.arange(len(self.paths)).split(count)
+        unreadable = {}
+        read = self._read([indices.tolist() for indices in batches])
+        for indices, (pixels, errors) in zip(batches, read, strict=True):
+            for error in errors.values():
+                if not skip_corrupt or not isinstance(error, UnreadableImage):
+                    raise error
+            unreadable |= errors
+            if into is not None:
+                into[indices] = torch.from_numpy(pixels)
+        return unreadable
+
+    def _read(self, index_batches):
+        workers = min(self.workers, len(index_batches))
         loader = torch.utils.data.DataLoader(
             self,
-            batch_sampler=parts,
-            num_workers=min(self.workers, len(parts)),
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else it draws from the global state, which dropout draws from
+            batch_sampler=index_batches,
+            num_workers=workers if len(index_batches) > 1 else 0,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # the default is the global one, which dropout draws from
         )
         try:
             yield from loader
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise UserError(
-                f"a process that reads images has died ({first_line(error)}); try fewer --workers"
-            ) from error
+            reason = f"a data-loading worker died ({first_line(error)}); try fewer --workers"
+            raise UserError(reason) from error
 
 
-def _as_it_is(found):
-    return found
+def _unchanged(batch):
+    return batch
 
 
 @dataclass
 class Images:
-    """Images as one uint8 tensor N×3×H×W with int64 labels N, on the training device, or :class:`ImageFiles`.
+    """Images as one uint8 tensor N×3×H×W on the training device or as :class:`ImageFiles`.
 
-    ``names`` are file names, ``subclasses`` the int64 numbers N of the fine classes inside the labels, where
-    the data has such.
+    ``labels`` are int64 N, ``names`` file names, ``subclasses`` the int64 numbers N of the fine
+    classes inside the labels, if the data has any. Batches have ``size``×``size`` pixels.
+    ``contents`` is a hash of the image files, if they are files.
     """
 
     pixels: torch.Tensor | ImageFiles
@@ -600,389 +783,165 @@ class Images:
     size: int
     names: list[str] | None = None
     subclasses: torch.Tensor | None = None
+    contents: str | None = None
 
     def __len__(self):
         return len(self.labels)
 
-    def batches(self, parts, augment=None):
-        """For each of ``parts`` (indices) normalised float images B×3×size×size, of which each process gets
-        its :func:`distributed.local_rows`; random augmentation only with a generator in ``augment``."""
-        parts, device = list(parts), self.labels.device
-        source = self._pixels([distributed.local_rows(part) for part in parts])
-        # A GPU takes as long to start the work on 64 small images as on 4,096.
+    def prepare(self, device, size):
+        """Move the tensors to ``device`` and set the size of the batches."""
+        self.size = size
+        for name in ("pixels", "labels", "subclasses"):
+            if torch.is_tensor(tensor := getattr(self, name)):
+                setattr(self, name, tensor.to(device))
+
+    def batches(self, index_batches, augment=None):
+        """Normalised float images B×3×size×size for each of ``index_batches`` (int64 tensors B).
+
+        Each process gets its :func:`distributed.local_rows`. Images are augmented only with a
+        generator in ``augment``.
+        """
+        index_batches, device = list(index_batches), self.labels.device
+        source = self._pixels([distributed.local_rows(indices) for indices in index_batches])
+        # On a GPU, augmenting 64 small images takes as long as 4,096: several batches share a call.
         together = 1
         if augment is not None and device.type == "cuda":
-            together = max(1, 2**22 // (self.size**2 * max(1, len(parts[0]))))
-        for start in range(0, len(parts), together):
-            group = parts[start : start + together]
+            together = max(1, 2**22 // (self.size**2 * max(1, len(index_batches[0]))))
+        for start in range(0, len(index_batches), together):
+            group = index_batches[start : start + together]
             pixels = torch.cat([next(source) for _ in group]) if together > 1 else next(source)
             if pixels.shape[-2:] != (self.size, self.size):
                 pixels = transforms.resize(pixels, [self.size, self.size], antialias=True)
             if augment is not None:
-                pixels = random_augment(pixels, self.spec, augment, [len(part) for part in group])
+                sizes = [len(indices) for indices in group]
+                pixels = random_augment(pixels, self.spec, augment, batch_sizes=sizes)
             mean, std = _constants(self.spec, device)
             images = pixels.float().mul_(1 / 255).sub_(mean).div_(std)
-            yield from images.split([len(distributed.local_rows(part)) for part in group])
+            yield from images.split([len(distributed.local_rows(indices)) for indices in group])
 
     def batch(self, indices, augment=None):
-        """:meth:`batches` of one part."""
+        """The one batch of :meth:`batches` for ``indices``."""
         return next(self.batches([indices], augment))
 
-    def _pixels(self, parts):
+    def _pixels(self, index_batches):
         if torch.is_tensor(self.pixels):
-            return (self.pixels.index_select(0, part) for part in parts)
-        return (
-            pixels.to(self.labels.device, non_blocking=True)
-            for pixels in self.pixels.batches(parts)
-        )
+            return (self.pixels.index_select(0, indices) for indices in index_batches)
+        device = self.labels.device
+        read = self.pixels.batches(index_batches)
+        return (pixels.to(device, non_blocking=True) for pixels in read)
 
 
 @cache
 def _constants(spec, device):
-    """Mean and standard deviation, brought to the device once: doing so for every batch would wait for it."""
+    """Mean and standard deviation on the device, copied once: each copy would wait for the GPU."""
     return [torch.tensor(values, device=device)[:, None, None] for values in (spec.mean, spec.std)]
 
 
-def random_augment(pixels, spec, rng, parts=None):
-    """Random crop after zero padding, horizontal flip (p = 0.5) and grayscale, drawn anew for each image.
+def random_augment(pixels, spec, rng, batch_sizes=None):
+    """Random crop after zero padding, horizontal flip (p = 0.5) and grayscale, for each image.
 
-    Pixels B×3×S×S, uint8 in and float32 out (0 to 255); ``rng`` is a generator on their device. Where they are this
-    process's :func:`distributed.local_rows` of several parts, of the sizes in ``parts``, every process draws for all. Crop and flip are
-    one gather.
+    Pixels B×3×S×S, uint8 in and float32 out (0 to 255). ``rng`` is a generator on their device.
+    With ``batch_sizes``, the pixels are this process's :func:`distributed.local_rows` of batches of
+    these sizes: every process draws for all images, so that the number of processes is irrelevant.
     """
     (count, channels, side, _), device = pixels.shape, pixels.device
-    sizes = [count] if parts is None else parts
+    sizes = [count] if batch_sizes is None else batch_sizes
     padded_side = side + 2 * spec.crop_padding
 
-    def drawn(draw, *bounds):
-        numbers = draw(*bounds, (sum(sizes), 1), generator=rng, device=device)
-        return (
-            numbers
-            if parts is None
-            else torch.cat([distributed.local_rows(part) for part in numbers.split(sizes)])
-        )
+    def draw(distribution, *bounds):
+        numbers = distribution(*bounds, (sum(sizes), 1), generator=rng, device=device)
+        if batch_sizes is None:
+            return numbers
+        return torch.cat([distributed.local_rows(rows) for rows in numbers.split(sizes)])
 
-    def offsets():
-        return drawn(torch.randint, 2 * spec.crop_padding + 1) + torch.arange(side, device=device)
+    def crop():
+        return draw(torch.randint, 2 * spec.crop_padding + 1) + torch.arange(side, device=device)
 
-    rows, columns = offsets(), offsets()
+    rows, columns = crop(), crop()
     if spec.flip:
-        columns = torch.where(drawn(torch.rand) < 0.5, columns.flip(1), columns)
-    places = (
-        (rows[:, :, None] * padded_side + columns[:, None, :])
-        .flatten(1)[:, None]
-        .expand(-1, channels, -1)
-    )
+        columns = torch.where(draw(torch.rand) < 0.5, columns.flip(1), columns)
+    # Crop and flip in one gather: the position of each output pixel in the flattened padded image.
+    positions = (rows[:, :, None] * padded_side + columns[:, None, :]).flatten(1)
+    positions = positions[:, None].expand(-1, channels, -1)
     padded = F.pad(pixels, [spec.crop_padding] * 4).flatten(2)
-    pixels = padded.gather(2, places).unflatten(2, (side, side)).float()
+    pixels = padded.gather(2, positions).unflatten(2, (side, side)).float()
     if spec.grayscale:
-        gray = (drawn(torch.rand)[:, :, None, None] < spec.grayscale).float()
+        gray = (draw(torch.rand)[:, :, None, None] < spec.grayscale).float()
         # Exact for whole numbers and weights of 0 and 1, and several times as fast as torch.where.
         pixels.lerp_(transforms.rgb_to_grayscale(pixels).floor_(), gray)
     return pixels
 
 
-@dataclass
-class Data:
-    """A data set: training images, held-out images, class names, a tag for folder names, a fingerprint.
+class Sample(NamedTuple):
+    """An image file, its name in messages and forget lists, and its class."""
 
-    ``subclass_names`` name the fine classes inside the classes, where there are any. ``train_folder`` is where the
-    training images' names begin, where they are files. ``contents`` are hashes of the training and the held-out images
-    (of the pixels, where it is left out). The fingerprint has three parts: labels and names of the training images,
-    contents of the training images, and all of this of the held-out images.
+    path: str
+    name: str
+    label: int
+
+
+def _read_images(train, held_out, side, args):
+    """:class:`Images` of two lists of samples: in memory, or as files beyond --memory_gb.
+
+    Raises UserError for an image that cannot be read, unless --skip_corrupt leaves it out.
     """
+    samples = train + held_out
+    files = ImageFiles([sample.path for sample in samples], side, args.workers)
+    gigabytes = math.prod(files.shape) / 1e9
+    pixels, unreadable = None, {}
+    if gigabytes > args.memory_gb:
+        limit = f"more than --memory_gb {args.memory_gb:g}"
+        reason = f"{gigabytes:.2f} GB of pixels, {limit}; images are streamed from disk"
+        print(f"{printable(args.data_dir)}: {reason}")
+    else:
+        pixels = _allocate(files, args)
+    if pixels is not None or args.skip_corrupt:
+        unreadable = files.read_all(into=pixels, skip_corrupt=args.skip_corrupt)
 
-    train: Images
-    held_out: Images
-    classes: list[str]
-    tag: str
-    subclass_names: list[str] | None = None
-    train_folder: str | None = None
-    contents: tuple[str, str] | None = None
-    fingerprint: str = field(init=False)
+    def loaded(indices):
+        readable = [index for index in indices if index not in unreadable]
+        _check_readable(samples, indices, readable, args)
+        subset = ImageFiles([samples[index].path for index in readable], side, args.workers)
+        contents = _hash_files(subset.paths)
+        if pixels is not None:
+            whole = len(readable) == len(indices)  # no copy is needed
+            subset = pixels[indices.start : indices.stop] if whole else pixels[readable]
+        labels = torch.tensor([samples[index].label for index in readable])
+        names = [samples[index].name for index in readable]
+        spec = SPECS[args.data_name]
+        return Images(subset, labels, spec, size=side, names=names, contents=contents)
 
-    def __post_init__(self):
-        train, held_out = self.contents or [
-            _hash_contents(part.pixels) for part in (self.train, self.held_out)
-        ]
-        held_out = hashlib.sha256(f"{_hash_labels(self.held_out)} {held_out}".encode()).hexdigest()
-        self.fingerprint = "-".join(
-            part[:16] for part in (_hash_labels(self.train), train, held_out)
-        )
-
-    def difference(self, fingerprint):
-        """Which images differ from those of another fingerprint, in words; None where none do.
-
-        Earlier versions' fingerprints are the first part alone, and only it can be compared.
-        """
-        names = (
-            "other training images",
-            "training images of other content",
-            "other held-out images",
-        )
-        if not isinstance(fingerprint, str) or fingerprint.count("-") not in (0, 2):
-            return names[0]
-        pairs = zip(names, fingerprint.split("-"), self.fingerprint.split("-"), strict=False)
-        return next((name for name, found, wanted in pairs if found != wanted), None)
-
-
-def _hash_labels(images):
-    digest = hashlib.sha256(images.labels.cpu().numpy().astype("<i8").tobytes())
-    digest.update("\n".join(images.names or ()).encode())
-    return digest.hexdigest()
+    divided = loaded(range(len(train))), loaded(range(len(train), len(samples)))
+    if unreadable:
+        count = f"{len(unreadable)} unreadable image{'s' if len(unreadable) > 1 else ''}"
+        names = [samples[index].name for index in unreadable]
+        print(f"--skip_corrupt: skipping {count}: {_some(names)}")
+    return divided
 
 
-class LoadedParts(NamedTuple):
-    """What a loader returns: (pixels, labels, names, hash of the contents) of the training and the held-out images,
-    class names, a tag for folder names, and the folder of the training images where they are files."""
-
-    parts: list[tuple]
-    classes: list[str]
-    tag: str
-    train_folder: str | None = None
-
-
-def load_data(args, device, model_side=None):
-    """The data set that the flags name, on ``device``. Raises UserError for missing or contradictory data.
-
-    ``model_side`` is the side in pixels that the model was made for, None for a model that takes any.
-    """
-    loaders = {
-        "digits": _load_digits,
-        "image_folder": _load_folder,
-        "tiny_imagenet": _load_tiny_imagenet,
-    }
-    parts, classes, tag, train_folder = distributed.first_process_first(
-        lambda: loaders.get(args.data_name, _load_cifar)(args, model_side)
-    )
-    num_classes = 20 if args.data_name == "cifar20" else len(classes)
-    if args.num_classes not in (None, num_classes):
-        raise UserError(
-            f"--num_classes {args.num_classes}: {args.data_name} has {num_classes} classes; leave it out"
-        )
-    native, spec = parts[0][0].shape[-1], SPECS[args.data_name]
-    size = args.image_size or model_side or native
+def _allocate(files, args):
     try:
-        train, held_out = (
-            Images(
-                pixels.to(device) if torch.is_tensor(pixels) else pixels,
-                labels.to(device),
-                spec,
-                size,
-                names,
-            )
-            for pixels, labels, names, _ in parts
-        )
-    except torch.OutOfMemoryError as error:
-        remedy = (
-            "lower it"
-            if args.image_size or args.data_name != "image_folder"
-            else "lower it, or set --image_size"
-        )
-        raise UserError(
-            f"--memory_gb {args.memory_gb:g}: the images do not fit on {device}; {remedy}"
-        ) from error
-    subclass_names = None
-    if args.data_name == "cifar20":
-        subclass_names, classes = classes, _group_by_superclass((train, held_out), args)
-    contents = tuple(contents for *_, contents in parts)
-    return Data(train, held_out, classes, tag, subclass_names, train_folder, contents)
-
-
-def _load_digits(args, model_side):
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    pixels = torch.from_numpy((scans.images * 255 / 16).round().astype(np.uint8))
-    pixels = pixels[:, None].expand(-1, 3, -1, -1).contiguous()
-    labels = torch.from_numpy(scans.target.astype(np.int64))
-    # The file has no test part and is ordered by writer: a fixed shuffle holds 1,000 of the 1,797 scans out.
-    order = torch.from_numpy(permutation(0, "digits", len(labels)))
-    parts = []
-    for chosen in (order[1000:].sort().values, order[:1000].sort().values):
-        parts.append((pixels[chosen], labels[chosen], None, _hash_contents(pixels[chosen])))
-    return LoadedParts(parts, [str(digit) for digit in range(10)], "digits")
-
-
-def _load_cifar(args, model_side):
-    from torchvision import datasets
-
-    kind = datasets.CIFAR10 if args.data_name == "cifar10" else datasets.CIFAR100
-    try:
-        found = [kind(args.data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        where = Path(args.data_dir) / kind.base_folder
-        state = "incomplete or damaged" if os.path.lexists(where) else "missing"
-        raise UserError(
-            f"--data_name {args.data_name}: {printable(where)} is {state}, and the download failed "
-            f"({printable(error_reason(error))}); put {kind.filename} into {printable(args.data_dir)} by hand, or check "
-            "the network and the folder's permissions"
-        ) from error
-    parts = []
-    for part in found:
-        pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        parts.append((pixels, torch.tensor(part.targets), None, _hash_contents(pixels)))
-    return LoadedParts(parts, list(found[0].classes), args.data_name)
-
-
-def _group_by_superclass(parts, args):
-    """Turn CIFAR-100 into CIFAR-20: the archive's coarse labels become the labels. Returns their names.
-
-    The files are those whose checksums torchvision has just tested.
-    """
-    folder = Path(args.data_dir) / "cifar-100-python"
-    for images, name in zip(parts, ("train", "test"), strict=True):
-        with open(folder / name, "rb") as file:
-            coarse = pickle.load(file, encoding="latin1")["coarse_labels"]
-        images.subclasses, images.labels = (
-            images.labels,
-            torch.tensor(coarse).to(images.labels.device),
-        )
-    with open(folder / "meta", "rb") as file:
-        return pickle.load(file, encoding="latin1")["coarse_label_names"]
-
-
-def _load_tiny_imagenet(args, model_side):
-    """Tiny ImageNet as published: train/<wnid>/images/, and val/images/ with the labels in val_annotations.txt."""
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    root = Path(args.data_dir) / "tiny-imagenet-200"
-    if not os.path.isdir(root):
-        try:
-            Path(args.data_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=args.data_dir, suffix=".part"
-            ) as part:  # whole, or not at all
-                download_and_extract_archive(
-                    TINY_IMAGENET_URL, args.data_dir, part, md5=TINY_IMAGENET_MD5
-                )
-                (Path(part) / root.name).rename(root)
-        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"--data_name tiny_imagenet: not in {printable(args.data_dir)}, and the download failed "
-                f"({printable(error_reason(error))}); put tiny-imagenet-200.zip there by hand, or check the network and the "
-                "folder's permissions"
-            ) from error
-    remedy = "remove the folder, so that it is unpacked again"
-    try:
-        wnids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
-        words = dict(
-            line.split("\t")[:2]
-            for line in (root / "words.txt").read_text(encoding="utf-8").splitlines()
-            if "\t" in line
-        )
-        rows = [
-            line.split("\t")[:2]
-            for line in (root / "val" / "val_annotations.txt")
-            .read_text(encoding="utf-8")
-            .splitlines()
-        ]
-        held_out = sorted((f"val/images/{name}", wnids.index(wnid)) for name, wnid in rows)
-        train = []
-        for number, wnid in enumerate(wnids):
-            names = sorted(
-                name
-                for name in os.listdir(root / "train" / wnid / "images")
-                if name.endswith(".JPEG")
-            )
-            if not names:
-                raise ValueError(f"no images in train/{wnid}/images")
-            train += [
-                (f"train/{wnid}/images/{name}", number)
-                for name in names
-                if not name.startswith(".")
-            ]
-        if not train or not held_out:
-            raise ValueError("no images")
-    except (OSError, ValueError) as error:
-        unreadable = isinstance(error, PermissionError)
-        path = printable(getattr(error, "filename", None) or root)
-        raise UserError(
-            f"{path}: cannot be read ({error_reason(error)}); check its permissions" if unreadable
-            else f"{printable(root)}: incomplete ({printable(str(error))}); {remedy}"
-        ) from error  # fmt: skip
-    first = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
-    classes = [
-        name if first.count(name) == 1 else f"{name} ({wnid})"
-        for name, wnid in zip(first, wnids, strict=True)
-    ]
-    parts = [
-        [(root / name, name.removeprefix("train/"), number) for name, number in samples]
-        for samples in (train, held_out)
-    ]
-    return LoadedParts(_read_parts(parts, 64, args), classes, "tiny_imagenet", str(root / "train"))
-
-
-def _read_parts(parts, side, args):
-    """[(pixels, labels, names, hash of the files)] of parts, each a list of (path, name, label): in memory, or as
-    :class:`ImageFiles` where they are more than --memory_gb. Raises UserError for an image that cannot be read, unless
-    --skip_corrupt."""
-    gigabytes = sum(map(len, parts)) * 3 * side**2 / 1e9
-    streamed = gigabytes > args.memory_gb
-    where = printable(args.data_dir)
-    if streamed:
-        print(
-            f"{where}: {gigabytes:.2f} GB of pixels, more than --memory_gb {args.memory_gb:g}, stay on disk"
-        )
-    found, corrupt = [], []
-    for samples in parts:
-        files = ImageFiles([path for path, *_ in samples], side, args.workers)
-        if streamed:
-            bad = files.unreadable() if args.skip_corrupt else {}
-        else:
-            pixels, bad = _read_all(files, args)
-        if bad and not args.skip_corrupt:
-            raise next(iter(bad.values()))
-        good = [number for number in range(len(samples)) if number not in bad]
-        if not good:
-            raise UserError(f"--skip_corrupt: none of {len(samples)} images in {where} can be read")
-        remaining = {samples[number][2] for number in good}
-        for _, name, label in samples:
-            if label not in remaining:
-                raise UserError(
-                    f"--skip_corrupt: no image of the class of {name} in {where} can be read"
-                )
-        corrupt += [samples[number][1] for number in bad]
-        if bad:
-            files.paths = [files.paths[number] for number in good]
-            pixels = None if streamed else pixels[good]
-        labels = torch.tensor([samples[number][2] for number in good])
-        names = [samples[number][1] for number in good]
-        found.append((files if streamed else pixels, labels, names, _hash_files(files.paths)))
-    if corrupt:
-        what = (
-            f"{len(corrupt)} images cannot be read and are"
-            if len(corrupt) > 1
-            else "1 image cannot be read and is"
-        )
-        print(f"--skip_corrupt: {what} left out: {_some(corrupt)}")
-    return found
-
-
-def _read_all(files, args):
-    """All pixels in memory, and {number: UserError} of those that cannot be read, which are black."""
-    try:
-        pixels = torch.zeros(files.shape, dtype=torch.uint8)
+        return torch.zeros(files.shape, dtype=torch.uint8)
     except RuntimeError as error:
-        raise UserError(
-            f"--memory_gb {args.memory_gb:g}: {len(files.paths)} images of {files.side}×{files.side} pixels are more "
-            f"than this machine has to spare; lower it, or --image_size"
-        ) from error
-    bad = {}
+        size = f"{len(files.paths)} images of {files.side}×{files.side} pixels"
+        reason = f"not enough memory for {size}; lower it, or --image_size"
+        raise UserError(f"--memory_gb {args.memory_gb:g}: {reason}") from error
 
-    def read(number):
-        try:
-            pixels[number] = files[number]
-        except UnreadableImage as error:
-            bad[number] = error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(read, range(len(files.paths))))
-    return pixels, dict(sorted(bad.items()))
+def _check_readable(samples, indices, readable, args):
+    """Raise UserError if a class has images, but no readable one."""
+    folder = printable(args.data_dir)
+    if not readable:
+        raise UserError(f"--skip_corrupt: none of {len(indices)} images in {folder} can be read")
+    labels = {samples[index].label for index in readable}
+    for index in indices:
+        if samples[index].label not in labels:
+            reason = f"no image of the class of {samples[index].name} in {folder} can be read"
+            raise UserError(f"--skip_corrupt: {reason}")
 
 
 def _common_side(paths, args, model_side):
-    """The side that all images share, else what the model was made for: 64 for resnet18."""
+    """The side length that all images share, else what the model was made for, else 64."""
 
     def size(path):
         try:
@@ -996,10 +955,8 @@ def _common_side(paths, args, model_side):
     if len(sizes) == 1 and len(set(*sizes)) == 1:
         return sizes.pop()[0]
     side = model_side or 64
-    print(
-        f"{printable(args.data_dir)}: images of {len(sizes)} sizes are resized and centre-cropped to {side}×{side} "
-        "(--image_size)"
-    )
+    change = f"resizing and centre-cropping images of {len(sizes)} sizes to {side}×{side}"
+    print(f"{printable(args.data_dir)}: {change} (--image_size)")
     return side
 
 
@@ -1011,33 +968,45 @@ def _some(names, count=5):
 # ---------------------------------------------------------------- image folders
 
 
-# Files and folders that programs create for themselves (in addition to all names that begin with a dot).
-SYSTEM_NAMES = {"@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db",
-                "desktop.ini", "icon\r", "system volume information"}  # fmt: skip
+# Files and folders that programs create for themselves, besides all names that begin with a dot.
+SYSTEM_NAMES = {"@eadir", "@recycle", "#recycle", "$recycle.bin", "__macosx", "__pycache__",
+                "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+                "system volume information"}  # fmt: skip
 BACKUP_ENDINGS = ("~", ".bak", ".old", ".orig", ".part", ".crdownload", ".swp", ".tmp")
-PART_NAMES = {
-    "train": {"train", "training", "trn", "train_set", "trainset", "training_set", "train_images", "images_train"},
-    "test": {"test", "testing", "tst", "test_set", "testset", "test_images", "images_test", "val", "valid",
-             "validation", "val_set", "validation_set", "dev", "eval", "evaluation", "holdout", "held_out"},
+# What people call the folders train/ and test/.
+SUBSET_NAMES = {
+    "train": {"train", "training", "trn", "train_set", "trainset", "training_set", "train_images",
+              "images_train"},
+    "test": {"test", "testing", "tst", "test_set", "testset", "test_images", "images_test", "val",
+             "valid", "validation", "val_set", "validation_set", "dev", "eval", "evaluation",
+             "holdout", "held_out"},
 }  # fmt: skip
 
 
-class FolderReader:
-    """The pictures of an image folder ``root`` and why other files in it are left out.
+class Picture(NamedTuple):
+    path: str
+    class_name: str
+    name: str
 
-    Each real file counts once, however many links lead to it.
+
+class FolderReader:
+    """The pictures of an image folder ``root``, and why other files in it are left out.
+
+    A real file counts once, however many links lead to it.
     """
 
     def __init__(self, root):
-        self.root, self.left_out, self._places = root, {}, {}
+        self.root, self.left_out, self._first_uses = root, {}, {}
 
-    def read(self, part):
-        """(class names, [(path, class, name)]) of root/part/<class>/…, in the order of torchvision's ImageFolder.
+    def read(self, subset):
+        """Class names and the list of pictures in root/subset/<class>/..., ordered as ImageFolder.
 
-        Raises UserError for a folder that cannot be read, a class without pictures, and a file in two places.
+        Raises UserError for an unreadable folder, a class without pictures, and a file that is
+        used twice.
         """
-        samples, classes = [], []
-        for entry in _entries(os.path.join(self.root, part)):
+        pictures, classes = [], []
+        folder = os.path.join(self.root, subset)
+        for entry in _entries(folder):
             if self._is_system(entry):
                 continue
             if not _is_folder(entry):
@@ -1045,18 +1014,15 @@ class FolderReader:
                 continue
             classes.append(entry.name)
             for identity, path in self._pictures(entry.path).items():
-                self._check_place(path, identity, (part, entry.name))
-                samples.append((path, entry.name))
-        if empty := sorted(set(classes) - {class_name for _, class_name in samples}):
-            hint = f" (left out: {self.summary()})" if self.left_out else ""
-            raise UserError(
-                f"--data_dir {printable(self.root)}: no pictures in {part}/{_some(list(map(printable, empty)))}{hint}; "
-                "remove an empty class from train/ and test/, or put its pictures there"
-            )
-        folder = os.path.join(self.root, part)
-        return classes, [
-            (path, class_name, os.path.relpath(path, folder)) for path, class_name in samples
-        ]
+                self._check_first_use(path, identity, (subset, entry.name))
+                pictures.append(Picture(path, entry.name, os.path.relpath(path, folder)))
+        if empty := sorted(set(classes) - {picture.class_name for picture in pictures}):
+            reason = f"no pictures in {subset}/{_some(list(map(printable, empty)))}"
+            if self.left_out:
+                reason += f" (left out: {self.summary()})"
+            remedy = "remove an empty class from train/ and test/, or put its pictures there"
+            raise UserError(f"--data_dir {printable(self.root)}: {reason}; {remedy}")
+        return classes, pictures
 
     def summary(self):
         """What was left out, why and how many, with examples; "" for nothing."""
@@ -1067,74 +1033,63 @@ class FolderReader:
         return "; ".join(reasons)
 
     def _pictures(self, folder):
-        """{identity: path} of all pictures in a class folder and the folders inside it."""
-        found, pending, visited = [], [folder], {_identity(folder)}
+        """{identity: path} of all pictures in a class folder and its subfolders."""
+        files, pending, visited = [], [folder], {_identity(folder)}
         while pending:
             folder = pending.pop()
             for entry in _entries(folder):
                 if self._is_system(entry):
                     continue
-                if _is_folder(entry):
-                    if (identity := _identity(entry.path)) in visited:
-                        self._leave_out("links to folders that are read already", entry.path)
-                    else:
-                        visited.add(identity)
-                        pending.append(entry.path)
-                elif self._is_wanted(entry):
-                    found.append((folder, entry.name))
-        paths = {}
-        for folder, name in sorted(found):
+                if not _is_folder(entry):
+                    if self._is_picture(entry):
+                        files.append((folder, entry.name))
+                elif (identity := _identity(entry.path)) in visited:
+                    self._leave_out("links to folders that are read already", entry.path)
+                else:
+                    visited.add(identity)
+                    pending.append(entry.path)
+        pictures = {}
+        for folder, name in sorted(files):
             path = os.path.join(folder, name)
-            identity = _identity(path)
-            if paths.setdefault(identity, path) != path:
+            if pictures.setdefault(_identity(path), path) != path:
                 self._leave_out("links to pictures that are read already", path)
-        return paths
+        return pictures
 
     def _is_system(self, entry):
-        name = entry.name
-        if (
-            name.startswith(".")
-            or name.casefold() in SYSTEM_NAMES
-            or name.casefold().endswith(BACKUP_ENDINGS)
-        ):
+        name = entry.name.casefold()
+        if name in SYSTEM_NAMES or name.startswith(".") or name.endswith(BACKUP_ENDINGS):
             self._leave_out("hidden, system or backup files or folders", entry.path)
             return True
         return False
 
-    def _is_wanted(self, entry):
-        """Whether a file is a picture: by its extension, or by its content where Pillow does not know the extension.
-        A file with a picture's extension that cannot be read is an error later."""
-        extension = os.path.splitext(entry.name)[1].lower()
-        if extension in _pillow()[1] or (
-            _is_kind(entry.path, stat.S_ISREG) and _is_picture(entry.path)
-        ):
+    def _is_picture(self, entry):
+        """Whether a file is a picture: by its extension, or by its content if Pillow does not know
+        the extension. A file with a known extension that cannot be read is an error later.
+        """
+        if os.path.splitext(entry.name)[1].lower() in _pillow().extensions:
             return True
-        self._leave_out(
-            "files that are not pictures, or of a format that Pillow cannot read", entry.path
-        )
+        if _is_kind(entry.path, stat.S_ISREG) and _has_picture_content(entry.path):
+            return True
+        reason = "files that are not pictures, or of a format that Pillow cannot read"
+        self._leave_out(reason, entry.path)
         return False
 
     def _leave_out(self, reason, path):
         self.left_out.setdefault(reason, []).append(path)
 
-    def _check_place(self, path, identity, place):
-        """Raise UserError for a file that is in another class or part already, under whatever name."""
-        first_path, first_place = self._places.setdefault(identity, (path, place))
-        if first_place != place:
-            first, second = (
-                printable(os.path.relpath(name, self.root)) for name in (first_path, path)
-            )
-            what = (
-                "training and test image" if first_place[0] != place[0] else "image of two classes"
-            )
-            raise UserError(
-                f"--data_dir {printable(self.root)}: {first} and {second} are the same file (a link), which cannot be "
-                f"{what}; remove one of them"
-            )
+    def _check_first_use(self, path, identity, use):
+        """Raise UserError if a file is already used in another class or subset, by any name."""
+        first_path, first_use = self._first_uses.setdefault(identity, (path, use))
+        if first_use == use:
+            return
+        first, second = (printable(os.path.relpath(p, self.root)) for p in (first_path, path))
+        both = "training and test image" if first_use[0] != use[0] else "image of two classes"
+        reason = f"{first} and {second} are the same file (a link), which cannot be {both}"
+        raise UserError(f"--data_dir {printable(self.root)}: {reason}; remove one of them")
 
 
 def _entries(folder):
-    """What is in a folder, sorted by name. Raises UserError where it cannot be read."""
+    """What is in a folder, sorted by name. Raises UserError if the folder cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -1143,16 +1098,14 @@ def _entries(folder):
 
 
 def _is_folder(entry):
-    """Whether an entry of a folder is a folder or a link to one."""
-    return (
-        _is_kind(entry.path, stat.S_ISDIR)
-        if entry.is_symlink()
-        else entry.is_dir(follow_symlinks=False)
-    )
+    """Whether a folder's entry is a folder or a link to a folder."""
+    if entry.is_symlink():
+        return _is_kind(entry.path, stat.S_ISDIR)
+    return entry.is_dir(follow_symlinks=False)
 
 
 def _is_kind(path, test):
-    """Whether ``path`` (or what it links to) is there and of the kind that ``test``, as stat.S_ISDIR, is for."""
+    """Whether ``path`` or its link's target exists and passes ``test``, e.g. stat.S_ISDIR."""
     try:
         return test(os.stat(path).st_mode)
     except OSError as error:
@@ -1162,11 +1115,11 @@ def _is_kind(path, test):
 
 
 def _identity(path):
-    """Which file or folder a path leads to, whatever links are on the way; the path itself for a broken link."""
+    """Which file or folder a path leads to through any links; the path itself for a broken link."""
     with suppress(OSError):
-        found = os.stat(path)
-        if found.st_ino:
-            return found.st_dev, found.st_ino
+        status = os.stat(path)
+        if status.st_ino:
+            return status.st_dev, status.st_ino
     return os.path.realpath(path)
 
 
@@ -1178,201 +1131,183 @@ def _load_folder(args, model_side):
     if reader.left_out:
         print(f"{printable(root)}: left out {reader.summary()}")
     _check_classes(root, classes, test_classes)
-    paths = [path for samples in (train, test) for path, *_ in samples]
-    side = args.image_size or _common_side(paths, args, model_side)
-    numbers = {class_name: number for number, class_name in enumerate(classes)}
-    parts = [
-        [
-            (path, printable(name).replace(os.sep, "/"), numbers[class_name])
-            for path, class_name, name in samples
-        ]
-        for samples in (train, test)
-    ]
-    tag = printable(root.resolve().name).replace("\\", "-")
-    folder = os.path.join(root, "train")
-    return LoadedParts(
-        _read_parts(parts, side, args), list(map(printable, classes)), f"image_folder-{tag}", folder
-    )
+    side = args.image_size or _common_side([p.path for p in train + test], args, model_side)
+    labels = {class_name: label for label, class_name in enumerate(classes)}
+
+    def samples(pictures):
+        for path, class_name, name in pictures:
+            yield Sample(path, printable(name).replace(os.sep, "/"), labels[class_name])
+
+    train, held_out = _read_images(list(samples(train)), list(samples(test)), side, args)
+    tag = f"image_folder-{printable(root.resolve().name)}".replace("\\", "-")
+    names, folder = list(map(printable, classes)), os.path.join(root, "train")
+    return Data(train, held_out, names, tag=tag, train_folder=folder)
+
+
+FOLDER_LAYOUT = "image_folder reads train/<class>/ and test/<class>/"
 
 
 def _check_layout(root):
-    """Raise UserError for a folder without train/ and test/, with what was found instead and what to do."""
-    wanted = "image_folder reads train/<class>/ and test/<class>/"
-    where = f"--data_dir {printable(root)}"
+    """Raise UserError for a folder without train/ and test/, with its content and a remedy."""
+    flag = f"--data_dir {printable(root)}"
     if not _is_kind(root, stat.S_ISDIR):
-        what = (
-            "is a file or a broken link, not a folder"
-            if os.path.lexists(root)
-            else "no such folder"
-        )
-        raise UserError(f"{where}: {what}; {wanted}")
-    missing = [part for part in ("train", "test") if not _is_kind(root / part, stat.S_ISDIR)]
-    if not missing:
-        return
+        exists = os.path.lexists(root)
+        reason = "is a file or a broken link, not a folder" if exists else "no such folder"
+        raise UserError(f"{flag}: {reason}; {FOLDER_LAYOUT}")
+    missing = [name for name in ("train", "test") if not _is_kind(root / name, stat.S_ISDIR)]
+    for name in missing:
+        if os.path.lexists(root / name):
+            reason = f"{name} is a file or a broken link, not a folder"
+            raise UserError(f"{flag}: {reason}; {FOLDER_LAYOUT}")
+    if missing:
+        raise UserError(f"{flag}: {_layout_problem(root, missing)}")
+
+
+def _layout_problem(root, missing):
+    """Why ``root`` has no folders ``missing`` (train, test or both) in it, and the remedy."""
     entries = [entry for entry in _entries(root) if not entry.name.startswith(".")]
     folders = [entry.name for entry in entries if _is_kind(entry.path, stat.S_ISDIR)]
     folders = [name for name in folders if name.casefold() not in SYSTEM_NAMES]
-    absent = " and ".join(f"{part}/" for part in missing)
-    if files := [part for part in missing if os.path.lexists(root / part)]:
-        raise UserError(f"{where}: {files[0]} is a file or a broken link, not a folder; {wanted}")
-    remedies = []
-    for part in missing:
-        if similar := [
-            name
-            for name in folders
-            if name.casefold().strip() in PART_NAMES[part] and name not in PART_NAMES
-        ]:
-            shown = " and ".join(f"{printable(name)}/" for name in similar)
-            remedies.append(
-                f"found {shown}: rename {'it' if len(similar) == 1 else 'one of them'} to {part}/"
-            )
-    if remedies:
-        raise UserError(f"{where}: no folder {absent} in it; {'; '.join(remedies)}")
+    problem = f"no folder {' and '.join(f'{name}/' for name in missing)} in it"
+    if remedies := list(_renaming(folders, missing)):
+        return f"{problem}; {'; '.join(remedies)}"
     shown = _some([f"{printable(name)}/" for name in folders])
     if len(missing) < 2:
         advice = ": put held-out images of every class there" if missing == ["test"] else ""
-        raise UserError(f"{where}: no folder {absent} in it (found {shown}); {wanted}{advice}")
+        return f"{problem} (found {shown}); {FOLDER_LAYOUT}{advice}"
     for name in folders:
-        if all(_is_kind(root / name / part, stat.S_ISDIR) for part in PART_NAMES):
+        if all(_is_kind(root / name / subset, stat.S_ISDIR) for subset in SUBSET_NAMES):
             inside = printable(root / name)
-            raise UserError(
-                f"{where}: train/ and test/ are inside {printable(name)}/; use --data_dir {inside}"
-            )
+            return f"train/ and test/ are inside {printable(name)}/; use --data_dir {inside}"
     above = root.resolve().parent
-    if root.resolve().name in PART_NAMES and _is_kind(above / "train", stat.S_ISDIR):
-        raise UserError(
-            f"{where}: train/ and test/ are in the folder above; use --data_dir {printable(above)}"
-        )
+    if root.resolve().name in SUBSET_NAMES and _is_kind(above / "train", stat.S_ISDIR):
+        return f"train/ and test/ are in the folder above; use --data_dir {printable(above)}"
     if folders:
-        raise UserError(
-            f"{where}: no folder {absent} in it, only {shown}; {wanted}: if these are the classes, move most images of "
-            "each to train/<class>/ and the others to test/<class>/"
-        )
-    held = f"{len(entries)} files but no folders in it" if entries else "the folder is empty"
-    raise UserError(f"{where}: {held}; {wanted}: each class needs a folder of its own in both")
+        advice = "move most images of each to train/<class>/ and the others to test/<class>/"
+        return f"{problem}, only {shown}; {FOLDER_LAYOUT}: if these are the classes, {advice}"
+    content = f"{len(entries)} files but no folders in it" if entries else "the folder is empty"
+    return f"{content}; {FOLDER_LAYOUT}: each class needs its own folder in both"
+
+
+def _renaming(folders, missing):
+    for subset in missing:
+        names = [name for name in folders if name.casefold().strip() in SUBSET_NAMES[subset]]
+        if names := [printable(name) for name in names if name not in SUBSET_NAMES]:
+            which = "it" if len(names) == 1 else "one of them"
+            shown = " and ".join(f"{name}/" for name in names)
+            yield f"found {shown}: rename {which} to {subset}/"
 
 
 def _check_classes(root, train, test):
-    """Raise UserError where training and test images are not of the same two or more classes."""
-    where = f"--data_dir {printable(root)}"
+    """Raise UserError unless training and test images have the same two or more classes."""
+    flag = f"--data_dir {printable(root)}"
     if train != test:
-        extra = {"train": sorted(set(train) - set(test)), "test": sorted(set(test) - set(train))}
-        by_key = {_loose(name): name for name in extra["test"]}
-        for name in extra["train"]:
-            if other := by_key.get(_loose(name)):
-                raise UserError(
-                    f"{where}: train/ and test/ have different classes: {printable(name)!r} and {printable(other)!r} "
-                    f"differ only in {_name_difference(name, other)}; rename one of them"
-                )
-        only = [
-            f"only {part}/ has {_some(list(map(printable, names)))}"
-            for part, names in extra.items()
-            if names
-        ]
         raise UserError(
-            f"{where}: train/ and test/ have different classes: {'; '.join(only)}; both need pictures of every class"
+            f"{flag}: train/ and test/ have different classes: {_difference(train, test)}"
         )
     if len(train) < 2:
-        found = f"one class ({printable(train[0])})" if train else "no class folders"
-        raise UserError(
-            f"{where}: train/ has {found}; a classifier needs at least two classes, each a folder in train/"
-        )
+        classes = f"one class ({printable(train[0])})" if train else "no class folders"
+        remedy = "a classifier needs at least two classes, each a folder in train/"
+        raise UserError(f"{flag}: train/ has {classes}; {remedy}")
+
+
+def _difference(train, test):
+    """How the class names in train/ and test/ differ."""
+    extra = {"train": sorted(set(train) - set(test)), "test": sorted(set(test) - set(train))}
+    similar = {_loose(name): name for name in extra["test"]}
+    for name in extra["train"]:
+        if other := similar.get(_loose(name)):
+            names = f"{printable(name)!r} and {printable(other)!r}"
+            return f"{names} differ only in {_name_difference(name, other)}; rename one of them"
+    only = [
+        f"only {subset}/ has {_some(list(map(printable, names)))}"
+        for subset, names in extra.items()
+        if names
+    ]
+    return f"{'; '.join(only)}; both need pictures of every class"
 
 
 def _loose(name):
-    """A name without what is easily mistaken: case, Unicode form, blanks around it."""
+    """A name without what is easily confused: case, Unicode form, surrounding blanks."""
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
 def _name_difference(name, other):
     if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other):
         return "their Unicode form (NFC and NFD: accents are single characters in one of them)"
-    return (
-        "blanks around the name"
-        if name.strip() == other.strip()
-        else "upper and lower case or blanks"
-    )
+    if name.strip() == other.strip():
+        return "blanks around the name"
+    return "upper and lower case or blanks"
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- reading pictures
 
 
 class UnreadableImage(UserError):
-    """An image file that cannot be read, or not rightly; --skip_corrupt leaves it out."""
+    """An image file that cannot be read, or not correctly. --skip_corrupt leaves it out."""
 
 
-# Formats that Pillow names but reads only with another program or library (Ghostscript, ...), or not at all.
+# Formats that Pillow registers but reads only with another program or library, or not at all.
 UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-# Formats that the first bytes of a file show beyond doubt, and that are no raw camera file.
+# Formats that the first bytes of a file identify reliably, and that are not raw camera files.
 SIGNED_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "WEBP")
-# Formats whose greyscale of more than 8 bits always has 65,535 as white when Pillow has opened it.
+# Formats whose greyscale of more than 8 bits is scaled to a white of 65,535 when Pillow opens it.
 SIXTEEN_BIT_FORMATS = {"ICNS", "ICO", "IM", "JPEG2000", "PNG", "PPM"}
 # Formats whose fourth channel is often unused, which means 0 everywhere.
 OPTIONAL_ALPHA_FORMATS = {"BMP", "DIB", "TGA"}
-COLOUR_MODES = {
-    "1",
-    "L",
-    "P",
-    "PA",
-    "LA",
-    "La",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-    "LAB",
-    "HSV",
-}
+COLOUR_MODES = {"1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr",
+                "LAB", "HSV"}  # fmt: skip
 ALPHA_MODES = {"PA", "LA", "La", "RGBA", "RGBa"}
 LONGEST_SHAPE = 8  # ratio of the sides beyond which a picture is cropped before it is resized
 SAMPLED_PIECES, SAMPLED_BYTES = 4, 8192
 
 
+class Pillow(NamedTuple):
+    """What Pillow can read: formats, e.g. PNG, and file extensions, e.g. .png."""
+
+    formats: tuple
+    extensions: set
+
+
 @cache
 def _pillow():
-    """(formats that Pillow can read, their file extensions). Pillow's warnings are turned off: an image that cannot be
-    read is an error, and the others are read rightly."""
+    """What Pillow can read. Turns its warnings off: an image is either read or an error."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", module=r"PIL\b")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     extensions = Image.registered_extensions()  # loads every reader
     formats = tuple(name for name in Image.OPEN if name not in UNREADABLE_FORMATS)
-    return formats, {
-        extension for extension, name in extensions.items() if name in (*formats, "MPO")
-    }
+    readable = {ending for ending, name in extensions.items() if name in (*formats, "MPO")}
+    return Pillow(formats, readable)
 
 
 @contextmanager
 def _opened(path, formats=None):
-    """Pillow's image of a file. Whatever goes wrong within is an :class:`UnreadableImage` that says what."""
+    """Pillow's image of a file. Any error inside the block becomes an :class:`UnreadableImage`."""
     from PIL import Image
 
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise ValueError("not a regular file")
-        with Image.open(path, formats=formats or _pillow()[0]) as image:
+        with Image.open(path, formats=formats or _pillow().formats) as image:
             yield image
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise many kinds
         reason = error_reason(error)
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise UserError(
-                f"{printable(path)}: cannot be opened ({reason})"
-            ) from error  # not the image's fault
+        # The system's limits are not the image's fault.
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise UserError(f"{printable(path)}: cannot be opened ({reason})") from error
         if isinstance(error, Image.UnidentifiedImageError):
-            empty = os.path.getsize(path) == 0
-            reason = (
-                "the file is empty" if empty else "its content is in no format that Pillow reads"
-            )
+            reason = "its content is in no format that Pillow reads"
+            if os.path.getsize(path) == 0:
+                reason = "the file is empty"
         if isinstance(error, FileNotFoundError) and os.path.islink(path):
             reason = "a link to a file that does not exist"
+        remedy = "fix or delete it, or pass --skip_corrupt"
         raise UnreadableImage(
-            f"{printable(path)}: not a readable image ({reason}); repair or remove it, or leave it out with "
-            "--skip_corrupt"
+            f"{printable(path)}: cannot read image ({reason}); {remedy}"
         ) from error
 
 
@@ -1381,9 +1316,8 @@ def _read_image(path, side):
     with _opened(path) as image:
         image = _as_viewed(image)
         longest = LONGEST_SHAPE * min(image.size)
-        left, top = (
-            max(0, length - longest) // 2 for length in image.size
-        )  # the same on both sides
+        # Equal margins, because the centre is kept later.
+        left, top = (max(0, length - longest) // 2 for length in image.size)
         if left or top:
             image = image.crop((left, top, image.width - left, image.height - top))
         pixels = transforms.pil_to_tensor(image)
@@ -1393,7 +1327,7 @@ def _read_image(path, side):
 
 
 def _as_viewed(image):
-    """An opened picture as a viewer shows it: the first frame, upright, 8-bit RGB, white where it is transparent.
+    """An opened picture as viewers show it: first frame, upright, 8-bit RGB on a white background.
 
     Raises ValueError for a picture whose values have no known range.
     """
@@ -1420,7 +1354,7 @@ def _as_viewed(image):
 
 
 def _bmp_alpha(image):
-    """The fourth channel of a 32-bit BMP, which Pillow ignores and other programs use for opacity; None elsewhere."""
+    """The fourth channel of a 32-bit BMP, which viewers use as opacity but Pillow ignores."""
     from PIL import Image
 
     if image.format not in ("BMP", "DIB") or not image.tile or image.tile[0][3][0] != "BGRX":
@@ -1432,8 +1366,7 @@ def _bmp_alpha(image):
 
 
 def _scale_transparent_colour(image):
-    """Bring the colour that a PNG's tRNS chunk makes transparent to the scale of Pillow's pixels: the chunk has that
-    of the file, whose pixels may have 2, 4 or 16 bits."""
+    """Scale the transparent colour in a PNG's tRNS chunk from the file's 2, 4 or 16 bits to 8."""
     colour = image.info.get("transparency")
     if image.format != "PNG" or colour is None:
         return
@@ -1445,23 +1378,21 @@ def _scale_transparent_colour(image):
 
 
 def _eight_bits(image):
-    """A greyscale picture of more than 8 bits in mode L, or LA where the file names a transparent value. Raises
-    ValueError where the file does not say which value is white."""
+    """A greyscale picture of more than 8 bits in mode L, or LA if it has a transparent value.
+
+    Raises ValueError if the file does not define which value is white.
+    """
     from PIL import Image
 
     white, inverted = 65535 if image.format in SIXTEEN_BIT_FORMATS else None, False
     if image.format == "TIFF":
-        bits, kind = (
-            image.tag_v2.get(tag, (1,))[0] for tag in (258, 339)
-        )  # BitsPerSample, SampleFormat
+        bits, kind = (image.tag_v2.get(tag, (1,))[0] for tag in (258, 339))  # BitsPerSample, Format
         white = 2**bits - 1 if kind == 1 and bits <= 16 else None
         inverted = image.tag_v2.get(262) == 0  # PhotometricInterpretation: MinIsWhite
     integer = image.mode.startswith("I;16") or (image.mode == "I" and image.format != "IM")
     if white is None or not integer:
-        raise ValueError(
-            f"mode {image.mode} of {image.format}: the file does not say which value is white; "
-            "save it as an 8-bit or 16-bit PNG"
-        )
+        problem = f"mode {image.mode} of {image.format}: the file does not define which value"
+        raise ValueError(f"{problem} is white; save it as an 8-bit or 16-bit PNG")
     values = np.asarray(image).astype(np.int64)
     grey = (values.clip(0, white) * 255 + white // 2) // white
     grey = Image.fromarray((255 - grey if inverted else grey).astype(np.uint8))
@@ -1472,10 +1403,8 @@ def _eight_bits(image):
 
 
 def _orientation(image):
-    """The EXIF orientation, 1 to 8; 1 where there is none or what there is cannot be read."""
-    with suppress(
-        Exception
-    ):  # of a damaged EXIF block, without which viewers show the picture as it is
+    """The EXIF orientation, 1 to 8; 1 if it is missing or unreadable."""
+    with suppress(Exception):  # viewers show a picture with damaged EXIF as it is stored
         if (orientation := image.getexif().get(0x0112)) in _turns():
             return orientation
     return 1
@@ -1483,7 +1412,10 @@ def _orientation(image):
 
 @cache
 def _turns():
-    """How to turn a picture upright, by EXIF orientation; ImageOps.exif_transpose would fail on damaged EXIF."""
+    """How to turn a picture upright, by EXIF orientation.
+
+    ImageOps.exif_transpose() would do it too, but fails on damaged EXIF.
+    """
     from PIL.Image import Transpose
 
     return {
@@ -1498,61 +1430,55 @@ def _turns():
 
 
 def _upright_size(path):
-    """(width, height) of the picture that :func:`_as_viewed` gives, from the file's header."""
+    """(width, height) of the picture that :func:`_as_viewed` returns, from the file's header."""
     with _opened(path) as image:
         width, height = image.size
         if width == height or _orientation(image) < 5:
             return width, height
-        if image.format == "TIFF":  # which Pillow itself turns, at opening or at loading
+        if image.format == "TIFF":  # Pillow itself turns these, when it opens or loads them
             image.load()
             width, height = image.size
             return (width, height) if _orientation(image) < 5 else (height, width)
         return height, width
 
 
-def _is_picture(path):
-    """Whether a file of unknown or no extension is a picture, by its content."""
-    tiff = (
-        () if os.path.splitext(path)[1] else ("TIFF",)
-    )  # .dng, .nef, ...: TIFF with a thumbnail that Pillow reads
-    with suppress(UnreadableImage), _opened(path, SIGNED_FORMATS + tiff):
+def _has_picture_content(path):
+    """Whether the content of a file with an unknown or no extension is a picture."""
+    # .dng, .nef and other raw camera files are TIFF files with a thumbnail that Pillow would read.
+    formats = SIGNED_FORMATS if os.path.splitext(path)[1] else (*SIGNED_FORMATS, "TIFF")
+    with suppress(UnreadableImage), _opened(path, formats):
         return True
     return False
 
 
 def _hash_files(paths):
-    """A hash of the files' sizes and of a sample of each one's bytes: all of a file of at most 32 KiB, else four
-    pieces of 8 KiB at equal distances, the first and last bytes among them."""
+    """A hash of the files' sizes and samples of their bytes, in order.
 
-    def sample(path):
+    Files of at most 32 KiB are hashed completely, of others four pieces of 8 KiB at equal
+    distances, including the first and last bytes.
+    """
+
+    def digest(path):
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                whole = size <= SAMPLED_PIECES * SAMPLED_BYTES
-                digest = hashlib.sha256(size.to_bytes(8, "little"))
-                for piece in range(1 if whole else SAMPLED_PIECES):
-                    file.seek(
-                        piece * (size - SAMPLED_BYTES) // (SAMPLED_PIECES - 1) if piece else 0
-                    )
-                    digest.update(
-                        file.read(SAMPLED_PIECES * SAMPLED_BYTES if whole else SAMPLED_BYTES)
-                    )
+                sampled = hashlib.sha256(size.to_bytes(8, "little"))
+                if size <= SAMPLED_PIECES * SAMPLED_BYTES:
+                    sampled.update(file.read(SAMPLED_PIECES * SAMPLED_BYTES))
+                else:
+                    for piece in range(SAMPLED_PIECES):
+                        file.seek(piece * (size - SAMPLED_BYTES) // (SAMPLED_PIECES - 1))
+                        sampled.update(file.read(SAMPLED_BYTES))
         except OSError as error:
             raise UserError(f"{printable(path)}: cannot be read ({error_reason(error)})") from error
-        return digest.digest()
+        return sampled.digest()
 
-    def samples(start):
-        return b"".join(map(sample, paths[start : start + 256]))
+    def digests(start):
+        return b"".join(map(digest, paths[start : start + 256]))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return hashlib.sha256(b"".join(pool.map(samples, range(0, len(paths), 256)))).hexdigest()
-
-
-def _hash_contents(pixels):
-    """A hash of all bytes of an image tensor, or of the files of :class:`ImageFiles`."""
-    if isinstance(pixels, ImageFiles):
-        return _hash_files(pixels.paths)
-    return hashlib.sha256(pixels.detach().cpu().contiguous().numpy()).hexdigest()
+        starts = range(0, len(paths), 256)
+        return hashlib.sha256(b"".join(pool.map(digests, starts))).hexdigest()
 
 
 # ---------------------------------------------------------------- splits
@@ -1560,12 +1486,14 @@ def _hash_contents(pixels):
 
 @dataclass(frozen=True)
 class Split:
-    """Which images are what: int64 indices into the training images and into the held-out images.
+    """Which images are used for what: int64 indices of training images and of held-out images.
 
-    ``train_calibration`` is for the CPU loss alone. Where a class or subclass is forgotten it and ``test`` hold the
-    retained ones, and ``forget_test`` the forgotten one's test images. ``calibration`` holds all; ``is_forgotten``
-    says of each of its images whether it is of the forgotten class. ``forget_class`` is its number, or None, and
-    ``forget_name`` says in words what is forgotten.
+    ``retain`` and ``forget`` are training images, the others are held-out images.
+    ``train_calibration`` is for the CPU loss alone. If a class or subclass is forgotten,
+    ``train_calibration`` and ``test`` contain the retained classes only, and ``forget_test`` the
+    test images of the forgotten one. ``calibration`` contains all classes, and the bool mask
+    ``is_forgotten`` marks its images of the forgotten class. ``forget_class`` is the number of the
+    forgotten class or subclass, or None, and ``forget_name`` describes what is forgotten.
     """
 
     retain: torch.Tensor
@@ -1582,14 +1510,17 @@ class Split:
     def describe(self):
         """What is forgotten, by name and count, with the scenario's folder and the fingerprint."""
         count, total = len(self.forget), len(self.forget) + len(self.retain)
-        return f"{self.forget_name}: {count} of {total} training images ({self.folder}, {self.fingerprint})"
+        place = f"({self.folder}, {self.fingerprint})"
+        return f"{self.forget_name}: {count} of {total} training images {place}"
 
     @property
     def fingerprint(self):
-        """A hash of the sorted forget indices: the same forget set, the same fingerprint."""
-        return hashlib.sha256(
-            np.sort(self.forget.cpu().numpy()).astype("<i8").tobytes()
-        ).hexdigest()[:16]
+        """A hash of the sorted forget indices: equal forget sets have equal fingerprints."""
+        return _hash_indices(self.forget.cpu().numpy())[:16]
+
+
+def _hash_indices(indices):
+    return hashlib.sha256(np.sort(indices).astype("<i8").tobytes()).hexdigest()
 
 
 def default_cal_size(data):
@@ -1597,132 +1528,142 @@ def default_cal_size(data):
 
 
 def make_split(data, args, cal_size=None, *, scenario=True):
-    """The split that data set, seed and scenario flags imply: a pure function, the same in all four scripts.
+    """The split that data set, seed and scenario flags imply; a pure function, so scripts agree.
 
-    The held-out images are permuted by the seed; the first tenth (at least 1, at most 1000) calibrates the CPU loss,
-    the next ``cal_size`` the metrics, the rest is the test set. Without ``scenario`` nothing is forgotten.
-    Raises UserError for scenario flags that the data contradicts.
+    The seed permutes the held-out images. The first tenth (at least 1, at most 1000) calibrates the
+    CPU loss, the next ``cal_size`` the metrics, and the rest is the test set. Without ``scenario``
+    nothing is forgotten. Raises UserError for scenario flags that contradict the data.
     """
     labels = data.train.labels.cpu().numpy()
-    forgotten, folder, forget_class, forget_name = np.zeros(len(labels), bool), "", None, ""
+    forget_set = ForgetSet(np.zeros(len(labels), bool), folder="", name="")
     if scenario:
-        forgotten, folder, forget_class, forget_name = _forget_set(data, args, labels)
-        if not 0 < forgotten.sum() < len(labels):
-            raise UserError(
-                f"--unlearn_type {args.unlearn_type} ({forget_name}): {forgotten.sum()} of {len(labels)} training "
-                "images would be forgotten; there must be some of both"
-            )
+        forget_set = _forget_set(data, args, labels)
+        if not 0 < forget_set.mask.sum() < len(labels):
+            counts = f"{forget_set.mask.sum()} of {len(labels)} training images would be forgotten"
+            reason = f"{counts}; some must be forgotten and some retained"
+            raise UserError(f"--unlearn_type {args.unlearn_type} ({forget_set.name}): {reason}")
 
-    order = permutation(args.seed, "held-out", len(data.held_out))
-    if len(order) < 3:
-        raise UserError(
-            f"{args.data_name}: {len(order)} held-out images; at least 3 are needed, one each for training "
-            "calibration, calibration and test"
-        )
-    first = min(1000, max(1, len(order) // 10))
-    cal_size = cal_size or default_cal_size(data)
-    if first + cal_size >= len(order):
-        raise UserError(
-            f"--cal_sizes {cal_size}: {len(order)} held-out images less {first} for training calibration leave no "
-            f"test image; choose at most {len(order) - first - 1}"
-        )
-    train_calibration, calibration, test = np.split(order, [first, first + cal_size])
-    groups = (
-        data.held_out.subclasses
-        if scenario and args.unlearn_type == "subclass"
-        else data.held_out.labels
-    )
-    of_forget_class = groups.cpu().numpy() == (-1 if forget_class is None else forget_class)
-
-    if of_forget_class[test].all():
-        raise UserError(
-            f"--unlearn_type {args.unlearn_type} ({forget_name}): none of the {len(test)} test images is of a retained "
-            "class; add held-out images, or choose a smaller --cal_sizes"
-        )
+    train_calibration, calibration, test = _divide_held_out(data, args, cal_size)
+    by_subclass = scenario and args.unlearn_type == "subclass"
+    groups = data.held_out.subclasses if by_subclass else data.held_out.labels
+    forget_class = forget_set.class_number
+    is_forgotten = groups.cpu().numpy() == (-1 if forget_class is None else forget_class)
+    if is_forgotten[test].all():
+        reason = f"none of the {len(test)} test images is of a retained class"
+        remedy = "add held-out images, or choose a smaller --cal_sizes"
+        flag = f"--unlearn_type {args.unlearn_type} ({forget_set.name})"
+        raise UserError(f"{flag}: {reason}; {remedy}")
 
     def indices(array):
         return torch.from_numpy(array).to(data.train.labels.device)
 
     return Split(
-        retain=indices(np.flatnonzero(~forgotten)),
-        forget=indices(np.flatnonzero(forgotten)),
+        retain=indices(np.flatnonzero(~forget_set.mask)),
+        forget=indices(np.flatnonzero(forget_set.mask)),
         calibration=indices(calibration),
-        train_calibration=indices(train_calibration[~of_forget_class[train_calibration]]),
-        test=indices(test[~of_forget_class[test]]),
-        forget_test=indices(test[of_forget_class[test]]),
-        is_forgotten=torch.from_numpy(of_forget_class[calibration]),
-        folder=folder,
+        train_calibration=indices(train_calibration[~is_forgotten[train_calibration]]),
+        test=indices(test[~is_forgotten[test]]),
+        forget_test=indices(test[is_forgotten[test]]),
+        is_forgotten=torch.from_numpy(is_forgotten[calibration]),
+        folder=forget_set.folder,
         forget_class=forget_class,
-        forget_name=forget_name,
+        forget_name=forget_set.name,
     )
 
 
+def _divide_held_out(data, args, cal_size):
+    """Indices of the held-out images for training calibration, calibration and test."""
+    order = permutation(args.seed, "held-out", len(data.held_out))
+    if len(order) < 3:
+        needed = "at least 3 are needed, one each for training calibration, calibration and test"
+        raise UserError(f"{args.data_name}: {len(order)} held-out images; {needed}")
+    first = min(1000, max(1, len(order) // 10))
+    cal_size = cal_size or default_cal_size(data)
+    if first + cal_size >= len(order):
+        counts = f"{len(order)} held-out images, of which {first} are for training calibration"
+        limit = f"no test image would remain; choose at most {len(order) - first - 1}"
+        raise UserError(f"--cal_sizes {cal_size}: there are {counts}; {limit}")
+    return np.split(order, [first, first + cal_size])
+
+
+@dataclass(frozen=True)
+class ForgetSet:
+    """Which training images are forgotten (a bool mask), under which folder name, and why.
+
+    ``name`` describes the set in words; ``class_number`` is the forgotten class or subclass.
+    """
+
+    mask: np.ndarray
+    folder: str
+    name: str
+    class_number: int | None = None
+
+
 def _forget_set(data, args, labels):
-    """Which training images are forgotten, the scenario's folder name, the class if it is one, and its name."""
-    if args.forget_list and args.unlearn_type != "list":
-        raise UserError(f"--forget_list goes with --unlearn_type list, not {args.unlearn_type}")
-    if args.forget_class is not None and args.unlearn_type not in ("class", "subclass"):
-        raise UserError(
-            f"--forget_class goes with --unlearn_type class or subclass, not {args.unlearn_type}"
-        )
-    forgotten = np.zeros(len(labels), bool)
-    if args.unlearn_type == "random":
-        if not 0 < args.retain_ratio < 1:
-            raise UserError(
-                f"--retain_ratio {args.retain_ratio}: must lie between 0 and 1, such as 0.9 to forget 10 %"
-            )
-        order = permutation(args.seed, "forget", len(labels))
-        forgotten[order[round(len(labels) * args.retain_ratio) :]] = True
-        return (
-            forgotten,
-            f"random_{args.retain_ratio:g}",
-            None,
-            f"a random share drawn from seed {args.seed}",
-        )
-    if args.unlearn_type == "class":
+    """The :class:`ForgetSet` of the scenario flags."""
+    scenario = args.unlearn_type
+    if args.forget_list and scenario != "list":
+        raise UserError(f"--forget_list requires --unlearn_type list, not {scenario}")
+    if args.forget_class is not None and scenario not in ("class", "subclass"):
+        raise UserError(f"--forget_class requires --unlearn_type class or subclass, not {scenario}")
+    if scenario == "random":
+        return _random_forget_set(args, len(labels))
+    if scenario == "list":
+        return _listed_forget_set(data, args, len(labels))
+    if scenario == "class":
         number = _class_number(args, data.classes)
-        return (
-            labels == number,
-            f"class_{number}",
-            number,
-            _class_name(args, "class", data.classes[number]),
-        )
-    if args.unlearn_type == "subclass":
-        if data.subclass_names is None:
-            raise UserError(
-                f"--unlearn_type subclass: {args.data_name} has no subclasses; use --data_name cifar20"
-            )
-        number = _class_number(args, data.subclass_names)
-        forgotten = data.train.subclasses.cpu().numpy() == number
-        inside = ", ".join(data.classes[label] for label in np.unique(labels[forgotten]))
-        name = _class_name(args, "subclass", data.subclass_names[number])
-        return forgotten, f"subclass_{number}", number, f"{name} of class {inside}"
+        name = _class_name(args, data.classes[number])
+        return ForgetSet(labels == number, f"class_{number}", name, class_number=number)
+    if data.subclass_names is None:
+        reason = f"{args.data_name} has no subclasses; use --data_name cifar20"
+        raise UserError(f"--unlearn_type subclass: {reason}")
+    number = _class_number(args, data.subclass_names)
+    mask = data.train.subclasses.cpu().numpy() == number
+    superclass = ", ".join(data.classes[label] for label in np.unique(labels[mask]))
+    name = f"{_class_name(args, data.subclass_names[number])} of class {superclass}"
+    return ForgetSet(mask, f"subclass_{number}", name, class_number=number)
+
+
+def _random_forget_set(args, count):
+    ratio = args.retain_ratio
+    if not 0 < ratio < 1:
+        raise UserError(f"--retain_ratio {ratio}: must be between 0 and 1, e.g. 0.9 to forget 10 %")
+    mask = np.zeros(count, bool)
+    order = permutation(args.seed, "forget", count)
+    mask[order[round(count * ratio) :]] = True
+    return ForgetSet(mask, f"random_{ratio:g}", f"a random share drawn from seed {args.seed}")
+
+
+def _listed_forget_set(data, args, count):
     if not args.forget_list:
-        raise UserError(
-            "--unlearn_type list: name the file of the images to forget with --forget_list FILE"
-        )
-    chosen = read_forget_list(Path(args.forget_list), data)
-    forgotten[chosen] = True
-    digest = hashlib.sha256(np.sort(chosen).astype("<i8").tobytes()).hexdigest()[:8]
-    stem = printable(Path(args.forget_list).stem).replace("\\", "-")[:100]
-    return forgotten, f"list_{stem}_{digest}", None, f"the images in {printable(args.forget_list)}"
+        raise UserError("--unlearn_type list: name a file with the images in --forget_list FILE")
+    path = Path(args.forget_list)
+    indices = read_forget_list(path, data)
+    mask = np.zeros(count, bool)
+    mask[indices] = True
+    stem = printable(path.stem).replace("\\", "-")[:100]
+    folder = f"list_{stem}_{_hash_indices(indices)[:8]}"
+    return ForgetSet(mask, folder, f"the images in {printable(args.forget_list)}")
 
 
 def scenario_folder(args, data):
-    """The scenario's folder for several seeds together: a class that each seed draws for itself has no number."""
+    """The scenario's folder for several seeds; it has no number if each seed draws its class."""
     if args.unlearn_type in ("class", "subclass") and args.forget_class is None:
         return args.unlearn_type
-    return _forget_set(data, args, data.train.labels.cpu().numpy())[1]
+    return _forget_set(data, args, data.train.labels.cpu().numpy()).folder
 
 
-def _class_name(args, kind, name):
+def _class_name(args, name):
     drawn = f" (drawn from seed {args.seed})" if args.forget_class is None else ""
-    return f"{kind} {name}{drawn}"
+    return f"{args.unlearn_type} {name}{drawn}"
 
 
 def _class_number(args, classes):
-    """The position of --forget_class among the classes. A name comes first; a number is a position only where no
-    class is named by a number. Raises UserError for what is no class, or could be two."""
+    """The position of --forget_class among the classes; without the flag, drawn from the seed.
+
+    Names come first. A number is a position only if no class has a number as its name. Raises
+    UserError for an unknown class or an ambiguous number.
+    """
     if args.forget_class is None:
         return int(permutation(args.seed, "forget class", len(classes))[0])
     text = printable(args.forget_class)
@@ -1734,191 +1675,187 @@ def _class_number(args, classes):
     if len(composed) == 1:
         return classes.index(composed[0])
     if similar:
-        raise UserError(
-            f"{flag}: no class has exactly this name; did you mean {' or '.join(map(repr, similar))}?"
-        )
+        names = " or ".join(map(repr, similar))
+        raise UserError(f"{flag}: no class has exactly this name; did you mean {names}?")
     number = int(text) if text.strip().isdecimal() else None
     numbered = [name for name in classes if name.strip().isdecimal()]
+    if number is not None and number < len(classes) and not numbered:
+        return number
     if number is not None and numbered:
         meanings = [f"class {name}" for name in numbered if int(name) == number]
         if number < len(classes):
-            meanings.append(
-                f"class {classes[number]}, which is number {number} of {shown} counted from 0"
-            )
+            position = f"number {number} of {shown} counted from 0"
+            meanings.append(f"class {classes[number]}, which is {position}")
         if meanings:
-            raise UserError(
-                f"{flag}: no class has exactly this name; it could mean {' or '.join(meanings)}; give the class's name"
-            )
-    elif number is not None and number < len(classes):
-        return number
+            reason = f"no class has exactly this name; it could mean {' or '.join(meanings)}"
+            raise UserError(f"{flag}: {reason}; give the class's name")
     numbers = "" if numbered else f", nor a number below {len(classes)}"
     raise UserError(f"{flag}: not one of {shown}{numbers}")
 
 
 def _composed(name):
-    """A name in one Unicode form (NFC), without blanks around it."""
+    """A name in Unicode's composed form (NFC), without surrounding blanks."""
     return unicodedata.normalize("NFC", name).strip()
 
 
 # ---------------------------------------------------------------- forget lists
 
 
-LIST_HEADINGS = {"", "file", "files", "filename", "filenames", "file_name", "name", "path", "filepath", "file_path",
-                 "image", "images", "image_path", "img", "index", "indices", "idx", "id", "image_id"}  # fmt: skip
-LIST_WANTED = "wanted is a text file with one training index or file name (class/image.png) a line"
+LIST_HEADINGS = {"", "file", "files", "filename", "filenames", "file_name", "name", "path",
+                 "filepath", "file_path", "image", "images", "image_path", "img", "index",
+                 "indices", "idx", "id", "image_id"}  # fmt: skip
+LIST_FORMAT = "expected a text file with one training index or file name (class/image.png) per line"
 
 
 class ListEntry(NamedTuple):
-    """One item of a forget list: where it is (for messages) and its text."""
+    """One item of a forget list: its place, for messages, and its text."""
 
     place: str
     text: str
 
 
 def read_forget_list(path, data):
-    """Training indices from a list of indices or, for images in files, of file names.
+    """Training indices (int64) from a list of indices or, for images in files, of file names.
 
-    The list is a text file (one item a line), a CSV file with one column of file names, or a JSON list. What
-    resolves to exactly one training image is taken; UserError names the line of everything else.
+    The list is a text file (one item per line), a CSV file with one column of file names, or a JSON
+    list. Raises UserError with the line of any item that is not exactly one training image.
     """
-    where = f"--forget_list {printable(path)}"
+    flag = f"--forget_list {printable(path)}"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error_reason(error)})") from error
+        raise UserError(f"{flag}: cannot be read ({error_reason(error)})") from error
     if kind := binary_kind(content):
-        raise UserError(f"{where}: looks like {kind}; {LIST_WANTED}")
+        raise UserError(f"{flag}: looks like {kind}; {LIST_FORMAT}")
     text = _decode(content)
     if "\0" in text:
-        raise UserError(f"{where}: looks like a binary file; {LIST_WANTED}")
+        raise UserError(f"{flag}: looks like a binary file; {LIST_FORMAT}")
     finder = TrainingImageFinder(data)
-    entries = _json_entries(text, where) or _line_entries(text, finder)
+    entries = _json_entries(text, flag) or _line_entries(text, finder)
     if not entries:
-        raise UserError(f"{where}: names no image")
-    entries = _table_column(entries, finder, where) or entries
-    first_place = {}
-    for place, item in entries:
+        raise UserError(f"{flag}: names no image")
+    first_places = {}
+    for place, item in _table_column(entries, finder, flag) or entries:
+        shown = printable(item.strip())
         try:
             index = finder.find(item)
         except ValueError as error:
-            raise UserError(f"{where}, {place}: {printable(item.strip())!r}: {error}") from error
-        if index in first_place:
-            raise UserError(
-                f"{where}, {place}: {printable(item.strip())} is the same image as {first_place[index]}; "
-                "list every image once"
-            )
-        first_place[index] = place
-    return np.array(list(first_place), dtype=np.int64)
+            raise UserError(f"{flag}, {place}: {shown!r}: {error}") from error
+        if index in first_places:
+            reason = f"{shown} is the same image as {first_places[index]}; list every image once"
+            raise UserError(f"{flag}, {place}: {reason}")
+        first_places[index] = place
+    return np.array(list(first_places), dtype=np.int64)
 
 
 def _decode(content):
-    """Text from bytes: by the byte order mark, as UTF-16 where every other byte is 0, else UTF-8, in which other bytes
-    stand for themselves as in file names."""
-    for mark, encoding in [
-        (codecs.BOM_UTF8, "utf-8-sig"),
-        (codecs.BOM_UTF32_LE, "utf-32"),
+    """Text from bytes: by the byte order mark, as UTF-16 if every other byte is 0, else as UTF-8.
+
+    Bytes that are not UTF-8 become surrogate escapes, as in file names.
+    """
+    if content.startswith(codecs.BOM_UTF8):
+        return content.decode("utf-8-sig", "surrogateescape")
+    for mark, encoding in (
+        (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
         (codecs.BOM_UTF32_BE, "utf-32"),
         (codecs.BOM_UTF16_LE, "utf-16"),
         (codecs.BOM_UTF16_BE, "utf-16"),
-    ]:
+    ):
         if content.startswith(mark):
-            return content.decode(
-                encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace"
-            )
+            return content.decode(encoding, "replace")
     even, odd = content[::2].count(0), content[1::2].count(0)
     if max(even, odd) > len(content) // 4 and len(content) % 2 == 0:
         return content.decode("utf-16-be" if even > odd else "utf-16-le", "replace")
     return content.decode("utf-8", "surrogateescape")
 
 
-def _json_entries(text, where):
-    """The items of a JSON list, [] for text that is no JSON. Raises UserError for other JSON."""
+def _json_entries(text, flag):
+    """The items of a JSON list, [] for text that is not JSON. Raises UserError for other JSON."""
     if not text.lstrip().startswith(("[", "{")):
         return []
     try:
         items = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    plain = isinstance(items, list) and all(
-        isinstance(item, str) or type(item) is int for item in items
-    )
-    if not plain:
-        raise UserError(
-            f"{where}: looks like JSON, but not a list of indices or file names; {LIST_WANTED}"
-        )
+    if not isinstance(items, list) or any(type(item) not in (str, int) for item in items):
+        reason = "looks like JSON, but not a list of indices or file names"
+        raise UserError(f"{flag}: {reason}; {LIST_FORMAT}")
     return [ListEntry(f"item {number}", str(item)) for number, item in enumerate(items, 1)]
 
 
 def _line_entries(text, finder):
-    """The lines of a text file that hold something, without comments (unless they name an image) and a heading."""
+    """The lines of a text file without blank lines, comments and a heading.
+
+    A comment or heading that names an image is an entry.
+    """
     entries = []
     for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
         comment = line.lstrip().startswith("#") and not finder.is_in_class(line.strip())
         if line.strip() and not comment:
             entries.append(ListEntry(f"line {number}", line))
-    if (
-        len(entries) > 1
-        and _unquoted(entries[0].text).casefold() in LIST_HEADINGS
-        and not finder.knows(entries[0].text)
-    ):
-        entries = entries[1:]
+    if len(entries) > 1:
+        first = entries[0].text
+        if _unquoted(first).casefold() in LIST_HEADINGS and not finder.knows(first):
+            return entries[1:]
     return entries
 
 
-def _table_column(entries, finder, where):
-    """Of lines that are a table, the entries of the one column that names images; [] for lines that are no table.
+def _table_column(entries, finder, flag):
+    """The entries of the only column that names images, if the lines are a table; else [].
 
-    Raises UserError where no column, or more than one, does.
+    Raises UserError if no column, or more than one, names images.
     """
     for delimiter in ",;\t":
-        if not all(delimiter in entry.text for entry in entries) or any(
-            finder.knows(entry.text) for entry in entries
-        ):
+        rows = _table_rows(entries, finder, delimiter)
+        if not rows:
             continue
-        rows = [
-            next(csv.reader([entry.text], delimiter=delimiter, skipinitialspace=True))
-            for entry in entries
-        ]
-        width = len(rows[0])
-        if width < 2 or any(len(row) != width for row in rows):
-            continue
-        headings = (
-            []
-            if len(rows) == 1 or any(map(finder.knows, rows[0]))
-            else [_loose(cell) for cell in rows[0]]
-        )
-        body = rows[1:] if headings else rows
+        has_headings = len(rows) > 1 and not any(map(finder.knows, rows[0]))
+        headings = [_loose(cell) for cell in rows[0]] if has_headings else []
+        body = rows[1:] if has_headings else rows
         columns = [
-            number for number in range(width) if all(finder.names(row[number]) for row in body)
+            number
+            for number in range(len(rows[0]))
+            if all(finder.names(row[number]) for row in body)
         ]
         if len(columns) != 1:
-            columns = [
-                number
-                for number, heading in enumerate(headings)
-                if heading and heading in LIST_HEADINGS
-            ]
-        if len(columns) == 1:
-            places = [entry.place for entry in entries][len(rows) - len(body) :]
-            return [
-                ListEntry(place, row[columns[0]]) for place, row in zip(places, body, strict=True)
-            ]
-        raise UserError(
-            f"{where}, {entries[0].place}: {printable(entries[0].text.strip())[:60]!r}: looks like a table of {width} "
-            f"columns, or several items in a line; {LIST_WANTED}"
-        )
+            known = LIST_HEADINGS - {""}
+            columns = [number for number, heading in enumerate(headings) if heading in known]
+        if len(columns) != 1:
+            line = printable(entries[0].text.strip())[:60]
+            kind = f"a table of {len(rows[0])} columns, or several items in a line"
+            raise UserError(
+                f"{flag}, {entries[0].place}: {line!r}: looks like {kind}; {LIST_FORMAT}"
+            )
+        places = [entry.place for entry in entries][len(rows) - len(body) :]
+        cells = [row[columns[0]] for row in body]
+        return [ListEntry(place, cell) for place, cell in zip(places, cells, strict=True)]
     return []
 
 
+def _table_rows(entries, finder, delimiter):
+    """The cells of each line, if the lines are a table with this delimiter; else []."""
+    lines = [entry.text for entry in entries]
+    if not all(delimiter in line for line in lines) or any(map(finder.knows, lines)):
+        return []
+    options = {"delimiter": delimiter, "skipinitialspace": True}
+    rows = [next(csv.reader([line], **options)) for line in lines]
+    return rows if len(rows[0]) > 1 and len(set(map(len, rows))) == 1 else []
+
+
 def _unquoted(text):
-    """Text without blanks, a trailing comma or semicolon, and quotes around it."""
+    """Text without surrounding blanks and quotes, and without a final comma or semicolon."""
     text = text.strip().rstrip(",;").strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1].replace(text[0] * 2, text[0])
     return text.strip()
 
 
+def _normal(text):
+    return unicodedata.normalize("NFC", printable(text))
+
+
 class TrainingImageFinder:
-    """Which training image a text means: a file name in one of several spellings, or an index."""
+    """Which training image a text means: a file name in any of several spellings, or an index."""
 
     def __init__(self, data):
         self._count, self._folder = len(data.train), data.train_folder
@@ -1926,99 +1863,95 @@ class TrainingImageFinder:
         self._by_name = {name: index for index, name in enumerate(self._names)}
         self._by_form, self._by_file, self._by_case = {}, {}, {}
         for index, name in enumerate(self._names):
-            self._by_form.setdefault(unicodedata.normalize("NFC", name), []).append(index)
-            self._by_file.setdefault(
-                unicodedata.normalize("NFC", name.rpartition("/")[2]), []
-            ).append(index)
+            form = unicodedata.normalize("NFC", name)
+            file = unicodedata.normalize("NFC", name.rpartition("/")[2])
+            self._by_form.setdefault(form, []).append(index)
+            self._by_file.setdefault(file, []).append(index)
             self._by_case.setdefault(_loose(name), []).append(index)
         self._classes = {name.partition("/")[0] for name in self._names}
 
     def find(self, text):
-        """The index. Raises ValueError, with the reason, for what is no training image or could be several."""
-        found = self._by_path(text) or self._by_file_name(text)
+        """The index. Raises ValueError if no training image, or more than one, is meant."""
+        matches = self._by_path(text) or self._by_file_name(text)
         number = self._number(text)
-        if number is not None:
-            found = found | {number} if number < self._count or not found else found
-        if len(found) > 1:
-            meanings = [self._describe(index, index == number) for index in sorted(found)]
-            raise ValueError(f"could mean {' or '.join(meanings)}; {self._how_to_name()}")
-        if not found:
+        if number is not None and (number < self._count or not matches):
+            matches = matches | {number}
+        if len(matches) > 1:
+            meanings = [self._describe(index, index == number) for index in sorted(matches)]
+            remedy = "give the class and the file name, as in class/image.png"
+            raise ValueError(f"could mean {' or '.join(meanings)}; {remedy}")
+        if not matches or max(matches) >= self._count:
             raise ValueError(self._why_not(text))
-        (index,) = found
-        if index >= self._count:
-            raise ValueError(f"there are {self._count} training images, numbered from 0")
-        return index
+        return matches.pop()
 
     def knows(self, text):
         """Whether the text is a file name or a number."""
         return self.names(text) or self._number(text) is not None
 
     def names(self, text):
-        """Whether the text is a file name, in whatever spelling."""
+        """Whether the text is a file name in any spelling."""
         return bool(self._by_path(text) or self._by_file_name(text))
 
     def is_in_class(self, text):
         """Whether a text begins with a class and a slash."""
-        parts = re.split(r"[/\\]", printable(_unquoted(text)))
-        return len(parts) > 1 and parts[0] in self._classes
+        head, *rest = re.split(r"[/\\]", printable(_unquoted(text)))
+        return bool(rest) and head in self._classes
 
     def _by_path(self, text):
-        """Indices of the images that a text names with class and file, most often one."""
+        """Indices of the images that a text names by class and file, usually one."""
         for spelling in dict.fromkeys((text, text.strip(), _unquoted(text))):
             if (index := self._by_name.get(printable(spelling))) is not None:
-                # A class may be called train: train/1.png is then in it, unless the folder train/ is meant.
-                return {index} | set(self._below("train", spelling))
-        spelling = _unquoted(text)
-        candidates = [spelling]
-        if "\\" in spelling:
-            candidates.append(re.sub(r"^[A-Za-z]:", "", spelling).replace("\\", "/"))
-        with suppress(UnicodeError):  # a list in the Windows encoding of western Europe
-            candidates.append(spelling.encode("utf-8", "surrogateescape").decode("cp1252"))
-        for candidate in filter(None, candidates):
-            tidy = posixpath.normpath(candidate)
-            found = set(self._by_form.get(self._form(tidy), ())) | set(self._below("train", tidy))
-            if not found and self._folder and "/" in tidy:
-                found = set(self._on_disk(tidy))
-            if found:
-                return found
+                # train/1.png may be in the folder train/, and also in a class called train.
+                return {index} | self._below_train(spelling)
+        for spelling in filter(None, self._spellings(_unquoted(text))):
+            path = posixpath.normpath(spelling)
+            matches = set(self._by_form.get(_normal(path), ())) | self._below_train(path)
+            if not matches and self._folder and "/" in path:
+                matches = set(self._on_disk(path))
+            if matches:
+                return matches
         return set()
 
-    def _form(self, text):
-        return unicodedata.normalize("NFC", printable(text))
+    @staticmethod
+    def _spellings(text):
+        """The text itself, and with slashes if it is a Windows path or decoded from cp1252."""
+        yield text
+        if "\\" in text:
+            yield re.sub(r"^[A-Za-z]:", "", text).replace("\\", "/")
+        with suppress(UnicodeError):
+            yield text.encode("utf-8", "surrogateescape").decode("cp1252")
 
-    def _below(self, folder, text):
-        """Images that a text names by a path from a folder's parent."""
+    def _below_train(self, text):
+        """Images that a text names by a path that begins with train/."""
         head, _, rest = text.partition("/")
-        return self._by_form.get(self._form(rest), []) if head == folder else []
+        return set(self._by_form.get(_normal(rest), ())) if head == "train" else set()
 
     def _on_disk(self, text):
-        """Images that a text names by a path: absolute, from the working directory, or from where --data_dir is;
-        perhaps by way of links."""
+        """Images that a text names by a path, perhaps through links.
+
+        The path is absolute, or relative to the working directory or to the parent of --data_dir.
+        """
         folder = os.path.abspath(self._folder)
         parent = os.path.dirname(os.path.dirname(folder))
-        for path in (
-            os.path.abspath(os.path.expanduser(text)),
-            os.path.abspath(os.path.join(parent, text)),
-        ):
+        for path in (os.path.expanduser(text), os.path.join(parent, text)):
+            path = os.path.abspath(path)
             inside = os.path.relpath(path, folder).replace(os.sep, "/")
-            if found := self._by_form.get(self._form(inside)):
-                return found
+            if matches := self._by_form.get(_normal(inside)):
+                return matches
             if os.path.isfile(path):
-                return self._identities.get(_identity(path), [])
+                return self._by_identity.get(_identity(path), [])
         return []
 
     @cached_property
-    def _identities(self):
-        """Indices by file, which a path may reach through a link."""
-        return {
-            _identity(os.path.join(self._folder, name)): [index]
-            for index, name in enumerate(self._names)
-        }
+    def _by_identity(self):
+        """Indices by file, which a path may lead to through a link."""
+        paths = [os.path.join(self._folder, name) for name in self._names]
+        return {_identity(path): [index] for index, path in enumerate(paths)}
 
     def _by_file_name(self, text):
-        """Images with this file name in any class: the text has no folder."""
+        """Images in any class whose file name is the text."""
         spelling = _unquoted(text)
-        return set() if "/" in spelling else set(self._by_file.get(self._form(spelling), ()))
+        return set() if "/" in spelling else set(self._by_file.get(_normal(spelling), ()))
 
     def _number(self, text):
         spelling = _unquoted(text)
@@ -2028,27 +1961,24 @@ class TrainingImageFinder:
         name = self._names[index] if self._names else ""
         return f"training image number {index} ({name})" if is_number else name
 
-    def _how_to_name(self):
-        return "give the class and the file name, as in class/image.png"
-
     def _why_not(self, text):
         spelling = _unquoted(text)
         if not spelling:
             return "names nothing"
-        if self._number(text) is not None or (spelling.isdecimal() and len(spelling) >= 20):
+        if spelling.isdecimal():
             return f"there are {self._count} training images, numbered from 0"
         if re.fullmatch(r"[\d,;\s]+", spelling):
-            return "several numbers in a line; write one a line"
+            return "several numbers in a line; write one per line"
         if not self._names:
             return f"not a training index (0 to {self._count - 1})"
-        tidy = posixpath.normpath(spelling.replace("\\", "/"))
-        if tidy.partition("/")[0] == "test":
+        path = posixpath.normpath(spelling.replace("\\", "/"))
+        if path.partition("/")[0] == "test":
             return "a test image: only training images can be forgotten"
-        if similar := self._by_case.get(_loose(printable(tidy.removeprefix("train/")))):
+        if similar := self._by_case.get(_loose(printable(path.removeprefix("train/")))):
             return f"no such file in train/; did you mean {self._names[similar[0]]}?"
         if spelling[0] in "[{":
-            return f"looks like JSON or Python code; {LIST_WANTED}"
-        if posixpath.isabs(tidy) and self._folder:
+            return f"looks like JSON or Python code; {LIST_FORMAT}"
+        if posixpath.isabs(path) and self._folder:
             return f"no such file in {printable(os.path.abspath(self._folder))}"
         return "no such file in train/"
 
@@ -2056,8 +1986,12 @@ class TrainingImageFinder:
 # ---------------------------------------------------------------- run folders
 
 
+UNFINISHED = ".unfinished"
+RESUME_FILE = "resume.pth"
+
+
 def model_tag(args):
-    """The model's part of a folder name: everything about it that changes the original model."""
+    """The model's part of a folder name: every flag that changes the original model."""
     tag = args.model_name.replace("/", "-").replace("_", "-")
     if args.model_name == "resnet18":
         tag += f"w{args.width}" if args.width != 64 else ""
@@ -2069,99 +2003,100 @@ def model_tag(args):
 
 
 def run_folder(args, data, seeds=None):
-    """Where the results of one seed go; with ``seeds`` (as 1,2,3) what is said of several together."""
-    return (
-        Path(args.runs_dir)
-        / f"{model_tag(args)}_{data.tag}_{f'seeds{seeds}' if seeds else f'seed{args.seed}'}"
-    )
+    """The folder of one seed's results, or with ``seeds`` (e.g. "1,2,3") of their summary."""
+    seed = f"seeds{seeds}" if seeds else f"seed{args.seed}"
+    return Path(args.runs_dir) / f"{model_tag(args)}_{data.tag}_{seed}"
 
 
 def locate(model_dir, folder):
-    """The file behind --model_dir: a bare name lies in ``folder``, anything with a slash is a path."""
+    """The file of --model_dir: a bare name is in ``folder``, anything with a slash is a path."""
     return Path(model_dir) if "/" in model_dir or os.sep in model_dir else folder / model_dir
-
-
-UNFINISHED = ".unfinished"
-RESUME_FILE = "resume.pth"
 
 
 @contextmanager
 def unfinished_folder(folder, num_bytes):
-    """``folder/.unfinished``, where one run at a time writes its files; :func:`move_up` ends it.
+    """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
-    Checks that ``num_bytes`` can be written. Files of an interrupted run are removed, except the state that --resume
-    needs. Raises UserError if the folder cannot be created or written to, if the disk is full, or if another run
-    writes to it. The lock ends with the process.
+    Checks that ``num_bytes`` can be written. Files of an interrupted run are removed, except the
+    resume checkpoint. Raises UserError if the folder cannot be created, if the disk is full, or if
+    another run is writing there. On ranks other than 0 nothing is checked, created or removed.
     """
     unfinished = folder / UNFINISHED
     if distributed.rank():
         yield unfinished
         return
-    with _creating(folder, num_bytes):
+    with _storage_errors(folder, num_bytes):
         folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder) as is_locked:
+        try:
+            with _storage_errors(folder, num_bytes):
+                if is_locked:  # else these files may be another run's
+                    _remove_files(unfinished)
+                unfinished.mkdir(exist_ok=True)
+                space = unfinished / "space"
+                try:
+                    space.write_bytes(bytes(num_bytes))
+                finally:
+                    space.unlink(missing_ok=True)
+            yield unfinished
+        finally:
+            with suppress(OSError):  # the next run removes them
+                _remove_files(unfinished)
+
+
+@contextmanager
+def _storage_errors(folder, num_bytes):
+    try:
+        yield
+    except OSError as error:
+        reason = f"cannot hold {num_bytes / 1e6:.0f} MB of results ({error.strerror})"
+        raise UserError(f"{folder}: {reason}") from error
+
+
+@contextmanager
+def _locked(folder):
+    """Lock a folder; the lock ends with the process. Yields whether the file system has locks.
+
+    Raises UserError if another run holds the lock.
+    """
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(
-            f"{folder}: another run is writing there; wait until it ends, or choose another --runs_dir"
-        ) from None
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # filelock raises it on file systems without locks
-        print(
-            f"{folder}: cannot be locked ({first_line(error)}); make sure that no other run writes there"
-        )
+        reason = "another run is writing here; wait for it, or choose another --runs_dir"
+        raise UserError(f"{folder}: {reason}") from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: no locks
+        reason = f"cannot be locked ({first_line(error)})"
+        print(f"{folder}: {reason}; make sure that no other run writes to it")
     try:
-        if lock.is_locked:  # without the lock these files may be another run's
-            _remove_files(unfinished)
-        with _creating(folder, num_bytes):
-            unfinished.mkdir(exist_ok=True)
-            space = unfinished / "space"
-            try:
-                space.write_bytes(bytes(num_bytes))
-            finally:
-                space.unlink(missing_ok=True)
-        yield unfinished
+        yield lock.is_locked
     finally:
-        _remove_files(unfinished)
         lock.release()
 
 
-@contextmanager
-def _creating(folder, num_bytes):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot hold {num_bytes / 1e6:.0f} MB of results ({error.strerror})"
-        ) from error
-
-
 def _remove_files(unfinished):
-    """Remove what a run left unfinished, except the state that --resume needs, and folders without files."""
+    """Remove what a run left behind: all files but the resume checkpoint, and empty folders."""
     for path in sorted(unfinished.rglob("*"), reverse=True):  # files before their folders
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             path.rmdir()
         elif path != unfinished / RESUME_FILE:
             path.unlink()
-    with suppress(OSError):  # the state for --resume remains, or there is no such folder
+    with suppress(OSError):  # it does not exist, or the resume checkpoint remains
         unfinished.rmdir()
 
 
 def move_up(unfinished, last=None):
-    """Move all files of an :func:`unfinished_folder` to the folder above, the one named ``last`` at the end.
+    """Move all files of an :func:`unfinished_folder` to its parent, those named ``last`` last.
 
-    A file that is already there is replaced. The state that --resume needs is removed. Only the first process moves.
+    Existing files are replaced. The resume checkpoint is removed afterwards: a run killed before
+    the last move can be resumed, and one killed after it leaves a checkpoint that nothing reads.
+    Only the first process moves files.
     """
     if distributed.rank():
         return
-    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
     state = unfinished / RESUME_FILE
-    for path in sorted(
-        (path for path in files if path != state), key=lambda path: path.name == last
-    ):
+    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file() and path != state]
+    for path in sorted(files, key=lambda path: path.name == last):
         target = unfinished.parent / path.relative_to(unfinished)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -2171,7 +2106,12 @@ def move_up(unfinished, last=None):
     state.unlink(missing_ok=True)
 
 
+# ---------------------------------------------------------------- records
+
+
 def save_json(path, content):
+    """JSON, in which NaN is null and infinity is "inf"."""
+
     def plain(value):
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
@@ -2181,13 +2121,12 @@ def save_json(path, content):
             return None if math.isnan(value) else str(value)
         return value
 
-    save_text(
-        path, json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    )
+    text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False)
+    save_text(path, text + "\n")
 
 
 def save_text(path, text):
-    """Text as UTF-8; bytes of file names that are not UTF-8 become escapes, which JSON reads back."""
+    """Text as UTF-8. Bytes of file names that are not UTF-8 become escapes, as in JSON."""
     save_bytes(path, text.encode(errors="backslashreplace"))
 
 
@@ -2195,24 +2134,14 @@ def save_bytes(path, content):
     write_file(path, lambda file: file.write(content))
 
 
-# ---------------------------------------------------------------- records
-
-
 def describe_run(args, data, device):
-    """What every record carries: flags, seed, data, versions, machine."""
-    packages = ("torchvision", "timm", "numpy", "scikit-learn", "wandb")
-    threads = torch.get_num_threads()
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    """What every record contains: flags, seed, data, versions, machine."""
+    flags = vars(args).items()
+    machine = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     return {
-        "flags": {
-            name: printable(value) if isinstance(value, str) else value
-            for name, value in vars(args).items()
-        },
+        "flags": {name: printable(flag) if isinstance(flag, str) else flag for name, flag in flags},
         "seed": args.seed,
         "model_name": args.model_name,
         "width": args.width,
@@ -2220,13 +2149,20 @@ def describe_run(args, data, device):
         "image_size": data.train.size,
         "data_name": args.data_name,
         "data_fingerprint": data.fingerprint,
-        "versions": versions,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {threads} threads",
+        "versions": _versions(),
+        "device": machine,
         "processes": distributed.world_size(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def _versions():
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "timm", "numpy", "scikit-learn", "wandb"):
+        versions[package] = None
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 # ---------------------------------------------------------------- logging
@@ -2270,7 +2206,7 @@ wandb_state = WandbState()
 
 
 class WandbRun:
-    """Numbers, tables and pictures of one run in wandb, e.g. ``with WandbRun(...) as run: run.log({"loss": 1.0})``.
+    """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
     wandb is optional: if it is missing, broken or does not respond, one line says so and the run
     continues without it. Only the first process logs.
@@ -2320,7 +2256,7 @@ class WandbRun:
             self._call(log)
 
     def _call(self, action):
-        """``action()``, abandoned after ``patience`` seconds; after a failure this run is not logged.
+        """``action()`` for at most ``patience`` seconds. After a failure the run is not logged.
 
         wandb writes and uploads in a process of its own, and any call can still block: init() and
         finish() wait for that process to answer, finish() without a limit. log() waits for room in
@@ -2335,20 +2271,14 @@ class WandbRun:
             wandb_state.hung = isinstance(error, NoResponse)
             if not wandb_state.failure_announced:
                 reason = f"{first_line(error)}; continuing without it"
-                print(f"wandb: {reason}, records are in {self._folder}")
+                print(f"wandb: {reason}, records are in {printable(self._folder)}")
             wandb_state.failure_announced = True
 
     def _choose_mode(self, args):
-        """Set the process's mode: from the flag, wandb's variables and settings files, or its login."""
-        disabled = os.environ.get("WANDB_DISABLED", "").lower() not in (
-            "",
-            "0",
-            "false",
-            "no",
-            "off",
-        )
-        environment = os.environ.get("WANDB_MODE") or ("disabled" if disabled else None)
-        wandb_state.mode = wandb_state.mode or args.wandb_mode or environment
+        """Set the mode of the process from the flag, wandb's own settings, or its login."""
+        older = os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off")
+        variable = os.environ.get("WANDB_MODE") or ("disabled" if older else None)
+        wandb_state.mode = wandb_state.mode or args.wandb_mode or variable
         if wandb_state.mode == "disabled":
             return
         os.fspath(self._folder).encode()  # a UnicodeEncodeError here; wandb would print tracebacks

@@ -99,7 +99,7 @@ def test_a_dead_process_ends_all_with_an_error(tmp_path):
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - began < 90
     (line,) = (line for line in said.splitlines() if line.startswith("main_original_model.py: error"))
-    assert "another process" in line and "--resume" in line
+    assert "another rank" in line and "--resume" in line
     assert not (tmp_path / FOLDER / "original_model.pth").exists()
     # What the two have done one goes on with, and the other way round.
     done = run_script(*command[:-4], "--num_epochs", 60, "--resume", cwd=tmp_path)

@@ -493,9 +493,9 @@ def test_tiny_imagenet_is_unpacked_and_read_as_published(tiny_imagenet):
 
 def test_tiny_imagenet_beyond_memory_is_read_from_disk(tiny_imagenet, capsys):
     in_memory = utils.load_data(tiny_imagenet, torch.device("cpu"))
-    assert "stay on disk" not in capsys.readouterr().out
+    assert "streamed from disk" not in capsys.readouterr().out
     on_disk = utils.load_data(flags(**vars(tiny_imagenet) | {"memory_gb": 0, "workers": 2}), torch.device("cpu"))
-    assert "stay on disk" in capsys.readouterr().out and not torch.is_tensor(on_disk.train.pixels)
+    assert "streamed from disk" in capsys.readouterr().out and not torch.is_tensor(on_disk.train.pixels)
     assert (on_disk.fingerprint, on_disk.train.names) == (in_memory.fingerprint, in_memory.train.names)
     for part in ("train", "held_out"):
         from_disk, kept = getattr(on_disk, part), getattr(in_memory, part)
@@ -512,7 +512,7 @@ def test_a_broken_picture_of_tiny_imagenet_is_left_out(tiny_imagenet, capsys):
     for memory_gb in (8, 0):
         found = flags(**vars(tiny_imagenet) | {"memory_gb": memory_gb, "skip_corrupt": True})
         data = utils.load_data(found, torch.device("cpu"))
-        assert "1 image cannot be read and is left out: val/images/val_61.JPEG" in capsys.readouterr().out
+        assert "skipping 1 unreadable image: val/images/val_61.JPEG" in capsys.readouterr().out
         left = [name for name in whole.held_out.names if not name.endswith("val_61.JPEG")]
         assert data.held_out.names == left and len(data.held_out.labels) == 29
 

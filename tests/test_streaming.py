@@ -68,7 +68,7 @@ def test_the_same_flags_give_the_same_results_twice(pictures, in_memory, tmp_pat
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_images_on_disk_give_the_same_results_with_any_number_of_workers(workers, pictures, in_memory, tmp_path):
     weights, results, said = run_all(pictures, tmp_path, "--memory_gb", 0, "--workers", workers)
-    assert "stay on disk" in said and "stay on disk" not in in_memory[2]
+    assert "streamed from disk" in said and "streamed from disk" not in in_memory[2]
     assert weights == in_memory[0] and results == in_memory[1]
 
 
@@ -121,9 +121,9 @@ def damaged(pictures, tmp_path):
 @pytest.mark.parametrize("how", [[], ["--image_size", 8, "--memory_gb", 0]], ids=["in memory", "on disk"])
 def test_a_corrupt_image_is_named_or_left_out(how, damaged):
     command = ["main_original_model.py", *TINY, *COMMON, "--data_dir", "pictures", "--num_epochs", 1, *how]
-    fails_in_one_line(run_script(*command, cwd=damaged), ".png: not a readable image", "--skip_corrupt")
+    fails_in_one_line(run_script(*command, cwd=damaged), ".png: cannot read image", "--skip_corrupt")
     done = succeed(*command, "--skip_corrupt", cwd=damaged)
-    assert "2 images cannot be read and are left out: bee/0041.png, ant/0004.png" in done.stdout
+    assert "skipping 2 unreadable images: bee/0041.png, ant/0004.png" in done.stdout
     assert "89 images" in done.stdout
 
 
@@ -151,7 +151,7 @@ def test_a_reader_that_dies_is_an_error_of_one_line(how, pictures, tmp_path):
     )
     command = ["main_original_model.py", *TINY, *COMMON, "--data_dir", pictures, "--memory_gb", 0, "--num_epochs", 1]
     done = run_script(*command, *how, cwd=tmp_path, python_path=stub)
-    fails_in_one_line(done, "a process that reads images has died", "--workers")
+    fails_in_one_line(done, "a data-loading worker died", "--workers")
 
 
 def test_a_picture_on_disk_is_the_one_in_memory(pictures):

@@ -169,7 +169,8 @@ def test_a_gpu_augments_small_batches_together(sizes, expected, monkeypatch):
     monkeypatch.setattr(
         utils,
         "random_augment",
-        lambda pixels, spec, rng, parts: groups.append(parts) or torch.zeros(len(pixels), 3, 1, 1),
+        lambda pixels, spec, rng, batch_sizes: groups.append(batch_sizes)
+        or torch.zeros(len(pixels), 3, 1, 1),
     )
     parts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     found = list(data.batches(parts, utils.generator(1, "test")))

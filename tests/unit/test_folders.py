@@ -205,7 +205,7 @@ def test_folders_and_images_that_are_links_to_elsewhere_are_read(root, tmp_path,
 
 def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out(root, monkeypatch, capsys):
     os.mkfifo(root / "train/ant/pipe.png")
-    assert "pipe.png: not a readable image (not a regular file)" in refusal(root)
+    assert "pipe.png: cannot read image (not a regular file)" in refusal(root)
     (root / "train/bee/gone.png").symlink_to("nowhere.png")
     monkeypatch.chdir(root / "train/ant")  # the name of a socket must be short
     with socket.socket(socket.AF_UNIX) as server:
@@ -214,7 +214,7 @@ def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out
             data = load(root, skip_corrupt=True, memory_gb=memory_gb, workers=0)
             assert len(data.train) == 6
             said = capsys.readouterr().out
-            assert "3 images cannot be read and are left out: ant/pipe.png, ant/socket.png, bee/gone.png" in said
+            assert "skipping 3 unreadable images: ant/pipe.png, ant/socket.png, bee/gone.png" in said
 
 
 def test_a_pipe_without_extension_is_left_out_at_once(root, capsys):
@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_looked_at_is_named(root, monkeypatch):
         return plain(path, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", refuse)
-    assert "train/ant/0.png: not a readable image (Permission denied)" in refusal(root)
+    assert "train/ant/0.png: cannot read image (Permission denied)" in refusal(root)
     assert load(root, skip_corrupt=True).train.names[:2] == ["ant/1.png", "ant/2.png"]
 
 
@@ -259,9 +259,9 @@ def test_a_file_without_permission_is_refused_or_left_out(root, monkeypatch, cap
         return plain(path, *arguments, **options)
 
     monkeypatch.setattr(Image, "open", refuse)
-    assert "train/bee/1.png: not a readable image (Permission denied)" in refusal(root)
+    assert "train/bee/1.png: cannot read image (Permission denied)" in refusal(root)
     assert len(load(root, skip_corrupt=True).train) == 5
-    assert "1 image cannot be read and is left out: bee/1.png" in capsys.readouterr().out
+    assert "skipping 1 unreadable image: bee/1.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("memory_gb", [8, 0])
@@ -286,7 +286,7 @@ def test_too_many_open_files_leave_no_image_out(memory_gb, root, monkeypatch):
 def test_an_image_deleted_while_reading_is_named_with_the_reason(root):
     data = load(root, memory_gb=0, workers=0)
     (root / "train/ant/2.png").unlink()
-    with pytest.raises(utils.UserError, match=r"ant/2\.png: not a readable image \(No such file or directory\)"):
+    with pytest.raises(utils.UserError, match=r"ant/2\.png: cannot read image \(No such file or directory\)"):
         list(data.train.batches([torch.tensor([2])]))
 
 
@@ -543,7 +543,7 @@ def test_an_unreadable_image_with_such_a_name_is_one_line_that_can_be_encoded(tm
         for name in (b"ant", b"b\xe9e"):
             save_picture(os.path.join(root, part, name, b"1.png"))
     (Path(os.fsdecode(root)) / "train/b\udce9e/1.png").write_bytes(b"no picture")
-    assert "train/b\\xe9e/1.png: not a readable image" in refusal(os.fsdecode(root)).encode("utf-8").decode()
+    assert "train/b\\xe9e/1.png: cannot read image" in refusal(os.fsdecode(root)).encode("utf-8").decode()
 
 
 def test_a_missing_folder_with_such_a_name_is_one_line_that_can_be_encoded():
@@ -577,14 +577,14 @@ def test_pixels_beyond_memory_gb_are_read_from_disk(root, capsys):
     assert torch.is_tensor(load(root, image_size=100, memory_gb=0.000301).train.pixels)
     assert not capsys.readouterr().out
     assert isinstance(load(root, image_size=100, memory_gb=0.000299).train.pixels, utils.ImageFiles)
-    assert "0.00 GB of pixels, more than --memory_gb 0.000299, stay on disk" in capsys.readouterr().out
+    assert "0.00 GB of pixels, more than --memory_gb 0.000299; images are streamed from disk" in capsys.readouterr().out
 
 
 def test_pictures_of_several_sizes_are_said_and_resized(root, capsys):
     save_picture(root / "train/ant/0.png", 50, side=9)
     data = load(root)
     assert data.train.pixels.shape == (6, 3, 64, 64)
-    assert "images of 2 sizes are resized and centre-cropped to 64×64 (--image_size)" in capsys.readouterr().out
+    assert "resizing and centre-cropping images of 2 sizes to 64×64 (--image_size)" in capsys.readouterr().out
     assert load(root, image_size=7).train.pixels.shape == (6, 3, 7, 7)
 
 
@@ -753,3 +753,66 @@ def test_files_that_are_written_hold_any_name_as_utf8(tmp_path):
 def test_flags_in_records_can_be_encoded(digits):
     record = utils.describe_run(flags(data_dir="caf\udce9", num_classes=10), digits, CPU)
     assert record["flags"]["data_dir"] == "caf\\xe9" and record["flags"]["num_classes"] == 10
+
+
+# ---------------------------------------------------------------- reading many images
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """150 pictures of the grey values 0 to 149, which are three batches."""
+    folder = tmp_path_factory.mktemp("many")
+    return [save_picture(folder / f"{value:03}.png", value) for value in range(150)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_images_are_read_in_order_by_any_number_of_workers(workers, many):
+    files, pixels = utils.ImageFiles(many, 4, workers), torch.zeros(150, 3, 4, 4, dtype=torch.uint8)
+    assert files.read_all(into=pixels) == {}
+    expected = torch.arange(150, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    assert pixels.equal(expected)
+    streamed = list(files.batches([torch.tensor([149, 0]), torch.tensor([], dtype=torch.int64)]))
+    assert streamed[0].equal(expected[[149, 0]]) and streamed[1].shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_unreadable_images_are_found_in_the_same_pass(workers, in_memory, many, tmp_path):
+    paths = list(many)
+    paths[3], paths[100] = tmp_path / "a.png", tmp_path / "b.png"
+    paths[3].write_bytes(b"no picture")
+    files = utils.ImageFiles(paths, 4, workers)
+    pixels = torch.full((150, 3, 4, 4), 7, dtype=torch.uint8) if in_memory else None
+    unreadable = files.read_all(into=pixels, skip_corrupt=True)
+    assert list(unreadable) == [3, 100]
+    assert "a.png: cannot read image (its content" in str(unreadable[3])
+    assert "b.png: cannot read image (No such file" in str(unreadable[100])
+    if in_memory:
+        expected = [0 if index in (3, 100) else index for index in range(150)]
+        assert pixels[:, 0, 0, 0].tolist() == expected  # unreadable ones are black
+    with pytest.raises(utils.UnreadableImage, match=r"a\.png"):
+        files.read_all(into=pixels)
+    with pytest.raises(utils.UnreadableImage, match=r"b\.png"):
+        list(files.batches([torch.tensor([0, 100])]))
+
+
+def test_error_that_is_not_the_images_fault_is_raised_also_with_skip_corrupt(many, monkeypatch):
+    def refuse(path, side):
+        raise utils.UserError("too many open files")
+
+    monkeypatch.setattr(utils, "_read_image", refuse)
+    with pytest.raises(utils.UserError, match="too many open files"):
+        utils.ImageFiles(many, 4, 0).read_all(skip_corrupt=True)
+
+
+@pytest.mark.parametrize(("side", "largest"), [(4, 64), (295, 64), (297, 63), (1024, 5), (4096, 1)])
+def test_batches_that_wait_in_a_worker_have_at_most_16_mb(side, largest, monkeypatch):
+    sizes = []
+
+    def read(files, index_batches):
+        sizes.extend(map(len, index_batches))
+        return [utils.ReadBatch(np.zeros(1), {}) for _ in index_batches]
+
+    monkeypatch.setattr(utils.ImageFiles, "_read", read)
+    utils.ImageFiles(["x"] * 130, side, 2).read_all()
+    assert max(sizes) == largest and sum(sizes) == 130

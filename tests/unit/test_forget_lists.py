@@ -256,7 +256,7 @@ def test_a_table_with_a_file_name_that_holds_a_comma(read):
     [
         ("0,1\n2,3\n", ["line 1", "table of 2 columns"]),
         ("0,1,2", ["line 1", "several items in a line"]),
-        ("0 1 2\n", ["line 1", "several numbers in a line; write one a line"]),
+        ("0 1 2\n", ["line 1", "several numbers in a line; write one per line"]),
         ("a,b\nant/1.png,bee/1.png\n", ["table of 2 columns"]),
         ("label,number\nx,0\ny,1\n", ["table of 2 columns"]),
         ('{"forget": [1, 2]}', ["looks like JSON, but not a list"]),

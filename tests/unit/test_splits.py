@@ -129,7 +129,7 @@ def test_a_calibration_size_leaves_at_least_one_test_image():
     data = labelled(8, 30)
     split = utils.make_split(data, flags(retain_ratio=0.5), 26)
     assert (len(split.train_calibration), len(split.calibration), len(split.test)) == (3, 26, 1)
-    with pytest.raises(utils.UserError, match="--cal_sizes 27: 30 held-out images less 3 .* at most 26"):
+    with pytest.raises(utils.UserError, match="--cal_sizes 27: there are 30 held-out images, of which 3 .* at most 26"):
         utils.make_split(data, flags(retain_ratio=0.5), 27)
 
 
@@ -186,10 +186,10 @@ def test_a_random_forget_set_is_the_end_of_a_permutation():
         ({"retain_ratio": 0.0}, "--retain_ratio 0.0"),
         ({"retain_ratio": 0.99}, "0 of 40 training images would be forgotten"),
         ({"retain_ratio": 0.01}, "40 of 40 training images would be forgotten"),
-        ({"forget_list": "a.txt"}, "--forget_list goes with --unlearn_type list, not random"),
-        ({"unlearn_type": "class", "forget_list": "a.txt"}, "--forget_list goes with --unlearn_type list, not class"),
-        ({"forget_class": "0"}, "--forget_class goes with --unlearn_type class or subclass, not random"),
-        ({"unlearn_type": "list", "forget_class": "0"}, "--forget_class goes with .*, not list"),
+        ({"forget_list": "a.txt"}, "--forget_list requires --unlearn_type list, not random"),
+        ({"unlearn_type": "class", "forget_list": "a.txt"}, "--forget_list requires --unlearn_type list, not class"),
+        ({"forget_class": "0"}, "--forget_class requires --unlearn_type class or subclass, not random"),
+        ({"unlearn_type": "list", "forget_class": "0"}, "--forget_class requires .*, not list"),
         ({"unlearn_type": "list"}, "--forget_list FILE"),
         ({"unlearn_type": "subclass"}, "has no subclasses"),
         ({"unlearn_type": "class", "forget_class": "class 9"}, "--forget_class class 9"),
