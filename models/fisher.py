@@ -19,7 +19,6 @@ ways to compute it:
 * by torch.func: the gradients of one image after the other. This works for every network.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -147,7 +146,7 @@ def _layer_squares(model, inputs, *, labels, scores):
     backward pass of a row summed over images gives each image's own gradient at every output.
     """
     logits, calls = _call_layers(model, inputs)
-    if Counter(call.name for call in calls) != Counter(_layers_with_weights(model)):
+    if sorted(call.name for call in calls) != sorted(_layers_with_weights(model)):
         # A layer that is called twice sums the gradients of both calls before the square.
         yield from _functional_squares(model, inputs, labels=labels, scores=scores)
         return
