@@ -816,3 +816,24 @@ def test_batches_that_wait_in_a_worker_have_at_most_16_mb(side, largest, monkeyp
     monkeypatch.setattr(utils.ImageFiles, "_read", read)
     utils.ImageFiles(["x"] * 130, side, 2).read_all()
     assert max(sizes) == largest and sum(sizes) == 130
+
+
+@pytest.mark.parametrize(
+    ("workers", "batches", "in_this_process"), [(2, 2, False), (0, 2, True), (2, 1, True)]
+)
+def test_several_batches_are_read_by_worker_processes(
+    workers, batches, in_this_process, many, monkeypatch
+):
+    """The stand-in for an image says whether the process that reads it is this one."""
+    parent = os.getpid()
+    monkeypatch.setattr(utils, "_read_image", lambda path, side: os.getpid() == parent)
+    files = utils.ImageFiles(many, 1, workers)
+    read = list(files.batches([torch.tensor([0, 1])] * batches))
+    assert all(bool(pixels.all()) == in_this_process for pixels in read) and len(read) == batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_images_draws_nothing_from_the_global_generator(workers, many):
+    before = torch.get_rng_state()
+    utils.ImageFiles(many, 4, workers).read_all()
+    assert torch.get_rng_state().equal(before)
