@@ -326,6 +326,18 @@ def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
         )
 
 
+def test_original_of_other_data_or_with_infinite_outputs_is_refused(original, few):
+    path = original / "resnet18w8_few_seed1/original_model.pth"
+    state, meta = checkpoint.read(path)
+    checkpoint.save(path, state, meta | {"data_name": "cifar10"})
+    with pytest.raises(utils.UserError, match="original_model.pth: .*cifar10"):
+        plan_in(original, ["retrain"], few)
+    state["fc.weight"][:] = 3e38  # finite, but a product with the features is not
+    checkpoint.save(path, state, meta)
+    with pytest.raises(utils.UserError, match="original_model.pth: .* NaN or infinite"):
+        plan_in(original, ["retrain"], few)
+
+
 # ---------------------------------------------------------------- failures
 
 
