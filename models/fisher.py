@@ -147,7 +147,7 @@ def _layer_squares(model, inputs, *, labels, scores):
     backward pass of a row summed over images gives each image's own gradient at every output.
     """
     logits, calls = _call_layers(model, inputs)
-    if Counter(call.name for call in calls) != Counter(_layers_with_weights(model)):
+    if Counter(call.name for call in calls) != Counter(_layers_with_weights(model).keys()):
         # A layer that is called twice sums the gradients of both calls before the square.
         yield from _functional_squares(model, inputs, labels=labels, scores=scores)
         return
