@@ -195,8 +195,8 @@ class TrainingState:
     """Everything that an epoch changes. A resumed run restores it.
 
     All random numbers are drawn from the seed and the epoch, so the state holds no generator.
-    ``epoch`` is the number of complete epochs, ``records`` has one record for each. ``ended`` says
-    whether the method ended the training before the last epoch.
+    ``epoch`` is the number of complete epochs, ``records`` has one record for each. ``ended`` is
+    True if the method ended the training before the last epoch.
     """
 
     model: nn.Module
