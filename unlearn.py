@@ -1267,7 +1267,7 @@ def run_and_save(job, run, files, *, meta, args):
             job = replace(job, progress=progress, epoch_done=epoch_done)
             model = run_resumably(run, job)
             if model is None:
-                raise TypeError(f"{job.label} returned no model: end the method with return train(…)")
+                raise TypeError(f"{job.label} returned no model; end it with return train(…)")
             job = replace(job, model=model)
             meta = meta | {"seconds": progress.seconds, "accuracies": final_accuracies(job)}
             save_files(job, files, unfinished, meta=meta, records=history.records)
