@@ -195,8 +195,8 @@ class TrainingState:
     """Everything that an epoch changes. A resumed run restores it.
 
     All random numbers are drawn from the seed and the epoch, so the state holds no generator.
-    ``epoch`` is the number of complete epochs, ``records`` has one record for each. ``ended`` says
-    whether the method ended the training before the last epoch.
+    ``epoch`` is the number of complete epochs, ``records`` has one record for each. ``ended`` is
+    True if the method ended the training before the last epoch.
     """
 
     model: nn.Module
@@ -1265,7 +1265,10 @@ def run_and_save(job, run, files, *, meta, args):
                 wandb_run.log(record)
 
             job = replace(job, progress=progress, epoch_done=epoch_done)
-            job = replace(job, model=run_resumably(run, job))
+            model = run_resumably(run, job)
+            if model is None:
+                raise TypeError(f"{job.label} returned no model; end it with return train(…)")
+            job = replace(job, model=model)
             meta = meta | {"seconds": progress.seconds, "accuracies": final_accuracies(job)}
             save_files(job, files, unfinished, meta=meta, records=history.records)
             row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]

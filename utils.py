@@ -68,7 +68,7 @@ from models.errors import (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run whose state is saved. The message says how to resume it."""
+    """Ctrl-C in a run whose state is saved. The message explains how to resume it."""
 
 
 def run_script(main):
@@ -286,7 +286,7 @@ def _add_run_flags(group):
 
 
 def add_training_flags(parser, defaults):
-    """Flags of the training loop. ``defaults`` says what the default recipe is."""
+    """Flags of the training loop. ``defaults`` describes the default recipe."""
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=number(int, 3), help=f"images per step; {defaults}")
     add("--num_epochs", type=number(int, 1), help=f"number of epochs; {defaults}")
@@ -2207,8 +2207,8 @@ wandb_state = WandbState()
 class WandbRun:
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
-    wandb is optional: if it is missing, broken or does not respond, one line says so and the run
-    continues without it. Only the first process logs.
+    wandb is optional: if it is missing, broken or does not respond, one line reports it and the
+    run continues without it. Only the first process logs.
     """
 
     patience = 60.0  # seconds that a call may take

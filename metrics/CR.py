@@ -317,7 +317,7 @@ def report(outputs, conformal_scores, settings):
     A number that varies over the draws is a :class:`Spread`. The groups of images and the q̂ that
     judges each are those of :meth:`metrics.conformal.ConformalScores.judgements`.
     ``theory_coverage`` is the mean test coverage that exchangeability gives, and
-    ``coverage_outside`` says that the test coverage contradicts it. ``calibration_images`` counts
+    ``coverage_outside`` is True if the test coverage contradicts it. ``calibration_images`` counts
     those of the split itself. ``draws_left_out`` counts the draws without a finite q̂ where the
     split has one. Where classes are forgotten both are also given with the prefix ``forget_``.
     """

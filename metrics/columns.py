@@ -26,8 +26,8 @@ class Column:
     """A column of the tables.
 
     ``heading`` is shown by the printed tables and the report; "" where only results.csv has the
-    column. ``kind`` says how its values are printed: percent (stored as a fraction), number, count,
-    seconds or text. ``better`` says which values are good: "high", "low", "near Retrain", … or ""
+    column. ``kind`` is the format of its values: percent (stored as a fraction), number, count,
+    seconds or text. ``better`` names the good values: "high", "low", "near Retrain", … or ""
     where none is better. ``meaning`` is a clause that explains the number.
     """
 

@@ -19,8 +19,8 @@ class Network:
     """What the defaults of the scripts need to know about a network before it is built.
 
     ``name`` is the value of --model_name. ``trained_from_scratch`` is False for a network that
-    starts from ImageNet weights by default. ``has_width`` says whether --width applies.
-    ``is_transformer`` says whether the defaults for transformers apply. ``native_side`` is the side
+    starts from ImageNet weights by default. ``has_width`` is True if --width applies.
+    ``is_transformer`` is True if the defaults for transformers apply. ``native_side`` is the side
     in pixels of the square images that the network was pre-trained on, None if it takes any size.
     """
 

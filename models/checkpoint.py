@@ -129,7 +129,7 @@ def weights_hash(state):
 def read(path, hint=""):
     """``(state_dict, meta)`` of a checkpoint, on the CPU. ``meta`` is empty for a bare state_dict.
 
-    Raises UserError if the file is missing, unreadable, damaged or not a checkpoint. ``hint`` says
+    Raises UserError if the file is missing, unreadable, damaged or not a checkpoint. ``hint`` is
     what to do about a missing file.
     """
     path = Path(path)

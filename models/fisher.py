@@ -1,6 +1,6 @@
 """Importances of weights: the diagonal of the Fisher information.
 
-The Fisher information of a weight w says how much the network's predictions depend on w:
+The Fisher information of a weight w measures how much the network's predictions depend on w:
 
     F(w) = mean over images x of  E_y [(∂ log p_y(x) / ∂ w)²]
 

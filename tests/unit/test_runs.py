@@ -446,6 +446,15 @@ def test_seeds_share_one_row_of_means(trained):
     )
 
 
+def test_method_without_a_return_is_an_error_that_names_it(original):
+    def forgetful(job):
+        unlearn.train(job, unlearn.retain_cross_entropy)
+
+    method = replace(unlearn.METHODS["finetune"], run=forgetful)
+    with pytest.raises(TypeError, match="forgetful returned no model"):
+        unlearn_in(original, ["forgetful"], "--num_epochs", 1, methods={"forgetful": method})
+
+
 def test_weights_that_are_not_finite_are_not_saved(original):
     def infinite(job):
         with torch.no_grad():
