@@ -198,6 +198,14 @@ def test_attack_on_feature_that_does_not_differ_is_not_a_number(kind):
     assert all(math.isnan(share) for share in MIA.attack_shares(features, members[:3]))
 
 
+def test_decision_of_zero_is_no_member_and_no_image_has_no_decision():
+    trained = attack.Attack(column([0, 1, 2, 3, 4]), column([5, 6, 7, 8, 9]))
+    trained.decide = lambda points: np.array([-1.0, 0.0, 1.0])
+    assert trained.says_member(column([0, 0, 0])).tolist() == [False, False, True]
+    del trained.decide
+    assert trained.decide(column([])).shape == (0,)
+
+
 def test_attack_with_one_value_on_one_side_is_a_number():
     """Members all right, 15 of 20 non-members right: right says member, wrong non-member."""
     members, non_members = column(np.ones(20)), column([1] * 15 + [0] * 5)
