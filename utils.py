@@ -54,6 +54,7 @@ from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
+import models
 from models import distributed
 from models.checkpoint import write_file
 from models.errors import (
@@ -1992,7 +1993,7 @@ RESUME_FILE = "resume.pth"
 def model_tag(args):
     """The model's part of a folder name: every flag that changes the original model."""
     tag = args.model_name.replace("/", "-").replace("_", "-")
-    if args.model_name == "resnet18":
+    if models.describe(args.model_name).has_width:
         tag += f"w{args.width}" if args.width != 64 else ""
     elif args.no_pretrained:
         tag += "-random"
