@@ -307,7 +307,7 @@ def test_history_that_cannot_be_written_is_named(tmp_path):
         ({"model_name": "vit"}, "vit"),
         ({"model_name": "vit", "no_pretrained": True}, "vit-random"),
         ({"model_name": "vit", "pretrained_path": "a/b.pth"}, "vit-b"),
-        ({"model_name": "hub/x_y", "image_size": 96}, "hub-x-yi96"),
+        ({"model_name": "test_resnet.r160_in1k", "image_size": 96}, "test-resnet.r160-in1ki96"),
     ],
 )
 def test_folder_names_the_flags_that_change_the_original_model(given, tag):
