@@ -1,9 +1,13 @@
 """Whole scripts on other data and other networks than the default, and the published commands."""
 
 import numpy as np
+import timm
+import torch
 from helpers import QUIET, TINY, read_json, succeed, write_cifar10
 from PIL import Image
 from test_pipeline import read_table
+
+import models
 
 PUBLISHED = """
 main_original_model.py --model_name resnet18 --data_name cifar10 --data_dir ./data --batch_size 64 --num_epochs 200 --learning_rate 0.1 --num_classes 10
@@ -57,6 +61,18 @@ def test_list_of_file_names_of_an_image_folder_is_forgotten(tmp_path):
     assert results["image_size"] == 12 and results["num_classes"] == 3
     files = [row["file"] for row in read_table(folder / "samples.csv")]
     assert files == ["ant/003.png", "bee/007.png", "cat/011.png"]
+
+
+def test_vit_is_the_papers_network_with_weights_from_disk(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("vit_small_patch16_224")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    path = tmp_path / "weights.pth"
+    model = models.create_model("vit", 10, image_size=32, pretrained_path=path)
+    assert model.blocks[11].mlp.fc2.weight.equal(source.blocks[11].mlp.fc2.weight)
+    assert model.head.out_features == 10
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert models.input_size("vit") == 224 and models.input_size("resnet18") is None
 
 
 def test_vit_trains_and_is_scored(tmp_path):
