@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from faults import nan_initialisation
 from helpers import (
     PIPELINE_EVALUATION,
     QUIET,
@@ -17,14 +18,15 @@ from helpers import (
     check,
     read_json,
     read_weights,
+    run_forked,
     run_in_process,
-    run_script,
     same_weights,
-    succeed,
     visible_files,
 )
 from PIL import Image
 
+import main_evaluate  # noqa: F401 - forks start faster when everything is imported
+import main_unlearn_cpu  # noqa: F401
 import unlearn
 import unlearn_cpu
 from metrics import comparison
@@ -180,13 +182,17 @@ def two_seeds(tmp_path_factory):
     every = [*TWO_SEEDS, "--unlearn_name", "all"]
     unlearn_all = ["main_unlearn.py", *every, "--num_epochs", 1]
     evaluate = ["main_evaluate.py", *every, "--alphas", "0.2", "--resplits", 3]
-    succeed("main_original_model.py", *TWO_SEEDS, "--num_epochs", 4, cwd=folder)
-    failing = run_script(*unlearn_all, cwd=folder, fault=["nan_initialisation"])
-    cpu = ["main_unlearn_cpu.py", *every, "--num_epochs", 1, "--alpha", "0.1"]
-    succeed(*cpu, cwd=folder)
-    scored_failing = succeed(*evaluate, "--no_pictures", cwd=folder)
-    again = succeed(*unlearn_all, cwd=folder)
-    scored = succeed(*evaluate, cwd=folder)
+
+    def run(*command):
+        return check(run_forked(*command, cwd=folder))
+
+    run("main_original_model.py", *TWO_SEEDS, "--num_epochs", 4)
+    failing = run_forked(*unlearn_all, cwd=folder, before=nan_initialisation.install)
+    run("main_unlearn_cpu.py", *every, "--num_epochs", 1, "--alpha", "0.1")
+    few = ["--unlearn_name", "retrain", "finetune", "--alphas", "0.2", "--resplits", 3]
+    scored_failing = run("main_evaluate.py", *TWO_SEEDS, *few, "--no_pictures")
+    again = run(*unlearn_all)
+    scored = run(*evaluate)
     return SimpleNamespace(
         folder=folder / "r",
         failing=failing,
@@ -269,8 +275,8 @@ def test_default_class_forgetting_keeps_the_other_classes(tmp_path):
     common = ["--width", 16, "--device", "cpu", *QUIET]
     methods = ["retrain", "GA", "salun", "sfron"]
     forget = [*common, "--unlearn_type", "class", "--unlearn_name", *methods]
-    succeed("main_original_model.py", *common, cwd=tmp_path)
-    succeed("main_unlearn.py", *forget, cwd=tmp_path)
+    check(run_forked("main_original_model.py", *common, cwd=tmp_path))
+    check(run_forked("main_unlearn.py", *forget, cwd=tmp_path))
     root = tmp_path / "runs/resnet18w16_digits_seed1"
     original = read_json(root / "original_model.json")["accuracies"]["retain"]
     for method in methods:
