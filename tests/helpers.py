@@ -96,7 +96,7 @@ def run_in_process(script, *arguments, cwd):
     return subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
 
 
-def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None):
+def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None, root=ROOT):
     """Start :func:`run_in_process` in a fork of this process. Returns the process id.
 
     The fork has the environment of :func:`run_script`, calls ``before()`` first and writes to
@@ -126,7 +126,7 @@ def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None):
                     if before:
                         before()
                     sys.argv = [script, *map(str, arguments)]
-                    runpy.run_path(str(ROOT / script), run_name="__main__")
+                    runpy.run_path(str(root / script), run_name="__main__")
             except SystemExit as end:
                 status = end.code or 0
             except BaseException:
