@@ -22,6 +22,7 @@ from helpers import (
     run_in_process,
     same_weights,
     visible_files,
+    write_pictures,
 )
 from PIL import Image
 
@@ -172,13 +173,19 @@ def test_bare_state_dict_at_a_path_is_scored(pipeline, tmp_path):
 # ---------------------------------------------------------------- all methods, several seeds
 
 TWO_SEEDS = [*TINY, *QUIET, "--seeds", "1,2", "--runs_dir", "r"]
+TWO_SEEDS += ["--data_name", "image_folder", "--data_dir", "pictures"]
 FROM_NEW_WEIGHTS = {"retrain", "teacher"}
 
 
 @pytest.fixture(scope="module")
 def two_seeds(tmp_path_factory):
-    """All methods over two seeds. The first time, networks start from NaN. ``outputs`` in order."""
+    """All methods over two seeds, with small pictures of two classes.
+
+    The first time, networks start from NaN. ``failing``, ``scored_failing``, ``again`` and
+    ``scored`` are what the commands printed, in their order.
+    """
     folder = tmp_path_factory.mktemp("seeds")
+    write_pictures(folder / "pictures", 100, 300)
     every = [*TWO_SEEDS, "--unlearn_name", "all"]
     unlearn_all = ["main_unlearn.py", *every, "--num_epochs", 1]
     evaluate = ["main_evaluate.py", *every, "--alphas", "0.2", "--resplits", 3]
@@ -186,7 +193,7 @@ def two_seeds(tmp_path_factory):
     def run(*command):
         return check(run_forked(*command, cwd=folder))
 
-    run("main_original_model.py", *TWO_SEEDS, "--num_epochs", 4)
+    run("main_original_model.py", *TWO_SEEDS, "--num_epochs", 4, "--learning_rate", 0.01)
     failing = run_forked(*unlearn_all, cwd=folder, before=nan_initialisation.install)
     run("main_unlearn_cpu.py", *every, "--num_epochs", 1, "--alpha", "0.1")
     few = ["--unlearn_name", "retrain", "finetune", "--alphas", "0.2", "--resplits", 3]
@@ -228,9 +235,12 @@ def test_repaired_command_runs_only_what_had_failed(two_seeds):
 
 
 def test_summary_holds_mean_and_deviation_over_seeds(two_seeds):
-    folders = [two_seeds.folder / f"resnet18w8_digits_seed{seed}/random_0.9" for seed in (1, 2)]
+    folders = [
+        two_seeds.folder / f"resnet18w8_image_folder-pictures_seed{seed}/random_0.9"
+        for seed in (1, 2)
+    ]
     first, second = (read_table(folder / "results.csv") for folder in folders)
-    summary_folder = two_seeds.folder / "resnet18w8_digits_seeds1,2/random_0.9"
+    summary_folder = two_seeds.folder / "resnet18w8_image_folder-pictures_seeds1,2/random_0.9"
     summary = read_table(summary_folder / "results.csv")
     every = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
     assert [row["method"] for row in summary] == every
