@@ -196,8 +196,7 @@ def two_seeds(tmp_path_factory):
     run("main_original_model.py", *TWO_SEEDS, "--num_epochs", 4, "--learning_rate", 0.01)
     failing = run_forked(*unlearn_all, cwd=folder, before=nan_initialisation.install)
     run("main_unlearn_cpu.py", *every, "--num_epochs", 1, "--alpha", "0.1")
-    few = ["--unlearn_name", "retrain", "finetune", "--alphas", "0.2", "--resplits", 3]
-    scored_failing = run("main_evaluate.py", *TWO_SEEDS, *few, "--no_pictures")
+    scored_failing = run(*evaluate, "--no_pictures")
     again = run(*unlearn_all)
     scored = run(*evaluate)
     return SimpleNamespace(
