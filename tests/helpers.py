@@ -216,13 +216,13 @@ def write_pictures(root, train, test, side=8):
             Image.fromarray(pixels).save(path)
 
 
-def write_cifar10(folder):
-    """Small files in the format of the CIFAR-10 archive: 150 training and 200 test images."""
+def write_cifar10(folder, images_per_batch=30):
+    """Small files in the format of the CIFAR-10 archive: five training batches, 200 test images."""
     folder = folder / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        count = 200 if name == "test_batch" else 30
+        count = 200 if name == "test_batch" else images_per_batch
         labels = rng.integers(10, size=count)
         pixels = rng.integers(0, 80, size=(count, 3072)) + 17 * labels[:, None]
         batch = {"data": pixels.astype(np.uint8), "labels": labels.tolist()}

@@ -21,7 +21,7 @@ main_evaluate.py --unlearn_name retrain --unlearn_type random --model_name resne
 
 
 def test_published_command_lines_run_and_use_their_flags(tmp_path):
-    write_cifar10(tmp_path / "data")
+    write_cifar10(tmp_path / "data", images_per_batch=12)
     for line in PUBLISHED:
         fewer = [] if line.startswith("main_evaluate") else ["--num_epochs", "1"]
         check(run_forked(*line.split(), *fewer, cwd=tmp_path, before=unchecked_cifar.install))
