@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+# Ctrl-C during a script's imports ends it without a traceback.
+if (
+    os.path.basename(sys.argv[0]).startswith("main_")
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+# isort: split
 import argparse
 import codecs
 import csv
@@ -10,14 +22,11 @@ import hashlib
 import json
 import logging
 import math
-import os
 import pickle
 import platform
 import posixpath
 import re
-import signal
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -40,12 +49,6 @@ from typing import NamedTuple
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Ctrl-C during a script's imports ends it without a traceback.
-if (
-    Path(sys.argv[0]).name.startswith("main_")
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -438,6 +438,14 @@ def evaluation(args):
     split = utils.make_split(data, flags)
     model = models.create_model("resnet18", 10, width=args.width).to(args.device)
     settings = metrics.Settings((0.05, 0.1, 0.15, 0.2))
+    evaluated = main_evaluate.Evaluation(
+        flags,
+        data,
+        torch.device(args.device),
+        split=split,
+        folder=Path(),
+        settings=settings,
+    )
     sets = [(data.train, split.retain), (data.train, split.forget)]
     sets += [(data.held_out, split.calibration), (data.held_out, split.test)]
 
@@ -470,7 +478,7 @@ def evaluation(args):
         return attack.fit(confidence, np.repeat([1, 0], count)).predict_proba(own[1][:, None])
 
     def ours():
-        outputs, _ = main_evaluate.collect_outputs(model, data, split, flags)
+        outputs, _ = main_evaluate.compute_outputs(model, evaluated)
         conformal_scores = metrics.ConformalScores(outputs, settings)
         found = metrics.evaluate(conformal_scores)
         classwise.class_rows(conformal_scores, data.classes)

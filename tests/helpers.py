@@ -96,11 +96,12 @@ def run_in_process(script, *arguments, cwd):
     return subprocess.CompletedProcess([script, *arguments], status, out.getvalue(), err.getvalue())
 
 
-def fork_script(script, *arguments, cwd, before=None):
+def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None, root=ROOT):
     """Start :func:`run_in_process` in a fork of this process. Returns the process id.
 
-    The fork calls ``before()`` first and writes to ``stdout.txt`` and ``stderr.txt`` in ``cwd``.
-    Its start takes milliseconds, because torch is already imported.
+    The fork has the environment of :func:`run_script`, calls ``before()`` first and writes to
+    ``stdout.txt`` and ``stderr.txt`` in ``cwd``, in ``encoding``. Its start takes milliseconds,
+    because torch is already imported.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -109,7 +110,13 @@ def fork_script(script, *arguments, cwd, before=None):
         return process
     status = 1
     try:
-        with open(cwd / "stdout.txt", "w") as out, open(cwd / "stderr.txt", "w") as err:
+        environment = script_environment(cwd) | (env or {})
+        os.environ.clear()
+        os.environ.update(environment)
+        with (
+            open(cwd / "stdout.txt", "w", encoding=encoding) as out,
+            open(cwd / "stderr.txt", "w", encoding=encoding) as err,
+        ):
             try:
                 with (
                     contextlib.redirect_stdout(out),
@@ -119,7 +126,7 @@ def fork_script(script, *arguments, cwd, before=None):
                     if before:
                         before()
                     sys.argv = [script, *map(str, arguments)]
-                    runpy.run_path(str(ROOT / script), run_name="__main__")
+                    runpy.run_path(str(root / script), run_name="__main__")
             except SystemExit as end:
                 status = end.code or 0
             except BaseException:
@@ -128,12 +135,12 @@ def fork_script(script, *arguments, cwd, before=None):
         os._exit(status)  # the fork must not return to pytest
 
 
-def run_forked(script, *arguments, cwd, before=None):
+def run_forked(script, *arguments, cwd, encoding=None, **options):
     """:func:`fork_script`, waited for. A negative return code is the signal that ended the fork."""
-    process = fork_script(script, *arguments, cwd=cwd, before=before)
+    process = fork_script(script, *arguments, cwd=cwd, encoding=encoding, **options)
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     out, err = (cwd / f"{name}.txt" for name in ("stdout", "stderr"))
-    texts = [path.read_text() if path.exists() else "" for path in (out, err)]
+    texts = [path.read_text(encoding) if path.exists() else "" for path in (out, err)]
     return subprocess.CompletedProcess([script, *arguments], status, *texts)
 
 
@@ -209,13 +216,13 @@ def write_pictures(root, train, test, side=8):
             Image.fromarray(pixels).save(path)
 
 
-def write_cifar10(folder):
-    """Small files in the format of the CIFAR-10 archive: 150 training and 200 test images."""
+def write_cifar10(folder, images_per_batch=30):
+    """Small files in the format of the CIFAR-10 archive: five training batches, 200 test images."""
     folder = folder / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        count = 200 if name == "test_batch" else 30
+        count = 200 if name == "test_batch" else images_per_batch
         labels = rng.integers(10, size=count)
         pixels = rng.integers(0, 80, size=(count, 3072)) + 17 * labels[:, None]
         batch = {"data": pixels.astype(np.uint8), "labels": labels.tolist()}

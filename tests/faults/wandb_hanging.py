@@ -34,7 +34,7 @@ def install(chosen):
 def login(**_):
     import utils
 
-    utils.RunLog.patience = 2
+    utils.WandbRun.patience = 2
 
 
 def Settings(**_):

@@ -99,7 +99,7 @@ def finish_after_kill(name, undisturbed, folder, *more):
     target, expected = folder / model_path(name), undisturbed.folder / model_path(name)
     continues = resume_states(folder) and not target.exists()
     done = check(run_forked(*undisturbed.command(name), "--resume", *more, cwd=folder))
-    assert "after epoch" in done.stdout or not continues
+    assert "resuming after epoch" in done.stdout or not continues
     assert same_weights(target, expected)
     assert visible_files(target.parent) >= visible_files(expected.parent) - {"random_0.9"}
     assert len((target.parent / "history.jsonl").read_text().splitlines()) == 2
@@ -190,7 +190,8 @@ def test_full_tmpfs_is_found_before_training(tmp_path):
     try:
         command = ["main_original_model.py", *TINY, *QUIET, "--runs_dir", small / "runs"]
         fails_in_one_line(run_in_process(*command, cwd=tmp_path), str(small), "cannot hold")
-        assert not [path for path in small.rglob("*") if path.is_file()]
+        files = [path for path in small.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) == 0  # an empty lock may be left
     finally:
         subprocess.run(["umount", small], check=True)
 

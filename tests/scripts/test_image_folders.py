@@ -121,7 +121,7 @@ def test_unreadable_image_is_named_or_skipped(more, damaged):
     command = [*ORIGINAL, *TINY, "--data_dir", "pictures", "--num_epochs", 1, *more]
     fails_in_one_line(run_in_process(*command, cwd=damaged), ".png: ", "--skip_corrupt")
     done = check(run_in_process(*command, "--skip_corrupt", cwd=damaged))
-    (line,) = (line for line in done.stdout.splitlines() if "2 images" in line)
+    (line,) = (line for line in done.stdout.splitlines() if "2 unreadable images" in line)
     assert "bee/0041.png" in line and "ant/0004.png" in line
     assert "89 images" in done.stdout
 

@@ -143,11 +143,11 @@ def is_one_line(done):
 def test_random_flags_are_refused_or_used_as_given(script, data, trained, monkeypatch):
     jobs = []
 
-    def execute(job, *_):
+    def run_and_save(job, *_, **__):
         jobs.append(job)
         raise Reached
 
-    monkeypatch.setattr(unlearn, "execute", execute)
+    monkeypatch.setattr(unlearn, "run_and_save", run_and_save)
     chosen = dict(data.draw(some_of(SCRIPTS[script])))
     fixed = {"--width": "8", "--device": "cpu", "--wandb_mode": "disabled", "--num_epochs": "2"}
     if script != "main_original_model.py":

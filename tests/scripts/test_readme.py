@@ -1,17 +1,43 @@
 """What the README says is tried as it is written."""
 
 import re
+import shlex
 import shutil
+import sys
+from functools import partial
 
-from helpers import QUIET, ROOT, TINY, check, read_markdown, readme_block, run_script, succeed
+from helpers import QUIET, ROOT, TINY, check, read_markdown, readme_block, run_forked
 from test_data_and_models import PUBLISHED
 from test_pipeline import read_table
 
 
+def shell_commands(block):
+    """The words of every command of a shell script, with the values of its variables."""
+    variables, commands = {}, []
+    for line in block.splitlines():
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        words = shlex.split(line)
+        if assignment := re.fullmatch(r"([A-Z]+)=(.*)", words[0]):
+            variables[assignment[1]] = assignment[2]
+        else:
+            commands.append(words)
+    return commands
+
+
+def flags_of(words):
+    """{flag: value} of the words after a script's name."""
+    assert len(words) % 2 == 0 and all(flag.startswith("--") for flag in words[::2])
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
 def test_published_command_lines_are_in_the_readme():
-    text = read_markdown("README.md")
-    missing = [line for line in PUBLISHED if f"python {line}\n" not in text]
-    assert not missing
+    """The README breaks them over lines and gives their common flags by variables."""
+    written = shell_commands(readme_block("published"))
+    for line, words in zip(PUBLISHED, written, strict=True):
+        script, *flags = line.split()
+        assert words[:2] == ["python", script]
+        assert flags_of(words[2:]) == flags_of(flags)
 
 
 def test_command_broken_by_backslashes_is_read_as_one_line(tmp_path):
@@ -35,6 +61,14 @@ def test_requirements_of_the_scripts_are_not_those_of_the_tests():
     assert "torch" in scripts and "pytest" in tests and not scripts & tests
 
 
+def import_from(project):
+    """Make the fork of a test import the project's modules from a copy of it."""
+    own = {path.stem for path in project.iterdir()}
+    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+        del sys.modules[name]
+    sys.path.insert(0, str(project))
+
+
 def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
     project = tmp_path / "project"
     left_out = shutil.ignore_patterns(".*", "data", "runs", "tests", "__pycache__")
@@ -53,16 +87,18 @@ def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
     assert added != text
     package.write_text(added)
 
-    def run(script, *arguments):
-        return check(run_script(script, *arguments, *TINY, *QUIET, cwd=tmp_path, root=project))
+    def run(*command):
+        before = partial(import_from, project)
+        return check(run_forked(*command, cwd=tmp_path, root=project, before=before))
 
-    run("main_original_model.py", "--num_epochs", 1)
-    help_text = succeed("main_unlearn.py", "--help", cwd=tmp_path, root=project).stdout
-    assert "catastrophic" in help_text
-    run("main_unlearn.py", "--unlearn_name", "catastrophic")
-    run("main_unlearn_cpu.py", "--unlearn_name", "catastrophic")
-    done = run("main_evaluate.py", "--unlearn_name", "all", "--resplits", 2)
+    run("main_original_model.py", *TINY, *QUIET, "--num_epochs", 1)
+    assert re.search("catastrophic +epochs: 5", run("main_unlearn.py", "--help").stdout)
+    added = [*TINY, *QUIET, "--unlearn_name", "catastrophic", "--num_epochs", 1]
+    run("main_unlearn.py", *added)
+    run("main_unlearn_cpu.py", *added)
+    evaluate = [*TINY, *QUIET, "--unlearn_name", "all", "--resplits", 2, "--alphas", 0.1]
+    done = run("main_evaluate.py", *evaluate, "--columns", "all")
     rows = read_table(tmp_path / "runs/resnet18w8_digits_seed1/random_0.9/results.csv")
     assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}
-    assert "p_f" in done.stdout
+    assert "conf_f %" in done.stdout
     assert all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)

@@ -168,7 +168,8 @@ def test_unreadable_picture_of_tiny_imagenet_is_skipped(tiny_imagenet, capsys):
     broken = Path(tiny_imagenet.data_dir) / "tiny-imagenet-200/val/images/val_61.JPEG"
     broken.write_bytes(broken.read_bytes()[:200])
     for memory_gb in (8, 0):
-        skipping = flags(**vars(tiny_imagenet) | {"memory_gb": memory_gb, "skip_corrupt": True})
+        chosen = {"memory_gb": memory_gb, "workers": 0, "skip_corrupt": True}
+        skipping = flags(**vars(tiny_imagenet) | chosen)
         data = utils.load_data(skipping, torch.device("cpu"))
         output = capsys.readouterr().out
         assert "1 unreadable image:" in output and "val/images/val_61.JPEG" in output
