@@ -1,11 +1,11 @@
 """Which q̂ judges which images: computed once per model, used by every metric, figure and file.
 
-    conformal_scores = ConformalScores(outputs, settings) conformal_scores.part("forget")        the
-    forget images, scored for every label conformal_scores.q_hats()              q̂ of every draw
-    and α, from the retained classes' calibration images conformal_scores.class_q_hats()        q̂
-    of every class and α, from the class's own calibration images conformal_scores.judgements()
-    {group of images: its scores and the q̂ that judges it} accuracy_and_coverage(images,
-    calibration, settings)    the same for images that are not in ``outputs``
+    conformal_scores = ConformalScores(outputs, settings)
+    conformal_scores.part("forget")     # the forget images, scored for every label
+    conformal_scores.q_hats()           # q̂ of every draw and α from all retained classes
+    conformal_scores.class_q_hats()     # q̂ of every class and α from the class's own images
+    conformal_scores.judgements()       # {group of images: its scores and the q̂ that judges it}
+    accuracy_and_coverage(images, calibration, settings)   # for images that are not in outputs
 
 Methods take a :class:`metrics.scores.Score` and a calibration size. The defaults are the first
 score of the settings and the largest calibration size. Results are cached.
