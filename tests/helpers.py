@@ -78,8 +78,15 @@ def start_script(script, *arguments, cwd, **options):
     )
 
 
+def forget_earlier_scripts():
+    """Reset what a script remembers about wandb until its process ends."""
+    if utils := sys.modules.get("utils"):
+        utils.wandb_state = utils.WandbState()
+
+
 def run_in_process(script, *arguments, cwd):
     """Run a script as ``__main__`` in this process. Returns what :func:`run_script` returns."""
+    forget_earlier_scripts()
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [script, *map(str, arguments)]
     try:
@@ -123,6 +130,7 @@ def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None, r
                     contextlib.redirect_stderr(err),
                     contextlib.chdir(cwd),
                 ):
+                    forget_earlier_scripts()
                     if before:
                         before()
                     sys.argv = [script, *map(str, arguments)]
