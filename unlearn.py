@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import models
 import utils
+from metrics.accuracy import accuracy
 from models import checkpoint, distributed, fisher, inference
 from models.errors import NotFinite, UserError
 
@@ -470,11 +471,6 @@ def accuracies(job, limit=None, parts=MEASURED_PARTS):
             logits, labels = inference.compute_logits(job.model, images, indices)
             measured[part] = accuracy(logits, labels)
     return measured
-
-
-def accuracy(logits, labels):
-    """Fraction of the images whose largest logit is that of their label. N×K, N → float."""
-    return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
 def monitored_accuracies(job, epoch, parts=MEASURED_PARTS):

@@ -2068,7 +2068,8 @@ def _locked(folder):
     except Timeout:
         reason = "another run is writing here; wait for it, or choose another --runs_dir"
         raise UserError(f"{folder}: {reason}") from None
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: no locks
+    # filelock raises NotImplementedError on a file system without locks.
+    except (OSError, NotImplementedError) as error:
         reason = f"cannot be locked ({first_line(error)})"
         print(f"{folder}: {reason}; make sure that no other run writes to it")
     try:

@@ -372,7 +372,7 @@ def test_an_error_of_the_system_names_its_reason(tmp_path, monkeypatch):
 
 
 def data_like():
-    """Stands for utils.Data with ten classes of 32×32 images."""
+    """A stand-in for utils.Data: ten classes, 32×32 images."""
     differences = {"other-0": "other training images"}
     return SimpleNamespace(
         classes=[*"abcdefghij"], train=SimpleNamespace(size=32), difference=differences.get

@@ -95,10 +95,9 @@ def test_subclass_of_cifar20_is_forgotten(cifar20):
 
 @pytest.fixture
 def tiny_imagenet(tmp_path, monkeypatch):
-    """An archive like Tiny ImageNet's: three classes, the validation labels in val_annotations.txt
-    alone.
+    """An archive in the format of Tiny ImageNet, with three classes.
 
-    It lies in --data_dir already, and nothing answers at the address that it comes from.
+    It is already in --data_dir, and its download address is unreachable.
     """
     wnids, rng = ["n03", "n01", "n02"], np.random.default_rng(0)
     published = tmp_path / "data/tiny-imagenet-200.zip"

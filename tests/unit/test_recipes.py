@@ -42,20 +42,12 @@ def test_other_methods_take_their_own_defaults():
     assert recipe("ssd") is None and recipe("FisherForgetting") is None
 
 
+FLAGS = ["--num_epochs", 3, "--learning_rate", 0.5, "--batch_size", 5, "--milestones", "1,2"]
+
+
 @pytest.mark.parametrize("name", ["retrain", "finetune", "salun"])
 def test_flags_come_before_every_default(name):
-    given = [
-        "--num_epochs",
-        3,
-        "--learning_rate",
-        0.5,
-        "--batch_size",
-        5,
-        "--milestones",
-        "1,2",
-        "--precision",
-        "bf16",
-    ]
+    given = [*FLAGS, "--precision", "bf16"]
     assert recipe(name, *given) == unlearn.Recipe(3, 0.5, 5, [1, 2], 0.9, 5e-4, "bf16")
     assert recipe(name, *given, original={}) == recipe(name, *given)
 
@@ -90,18 +82,7 @@ def test_an_original_without_flags_takes_the_data_sets_recipe(model, data, expec
 
 
 def test_an_original_takes_its_flags():
-    given = [
-        "--num_epochs",
-        3,
-        "--learning_rate",
-        0.5,
-        "--batch_size",
-        5,
-        "--milestones",
-        "1,2",
-        "--precision",
-        "tf32",
-    ]
+    given = [*FLAGS, "--precision", "tf32"]
     assert unlearn.original_recipe(arguments(*given), CPU) == unlearn.Recipe(
         3, 0.5, 5, [1, 2], 0.9, 5e-4, "tf32"
     )
