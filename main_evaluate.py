@@ -39,7 +39,12 @@ from models.errors import NotFinite
 COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the columns …_minus_retrain
 TEXT_COLUMNS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights")
 TEXT_COLUMNS += ("model", "settings", "forget_class", "compared_to")
-SCORES, RELEARNING = "scores.png", "relearn.png"
+SCORES, RELEARNING, Q_HATS = "scores.png", "relearn.png", "q_hat.png"
+CAPTIONS = {
+    SCORES: "Non-conformity scores",
+    RELEARNING: "Relearning",
+    Q_HATS: "q̂ of the conformal loss by epoch",
+}
 MOST_FAKE = 18  # images of a fake_forgotten.png
 NUM_BYTES = 2**24  # of free disk space that the results need
 
@@ -950,7 +955,7 @@ def draw_pictures(evaluation):
 
 
 def draw_scored_models(evaluation):
-    """{file name: (caption, Figure)} of the scores and of relearning.
+    """{file name: (caption, Figure)} of the scores, of relearning and of q̂ in training.
 
     Earlier evaluations left no data for these. If the picture on disk shows models that are not
     scored now, it is kept, and the new picture gets another name.
@@ -959,10 +964,14 @@ def draw_scored_models(evaluation):
     alpha, drawn = args.alphas[0], {}
     if args.score[0] == "thr":
         histograms = {name: model.score_histogram for name, model in scored.items()}
-        drawn[SCORES] = ("Non-conformity scores", figures.score_histograms(histograms, alpha))
+        drawn[SCORES] = figures.score_histograms(histograms, alpha)
     if args.relearn:
         curves = {name: model.relearning for name, model in scored.items()}
-        drawn[RELEARNING] = ("Relearning", figures.relearn_curves(curves, alpha))
+        drawn[RELEARNING] = figures.relearn_curves(curves, alpha)
+    q_hats = {name: q_hat_history(model.saved) for name, model in scored.items()}
+    if q_hats := {name: values for name, values in q_hats.items() if values}:
+        drawn[Q_HATS] = figures.q_hat_curves(q_hats)
+    drawn = {file: (CAPTIONS[file], figure) for file, figure in drawn.items()}
     if not evaluation.earlier_rows:
         return drawn
     kept = [file for file in drawn if (evaluation.folder / file).is_file()]
@@ -972,13 +981,21 @@ def draw_scored_models(evaluation):
     return drawn
 
 
+def q_hat_history(saved):
+    """q̂ of every epoch from the record of a CPU variant. Empty for other models and records."""
+    q_hats = saved.meta.get("q_hats")
+    if not isinstance(q_hats, list) or not all(isinstance(q_hat, float) for q_hat in q_hats):
+        return []
+    return q_hats
+
+
 def partial_name(file):
     return file.replace(".png", "_partial.png")
 
 
 def remove_outdated_pictures(folder, pictures):
     """Remove a picture of some of the models where the new one shows all of them."""
-    for file in (SCORES, RELEARNING):
+    for file in CAPTIONS:
         if folder / file in pictures:
             (folder / partial_name(file)).unlink(missing_ok=True)
 
@@ -993,8 +1010,8 @@ def earlier_pictures(evaluation):
     methods = dict.fromkeys(row["method"] for row in evaluation.earlier_rows)
     paths = {fake_sheet_caption(name): folder / name / "fake_forgotten.png" for name in methods}
     if methods:
-        paths["Non-conformity scores (earlier evaluation)"] = folder / SCORES
-        paths["Relearning (earlier evaluation)"] = folder / RELEARNING
+        for file, caption in CAPTIONS.items():
+            paths[f"{caption} (earlier evaluation)"] = folder / file
     return {caption: path.read_bytes() for caption, path in paths.items() if path.is_file()}
 
 

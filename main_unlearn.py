@@ -152,8 +152,9 @@ def build_network(args, data, device, *, pretrained):
 def plan_run(label, method, original, *, term, device):
     """The :class:`Run` of one method. Raises UserError if its folder has another run's result."""
     args = original.args
-    recipe = unlearn.method_recipe(method, args, original.meta, device)
     options = unlearn.method_options(method, args)
+    recipe = unlearn.method_recipe(method, args, original.meta, device)
+    recipe = unlearn.fit_epochs(recipe, options, len(original.split.retain))
     identity = run_identity(original, recipe, options, term=term)
     files = unlearn.RunFiles(original.folder / label)
     earlier_meta = unlearn.already_done(files.model_path, identity, args)
@@ -182,6 +183,7 @@ def run_identity(original, recipe, options, *, term):
         identity["mask_path"] = checkpoint.weights_hash(mask)
     if term is not None:
         identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
+        identity["loss"] = term.form
     return identity
 
 

@@ -18,7 +18,7 @@ def main():
     parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn_cpu.METHODS))
     utils.add_scenario_flags(parser, ", ".join(unlearn_cpu.METHODS), "original_model.pth")
     utils.add_training_flags(parser, "default: depends on the method, listed below")
-    utils.add_conformal_flags(parser)
+    unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()
     names = utils.method_names(args.unlearn_name, unlearn_cpu.METHODS, prefix="cpu_")
@@ -33,7 +33,8 @@ def conformal_term(args, data, split):
         calibration=split.train_calibration,
         alpha=args.alpha,
         delta=args.delta,
-        lamda=args.lamda,
+        lamda=unlearn_cpu.LOSSES[args.loss].lamda if args.lamda is None else args.lamda,
+        form=args.loss,
     )
 
 

@@ -8,7 +8,9 @@ score exceeds q̂ by Δ. The label is then outside the prediction set.
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -31,12 +33,47 @@ def conformal_loss(logits, labels, q_hat, delta):
     return (q_hat - scores + delta).clamp(min=0).sum() / max(len(labels), 1)
 
 
+def all_pairs_loss(logits, labels, q_hat, delta):
+    """mean(max(q̂ − S(xᵢ, yⱼ) + Δ, 0)) over all pairs of an image xᵢ and a label yⱼ of the batch.
+
+    The loss of the code released with arXiv 2501.19403. Most pairs have the label of another image,
+    which is hardly ever in the set, so its λ acts like a much smaller one of
+    :func:`conformal_loss`. Logits M×K and labels M of the forget images → a scalar with gradient.
+    0 for M = 0.
+    """
+    scores = 1 - torch.softmax(logits.float(), dim=1)[:, labels]
+    return (q_hat - scores + delta).clamp(min=0).sum() / max(len(labels), 1) ** 2
+
+
+class Loss(NamedTuple):
+    """A form of the conformal loss, and the default weight λ that suits it."""
+
+    function: Callable
+    lamda: float
+
+
+LOSSES = {"own": Loss(conformal_loss, lamda=0.1), "pairs": Loss(all_pairs_loss, lamda=0.5)}
+
+
+def add_flags(parser):
+    """The flags of the conformal loss."""
+    add = parser.add_argument_group("conformal prediction unlearning").add_argument
+    add("--alpha", type=utils.ALPHA, default=0.05, help="miscoverage level of q̂ in the loss")
+    add("--delta", type=utils.number(float, 0), default=0.01, help="margin Δ beyond q̂")
+    forms = "scores in the loss: each image's own label, or all pairs of images and labels in the"
+    add("--loss", choices=LOSSES, default="own", help=f"{forms} batch (the released code)")
+    defaults = ", ".join(f"{loss.lamda:g} for {name}" for name, loss in LOSSES.items())
+    lamda = f"weight λ of the conformal loss; 0 gives the base method; default: {defaults}"
+    add("--lamda", type=utils.number(float, 0), help=lamda)
+
+
 @dataclass
 class ConformalTerm:
     """The conformal loss. Its q̂ is recomputed at the start of each epoch and constant within it.
 
-    ``calibration`` are indices into the held-out ``images``. ``q_hats`` has the q̂ of every epoch.
-    Raises UserError if there are too few calibration images for a finite q̂.
+    ``calibration`` are indices into the held-out ``images``. ``form`` is a name in ``LOSSES``.
+    ``q_hats`` has the q̂ of every epoch. Raises UserError if there are too few calibration images
+    for a finite q̂.
     """
 
     images: utils.Images
@@ -44,6 +81,7 @@ class ConformalTerm:
     alpha: float
     delta: float
     lamda: float
+    form: str = "own"
     q_hat: float | None = None
     q_hats: list[float] = field(default_factory=list)
 
@@ -75,8 +113,8 @@ class ConformalTerm:
         return {"q_hat": self.q_hat}
 
     def loss(self, logits, labels):
-        """:func:`conformal_loss` with the q̂ of this epoch."""
-        return conformal_loss(logits, labels, self.q_hat, self.delta)
+        """The loss of the forget images of a step, M×K and M → a scalar, with this epoch's q̂."""
+        return LOSSES[self.form].function(logits, labels, self.q_hat, self.delta)
 
     def advice(self):
         """A line for a complete run whose α was too large for the term to matter, else None."""

@@ -337,15 +337,6 @@ def add_scenario_flags(parser, methods, model_dir):
     add("--model_dir", type=expand_path, default=model_dir, help=f"{path} a slash is a path")
 
 
-def add_conformal_flags(parser):
-    """Flags of the CPU loss (arXiv 2501.19403)."""
-    add = parser.add_argument_group("conformal prediction unlearning").add_argument
-    add("--alpha", type=ALPHA, default=0.05, help="miscoverage level of q̂ in the loss")
-    add("--delta", type=number(float, 0), default=0.01, help="margin Δ beyond q̂")
-    lamda = "weight λ of the conformal loss; 0 gives the base method"
-    add("--lamda", type=number(float, 0), default=0.5, help=lamda)
-
-
 def split_names(items):
     """The names in ``--unlearn_name``, separated by blanks or commas."""
     return [name for item in items for name in item.split(",") if name]
@@ -2355,5 +2346,3 @@ def _logged_in(wandb):
         return wandb.login(prompt=False, verify=False)
     except TypeError:  # older releases, e.g. 0.20, have no argument prompt
         return bool(wandb.api.api_key)
-
-

@@ -72,6 +72,12 @@ def local_rows(rows):
     return rows[rank() :: world_size()]
 
 
+def local_sizes(sizes):
+    """How many :func:`local_rows` fall into each section of rows, for sections of ``sizes``."""
+    section_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return local_rows(section_of).bincount(minlength=len(sizes)).tolist()
+
+
 def gather_rows(rows, count):
     """All ``count`` rows in order, on every process, from each process's :func:`local_rows`.
 

@@ -10,8 +10,8 @@ al. 2024, arXiv 2308.07707). Both are computed from scores: rows R of one number
 
     F(w) = mean over images of  Σ_r (R_r · ∂ logits / ∂ w)²
 
-The square is inside the sum over images, so every image's own gradient is needed. There are two
-ways to compute it:
+The square is inside the sum over images, so every image's own gradient is needed
+(:func:`diagonal_fisher`). There are two ways to compute it:
 
 * layer by layer: one backward pass per row gives the gradient at every layer's output for a chunk
   of images. Together with the layer's input it gives each image's weight gradient. This works for
@@ -83,6 +83,43 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
             bar.update(len(chunk_indices))
     distributed.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
+
+
+def batch_fisher(model, images, batches):
+    """Mean over batches of (∂ mean cross-entropy of the batch / ∂ w)²: a tensor per parameter.
+
+    The importances of Foster et al. 2024 (arXiv 2308.07707) as their code computes them. The
+    gradients of the images of a batch are added before the square, so gradients that point in
+    different directions cancel. ``batches`` are tensors of indices into ``images``, which are not
+    augmented. The model is left in eval mode. Several processes divide every batch, and each
+    returns the result of all.
+    """
+    model.eval()
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    num_images = sum(len(indices) for indices in batches)
+    with distributed.progress_bar(total=num_images, desc="importances", unit="img") as bar:
+        for indices, inputs in zip(batches, images.batches(batches), strict=True):
+            gradients = _batch_gradient(model, inputs, images.labels[indices])
+            for name, gradient in zip(parameters, gradients, strict=True):
+                total[name] += gradient.square()
+            bar.update(len(indices))
+    return {name: tensor / len(batches) for name, tensor in total.items()}
+
+
+def _batch_gradient(model, inputs, labels):
+    """The gradients of the mean cross-entropy of a batch, in the order of the parameters.
+
+    ``inputs`` are the images of this process, ``labels`` those of the whole batch.
+    """
+    parameters = list(model.parameters())
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    if len(inputs):
+        local_labels = distributed.local_rows(labels)
+        loss = F.cross_entropy(model(inputs), local_labels, reduction="sum") / len(labels)
+        gradients = torch.autograd.grad(loss, parameters)
+    distributed.add_up(gradients)
+    return gradients
 
 
 def last_layer(model):

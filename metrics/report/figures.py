@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from scipy.special import logit
 from sklearn.isotonic import IsotonicRegression
 
@@ -78,6 +79,7 @@ SIZES = {  # inches: width and height of the figure, or of each panel and of the
     "histograms": (2.6, 1.7, 0.7),
     "sheet": (1.55, 2.0, 0.5),
     "relearn": (8.2, 3.4, 0.19, 0.8),
+    "q_hat": (7.2, 3.2),
 }
 PER_ROW = {"histograms": 4, "sheet": 6}
 MARGIN = 0.16  # around the points of the plane, as a share of its side
@@ -429,6 +431,21 @@ def relearn_curves(curves, alpha):
         axis.set_xlabel("training steps on a tenth of the forget images")
     _name_curves(figure, handles, curves)
     figure.suptitle("Relearning: nine tenths of the forget images, while the rest is relearned")
+    return figure
+
+
+@styled
+def q_hat_curves(q_hats):
+    """q̂ at the start of each epoch of the conformal loss. ``q_hats`` is {method: list of q̂}."""
+    figure = Figure(figsize=SIZES["q_hat"])
+    axis = figure.subplots()
+    lines = {name: (range(1, len(values) + 1), values) for name, values in q_hats.items()}
+    handles = _draw_curves(axis, lines)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("q̂ (score 1 − p)")
+    axis.set_title("q̂ of the conformal loss, recomputed at the start of every epoch")
+    _name_curves(figure, handles, q_hats)
     return figure
 
 

@@ -23,6 +23,12 @@ import utils
 from models import distributed, inference
 
 METHODS = unlearn.METHODS | unlearn_cpu.METHODS
+VARIANTS = {  # of these methods, with options other than the defaults
+    "ga_plus in two passes": ("ga_plus", {"passes": 2}),
+    "cpu_ga_plus in two passes": ("cpu_ga_plus", {"passes": 2}),
+    "ssd by image": ("ssd", {"importances": "image"}),
+    "teacher of a sample": ("teacher", {"retain_share": 0.5}),
+}
 
 
 def use_float64():
@@ -44,7 +50,9 @@ def main(out):
     use_float64()
     model = partial(models.create_model, "resnet18", 10, width=8)
     results = {}
-    for label, method in METHODS.items():
+    runs = {label: (label, {}) for label in METHODS} | VARIANTS
+    for name, (label, options) in runs.items():
+        method = METHODS[label]
         torch.manual_seed(0)
         term = None
         if label.startswith("cpu_"):
@@ -58,9 +66,9 @@ def main(out):
             model=model(),
             data=data,
             split=split,
-            recipe=unlearn.Recipe(1, 0.01, batch_size=32, momentum=method.momentum),
+            recipe=unlearn.Recipe(1, 0.01, batch_size=32),
             seed=1,
-            options=method.options | ({"stop_accuracy": 0.0} if label == "GA" else {}),
+            options=method.options | {"stop_accuracy": 0.0} | options,
             new_model=model,
             term=term,
             epoch_done=losses.append,
@@ -68,9 +76,9 @@ def main(out):
         )
         trained = method.run(job)
         for record in losses:
-            results[f"{label} loss {record['epoch']}"] = torch.tensor(record["loss"])
-        for name, tensor in trained.state_dict().items():
-            results[f"{label} {name}"] = tensor
+            results[f"{name} loss {record['epoch']}"] = torch.tensor(record["loss"])
+        for weight, tensor in trained.state_dict().items():
+            results[f"{name} {weight}"] = tensor
 
     passed = [0]
     net = model()

@@ -20,7 +20,7 @@ def arguments(*given, methods=unlearn.METHODS, data="cifar10"):
     parser = utils.make_parser("")
     utils.add_scenario_flags(parser, "", "original_model.pth")
     utils.add_training_flags(parser, "")
-    utils.add_conformal_flags(parser)
+    unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, methods)
     return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, given)])
 
@@ -93,7 +93,7 @@ def small_job(
     name = label.removeprefix("cpu_")
     recipe = {"num_epochs": 3, "learning_rate": 0.05, "batch_size": 8}
     recipe |= {"momentum": 0.8, "weight_decay": 0.03}
-    recipe_fields = (*recipe, "milestones", "precision")
+    recipe_fields = (*recipe, "milestones", "precision", "schedule", "optimizer")
     recipe |= {key: given.pop(key) for key in recipe_fields if key in given}
     order = torch.randperm(retain + forget, generator=torch.Generator().manual_seed(3))
     parts = torch.arange(40).split([train_calibration, 32 - train_calibration, 8])
@@ -157,6 +157,7 @@ class ByHand:
         state.pop("1.num_batches_tracked")
         self.weights = {name: tensor.requires_grad_() for name, tensor in state.items()}
         self.velocity = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+        self.squares = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
         self.keeps_statistics = True
 
     def logits(self, inputs, training=False):
@@ -187,6 +188,26 @@ class ByHand:
                 gradient = gradients[name] + weight_decay * weight
                 self.velocity[name] = momentum * self.velocity[name] + gradient
                 weight -= rate * self.velocity[name] * (1 if masks is None else masks[name])
+
+    def adapt(self, gradients, rate, weight_decay, step):
+        """Adam's step number ``step``, with β = 0.9 and 0.999 (Kingma & Ba 2015, algorithm 1)."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                gradient = gradients[name] + weight_decay * weight
+                self.velocity[name] = 0.9 * self.velocity[name] + 0.1 * gradient
+                self.squares[name] = 0.999 * self.squares[name] + 0.001 * gradient.square()
+                mean = self.velocity[name] / (1 - 0.9**step)
+                square = self.squares[name] / (1 - 0.999**step)
+                weight -= rate * mean / (square.sqrt() + 1e-8)
+
+    def batch_fisher(self, inputs, labels, batches):
+        """Mean over batches of (∂ mean of log p_label over the batch / ∂ w)²."""
+        squares = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        for batch in batches:
+            log_p = self.log_p(inputs[batch])[range(len(batch)), labels[batch]].mean()
+            for name, gradient in self.gradients(log_p).items():
+                squares[name] += gradient.square() / len(batches)
+        return squares
 
     def empirical_fisher(self, inputs, labels):
         """Mean over images of (∂ log p_label / ∂ w)²."""
@@ -221,12 +242,14 @@ class ByHand:
 
 
 def rates(recipe):
-    """The learning rate of each epoch: a cosine to zero, or a tenth from each milestone on."""
+    """The learning rate of each epoch: constant, a cosine to zero, or a tenth from milestones on."""
     for epoch in range(recipe.num_epochs):
         if recipe.milestones:
             yield recipe.learning_rate * 0.1 ** sum(
                 epoch >= milestone for milestone in recipe.milestones
             )
+        elif recipe.schedule == "constant":
+            yield recipe.learning_rate
         else:
             yield recipe.learning_rate * (1 + math.cos(math.pi * epoch / recipe.num_epochs)) / 2
 

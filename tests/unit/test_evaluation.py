@@ -25,6 +25,7 @@ import metrics
 import models
 import utils
 from metrics import CR, Spread, scores
+from metrics.report import figures
 from models import checkpoint, inference
 
 COMMON = ["--wandb_mode", "disabled", "--device", "cpu", "--resplits", "3", "--cal_sizes", "24"]
@@ -473,6 +474,28 @@ def test_pictures_of_all_methods_outlive_a_partial_evaluation(bench):
         report.count("data:image/png;base64,") == 5 + 4 + 2
     )  # pictures, fake sheets, and the earlier two
     assert '<td class=text data-value="GA">' in report.replace("'", '"')
+
+
+def test_q_hat_of_the_epochs_is_drawn_for_variants_that_recorded_it(bench, monkeypatch):
+    drawn = []
+    draw = figures.q_hat_curves
+    monkeypatch.setattr(figures, "q_hat_curves", lambda q_hats: drawn.append(q_hats) or draw(q_hats))
+    bench.save("cpu_finetune", 5, q_hats=[0.9, 0.8])
+    bench.save("cpu_RL", 6, q_hats=[0.7])
+    for name, record in (("cpu_salun", "0.9"), ("cpu_scrub", [0.9, None]), ("cpu_sfron", [])):
+        bench.save(name, 7, q_hats=record)
+    bench.evaluate("--unlearn_name", "all", *ALPHAS, pictures=True)
+    assert drawn == [{"cpu_finetune": [0.9, 0.8], "cpu_RL": [0.7]}]
+    picture = bench.folder() / "q_hat.png"
+    content = picture.read_bytes()
+    assert "q̂ of the conformal loss by epoch" in (bench.folder() / "report.html").read_text()
+    bench.evaluate("--unlearn_name", "GA", *ALPHAS, pictures=True)
+    assert len(drawn) == 1 and picture.read_bytes() == content
+    report = (bench.folder() / "report.html").read_text()
+    assert "q̂ of the conformal loss by epoch (earlier evaluation)" in report
+    bench.evaluate("--unlearn_name", "cpu_RL", *ALPHAS, pictures=True)
+    assert drawn[1:] == [{"cpu_RL": [0.7]}] and picture.read_bytes() == content
+    assert (bench.folder() / "q_hat_partial.png").is_file()
 
 
 def test_pictures_of_an_alpha_without_any_finite_q_hat_are_drawn(bench):

@@ -83,8 +83,9 @@ def figure_of(kind, names):
         "fake_bars": figures.FakeCounts(10, 5, 20),
         "score_histograms": histogram_numbers(),
         "relearn_curves": {"step": [0, 1], "accuracy": [0, 1], "coverage": [0, 1]},
+        "q_hat_curves": [0.9, 0.8],
     }[kind]
-    arguments = () if kind == "against_alpha" else (0.1,)
+    arguments = () if kind in ("against_alpha", "q_hat_curves") else (0.1,)
     return getattr(figures, kind)(dict.fromkeys(names, numbers), *arguments)
 
 
@@ -95,6 +96,7 @@ KINDS = (
     "score_histograms",
     "fake_sheet",
     "relearn_curves",
+    "q_hat_curves",
 )
 
 
@@ -347,6 +349,21 @@ def test_relearning_curves_show_every_known_number():
     assert many.get_figheight() > 2 * figure.get_figheight()
     figure = figures.relearn_curves({"ga": found["retrain"]}, 0.1)
     assert [len(axis.texts) for axis in figure.axes] == [0, 1]
+
+
+def test_q_hat_curves_show_every_epoch_of_every_variant():
+    q_hats = {"cpu_finetune": [0.9, 0.95, 0.97], "cpu_scrub": [0.9, 0.8]}
+    figure = figures.q_hat_curves(q_hats)
+    (axis,) = figure.axes
+    assert [line.get_xydata().tolist() for line in axis.lines] == [
+        [[1, 0.9], [2, 0.95], [3, 0.97]], [[1, 0.9], [2, 0.8]],
+    ]  # fmt: skip
+    for line, name in zip(axis.lines, q_hats, strict=True):
+        assert_looks(line, name, q_hats)
+    assert legend(figure) == [*q_hats] and axis.get_xlabel() == "epoch"
+    assert "q̂" in axis.get_ylabel() and "q̂" in axis.get_title()
+    figure.canvas.draw()
+    assert all(float(tick).is_integer() for tick in axis.get_xticks())
 
 
 # ---------------------------------------------------------------- plane

@@ -185,10 +185,11 @@ def test_the_bar_reaches_the_share_of_the_epochs_that_are_done(label, bars):
 
 
 def test_the_bar_of_the_importances_counts_images(bars):
-    run(small_job("ssd", retain=70))
-    assert [bar.n for bar in bars] == [70, 11]
+    for importances in ("image", "batch"):
+        run(small_job("ssd", retain=140, importances=importances))
+    assert [bar.n for bar in bars] == [151, 11] * 2
     assert [bar.options for bar in bars] == [
-        {"total": n, "desc": "importances", "unit": "img"} for n in (70, 11)
+        {"total": n, "desc": "importances", "unit": "img"} for n in (151, 11, 151, 11)
     ]
 
 

@@ -4,6 +4,7 @@ The references are plain torch in float64: network, optimizer, schedule and loss
 (``small.ByHand``). The values of all options differ from their defaults and from each other.
 """
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -145,12 +146,15 @@ class Reference:
     def run(self):
         job, last, term = self.job, 0, self.job.term
         rate_of = dict(enumerate(rates(job.recipe), 1))
-        for epoch, r, f in training_steps(job):
+        for step, (epoch, r, f) in enumerate(training_steps(job), 1):
             if epoch != last and term is not None:
                 q_hat = self.q_hat()
                 assert term.q_hats[epoch - 1] == pytest.approx(q_hat, abs=1e-5)
             last = epoch
-            logits = self.net.logits(BRIGHTER * self.images[torch.cat([r, f])], training=True)
+            passes = [r, f] if self.options.get("passes") == 2 else [torch.cat([r, f])]
+            logits = torch.cat(
+                [self.net.logits(BRIGHTER * self.images[i], training=True) for i in passes]
+            )
             retain, forget = (logits[: len(r)], r), (logits[len(r) :], f)
             loss = self.loss(retain, forget)
             if term is not None and len(f):
@@ -166,6 +170,9 @@ class Reference:
                 )
                 shrunk = min(1, self.options["max_norm"] / (norm + 1e-6))
                 gradients = {name: shrunk * gradient for name, gradient in gradients.items()}
+            if job.recipe.optimizer == "adam":
+                self.net.adapt(gradients, rate_of[epoch], job.recipe.weight_decay, step)
+                continue
             self.net.descend(
                 gradients, rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay, self.masks
             )
@@ -184,6 +191,26 @@ def test_several_epochs_of_a_trained_method_give_the_weights_of_its_paper(name):
     after = run(job)
     Reference(job, before).run().assert_equal(after)
     assert after["1.running_mean"].equal(before[1].running_mean) == (name == "GA")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ga_plus", {"passes": 2, "forget_weight": 0.35, "retain": 20, "forget": 12}),
+        ("cpu_ga_plus", {"passes": 2, "forget_weight": 0.35, "retain": 20, "forget": 12}),
+        ("teacher", {"kd_T": 1.7, "retain_share": 0.5}),
+        ("teacher", {"kd_T": 1.7, "optimizer": "adam", "learning_rate": 0.003}),
+        ("scrub", {"kd_T": 2.3, "beta": 0.6, "gamma": 1.4, "forget_batch_size": 3}),
+        ("sfron", {**OPTIONS["sfron"], "num_epochs": 3, "num_steps": 8}),
+        ("finetune", {"schedule": "constant"}),
+        ("RL", {"optimizer": "adam", "learning_rate": 0.003, "schedule": "constant"}),
+    ],
+)
+def test_authors_settings_give_the_weights_of_the_paper(name, settings):
+    conformal = {"lamda": LAMDA, "alpha": ALPHA, "delta": DELTA} if name.startswith("cpu_") else {}
+    job = small_job(name, **settings, **conformal)
+    after = run(job)
+    Reference(job, SmallNet()).run().assert_equal(after)
 
 
 def test_milestones_replace_the_cosine():
@@ -206,7 +233,7 @@ def test_cosine_starts_at_the_rate_and_heads_for_zero():
 def test_without_other_settings_sgd_has_momentum_and_weight_decay():
     recipe = unlearn.Recipe(3, 0.1)
     assert (recipe.momentum, recipe.weight_decay, recipe.batch_size) == (0.9, 5e-4, 64)
-    assert {entry.momentum for entry in unlearn.METHODS.values()} == {0.9}
+    assert (recipe.schedule, recipe.optimizer, recipe.milestones) == ("cosine", "sgd", None)
 
 
 # ---------------------------------------------------------------- the steps of each method
@@ -260,6 +287,55 @@ def test_scrub_passes_through_the_forget_images_first_in_its_first_epochs():
         assert all(not r for r, _ in steps[: len(maximised)])
         assert sorted(sum(maximised, [])) == (job.split.forget.tolist() if maximised else [])
         assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
+
+
+def test_scrub_with_forget_batch_size_divides_its_forget_images_by_it():
+    job = small_job("scrub", msteps=1, forget_batch_size=4)
+    run(job)
+    first, *later = epochs_of(job)
+    assert [len(f) for r, f in first if not r] == [4, 4, 3]
+    assert [len(r) for r, _ in first if r] == [7, 6, 6] and all(r for s in later for r, _ in s)
+
+
+def test_ga_plus_with_two_passes_repeats_full_forget_batches():
+    job = small_job("ga_plus", retain=20, forget=12, passes=2)
+    run(job)
+    for steps in epochs_of(job):
+        assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
+        assert [len(f) for _, f in steps] == [8, 4, 8]
+        assert sorted(steps[0][1] + steps[1][1]) == job.split.forget.tolist()
+
+
+def test_two_passes_normalise_by_their_own_statistics_and_one_image_by_running_ones():
+    job, seen = small_job("ga_plus", retain=20, forget=9, passes=2, num_epochs=1, quiet=True), []
+    job.model[1].register_forward_pre_hook(
+        lambda norm, inputs: seen.append((len(inputs[0]), norm.training))
+    )
+    run(job)
+    assert seen == [(7, True), (8, True), (7, False), (1, False), (6, True), (8, True)]
+
+
+def test_teacher_with_retain_share_uses_the_same_part_of_the_retain_set_in_every_epoch():
+    job = small_job("teacher", retain_share=0.5)
+    run(job)
+    visited = {tuple(sorted(sum((r for r, _ in steps), []))) for steps in epochs_of(job)}
+    assert (
+        len(visited) == 1
+        and len(*visited) == 10
+        and {*visited.pop()} < {*job.split.retain.tolist()}
+    )
+    samples = {
+        tuple(unlearn.sampled_retain_set(replace(job, seed=seed)).tolist()) for seed in range(5)
+    }
+    assert len(samples) == 5
+    assert unlearn.sampled_retain_set(small_job("teacher")).equal(job.split.retain)
+    assert len(unlearn.sampled_retain_set(small_job("teacher", retain_share=0.001))) == 1
+
+
+def test_sfron_with_num_steps_ends_within_the_last_epoch():
+    job = small_job("sfron", num_epochs=3, num_steps=8)
+    run(job)
+    assert [sum(len(r) > 0 for r, _ in steps) for steps in epochs_of(job)] == [3, 3, 2]
 
 
 def test_sfron_ascends_before_every_nth_repair_and_repeats_no_forget_image_within_a_pass():
@@ -368,31 +444,77 @@ def test_gradient_ascent_keeps_the_running_statistics_of_every_kind_of_batch_nor
 # ---------------------------------------------------------------- methods without training
 
 
-def by_importances(job):
-    """Empirical Fisher information of the forget images and of all training images, by hand."""
+def importances_by_hand(job):
+    """Importances for the forget images and for all training images, as the finished job's."""
     net, split, train = ByHand(SmallNet()), job.split, job.data.train
-    everything = torch.cat([split.retain, split.forget])
-    return [
-        net.empirical_fisher(train.inputs[part], train.labels[part])
-        for part in (split.forget, everything)
-    ]
+    everything = torch.cat([split.retain, split.forget]).sort().values
+    if job.options["importances"] == "image":
+        return [
+            net.empirical_fisher(train.inputs[part], train.labels[part])
+            for part in (split.forget, everything)
+        ]
+    batches = [torch.tensor(indices) for indices, _ in train.uses]
+    ends = [end for end in range(len(batches) + 1) if sum(map(len, batches[:end])) == len(train)]
+    overall, forget = batches[: ends[0]], batches[ends[0] :]
+    assert torch.cat(overall).sort().values.equal(everything)
+    assert torch.cat(forget).sort().values.equal(split.forget)
+    return [net.batch_fisher(train.inputs, train.labels, part) for part in (forget, overall)]
 
 
-def test_ssd_dampens_the_weights_that_its_paper_selects():
-    job = small_job("ssd", selection_weighting=1.7, dampening_constant=0.6)
+@pytest.mark.parametrize(
+    ("importances", "batch_size"), [("image", 128), ("batch", 128), ("batch", 8)]
+)
+def test_ssd_dampens_the_weights_that_its_paper_selects(importances, batch_size, monkeypatch):
+    monkeypatch.setattr(unlearn, "SSD_BATCH_SIZE", batch_size)
+    options = {"selection_weighting": 1.7, "dampening_constant": 0.6, "importances": importances}
+    job = small_job("ssd", **options)
     after, weights = run(job), ByHand(SmallNet()).state()
+    if importances == "batch":
+        largest = max(len(indices) for indices, _ in job.data.train.uses)
+        assert largest == min(batch_size, 30)
     selected = 0
     for name, forget, overall in zip(
-        *[[*part] for part in (weights, *map(dict.values, by_importances(job)))], strict=False
+        *[[*part] for part in (weights, *map(dict.values, importances_by_hand(job)))], strict=False
     ):
         factor = torch.where(forget > 1.7 * overall, (0.6 * overall / forget).clamp(max=1), 1.0)
         selected += (factor < 1).sum().item()
         torch.testing.assert_close(
             after[name].double(), weights[name] * factor, rtol=1e-4, atol=1e-7
         )
-    assert 20 < selected < 400
+    assert 20 < selected < 1000
     assert after["1.running_mean"].equal(SmallNet()[1].running_mean)
     assert all(seed is None for _, seed in job.data.train.uses)
+
+
+def test_ssd_batches_are_those_of_the_seed():
+    def batches(seed):
+        job = small_job("ssd", seed=seed)
+        run(job)
+        return [indices for indices, _ in job.data.train.uses]
+
+    assert unlearn.SSD_BATCH_SIZE == 128 and batches(4) == batches(4) != batches(5)
+
+
+def test_ssd_that_selects_no_weight_says_so(capsys):
+    job = small_job("ssd", selection_weighting=1e6)
+    assert run(job).keys() and job.model[4].weight.equal(SmallNet()[4].weight)
+    assert "ssd: no weight is 1e+06 times as important" in capsys.readouterr().out
+    run(small_job("ssd", selection_weighting=0.5))
+    assert "no weight" not in capsys.readouterr().out
+
+
+def fisher_variance_by_hand(name, fisher, noise):
+    """Golatkar's variances, weight by weight, of SmallNet's layers."""
+    is_last = name.startswith("4.")
+    variance = torch.empty_like(fisher)
+    for index in itertools.product(*map(range, fisher.shape)):
+        variance[index] = noise * min(1 / (fisher[index].item() + 1e-8), 100 if is_last else 1000)
+    if variance.ndim > 1:
+        for index in itertools.product(*map(range, fisher.shape)):
+            inputs = [(index[0], number, *index[2:]) for number in range(fisher.shape[1])]
+            fisher[index] = sum(variance[i].item() for i in inputs) / len(inputs)
+        variance = fisher
+    return 10 * variance if is_last or variance.ndim == 1 else variance
 
 
 def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_images():
@@ -401,13 +523,26 @@ def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_
     fisher = net.expected_fisher(job.data.train.inputs[job.split.retain])
     rng = utils.generator(job.seed, job.name, "noise")
     for name, weight in net.weights.items():
-        largest = 100 if name.startswith("4.") else 1000
-        variance = 3e-4 * (1 / (fisher[name] + 1e-8)).clamp(max=largest)
+        variance = fisher_variance_by_hand(name, fisher[name], 3e-4)
         noise = torch.randn(weight.shape, generator=rng).double() * variance.sqrt()
         torch.testing.assert_close(
             after[name].double(), weight.detach() + noise, rtol=1e-4, atol=1e-6
         )
     assert all(seed is None for _, seed in job.data.train.uses)
+
+
+def test_fisher_forgetting_of_whole_classes_replaces_their_rows_of_the_last_layer_by_noise():
+    job = small_job("FisherForgetting", noise=0.0)
+    labels = job.data.train.labels
+    labels[job.split.retain] = torch.arange(19) % 3  # classes 3 and 4 are forgotten entirely
+    labels[job.split.forget] = torch.arange(11) % 3 + 2
+    assert unlearn.forgotten_classes(job).tolist() == [3, 4]
+    after, before = run(job), SmallNet().state_dict()
+    for name in ("4.weight", "4.bias"):
+        assert after[name][:3].equal(before[name][:3])
+    assert after["0.weight"].equal(before["0.weight"])
+    noise = torch.cat([after["4.weight"][3:].flatten(), after["4.bias"][3:]])
+    assert noise.std().item() == pytest.approx(1e-3**0.5, rel=0.2) and abs(noise.mean()) < 0.006
 
 
 def test_the_last_layer_is_found_where_other_layers_are_as_wide():

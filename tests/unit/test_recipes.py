@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,8 +52,71 @@ def test_flags_come_before_every_default(name):
 
 
 def test_a_method_of_another_momentum_trains_with_it():
-    entry = replace(unlearn.METHODS["salun"], momentum=0.3)
+    entry = replace(unlearn.METHODS["salun"], training={"num_epochs": 2, "momentum": 0.3})
     assert unlearn.method_recipe(entry, arguments(), {}, CPU).momentum == 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("finetune", unlearn.Recipe(10, 0.01, 256, schedule="constant")),
+        ("RL", unlearn.Recipe(10, 0.003, 256, schedule="constant")),
+        ("GA", unlearn.Recipe(5, 1e-4, 256, schedule="constant")),
+        ("ga_plus", unlearn.Recipe(10, 0.0095, 64, None, 0.0, 0.0, schedule="constant")),
+        (
+            "teacher",
+            unlearn.Recipe(1, 1e-4, 256, weight_decay=0.0, schedule="constant", optimizer="adam"),
+        ),
+        ("scrub", unlearn.Recipe(3, 5e-4, 64, schedule="constant")),
+        ("salun", unlearn.Recipe(10, 0.013, 256, schedule="constant")),
+        ("sfron", unlearn.Recipe(5, 0.01, 128)),
+        ("retrain", unlearn.Recipe(33, 0.07, 17, [9, 21])),
+    ],
+)
+def test_authors_recipe_takes_published_values(name, expected):
+    assert recipe(name, "--recipe", "authors") == expected
+    flags = [*FLAGS, "--recipe", "authors"]
+    assert recipe(name, *flags) == replace(
+        expected, num_epochs=3, learning_rate=0.5, batch_size=5, milestones=[1, 2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("GA", {"stop_accuracy": 0.0}),
+        ("ga_plus", {"forget_weight": 1 / 19, "passes": 2}),
+        ("FisherForgetting", {"noise": 1e-6}),
+        ("teacher", {"retain_share": 0.3}),
+        ("ssd", {"selection_weighting": 10.0}),
+        ("scrub", {"forget_batch_size": 512}),
+        ("salun", {}),
+        ("sfron", {"num_steps": 1500}),
+    ],
+)
+def test_authors_options_differ_from_the_defaults_only_where_listed(name, changed):
+    entry = unlearn.METHODS[name]
+    options = unlearn.method_options(entry, arguments("--recipe", "authors"))
+    defaults = unlearn.method_options(entry, arguments())
+    assert defaults == entry.options and options == pytest.approx(defaults | changed, nan_ok=True)
+    assert entry.authors.keys() <= unlearn.RECIPE_FIELDS | entry.options.keys()
+
+
+def test_num_steps_sets_the_epochs_and_num_epochs_replaces_it():
+    entry = unlearn.METHODS["sfron"]
+    args = arguments("--recipe", "authors")
+    options = unlearn.method_options(entry, args)
+    fitted = unlearn.fit_epochs(recipe("sfron", "--recipe", "authors"), options, 45000)
+    assert fitted.num_epochs == 5 and replace(fitted, num_epochs=9) == unlearn.Recipe(9, 0.01, 128)
+    assert unlearn.fit_epochs(fitted, options, 128 * 1500).num_epochs == 1
+    assert unlearn.fit_epochs(fitted, options, 128 * 1499).num_epochs == 2
+    assert unlearn.fit_epochs(fitted, options, 1).num_epochs == 1500
+    options = unlearn.method_options(entry, arguments("--recipe", "authors", "--num_epochs", 7))
+    assert options["num_steps"] is None
+    assert unlearn.fit_epochs(fitted, options, 10) is fitted
+    assert unlearn.fit_epochs(fitted, {}, 10) is fitted
+    with pytest.raises(utils.UserError, match="--num_epochs and --num_steps: .*; omit one"):
+        check(["sfron"], "--num_epochs", 7, "--num_steps", 3)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +153,20 @@ def test_an_original_takes_its_flags():
 def test_transformers_alone_have_their_own_defaults():
     entry = unlearn.METHODS["ssd"]
     assert unlearn.method_options(entry, arguments()) == {
-        "selection_weighting": 8.0,
+        "selection_weighting": 50.0,
         "dampening_constant": 1.0,
+        "importances": "batch",
     }
+    entry = replace(entry, transformer={"selection_weighting": 4.0})
     vit = unlearn.method_options(entry, arguments("--model_name", "vit"))
-    assert vit == {"selection_weighting": 4.0, "dampening_constant": 1.0}
+    assert vit == {"selection_weighting": 4.0, "dampening_constant": 1.0, "importances": "batch"}
     asked = arguments(
         "--model_name", "vit", "--selection_weighting", 0, "--dampening_constant", 0.5
     )
     assert unlearn.method_options(entry, asked) == {
         "selection_weighting": 0.0,
         "dampening_constant": 0.5,
+        "importances": "batch",
     }
     convolutional = unlearn.method_options(entry, arguments("--model_name", "resnet50"))
     assert convolutional == unlearn.method_options(entry, arguments())
@@ -115,28 +180,28 @@ def test_transformers_alone_have_their_own_defaults():
 
 def test_options_are_the_methods_own_alone():
     args = arguments("--kd_T", 3, "--beta", 0)
-    assert unlearn.method_options(unlearn.METHODS["teacher"], args) == {"kd_T": 3.0}
+    teacher = unlearn.method_options(unlearn.METHODS["teacher"], args)
+    assert teacher == {"kd_T": 3.0, "retain_share": 1.0}
     assert unlearn.method_options(unlearn.METHODS["scrub"], args) == {
         "msteps": 2,
         "kd_T": 3.0,
         "beta": 0,
         "gamma": 0.99,
+        "forget_batch_size": None,
     }
     assert unlearn.method_options(unlearn.METHODS["finetune"], args) == {}
-    assert unlearn.method_options(
-        unlearn.METHODS["GA"], SimpleNamespace(model_name="resnet18")
-    ) == {"stop_accuracy": None}
+    assert unlearn.method_options(unlearn.METHODS["GA"], arguments()) == {"stop_accuracy": None}
 
 
 # ---------------------------------------------------------------- help and flags
 
 
 def test_help_lists_methods_with_their_defaults():
-    lines = unlearn.describe_methods(unlearn.METHODS).splitlines()
-    assert lines[0] == "methods and their defaults:" and [
-        line.split()[0] for line in lines[1:]
-    ] == [*unlearn.METHODS]
-    texts = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:]}
+    defaults, authors = unlearn.describe_methods(unlearn.METHODS).split("\n\n")
+    heading, *lines = defaults.splitlines()
+    assert heading == "methods and their defaults:"
+    assert [line.split()[0] for line in lines] == [*unlearn.METHODS]
+    texts = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
     assert texts["retrain"] == (
         "epochs: as for the original model, learning rate: as for the original model"
     )
@@ -144,9 +209,15 @@ def test_help_lists_methods_with_their_defaults():
     assert texts["salun"] == "epochs: 10, learning rate: 0.013, mask_ratio: 0.5"
     assert texts["GA"] == "epochs: 50, learning rate: 0.0003"
     assert texts["ssd"] == (
-        "no training, selection_weighting: 8.0 (transformers: 4.0), dampening_constant: 1.0"
+        "no training, selection_weighting: 50.0, dampening_constant: 1.0, importances: batch"
     )
-    variants = unlearn.describe_methods(unlearn_cpu.METHODS).splitlines()[1:]
+    heading, *lines = authors.splitlines()
+    assert heading == "values of --recipe authors, where they differ:"
+    assert [line.split()[0] for line in lines] == [n for n in unlearn.METHODS if n != "retrain"]
+    assert "  salun            batch_size: 256, schedule: constant" in lines
+    slower = replace(unlearn.METHODS["salun"], transformer={"learning_rate": 0.002})
+    assert unlearn.describe_defaults(slower).endswith("(transformers: learning rate: 0.002)")
+    variants = unlearn.describe_methods(unlearn_cpu.METHODS).split("\n\n")[0].splitlines()[1:]
     assert [line.split()[0] for line in variants] == [*unlearn_cpu.METHODS]
     assert variants[0].split(maxsplit=1)[1] == texts["retrain"]
 
@@ -236,15 +307,14 @@ def test_a_method_without_training_has_no_conformal_variant():
         (False, True, False),
         (True, False, False),
     ]:
-        unlearn.method(trained=trained, extensible=extensible, weight=0.3)(nothing)
+        unlearn.method(trained=trained, extensible=extensible, weight=0.3, num_epochs=2)(nothing)
         entry = unlearn.METHODS.pop("nothing")
         assert entry == unlearn.Method(
             name="nothing",
             run=nothing,
-            num_epochs=None,
-            learning_rate=None,
-            momentum=0.9,
+            training={"num_epochs": 2},
             options={"weight": 0.3},
+            authors={},
             transformer={},
             trained=trained,
             extensible=expected,

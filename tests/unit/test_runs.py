@@ -252,7 +252,7 @@ def test_a_done_run_of_other_settings_is_an_error_that_names_them(everything, tr
     with pytest.raises(utils.UserError, match=message):
         unlearn_in(trained, ["RL", "salun"], "--num_epochs", 2)
     given = ["--num_epochs", 2, "--alpha", 0.3, "--delta", 0.02]
-    with pytest.raises(utils.UserError, match=r"\(lamda: 0.4 on disk, 0.5 requested\)"):
+    with pytest.raises(utils.UserError, match=r"\(lamda: 0.4 on disk, 0.1 requested\)"):
         unlearn_cpu_in(trained, ["cpu_finetune"], *given)
 
 
@@ -343,7 +343,9 @@ def test_original_of_other_data_or_with_infinite_outputs_is_refused(original, fe
 
 def entry(run, name="broken", **given):
     """A method for a test."""
-    return unlearn.Method(name=name, run=run, num_epochs=3, learning_rate=0.1, **given)
+    return unlearn.Method(
+        name=name, run=run, training={"num_epochs": 3, "learning_rate": 0.1}, **given
+    )
 
 
 def diverging(job):

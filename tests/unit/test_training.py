@@ -1,13 +1,16 @@
 """Known faults of unlearning code: in data on the device, the loop and the conformal loss."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import flags
+from small import arguments
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import main_unlearn_cpu
 import unlearn
 import unlearn_cpu
 import utils
@@ -175,6 +178,33 @@ def test_conformal_loss_by_hand():
     labels = torch.tensor([0, 1, 0])
     # S = 0.3, 0.7, 0.9; max(0.75 − S + 0.05, 0) = 0.5, 0.1, 0
     assert unlearn_cpu.conformal_loss(logits, labels, 0.75, 0.05).item() == pytest.approx(0.6 / 3)
+
+
+def test_all_pairs_loss_by_hand():
+    logits = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
+    labels = torch.tensor([0, 1, 0])
+    # S(x, y) with the labels 0, 1, 0 of the batch: 0.3, 0.8, 0.3; 0.4, 0.7, 0.4; 0.9, 0.9, 0.9.
+    # max(0.75 − S + 0.05, 0) = 0.5, 0, 0.5; 0.4, 0.1, 0.4; 0, 0, 0: 1.9 of 9 pairs
+    loss = unlearn_cpu.all_pairs_loss(logits, labels, 0.75, 0.05)
+    assert loss.item() == pytest.approx(1.9 / 9)
+    single = unlearn_cpu.all_pairs_loss(logits[:1], labels[:1], 0.75, 0.05)
+    assert single.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("form", "function", "lamda"),
+    [("own", unlearn_cpu.conformal_loss, 0.1), ("pairs", unlearn_cpu.all_pairs_loss, 0.5)],
+)
+def test_loss_flag_selects_the_loss_and_its_default_weight(form, function, lamda):
+    held_out = SimpleNamespace()
+    data, split = SimpleNamespace(held_out=held_out), SimpleNamespace(train_calibration=range(50))
+    flags = ["--loss", form] if form == "pairs" else []
+    term = main_unlearn_cpu.conformal_term(arguments(*flags), data, split)
+    assert (term.form, term.lamda, term.alpha, term.delta) == (form, lamda, 0.05, 0.01)
+    assert main_unlearn_cpu.conformal_term(arguments(*flags, "--lamda", 0), data, split).lamda == 0
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    labels, term.q_hat = torch.tensor([0, 1, 2, 2]), 0.9
+    assert term.loss(logits, labels).equal(function(logits, labels, 0.9, 0.01))
 
 
 def test_conformal_loss_of_an_image_depends_on_its_own_label_only():
