@@ -726,7 +726,8 @@ def finetune(job):
     """Fine-tuning: train the original model on the retain set (Warnecke et al. 2021, 2108.11577).
 
     Defaults: 20 epochs at the learning rate of the original model. The command line published with
-    arXiv 2501.19403 uses them for CIFAR-10 (20 epochs at 0.1).
+    arXiv 2501.19403 uses them for CIFAR-10 (20 epochs at 0.1). The authors' values are those of
+    Unlearn-Sparse (2304.04934).
     """
     return train(job, retain_cross_entropy)
 
@@ -740,8 +741,8 @@ def RL(job):
     """Random labels: train the original model on the retain images, and on the forget images with
     wrong labels (Golatkar et al. 2020, 1911.04933).
 
-    The labels are drawn once. Defaults: those published for random labels with SalUn on CIFAR-10
-    (10 epochs at 0.013).
+    The labels are drawn once. Defaults: 10 epochs at 0.013, the published rate of SalUn, with a
+    cosine. The authors' values are those that SFRon (2409.19732) found for this method.
     """
     return train(job, random_label_loss(job), PARTS)
 
@@ -780,7 +781,8 @@ def GA(job):
     by the batch and keeps the running statistics of the original model. Statistics of forget images
     would replace those of the retained classes. On digits (class 9, five epochs at 0.003), 93 % of
     the retain images are then classified correctly, and 99 % with the original statistics.
-    Defaults: found on digits. ``num_epochs`` is the maximum.
+    Defaults: found on digits. ``num_epochs`` is the maximum. The authors' values are those of
+    Unlearn-Sparse (2304.04934), without a stop.
     """
     stop_accuracy = job.options["stop_accuracy"]
     if stop_accuracy is None:
@@ -932,9 +934,10 @@ def teacher(job):
     """Bad teaching: distill the original model on the retain images and an untrained network on the
     forget images (Chundawat et al. 2023, 2205.08096).
 
-    A pre-trained network serves as untrained with a new head. Default temperature: the authors'.
-    The other defaults were found on digits. The authors train on a fixed random share of the retain
-    images, ``retain_share``.
+    A pre-trained network serves as untrained with a new head. The divergence is the mean over
+    images of its sum over classes; the authors' is the mean over both, which Adam does not notice.
+    Default temperature: the authors'. The other defaults were found on digits. The authors train on
+    a fixed random share of the retain images, ``retain_share``.
     """
     competent = frozen_copy(job.model)
     incompetent = job.new_model().eval().requires_grad_(False)
@@ -1052,9 +1055,12 @@ def scrub(job):
     """SCRUB: alternate between moving away from the original model on the forget images, and back
     to it and to the labels on the retain images (Kurmanji et al. 2023, 2302.09880).
 
-    The first ``msteps`` epochs start with a pass over the forget images. Defaults: weights and
-    temperature of the authors' code. Its learning rate of 5e-4 leaves two thirds of a class of
-    5,000 CIFAR-10 images remembered after 5 epochs, and 2e-3 none after 4.
+    The first ``msteps`` epochs start with a pass over the forget images. The options ``beta`` and
+    ``gamma`` are the weights α and γ of the paper. Defaults: weights and temperature of the
+    authors' code. Its learning rate of 5e-4 leaves two thirds of a class of 5,000 CIFAR-10 images
+    remembered after 5 epochs, and 2e-3 none after 4. The authors' values are those for a class of
+    CIFAR-10. For user privacy (a membership attack on few images) they use 5 epochs, ``msteps`` 3,
+    ``beta`` 0.5 and ``gamma`` 1.
     """
     turns = ScrubTurns(job)
     return train(job, turns.loss, schedule=turns.schedule)
@@ -1098,7 +1104,9 @@ def salun(job):
     loss (Fan et al. 2024, 2310.12508).
 
     The other weights keep the values of the original model. Defaults: those published with the
-    method for 10 % of CIFAR-10 (10 epochs at 0.013, half of the weights).
+    method for 10 % of CIFAR-10 (10 epochs at 0.013, half of the weights), with batches of 64 and a
+    cosine. The authors have batches of 256 and a constant rate. They draw the labels again in every
+    epoch, true labels included, and train on the forget images first.
     """
     path = job.options["mask_path"]
     masks = read_mask(path, job.model) if path else saliency_mask(job)
@@ -1188,7 +1196,8 @@ def sfron(job):
     A weight is salient if its empirical Fisher information, image by image, is at least
     ``saliency_threshold`` times as large on the forget as on the retain images. BatchNorm is in
     train mode in both kinds of steps, as in the authors' code. Defaults: the authors' for 10 % of
-    CIFAR-10. Their 1,500 steps of 128 images are five epochs.
+    CIFAR-10, but five epochs in batches of 64 instead of 1,500 steps of 128 images, which are 4.3
+    epochs of CIFAR-10 and 140 of digits.
     """
     forget, retain = (
         fisher.diagonal_fisher(job.model, job.data.train, indices, fisher.observed_score)
