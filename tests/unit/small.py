@@ -242,7 +242,7 @@ class ByHand:
 
 
 def rates(recipe):
-    """The learning rate of each epoch: constant, a cosine to zero, or a tenth from milestones on."""
+    """The learning rate of each epoch: constant, a cosine, or divided by 10 at milestones."""
     for epoch in range(recipe.num_epochs):
         if recipe.milestones:
             yield recipe.learning_rate * 0.1 ** sum(

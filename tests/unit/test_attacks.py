@@ -409,7 +409,7 @@ def test_rates_at_few_false_positives_by_hand():
 
 
 def test_rates_take_every_point_of_a_straight_part_of_the_curve():
-    """Three scores are each one member's and one non-member's: the second is on the others' line."""
+    """Three scores of one member and one non-member each: the second is between the others."""
     tied = torch.tensor([0.01, 0.02, 0.03]).double()
     non_members = torch.cat([tied, 0.5 + torch.arange(197) / 1000])
     _, rates = MIA.ranking_attack(torch.cat([tied, torch.ones(1)]), non_members)

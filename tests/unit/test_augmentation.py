@@ -28,7 +28,9 @@ def images(count=20, side=8, size=None, spec=PLAIN):
 
 def augmented(spec, seed=1, count=4000):
     image = random_pixels(1)[0]
-    made = utils.random_augment(image.expand(count, -1, -1, -1), spec, utils.generator(seed, "test"))
+    made = utils.random_augment(
+        image.expand(count, -1, -1, -1), spec, utils.generator(seed, "test")
+    )
     return image, made
 
 
@@ -58,7 +60,11 @@ def test_half_of_the_images_are_flipped():
     image, made = augmented(replace(PLAIN, crop_padding=0, flip=True))
     flipped = transforms.horizontal_flip(image).float()
     found = [int(crop.equal(flipped)) for crop in made]
-    assert all(crop.equal(image.float()) for crop, is_flipped in zip(made, found, strict=True) if not is_flipped)
+    assert all(
+        crop.equal(image.float())
+        for crop, is_flipped in zip(made, found, strict=True)
+        if not is_flipped
+    )
     assert abs(shares(found, 2)[1] - 0.5) < 0.04
 
 
@@ -66,7 +72,9 @@ def test_the_given_share_of_the_images_is_gray():
     image, made = augmented(replace(PLAIN, crop_padding=0, grayscale=0.3))
     gray = transforms.rgb_to_grayscale(image, num_output_channels=3).float()
     found = [int(crop.equal(gray)) for crop in made]
-    assert all(crop.equal(image.float()) for crop, is_gray in zip(made, found, strict=True) if not is_gray)
+    assert all(
+        crop.equal(image.float()) for crop, is_gray in zip(made, found, strict=True) if not is_gray
+    )
     assert abs(shares(found, 2)[1] - 0.3) < 0.04
 
 
@@ -96,9 +104,13 @@ def test_numbers_are_drawn_on_the_device_of_the_images(monkeypatch):
         monkeypatch.setattr(
             torch,
             name,
-            lambda *given, plain=plain, **options: asked.append(options["device"]) or plain(*given, **options),
+            lambda *given, plain=plain, **options: (
+                asked.append(options["device"]) or plain(*given, **options)
+            ),
         )
-    utils.random_augment(pixels, replace(PLAIN, flip=True, grayscale=0.3), utils.generator(1, "test"))
+    utils.random_augment(
+        pixels, replace(PLAIN, flip=True, grayscale=0.3), utils.generator(1, "test")
+    )
     assert asked == [torch.device("cpu")] * 4
 
 
@@ -143,7 +155,11 @@ def test_a_batch_is_augmented_only_with_a_generator():
 @pytest.mark.parametrize("size", [4, 8, 13])
 def test_images_have_the_models_size(size):
     data = images(size=size)
-    expected = data.pixels[:3] if size == 8 else transforms.resize(data.pixels[:3], [size, size], antialias=True)
+    expected = (
+        data.pixels[:3]
+        if size == 8
+        else transforms.resize(data.pixels[:3], [size, size], antialias=True)
+    )
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PLAIN.mean, PLAIN.std))
     torch.testing.assert_close(data.batch(torch.arange(3)), (expected / 255 - mean) / std)
     assert data.batch(torch.arange(3), utils.generator(1, "test")).shape == (3, 3, size, size)
@@ -155,22 +171,26 @@ def test_images_that_are_not_square_are_resized_to_a_square():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"), [([2] * 5, [2, 2, 1]), ([1, 1, 1], [3]), ([16, 16], [1, 1]), ([0, 3], [2])]
+    ("sizes", "expected"),
+    [([2] * 5, [2, 2, 1]), ([1, 1, 1], [3]), ([16, 16], [1, 1]), ([0, 3], [2])],
 )
 def test_a_gpu_augments_small_batches_together(sizes, expected, monkeypatch):
-    """4 million pixels at a time: here 4 images of 1024×1024. The device is only said to be a GPU."""
+    """4 million pixels at a time: here 4 images of 1024×1024. The GPU is only a name."""
     data = images(1, side=2, size=1024)
     data.labels = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     constants, groups = utils._constants(PLAIN, torch.device("cpu")), []
     monkeypatch.setattr(utils, "_constants", lambda spec, device: constants)
     monkeypatch.setattr(
-        utils.transforms, "resize", lambda pixels, size, antialias: torch.zeros(1).expand(len(pixels), 3, *size)
+        utils.transforms,
+        "resize",
+        lambda pixels, size, antialias: torch.zeros(1).expand(len(pixels), 3, *size),
     )
     monkeypatch.setattr(
         utils,
         "random_augment",
-        lambda pixels, spec, rng, batch_sizes: groups.append(batch_sizes)
-        or torch.zeros(len(pixels), 3, 1, 1),
+        lambda pixels, spec, rng, batch_sizes: (
+            groups.append(batch_sizes) or torch.zeros(len(pixels), 3, 1, 1)
+        ),
     )
     parts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     found = list(data.batches(parts, utils.generator(1, "test")))
@@ -252,9 +272,13 @@ def test_a_generator_lies_on_the_device_it_is_asked_for(monkeypatch):
 
 def test_every_seed_and_purpose_has_numbers_of_its_own():
     seeds = {
-        utils._derive(seed, purpose) for seed in (1, 2, 12) for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
+        utils._derive(seed, purpose)
+        for seed in (1, 2, 12)
+        for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
     }
     assert len(seeds) == 15 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
-    assert torch.rand(3, generator=utils.generator(1, "a")).equal(torch.rand(3, generator=utils.generator(1, "a")))
+    assert torch.rand(3, generator=utils.generator(1, "a")).equal(
+        torch.rand(3, generator=utils.generator(1, "a"))
+    )
     utils.seed_everything(1, "a")
     assert torch.rand(3).equal(torch.rand(3, generator=utils.generator(1, "a")))

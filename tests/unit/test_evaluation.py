@@ -479,7 +479,9 @@ def test_pictures_of_all_methods_outlive_a_partial_evaluation(bench):
 def test_q_hat_of_the_epochs_is_drawn_for_variants_that_recorded_it(bench, monkeypatch):
     drawn = []
     draw = figures.q_hat_curves
-    monkeypatch.setattr(figures, "q_hat_curves", lambda q_hats: drawn.append(q_hats) or draw(q_hats))
+    monkeypatch.setattr(
+        figures, "q_hat_curves", lambda q_hats: drawn.append(q_hats) or draw(q_hats)
+    )
     bench.save("cpu_finetune", 5, q_hats=[0.9, 0.8])
     bench.save("cpu_RL", 6, q_hats=[0.7])
     for name, record in (("cpu_salun", "0.9"), ("cpu_scrub", [0.9, None]), ("cpu_sfron", [])):

@@ -8,23 +8,34 @@ import pytest
 import utils
 
 
-@pytest.mark.parametrize("flag", ["--runs_dir", "--data_dir", "--pretrained_path", "--model_dir", "--forget_list"])
+@pytest.mark.parametrize(
+    "flag", ["--runs_dir", "--data_dir", "--pretrained_path", "--model_dir", "--forget_list"]
+)
 def test_the_home_directory_is_expanded_also_after_an_equals_sign(flag, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     parser = utils.make_parser("")
     utils.add_scenario_flags(parser, "", "original_model.pth")
-    for text, expected in (("~/x", "/home/someone/x"), ("./~x", "./~x"), ("a/~", "a/~"), ("x y", "x y")):
+    for text, expected in (
+        ("~/x", "/home/someone/x"),
+        ("./~x", "./~x"),
+        ("a/~", "a/~"),
+        ("x y", "x y"),
+    ):
         args = parser.parse_args(["--unlearn_name", "all", f"{flag}={text}"])
         assert getattr(args, flag[2:]) == expected
 
 
-@pytest.mark.parametrize(("text", "words"), [("", "empty"), ("  ", "empty"), ("~nobody-here/x", "no such user")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "empty"), ("  ", "empty"), ("~nobody-here/x", "no such user")]
+)
 def test_a_path_that_cannot_be_meant_is_an_error(text, words):
     with pytest.raises(utils.UserError, match=f"--runs_dir.*{words}"):
         utils.make_parser("").parse_args([f"--runs_dir={text}"])
 
 
-@pytest.mark.parametrize("device", ["mps", "xla", "meta", "cuda:99", "CPU", "", "gpu", "vulkan", "cpu:x", "hpu"])
+@pytest.mark.parametrize(
+    "device", ["mps", "xla", "meta", "cuda:99", "CPU", "", "gpu", "vulkan", "cpu:x", "hpu"]
+)
 def test_a_device_that_is_not_there_is_one_short_line(device, monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(utils.UserError) as caught:
@@ -37,7 +48,11 @@ def test_a_device_that_is_not_there_is_one_short_line(device, monkeypatch):
 def test_every_script_imports_utils_before_torch():
     """utils sets OpenMP's variable, which torch reads when it is imported."""
     for script in Path(utils.__file__).parent.glob("main_*.py"):
-        imports = [line for line in script.read_text().splitlines() if line.startswith(("import ", "from "))]
+        imports = [
+            line
+            for line in script.read_text().splitlines()
+            if line.startswith(("import ", "from "))
+        ]
         assert imports[0].startswith("import utils"), script
     lines = Path(utils.__file__).read_text().splitlines()
     policy = next(number for number, line in enumerate(lines) if "OMP_WAIT_POLICY" in line)

@@ -1,4 +1,4 @@
-"""Image folders: which files are read, what is left out and said, layouts that are explained, and the fingerprint."""
+"""Image folders: files that are read or left out, explanations of layouts, and the fingerprint."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def save_picture(path, value=0, side=4):
-    """A picture of one grey value; its folders are made. Bytes of a name that are not UTF-8 are kept."""
+    """Save a picture of one grey value and make its folders. Names need not be UTF-8."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as file:
         extension = os.path.splitext(os.fsdecode(path))[1].lower()
@@ -39,7 +39,10 @@ def root(tmp_path):
     for part, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("ant", "bee")):
             for number in range(count):
-                save_picture(folder / part / name / f"{number}.png", 100 * label + 10 * number + (part == "test"))
+                save_picture(
+                    folder / part / name / f"{number}.png",
+                    100 * label + 10 * number + (part == "test"),
+                )
     return folder
 
 
@@ -75,7 +78,8 @@ def test_a_plain_folder_is_read_as_torchvision_reads_it(root, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["9.gif", "9.jfif", "9.PNG", "9.jp2", "9.qoi", "9.tga", "9.avif", "9", "9.dat", "9.JPeG"]
+    "name",
+    ["9.gif", "9.jfif", "9.PNG", "9.jp2", "9.qoi", "9.tga", "9.avif", "9", "9.dat", "9.JPeG"],
 )
 def test_every_picture_that_pillow_reads_is_read(name, root):
     save_picture(root / "train/ant" / name, 200)
@@ -85,9 +89,13 @@ def test_every_picture_that_pillow_reads_is_read(name, root):
 
 
 @pytest.mark.parametrize(
-    "name", [".ipynb_checkpoints/1.png", ".1.png", "._1.png", "@eaDir/1.png", "__MACOSX/1.png", "Thumbs.db",
-             "desktop.ini", ".DS_Store", "1.png~", "1.png.bak", "more/.hidden/1.png", "more/@eaDir/1.png"]
-)  # fmt: skip
+    "name",
+    [
+        *(".ipynb_checkpoints/1.png", ".1.png", "._1.png", "@eaDir/1.png", "__MACOSX/1.png"),
+        *("Thumbs.db", "desktop.ini", ".DS_Store", "1.png~", "1.png.bak"),
+        *("more/.hidden/1.png", "more/@eaDir/1.png"),
+    ],
+)
 def test_hidden_system_and_backup_files_are_left_out_and_said(name, root, capsys):
     plain = load(root)
     if "more" in name:
@@ -116,7 +124,10 @@ def test_files_that_are_no_pictures_are_left_out_in_one_line(root, capsys):
     save_picture(root / "train/loose.png")
     data = load(root)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "5 files that are not pictures, or of a format that Pillow cannot read (" in line and ", ...)" in line
+    assert (
+        "5 files that are not pictures, or of a format that Pillow cannot read (" in line
+        and ", ...)" in line
+    )
     assert "1 not in a class folder (train/loose.png)" in line and len(data.train) == 6
 
 
@@ -159,7 +170,11 @@ def test_a_link_to_itself_is_left_out(root, capsys):
         ("train/ant/top", "../..", ["the same file (a link)"]),
         ("train/ant/other", "../bee", ["two classes", "train/ant/other/0.png"]),
         ("train/ant/held_out", "../../test/ant", ["training and test image", "test/ant/0.png"]),
-        ("train/ant/9.png", "../../test/ant/1.png", ["train/ant/9.png and test/ant/1.png", "training and test image"]),
+        (
+            "train/ant/9.png",
+            "../../test/ant/1.png",
+            ["train/ant/9.png and test/ant/1.png", "training and test image"],
+        ),
         ("train/ant/9.png", "../bee/1.png", ["train/ant/9.png and train/bee/1.png", "two classes"]),
         ("train/wasp", "bee", ["two classes"]),
     ],
@@ -183,7 +198,8 @@ def test_a_second_link_to_an_image_of_the_class_counts_once(root, capsys):
     os.link(root / "train/ant/1.png", root / "train/ant/hard.png")
     assert len(load(root).train) == 6
     assert (
-        "2 links to pictures that are read already (train/ant/again.png, train/ant/hard.png)" in capsys.readouterr().out
+        "2 links to pictures that are read already (train/ant/again.png, train/ant/hard.png)"
+        in capsys.readouterr().out
     )
 
 
@@ -203,7 +219,9 @@ def test_folders_and_images_that_are_links_to_elsewhere_are_read(root, tmp_path,
 # ---------------------------------------------------------------- files that cannot be read
 
 
-def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out(root, monkeypatch, capsys):
+def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out(
+    root, monkeypatch, capsys
+):
     os.mkfifo(root / "train/ant/pipe.png")
     assert "pipe.png: cannot read image (not a regular file)" in refusal(root)
     (root / "train/bee/gone.png").symlink_to("nowhere.png")
@@ -214,7 +232,9 @@ def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out
             data = load(root, skip_corrupt=True, memory_gb=memory_gb, workers=0)
             assert len(data.train) == 6
             said = capsys.readouterr().out
-            assert "skipping 3 unreadable images: ant/pipe.png, ant/socket.png, bee/gone.png" in said
+            assert (
+                "skipping 3 unreadable images: ant/pipe.png, ant/socket.png, bee/gone.png" in said
+            )
 
 
 def test_a_pipe_without_extension_is_left_out_at_once(root, capsys):
@@ -286,7 +306,9 @@ def test_too_many_open_files_leave_no_image_out(memory_gb, root, monkeypatch):
 def test_an_image_deleted_while_reading_is_named_with_the_reason(root):
     data = load(root, memory_gb=0, workers=0)
     (root / "train/ant/2.png").unlink()
-    with pytest.raises(utils.UserError, match=r"ant/2\.png: cannot read image \(No such file or directory\)"):
+    with pytest.raises(
+        utils.UserError, match=r"ant/2\.png: cannot read image \(No such file or directory\)"
+    ):
         list(data.train.batches([torch.tensor([2])]))
 
 
@@ -305,12 +327,24 @@ def test_a_path_that_is_too_long_is_one_line(length):
         ({"test": "valid"}, ["found valid/: rename it to test/"]),
         ({"test": "Test"}, ["found Test/: rename it to test/"]),
         ({"train": "TRAIN"}, ["no folder train/", "found TRAIN/: rename it to train/"]),
-        ({"train": "training", "test": "validation"}, ["found training/: rename it to train/", "found validation/"]),
+        (
+            {"train": "training", "test": "validation"},
+            ["found training/: rename it to train/", "found validation/"],
+        ),
         ({"train": "trn", "test": "other"}, ["no folder train/ and test/", "found trn/"]),
-        ({"test": "other"}, ["no folder test/", "found other/, train/", "put held-out images of every class there"]),
+        (
+            {"test": "other"},
+            ["no folder test/", "found other/, train/", "put held-out images of every class there"],
+        ),
         ({"train": "other"}, ["no folder train/", "found other/, test/"]),
-        ({"train": "inner/train", "test": "inner/test"}, ["are inside inner/", "--data_dir ", "/pictures/inner"]),
-        ({"train/ant": "ant", "train/bee": "bee", "train": "", "test": ""}, ["ant/, bee/", "if these are the classes"]),
+        (
+            {"train": "inner/train", "test": "inner/test"},
+            ["are inside inner/", "--data_dir ", "/pictures/inner"],
+        ),
+        (
+            {"train/ant": "ant", "train/bee": "bee", "train": "", "test": ""},
+            ["ant/, bee/", "if these are the classes"],
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_layout_is_explained(moves, words, root):
@@ -349,7 +383,10 @@ def test_one_class_is_named(root):
 
 
 def test_five_of_many_names_are_shown():
-    assert utils._some(list("abcde")) == "a, b, c, d, e" and utils._some(list("abcdef")) == "a, b, c, d, e, ..."
+    assert (
+        utils._some(list("abcde")) == "a, b, c, d, e"
+        and utils._some(list("abcdef")) == "a, b, c, d, e, ..."
+    )
 
 
 def test_files_without_class_folders_are_explained(root):
@@ -393,7 +430,9 @@ def test_a_class_without_pictures_is_named_with_what_was_left_out(root):
         ("wasp", ["only train/ has ant", "only test/ has wasp"]),
     ],
 )
-def test_classes_that_differ_between_the_parts_are_named_with_the_likely_cause(renamed, words, root):
+def test_classes_that_differ_between_the_parts_are_named_with_the_likely_cause(
+    renamed, words, root
+):
     (root / "test/ant").rename(root / "test" / renamed)
     said = refusal(root)
     assert "different classes" in said and all(word in said for word in words), said
@@ -410,20 +449,36 @@ def test_classes_that_differ_in_unicode_form_are_named(root):
 
 
 def test_the_fingerprint_is_the_same_in_memory_and_on_disk(root):
-    prints = {load(root, memory_gb=size, image_size=side).fingerprint for size in (8, 0) for side in (None, 4, 9)}
+    prints = {
+        load(root, memory_gb=size, image_size=side).fingerprint
+        for size in (8, 0)
+        for side in (None, 4, 9)
+    }
     assert len(prints) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda root: save_picture(root / "train/bee/2.png", 3), "training images of other content"),
+        (
+            lambda root: save_picture(root / "train/bee/2.png", 3),
+            "training images of other content",
+        ),
         (lambda root: save_picture(root / "test/bee/1.png", 3), "other held-out images"),
         (lambda root: save_picture(root / "test/bee/7.png", 3), "other held-out images"),
-        (lambda root: (root / "test/bee/1.png").rename(root / "test/bee/7.png"), "other held-out images"),
+        (
+            lambda root: (root / "test/bee/1.png").rename(root / "test/bee/7.png"),
+            "other held-out images",
+        ),
         (lambda root: save_picture(root / "train/bee/7.png", 3), "other training images"),
-        (lambda root: (root / "train/bee/2.png").rename(root / "train/bee/7.png"), "other training images"),
-        (lambda root: (root / "train/bee/2.png").rename(root / "train/ant/7.png"), "other training images"),
+        (
+            lambda root: (root / "train/bee/2.png").rename(root / "train/bee/7.png"),
+            "other training images",
+        ),
+        (
+            lambda root: (root / "train/bee/2.png").rename(root / "train/ant/7.png"),
+            "other training images",
+        ),
     ],
 )
 @pytest.mark.parametrize("memory_gb", [8, 0])
@@ -431,7 +486,10 @@ def test_changed_images_change_the_fingerprint_and_are_named(change, what, memor
     before = load(root, memory_gb=memory_gb, workers=0)
     change(root)
     after = load(root, memory_gb=memory_gb, workers=0)
-    assert after.difference(before.fingerprint) == what and before.difference(after.fingerprint) == what
+    assert (
+        after.difference(before.fingerprint) == what
+        and before.difference(after.fingerprint) == what
+    )
     assert after.difference(after.fingerprint) is None
 
 
@@ -447,7 +505,9 @@ def test_pixels_in_memory_are_in_the_fingerprint(digits):
         images = {"train": digits.train, "held_out": digits.held_out}
         pixels = images[part].pixels.clone()
         pixels[5, 0, 3, 3] ^= 1
-        images[part] = utils.Images(pixels, images[part].labels, images[part].spec, images[part].size)
+        images[part] = utils.Images(
+            pixels, images[part].labels, images[part].spec, images[part].size
+        )
         return utils.Data(**images, classes=digits.classes, tag="digits")
 
     assert changed("train").difference(digits.fingerprint) == "training images of other content"
@@ -459,7 +519,12 @@ def test_pixels_in_memory_are_in_the_fingerprint(digits):
 def test_held_out_labels_are_in_the_fingerprint(digits):
     held_out = digits.held_out
     labels = held_out.labels.roll(1)
-    other = utils.Data(digits.train, utils.Images(held_out.pixels, labels, held_out.spec, 8), digits.classes, "digits")
+    other = utils.Data(
+        digits.train,
+        utils.Images(held_out.pixels, labels, held_out.spec, 8),
+        digits.classes,
+        "digits",
+    )
     assert other.difference(digits.fingerprint) == "other held-out images"
 
 
@@ -484,7 +549,11 @@ def test_the_hash_of_many_files_is_that_of_their_order(tmp_path):
     for number in range(300):
         paths.append(tmp_path / str(number))
         paths[-1].write_bytes(bytes([number % 256, number // 256]))
-    hashes = {utils._hash_files(paths), utils._hash_files(paths[::-1]), utils._hash_files(paths[:-1])}
+    hashes = {
+        utils._hash_files(paths),
+        utils._hash_files(paths[::-1]),
+        utils._hash_files(paths[:-1]),
+    }
     assert len(hashes) == 3 and utils._hash_files(paths) in hashes
 
 
@@ -526,14 +595,26 @@ def test_names_that_are_not_utf8_are_read_and_written_as_escapes(tmp_path, capsy
     (Path(os.fsdecode(root)) / "train/ant/n\udcf6te.txt").write_text("")
     data = load(os.fsdecode(root))
     assert data.classes == ["ant", "caf\\xe9"] and data.train.names[-1] == "caf\\xe9/\\xfc2.png"
-    assert data.tag == "image_folder-pictur-xe9s" and "train/ant/n\\xf6te.txt" in capsys.readouterr().out
+    assert (
+        data.tag == "image_folder-pictur-xe9s"
+        and "train/ant/n\\xf6te.txt" in capsys.readouterr().out
+    )
     for memory_gb in (8, 0):
         again = load(os.fsdecode(root), memory_gb=memory_gb, workers=0)
-        assert again.fingerprint == data.fingerprint and len(list(again.train.batches([torch.tensor([5, 0])]))[0]) == 2
-    args = flags(data_name="image_folder", data_dir=os.fsdecode(root), unlearn_type="class", forget_class="caf\udce9")
+        assert (
+            again.fingerprint == data.fingerprint
+            and len(list(again.train.batches([torch.tensor([5, 0])]))[0]) == 2
+        )
+    args = flags(
+        data_name="image_folder",
+        data_dir=os.fsdecode(root),
+        unlearn_type="class",
+        forget_class="caf\udce9",
+    )
     split = utils.make_split(data, args)
     assert split.forget.tolist() == [3, 4, 5]
-    text = f"{split.describe()} {utils.run_folder(args, data)} {json.dumps(data.train.names, ensure_ascii=False)}"
+    names = json.dumps(data.train.names, ensure_ascii=False)
+    text = f"{split.describe()} {utils.run_folder(args, data)} {names}"
     assert text.encode("utf-8").decode() == text
 
 
@@ -543,7 +624,10 @@ def test_an_unreadable_image_with_such_a_name_is_one_line_that_can_be_encoded(tm
         for name in (b"ant", b"b\xe9e"):
             save_picture(os.path.join(root, part, name, b"1.png"))
     (Path(os.fsdecode(root)) / "train/b\udce9e/1.png").write_bytes(b"no picture")
-    assert "train/b\\xe9e/1.png: cannot read image" in refusal(os.fsdecode(root)).encode("utf-8").decode()
+    assert (
+        "train/b\\xe9e/1.png: cannot read image"
+        in refusal(os.fsdecode(root)).encode("utf-8").decode()
+    )
 
 
 def test_a_missing_folder_with_such_a_name_is_one_line_that_can_be_encoded():
@@ -577,14 +661,20 @@ def test_pixels_beyond_memory_gb_are_read_from_disk(root, capsys):
     assert torch.is_tensor(load(root, image_size=100, memory_gb=0.000301).train.pixels)
     assert not capsys.readouterr().out
     assert isinstance(load(root, image_size=100, memory_gb=0.000299).train.pixels, utils.ImageFiles)
-    assert "0.00 GB of pixels, more than --memory_gb 0.000299; images are streamed from disk" in capsys.readouterr().out
+    assert (
+        "0.00 GB of pixels, more than --memory_gb 0.000299; images are streamed from disk"
+        in capsys.readouterr().out
+    )
 
 
 def test_pictures_of_several_sizes_are_said_and_resized(root, capsys):
     save_picture(root / "train/ant/0.png", 50, side=9)
     data = load(root)
     assert data.train.pixels.shape == (6, 3, 64, 64)
-    assert "resizing and centre-cropping images of 2 sizes to 64×64 (--image_size)" in capsys.readouterr().out
+    assert (
+        "resizing and centre-cropping images of 2 sizes to 64×64 (--image_size)"
+        in capsys.readouterr().out
+    )
     assert load(root, image_size=7).train.pixels.shape == (6, 3, 7, 7)
 
 
@@ -614,19 +704,28 @@ def tiny_imagenet(tmp_path):
             save_picture(folder / f"val/images/{wnid}_{number}.JPEG", 9, side=64)
     (folder / "wnids.txt").write_text("n01\nn02\n")
     (folder / "words.txt").write_text("n01\tant\nn02\tbee\n")
-    rows = [f"{wnid}_{number}.JPEG\t{wnid}\t0\t0\t9\t9\n" for wnid in ("n01", "n02") for number in range(3)]
+    rows = [
+        f"{wnid}_{number}.JPEG\t{wnid}\t0\t0\t9\t9\n"
+        for wnid in ("n01", "n02")
+        for number in range(3)
+    ]
     (folder / "val/val_annotations.txt").write_text("".join(rows))
     return folder
 
 
 def load_tiny(folder, **given):
-    return utils.load_data(flags(data_name="tiny_imagenet", data_dir=str(folder.parent), **given), CPU)
+    return utils.load_data(
+        flags(data_name="tiny_imagenet", data_dir=str(folder.parent), **given), CPU
+    )
 
 
 def test_tiny_imagenet_ignores_hidden_files_and_has_the_fingerprint_of_its_files(tiny_imagenet):
     data = load_tiny(tiny_imagenet)
     (tiny_imagenet / "train/n01/images/._n01_0.JPEG").write_bytes(b"x")
-    assert load_tiny(tiny_imagenet).fingerprint == data.fingerprint and data.classes == ["ant", "bee"]
+    assert load_tiny(tiny_imagenet).fingerprint == data.fingerprint and data.classes == [
+        "ant",
+        "bee",
+    ]
     assert load_tiny(tiny_imagenet, memory_gb=0, workers=0).fingerprint == data.fingerprint
     save_picture(tiny_imagenet / "val/images/n01_0.JPEG", 200, side=64)
     assert load_tiny(tiny_imagenet).difference(data.fingerprint) == "other held-out images"
@@ -636,12 +735,24 @@ def test_tiny_imagenet_ignores_hidden_files_and_has_the_fingerprint_of_its_files
     ("damage", "words"),
     [
         (lambda root: shutil.rmtree(root / "train/n02"), ["incomplete", "train/n02/images"]),
-        (lambda root: [path.unlink() for path in (root / "train/n02/images").iterdir()], ["no images in train/n02"]),
+        (
+            lambda root: [path.unlink() for path in (root / "train/n02/images").iterdir()],
+            ["no images in train/n02"],
+        ),
         (lambda root: (root / "wnids.txt").unlink(), ["incomplete", "wnids.txt"]),
         (lambda root: (root / "wnids.txt").write_bytes(b"\xff\xfe\0"), ["incomplete"]),
-        (lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\tn99\n"), ["incomplete", "n99"]),
-        (lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\n"), ["incomplete"]),
-        (lambda root: (root / "val/val_annotations.txt").write_text(""), ["incomplete", "no images"]),
+        (
+            lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\tn99\n"),
+            ["incomplete", "n99"],
+        ),
+        (
+            lambda root: (root / "val/val_annotations.txt").write_text("n01_0.JPEG\n"),
+            ["incomplete"],
+        ),
+        (
+            lambda root: (root / "val/val_annotations.txt").write_text(""),
+            ["incomplete", "no images"],
+        ),
         (lambda root: (root / "val/images/n02_1.JPEG").unlink(), ["n02_1.JPEG", "No such file"]),
     ],
 )
@@ -649,7 +760,9 @@ def test_an_incomplete_tiny_imagenet_is_named(damage, words, tiny_imagenet):
     damage(tiny_imagenet)
     with pytest.raises(utils.UserError) as caught:
         load_tiny(tiny_imagenet)
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), str(caught.value)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), str(
+        caught.value
+    )
 
 
 def test_tiny_imagenet_without_permission_is_not_called_incomplete(tiny_imagenet, monkeypatch):
@@ -661,15 +774,20 @@ def test_tiny_imagenet_without_permission_is_not_called_incomplete(tiny_imagenet
         return plain(path)
 
     monkeypatch.setattr(os, "listdir", refuse)
-    with pytest.raises(utils.UserError, match=r"train/n02/images: cannot be read \(Permission denied\)"):
+    with pytest.raises(
+        utils.UserError, match=r"train/n02/images: cannot be read \(Permission denied\)"
+    ):
         load_tiny(tiny_imagenet)
+
+
+CORRUPTED = RuntimeError("File not found or corrupted.")
 
 
 @pytest.mark.parametrize(
     ("present", "error", "words"),
     [
-        (False, RuntimeError("File not found or corrupted."), ["batches-py is missing", "not found or corrupted"]),
-        (True, RuntimeError("File not found or corrupted."), ["is incomplete or damaged", "cifar-10-python.tar.gz"]),
+        (False, CORRUPTED, ["batches-py is missing", "not found or corrupted"]),
+        (True, CORRUPTED, ["is incomplete or damaged", "cifar-10-python.tar.gz"]),
         (True, PermissionError(13, "Permission denied"), ["(Permission denied)", "permissions"]),
         (False, OSError("<urlopen error no route>"), ["the download failed", "no route"]),
     ],
@@ -708,7 +826,9 @@ def ends_with(main, capsys):
 )
 def test_a_path_that_the_system_refuses_anywhere_is_one_line(call, capsys):
     status, said = ends_with(call, capsys)
-    assert status == 2 and said.count("\n") == 1 and ": error: " in said and "cannot be used (" in said
+    assert (
+        status == 2 and said.count("\n") == 1 and ": error: " in said and "cannot be used (" in said
+    )
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(capsys):

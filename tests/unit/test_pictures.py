@@ -1,4 +1,4 @@
-"""Pictures of every mode and format are read as a viewer shows them: 8-bit RGB, upright, white where transparent."""
+"""Pictures of every mode and format become what a viewer shows: 8-bit RGB, upright, on white."""
 
 import os
 import struct
@@ -14,26 +14,25 @@ import utils
 
 SIDE = 16
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
-MODES = ["1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F",
-         "I;16", "I;16B", "I;16L", "I;16N"]  # fmt: skip
+WIDE = ["I", "F", "I;16", "I;16B", "I;16L", "I;16N"]  # more than 8 bits
+MODES = ["1", "L", "P", "PA", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB"]
+MODES += ["HSV", *WIDE]
 TOLERANCES = {"LAB": 24, "YCbCr": 6, "HSV": 6}  # 8 bits of which do not hold all 8-bit RGB colours
 # Formats that Pillow writes but does not read by itself, with what writing or reading them needs.
 WRITE_ONLY = {
-    "PALM": "no reader", "PDF": "no reader", "EPS": "Ghostscript", "BUFR": "a plugin", "GRIB": "a plugin",
-    "HDF5": "a plugin", "WMF": "a plugin",
-}  # fmt: skip
-# Modes in which a format loses the picture when Pillow writes it: values above 255 clipped, the palette's alpha or the
-# channels dropped. The file is read as it is; what it shows is another picture.
-LOST_IN_WRITING = {
-    ("AVIF", "I"), ("AVIF", "F"), ("AVIF", "I;16"), ("AVIF", "I;16B"), ("AVIF", "I;16L"), ("AVIF", "I;16N"),
-    ("WEBP", "I"), ("WEBP", "F"), ("WEBP", "I;16"), ("WEBP", "I;16B"), ("WEBP", "I;16L"), ("WEBP", "I;16N"),
-    ("GIF", "LA"), ("PPM", "RGBA"), ("GIF", "I"), ("GIF", "F"),
-    ("GIF", "I;16"), ("GIF", "I;16B"), ("GIF", "I;16L"), ("GIF", "I;16N"),
-}  # fmt: skip
+    "PALM": "no reader",
+    "PDF": "no reader",
+    "EPS": "Ghostscript",
+    **dict.fromkeys(["BUFR", "GRIB", "HDF5", "WMF"], "a plugin"),
+}
+# Modes in which Pillow writes another picture: values above 255 are clipped, the palette's alpha or
+# channels are dropped.
+LOST_IN_WRITING = {(kind, mode) for kind in ("AVIF", "WEBP", "GIF") for mode in WIDE}
+LOST_IN_WRITING |= {("GIF", "LA"), ("PPM", "RGBA")}
 
 
 def gradient_with_glyph():
-    """Grey values 0 to 255 that rise to the right and down, with a black L on a white square; SIDE×SIDE."""
+    """SIDE×SIDE grey values 0 to 255, rising right and down, with a black L on a white square."""
     rows, columns = np.mgrid[:SIDE, :SIDE]
     grey = (rows * SIDE + columns).astype(np.uint8)
     grey[3:12, 4:11] = 255
@@ -116,7 +115,9 @@ def written(picture, path, **options):
     return path
 
 
-EXTENSIONS = {name: extension for extension, name in reversed(Image.registered_extensions().items())}  # loads all
+EXTENSIONS = {
+    name: extension for extension, name in reversed(Image.registered_extensions().items())
+}  # loads all
 FORMATS = [name for name in sorted(Image.SAVE) if name not in WRITE_ONLY]
 
 
@@ -136,7 +137,13 @@ def test_every_mode_that_a_format_takes_is_read_as_it_looks_or_is_an_error(name,
         if name == "ICNS" and mode not in ("1", "P", "RGBA", "I;16"):
             continue  # slow
         options = {"quality": 100} if name in ("JPEG", "MPO", "AVIF") else {}
-        options |= {"lossless": True} if name == "WEBP" else {"subsampling": 0} if name in ("JPEG", "MPO") else {}
+        options |= (
+            {"lossless": True}
+            if name == "WEBP"
+            else {"subsampling": 0}
+            if name in ("JPEG", "MPO")
+            else {}
+        )
         options |= {"subsampling": "4:4:4"} if name == "AVIF" else {}
         try:
             written(picture, path, format=name, **options)
@@ -149,12 +156,20 @@ def test_every_mode_that_a_format_takes_is_read_as_it_looks_or_is_an_error(name,
         except utils.UnreadableImage as error:
             # Values without a known range, never a picture of 8 bits.
             assert mode in ("I", "F") or name == "SPIDER", f"{name} {mode}: {error}"
-            assert str(path) in str(error) and "which value is white" in str(error) and "PNG" in str(error)
+            assert (
+                str(path) in str(error)
+                and "which value is white" in str(error)
+                and "PNG" in str(error)
+            )
             num_refused += 1
             continue
         tolerance = max(12 if name in LOSSY else 1, TOLERANCES.get(mode, 1))
         error = np.abs(found - wanted)
-        if name == "GIF" and mode not in ("1", "L", "P"):  # which has a palette, and opacity of 0 or 1
+        if name == "GIF" and mode not in (
+            "1",
+            "L",
+            "P",
+        ):  # which has a palette, and opacity of 0 or 1
             tolerance, error = 40, error[:, 2:]
         if name == "ICNS":  # which Pillow writes enlarged
             tolerance, error = 14, error.mean()
@@ -164,10 +179,15 @@ def test_every_mode_that_a_format_takes_is_read_as_it_looks_or_is_an_error(name,
 
 
 def png(path, width, depth, colour_type, rows, *chunks):
-    """A PNG file by hand: Pillow writes neither 16-bit colour nor 2-bit grey. ``chunks`` are (name, content)."""
+    """A PNG file by hand, since Pillow writes no 16-bit color. ``chunks`` are (name, content)."""
 
     def chunk(name, content):
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content))
+            + name
+            + content
+            + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row for row in rows))
@@ -195,12 +215,26 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
         (16, RGB, b"\x07\x07" * 6 + b"\x09\x09" * 6, [], [7, 7, 9, 9]),
         (16, RGB, b"\x07\x07" * 6 + b"\x09\x09" * 6, [(b"tRNS", b"\7\7" * 3)], [255, 255, 9, 9]),
         (16, RGB_ALPHA, b"\3\3\3\3\3\3\xff\xff" * 2 + b"\0" * 16, [], [3, 3, 255, 255]),
-        (2, PALETTE, b"\x1b", [(b"PLTE", bytes([9, 9, 9, 20, 20, 20, 30, 30, 30, 40, 40, 40]))], [9, 20, 30, 40]),
+        (
+            2,
+            PALETTE,
+            b"\x1b",
+            [(b"PLTE", bytes([9, 9, 9, 20, 20, 20, 30, 30, 30, 40, 40, 40]))],
+            [9, 20, 30, 40],
+        ),
         (2, PALETTE, b"\x1b", [(b"PLTE", bytes([9] * 12)), (b"tRNS", b"\0")], [255, 9, 9, 9]),
-        (2, PALETTE, b"\x1b", [(b"PLTE", bytes([0] * 12)), (b"tRNS", b"\x80\xff\0\xff")], [127, 0, 255, 0]),
+        (
+            2,
+            PALETTE,
+            b"\x1b",
+            [(b"PLTE", bytes([0] * 12)), (b"tRNS", b"\x80\xff\0\xff")],
+            [127, 0, 255, 0],
+        ),
     ],
 )
-def test_png_of_any_depth_with_and_without_a_transparent_colour(depth, colour_type, row, chunks, wanted, tmp_path):
+def test_png_of_any_depth_with_and_without_a_transparent_colour(
+    depth, colour_type, row, chunks, wanted, tmp_path
+):
     rows = [row] * 4
     path = png(tmp_path / "picture.png", 4, depth, colour_type, rows, *chunks)
     assert np.array_equal(read(path, 4), np.broadcast_to(np.array(wanted)[:, None], (4, 4, 3)))
@@ -211,8 +245,8 @@ def tiff(path, values, byte_order="<", bits=None, **tags):
     data = values.astype(values.dtype.newbyteorder(byte_order)).tobytes()
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     height, width = values.shape
-    entries = {256: width, 257: height, 258: bits or values.dtype.itemsize * 8, 259: 1, 262: 1, 273: 8, 277: 1,
-               278: height, 279: len(data), 339: kind}  # fmt: skip
+    entries = {256: width, 257: height, 258: bits or values.dtype.itemsize * 8, 259: 1, 262: 1}
+    entries |= {273: 8, 277: 1, 278: height, 279: len(data), 339: kind}
     entries |= {int(number[1:]): value for number, value in tags.items()}
     table = b"".join(
         struct.pack(f"{byte_order}HHI", number, 4 if number in (256, 257, 273, 278, 279) else 3, 1)
@@ -220,8 +254,12 @@ def tiff(path, values, byte_order="<", bits=None, **tags):
            else struct.pack(f"{byte_order}HH", value, 0))
         for number, value in sorted(entries.items())
     )  # fmt: skip
-    header = (b"II*\0" if byte_order == "<" else b"MM\0*") + struct.pack(f"{byte_order}I", 8 + len(data))
-    path.write_bytes(header + data + struct.pack(f"{byte_order}H", len(entries)) + table + b"\0\0\0\0")
+    header = (b"II*\0" if byte_order == "<" else b"MM\0*") + struct.pack(
+        f"{byte_order}I", 8 + len(data)
+    )
+    path.write_bytes(
+        header + data + struct.pack(f"{byte_order}H", len(entries)) + table + b"\0\0\0\0"
+    )
     return path
 
 
@@ -235,7 +273,9 @@ def test_16_bit_tiff_of_both_byte_orders_is_scaled(byte_order, tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_tiff_whose_zero_is_white_is_inverted(dtype, tmp_path):
     grey = gradient_with_glyph()
-    path = tiff(tmp_path / "picture.tif", grey.astype(dtype) * (257 if dtype == np.uint16 else 1), t262=0)
+    path = tiff(
+        tmp_path / "picture.tif", grey.astype(dtype) * (257 if dtype == np.uint16 else 1), t262=0
+    )
     assert np.array_equal(read(path), grey_as_rgb(255 - grey))
 
 
@@ -249,14 +289,18 @@ def test_12_bit_tiff_is_scaled_by_its_own_white(tmp_path):
 @pytest.mark.parametrize("dtype", [np.int16, np.uint32, np.int32, np.float32])
 def test_tiff_without_a_known_white_is_an_error_that_says_what_to_do(dtype, tmp_path):
     path = tiff(tmp_path / "picture.tif", gradient_with_glyph().astype(dtype))
-    with pytest.raises(utils.UnreadableImage, match=r"picture\.tif.*mode [IF].*8-bit or 16-bit PNG"):
+    with pytest.raises(
+        utils.UnreadableImage, match=r"picture\.tif.*mode [IF].*8-bit or 16-bit PNG"
+    ):
         read(path)
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
 def test_compressed_16_bit_tiff(compression, tmp_path):
     picture, wanted = make("I;16")
-    assert np.array_equal(read(written(picture, tmp_path / "picture.tif", compression=compression)), wanted)
+    assert np.array_equal(
+        read(written(picture, tmp_path / "picture.tif", compression=compression)), wanted
+    )
 
 
 @pytest.mark.parametrize("white", [1, 3, 100, 255, 1000, 4095, 65535])
@@ -307,9 +351,14 @@ def test_32_bit_bmp_whose_fourth_channel_is_constant_is_opaque(opacity, tmp_path
         assert np.array_equal(read(written(picture, tmp_path / name)), colours())
 
 
-@pytest.mark.parametrize("name", ["picture.gif", "picture.webp", "picture.png", "picture.tif", "picture.avif"])
+@pytest.mark.parametrize(
+    "name", ["picture.gif", "picture.webp", "picture.png", "picture.tif", "picture.avif"]
+)
 def test_the_first_frame_is_read(name, tmp_path):
-    first, others = make("P")[0], [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
+    first, others = (
+        make("P")[0],
+        [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")],
+    )
     options = (
         {"lossless": True}
         if name.endswith("webp")
@@ -317,7 +366,9 @@ def test_the_first_frame_is_read(name, tmp_path):
         if name.endswith("avif")
         else {}
     )
-    path = written(first.convert("RGB"), tmp_path / name, save_all=True, append_images=others, **options)
+    path = written(
+        first.convert("RGB"), tmp_path / name, save_all=True, append_images=others, **options
+    )
     assert np.abs(read(path) - make("P")[1]).max() <= (8 if name.endswith("avif") else 1)
 
 
@@ -326,7 +377,9 @@ def rectangle():
     return np.concatenate([colours()[:8], 255 - colours()[:8]], axis=1)
 
 
-@pytest.mark.parametrize("name", ["picture.jpg", "picture.png", "picture.webp", "picture.tif", "picture.avif"])
+@pytest.mark.parametrize(
+    "name", ["picture.jpg", "picture.png", "picture.webp", "picture.tif", "picture.avif"]
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright(orientation, name, tmp_path):
     upright = Image.fromarray(rectangle()).resize((32, 8), Image.Resampling.NEAREST)
@@ -345,11 +398,14 @@ def test_pictures_are_turned_upright(orientation, name, tmp_path):
     assert utils._upright_size(path) == (32, 8)
     with utils._opened(path) as image:
         found = np.asarray(utils._as_viewed(image)).astype(int)
-    assert np.abs(found - np.asarray(upright)).max() <= (12 if name.endswith(("jpg", "avif")) else 0)
+    assert np.abs(found - np.asarray(upright)).max() <= (
+        12 if name.endswith(("jpg", "avif")) else 0
+    )
 
 
 @pytest.mark.parametrize(
-    "block", [b"", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0" + bytes(40), b"junk"]
+    "block",
+    [b"", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0" + bytes(40), b"junk"],
 )
 def test_a_damaged_exif_block_leaves_the_picture_as_it_is(block, tmp_path):
     path = written(Image.fromarray(colours()), tmp_path / "picture.png", exif=block)
@@ -381,7 +437,9 @@ def test_cropping_a_long_picture_before_resizing_changes_nothing(ratio, tmp_path
     path = written(Image.fromarray(pixels), tmp_path / "picture.png")
     whole = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
     whole = utils.transforms.resize(whole, [16], antialias=True)
-    assert np.array_equal(read(path, 16), utils.transforms.center_crop(whole, [16]).permute(1, 2, 0).numpy())
+    assert np.array_equal(
+        read(path, 16), utils.transforms.center_crop(whole, [16]).permute(1, 2, 0).numpy()
+    )
 
 
 def unreadable(path):
@@ -409,7 +467,9 @@ def test_files_that_are_no_pictures_are_named_with_the_reason(tmp_path):
     assert "not a regular file" in unreadable(path)
 
 
-@pytest.mark.parametrize("name", ["picture.png", "picture.gif", "picture.bmp", "picture.tif", "picture.webp"])
+@pytest.mark.parametrize(
+    "name", ["picture.png", "picture.gif", "picture.bmp", "picture.tif", "picture.webp"]
+)
 def test_a_picture_cut_off_anywhere_is_an_error_unless_all_pixels_are_there(name, tmp_path):
     options = {"lossless": True} if name.endswith("webp") else {}
     path = written(make("P")[0], tmp_path / name, **options)
@@ -459,7 +519,9 @@ def test_a_picture_too_large_for_pillow_is_one_line(tmp_path, monkeypatch):
 
 def test_pillow_prints_no_warnings(tmp_path, monkeypatch):
     path = written(Image.fromarray(colours()), tmp_path / "picture.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)  # it warns, and refuses twice as many
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1
+    )  # it warns, and refuses twice as many
     utils._pillow.cache_clear()  # pytest restores the filters before each test
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

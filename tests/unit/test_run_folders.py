@@ -1,4 +1,4 @@
-"""Run folders: files appear when all of them are complete, and interrupted runs leave no trouble."""
+"""Run folders: files appear when all are complete, and interrupted runs do no harm."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def finish_run(folder, text="new"):
 
 
 def record_replacements(monkeypatch, killed_at=None):
-    """A list of the targets of os.replace; the move to ``killed_at`` and later ones never happen."""
+    """A list of the targets of os.replace. Moves from ``killed_at`` on never happen."""
     targets, replace = [], os.replace
 
     def recorded(source, target):

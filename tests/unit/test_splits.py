@@ -10,7 +10,10 @@ import utils
 
 
 def held_out_parts(split):
-    return [part.tolist() for part in (split.train_calibration, split.calibration, split.test, split.forget_test)]
+    return [
+        part.tolist()
+        for part in (split.train_calibration, split.calibration, split.test, split.forget_test)
+    ]
 
 
 def test_the_forget_set_ignores_the_global_random_state(digits):
@@ -24,7 +27,7 @@ def test_the_forget_set_ignores_the_global_random_state(digits):
 
 
 def test_the_split_of_seed_1_is_pinned(digits):
-    """A change of this number breaks every published result: the forget set is what a seed promises."""
+    """A change of this number breaks every published result: a seed promises its forget set."""
     assert utils.make_split(digits, flags()).fingerprint == "56d878fd8c3a6704"
 
 
@@ -56,7 +59,9 @@ def test_training_calibration_does_not_depend_on_the_evaluation(digits):
     splits = [utils.make_split(digits, flags(), cal_size=size) for size in (50, 200, 500)]
     trained_on = splits[0].train_calibration.tolist()
     assert all(split.train_calibration.tolist() == trained_on for split in splits)
-    assert not any(set(trained_on) & {*split.calibration.tolist(), *split.test.tolist()} for split in splits)
+    assert not any(
+        set(trained_on) & {*split.calibration.tolist(), *split.test.tolist()} for split in splits
+    )
     assert splits[1].calibration[:50].equal(splits[0].calibration)
 
 
@@ -68,11 +73,17 @@ def test_sizes_scale_with_the_held_out_images(digits):
 def test_class_forgetting(digits):
     split = utils.make_split(digits, flags(unlearn_type="class", forget_class="3"))
     assert split.folder == "class_3" and split.forget_class == 3
-    assert digits.train.labels[split.forget].eq(3).all() and digits.train.labels[split.retain].ne(3).all()
+    assert (
+        digits.train.labels[split.forget].eq(3).all()
+        and digits.train.labels[split.retain].ne(3).all()
+    )
     assert digits.held_out.labels[split.forget_test].eq(3).all() and len(split.forget_test)
     for part in (split.test, split.train_calibration):
         assert digits.held_out.labels[part].ne(3).all()
-    drawn = {utils.make_split(digits, flags(unlearn_type="class", seed=seed)).forget_class for seed in range(1, 9)}
+    drawn = {
+        utils.make_split(digits, flags(unlearn_type="class", seed=seed)).forget_class
+        for seed in range(1, 9)
+    }
     assert len(drawn) > 1
 
 
@@ -82,11 +93,16 @@ def test_list_forgetting_takes_exactly_the_named_images(digits, tmp_path):
     split = utils.make_split(digits, flags(unlearn_type="list", forget_list=str(path)))
     assert split.forget.tolist() == [5, 12, 700] and split.folder.startswith("list_request_")
     path.write_text("12\n5\n700\n")
-    assert utils.make_split(digits, flags(unlearn_type="list", forget_list=str(path))).fingerprint == split.fingerprint
+    assert (
+        utils.make_split(digits, flags(unlearn_type="list", forget_list=str(path))).fingerprint
+        == split.fingerprint
+    )
 
 
 def test_derived_generators_are_independent():
-    draws = {utils.generator(1, *purpose).initial_seed() for purpose in (("a", 1), ("a", 2), ("b", 1))}
+    draws = {
+        utils.generator(1, *purpose).initial_seed() for purpose in (("a", 1), ("a", 2), ("b", 1))
+    }
     assert len(draws) == 3 and utils.generator(1, "a", 1).initial_seed() in draws
 
 
@@ -94,11 +110,13 @@ def test_derived_generators_are_independent():
 
 
 def labelled(train, held_out, *, classes=4, subclasses=None):
-    """A data set of labels alone: class i % ``classes`` of image i, and its subclass i % ``subclasses``."""
+    """A data set without pixels: image i has class i % ``classes``, subclass i % ``subclasses``."""
 
     def part(count):
         fine = torch.arange(count) % subclasses if subclasses else None
-        return utils.Images(torch.empty(count, 0), torch.arange(count) % classes, None, 0, subclasses=fine)
+        return utils.Images(
+            torch.empty(count, 0), torch.arange(count) % classes, None, 0, subclasses=fine
+        )
 
     names = [f"class {number}" for number in range(classes)]
     fine_names = [f"fine {number}" for number in range(subclasses)] if subclasses else None
@@ -116,10 +134,15 @@ def labelled(train, held_out, *, classes=4, subclasses=None):
         (3, (1, 1, 1)),
     ],
 )
-def test_calibration_takes_a_fifth_and_training_calibration_a_tenth_up_to_a_limit(held_out, expected):
+def test_calibration_takes_a_fifth_and_training_calibration_a_tenth_up_to_a_limit(
+    held_out, expected
+):
     data = labelled(8, held_out)
     split = utils.make_split(data, flags(retain_ratio=0.5))
-    assert tuple(len(part) for part in (split.train_calibration, split.calibration, split.test)) == expected
+    assert (
+        tuple(len(part) for part in (split.train_calibration, split.calibration, split.test))
+        == expected
+    )
     assert utils.default_cal_size(data) == expected[1]
     order = torch.from_numpy(utils.permutation(1, "held-out", held_out))
     assert torch.cat([split.train_calibration, split.calibration, split.test]).equal(order)
@@ -129,21 +152,32 @@ def test_a_calibration_size_leaves_at_least_one_test_image():
     data = labelled(8, 30)
     split = utils.make_split(data, flags(retain_ratio=0.5), 26)
     assert (len(split.train_calibration), len(split.calibration), len(split.test)) == (3, 26, 1)
-    with pytest.raises(utils.UserError, match="--cal_sizes 27: there are 30 held-out images, of which 3 .* at most 26"):
+    with pytest.raises(
+        utils.UserError,
+        match="--cal_sizes 27: there are 30 held-out images, of which 3 .* at most 26",
+    ):
         utils.make_split(data, flags(retain_ratio=0.5), 27)
 
 
 def test_without_a_scenario_nothing_is_forgotten():
     split = utils.make_split(labelled(8, 30), flags(unlearn_type="class"), scenario=False)
-    assert split.retain.tolist() == list(range(8)) and len(split.forget) == len(split.forget_test) == 0
+    assert (
+        split.retain.tolist() == list(range(8)) and len(split.forget) == len(split.forget_test) == 0
+    )
     assert split.folder == "" and split.forget_class is None and not split.is_forgotten.any()
-    fine = utils.make_split(labelled(8, 30, subclasses=8), flags(unlearn_type="subclass"), scenario=False)
+    fine = utils.make_split(
+        labelled(8, 30, subclasses=8), flags(unlearn_type="subclass"), scenario=False
+    )
     assert len(fine.test) == len(split.test) and len(fine.forget_test) == 0
 
 
 @pytest.mark.parametrize("seed", [1, 2, 5])
-@pytest.mark.parametrize(("kind", "number"), [("class", 2), ("class", 0), ("subclass", 5), ("subclass", 0)])
-def test_forgetting_a_class_takes_its_held_out_images_from_test_and_training_calibration(kind, number, seed):
+@pytest.mark.parametrize(
+    ("kind", "number"), [("class", 2), ("class", 0), ("subclass", 5), ("subclass", 0)]
+)
+def test_forgetting_a_class_takes_its_held_out_images_from_test_and_training_calibration(
+    kind, number, seed
+):
     data = labelled(40, 120, subclasses=8)
     name = f"{'class' if kind == 'class' else 'fine'} {number}"
     split = utils.make_split(data, flags(unlearn_type=kind, forget_class=name, seed=seed))
@@ -158,14 +192,19 @@ def test_forgetting_a_class_takes_its_held_out_images_from_test_and_training_cal
     of_class = groups["held_out"][order] == number
     assert split.train_calibration.equal(order[:12][~of_class[:12]])
     assert split.calibration.equal(order[12:36]) and split.is_forgotten.equal(of_class[12:36])
-    assert split.test.equal(order[36:][~of_class[36:]]) and split.forget_test.equal(order[36:][of_class[36:]])
+    assert split.test.equal(order[36:][~of_class[36:]]) and split.forget_test.equal(
+        order[36:][of_class[36:]]
+    )
     assert split.folder == f"{kind}_{number}" and split.forget_class == number
 
 
 def test_a_class_without_a_name_is_drawn_from_the_seed_alone():
     data = labelled(40, 120, subclasses=8)
     for kind, count in (("class", 4), ("subclass", 8)):
-        drawn = [utils.make_split(data, flags(unlearn_type=kind, seed=seed)).forget_class for seed in range(1, 40)]
+        drawn = [
+            utils.make_split(data, flags(unlearn_type=kind, seed=seed)).forget_class
+            for seed in range(1, 40)
+        ]
         assert set(drawn) == set(range(count))
         assert drawn == [utils.permutation(seed, "forget class", count)[0] for seed in range(1, 40)]
 
@@ -174,9 +213,15 @@ def test_a_random_forget_set_is_the_end_of_a_permutation():
     data = labelled(41, 120)
     split = utils.make_split(data, flags(retain_ratio=0.7, seed=3))
     order = torch.from_numpy(utils.permutation(3, "forget", 41))
-    assert split.forget.equal(order[29:].sort().values) and split.retain.equal(order[:29].sort().values)
+    assert split.forget.equal(order[29:].sort().values) and split.retain.equal(
+        order[:29].sort().values
+    )
     assert split.folder == "random_0.7" and split.forget_class is None
-    assert len(split.forget_test) == 0 and not split.is_forgotten.any() and len(split.is_forgotten) == 24
+    assert (
+        len(split.forget_test) == 0
+        and not split.is_forgotten.any()
+        and len(split.is_forgotten) == 24
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,8 +232,14 @@ def test_a_random_forget_set_is_the_end_of_a_permutation():
         ({"retain_ratio": 0.99}, "0 of 40 training images would be forgotten"),
         ({"retain_ratio": 0.01}, "40 of 40 training images would be forgotten"),
         ({"forget_list": "a.txt"}, "--forget_list requires --unlearn_type list, not random"),
-        ({"unlearn_type": "class", "forget_list": "a.txt"}, "--forget_list requires --unlearn_type list, not class"),
-        ({"forget_class": "0"}, "--forget_class requires --unlearn_type class or subclass, not random"),
+        (
+            {"unlearn_type": "class", "forget_list": "a.txt"},
+            "--forget_list requires --unlearn_type list, not class",
+        ),
+        (
+            {"forget_class": "0"},
+            "--forget_class requires --unlearn_type class or subclass, not random",
+        ),
         ({"unlearn_type": "list", "forget_class": "0"}, "--forget_class requires .*, not list"),
         ({"unlearn_type": "list"}, "--forget_list FILE"),
         ({"unlearn_type": "subclass"}, "has no subclasses"),
@@ -221,13 +272,22 @@ def test_folders_name_what_is_forgotten_and_lists_by_their_content(tmp_path):
     for name, text in (("a", "1\n2\n"), ("b", "2\n1\n"), ("a", "1\n3\n")):
         path = tmp_path / f"{name}.txt"
         path.write_text(text)
-        folders.append(utils.make_split(data, flags(unlearn_type="list", forget_list=str(path))).folder)
-    assert all(len(folder) == len("list_a_") + 8 for folder in folders) and folders[0][:7] == "list_a_"
+        folders.append(
+            utils.make_split(data, flags(unlearn_type="list", forget_list=str(path))).folder
+        )
+    assert (
+        all(len(folder) == len("list_a_") + 8 for folder in folders) and folders[0][:7] == "list_a_"
+    )
     assert folders[0][7:] == folders[1][7:] != folders[2][7:]
-    assert utils.scenario_folder(flags(unlearn_type="list", forget_list=str(path)), data) == folders[2]
+    assert (
+        utils.scenario_folder(flags(unlearn_type="list", forget_list=str(path)), data) == folders[2]
+    )
     assert utils.scenario_folder(flags(unlearn_type="class"), data) == "class"
     assert utils.scenario_folder(flags(unlearn_type="subclass"), data) == "subclass"
-    assert utils.scenario_folder(flags(unlearn_type="subclass", forget_class="fine 6"), data) == "subclass_6"
+    assert (
+        utils.scenario_folder(flags(unlearn_type="subclass", forget_class="fine 6"), data)
+        == "subclass_6"
+    )
     assert utils.scenario_folder(flags(retain_ratio=0.25), data) == "random_0.25"
 
 

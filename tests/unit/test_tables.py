@@ -300,7 +300,9 @@ def test_earlier_table_is_read_and_kept(tmp_path, capsys):
     assert path.exists() and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("content", ["method,n\nGA,1\n", "UA\n0.5\n", "method,UA\nGA,x\n", "a\n1,2\n"])
+@pytest.mark.parametrize(
+    "content", ["method,n\nGA,1\n", "UA\n0.5\n", "method,UA\nGA,x\n", "a\n1,2\n"]
+)
 def test_earlier_file_that_is_not_a_table_gets_a_free_name(tmp_path, capsys, content):
     path = tmp_path / "results.csv"
     for name in ("results.csv.old", "results.csv.old2", "results.csv.old3"):
