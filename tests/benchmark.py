@@ -61,10 +61,10 @@ def seconds(call):
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
-    found = call()
+    actual = call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start, found
+    return time.perf_counter() - start, actual
 
 
 def report(subject, *numbers):
@@ -113,9 +113,9 @@ class PlainImages(torch.utils.data.Dataset):
 
 
 def plain_loader(images, args, augmented=True, indices=None):
-    found = PlainImages(images, augmented)
-    found = found if indices is None else Subset(found, indices.tolist())
-    return DataLoader(found, args.batch_size, shuffle=augmented, num_workers=0)
+    actual = PlainImages(images, augmented)
+    actual = actual if indices is None else Subset(actual, indices.tolist())
+    return DataLoader(actual, args.batch_size, shuffle=augmented, num_workers=0)
 
 
 def flops_of_a_step(model, inputs):
@@ -266,18 +266,18 @@ def fisher(args):
         for index in few:
             log_p = F.log_softmax(model(data.train.batch(index[None])), dim=1)[0]
             for number in range(10):
-                found = torch.autograd.grad(
+                actual = torch.autograd.grad(
                     log_p[number], list(model.parameters()), retain_graph=number < 9
                 )
-                for sum_, gradient in zip(total, found, strict=True):
+                for sum_, gradient in zip(total, actual, strict=True):
                     sum_ += log_p[number].exp().item() * gradient.square()
         return [tensor / len(few) for tensor in total]
 
     def ours(indices):
         return importances.diagonal_fisher(model, data.train, indices, importances.expected_scores)
 
-    expected, found = plain(), ours(few)
-    for sum_, tensor in zip(expected, found.values(), strict=True):
+    expected, actual = plain(), ours(few)
+    for sum_, tensor in zip(expected, actual.values(), strict=True):
         torch.testing.assert_close(sum_, tensor, rtol=1e-3, atol=1e-3 * sum_.abs().max().item())
     times = [
         (seconds(plain)[0] / len(few), seconds(lambda: ours(many))[0] / len(many))
@@ -457,21 +457,21 @@ def evaluation(args):
                     model(images.batch(part)).cpu()
 
     def plain_pass(images, indices):
-        found, labels = [], []
+        actual, labels = [], []
         with torch.no_grad():
             for inputs, own in plain_loader(images, args, augmented=False, indices=indices):
-                found.append(model(inputs.to(args.device)).softmax(dim=1).cpu().numpy())
+                actual.append(model(inputs.to(args.device)).softmax(dim=1).cpu().numpy())
                 labels.append(own.numpy())
-        return np.concatenate(found), np.concatenate(labels)
+        return np.concatenate(actual), np.concatenate(labels)
 
     def plain():
         for alpha in settings.alphas:
             passes = [plain_pass(*each) for each in sets]
-            own = [found[np.arange(len(labels)), labels] for found, labels in passes]
+            own = [actual[np.arange(len(labels)), labels] for actual, labels in passes]
             level = min(1.0, np.ceil((len(own[2]) + 1) * (1 - alpha)) / len(own[2]))
             q_hat = np.quantile(1 - own[2], level)
-            for found, _ in passes:
-                (1 - found <= q_hat).sum(axis=1).mean()
+            for actual, _ in passes:
+                (1 - actual <= q_hat).sum(axis=1).mean()
         count = min(len(own[0]), len(own[3]))
         confidence = np.concatenate([own[0][:count], own[3][:count]])[:, None]
         attack = CalibratedClassifierCV(SVC(C=3, gamma="auto"), ensemble=False)
@@ -480,10 +480,10 @@ def evaluation(args):
     def ours():
         outputs, _ = main_evaluate.compute_outputs(model, evaluated)
         conformal_scores = metrics.ConformalScores(outputs, settings)
-        found = metrics.evaluate(conformal_scores)
+        actual = metrics.evaluate(conformal_scores)
         classwise.class_rows(conformal_scores, data.classes)
         samples.sample_rows(conformal_scores, split.forget)
-        return found
+        return actual
 
     bare()
     times = [[seconds(side)[0] for side in (plain, bare, ours)] for _ in range(args.repeats)]

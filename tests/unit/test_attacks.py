@@ -235,32 +235,32 @@ def test_attack_on_unequal_or_too_few_images_is_refused(members, non_members):
 
 def test_attack_features_by_hand():
     logits = torch.tensor([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1]], dtype=torch.float64).log()
-    found = MIA.attack_features(logits, torch.tensor([0, 1]))
-    assert list(found) == [
+    actual = MIA.attack_features(logits, torch.tensor([0, 1]))
+    assert list(actual) == [
         "correctness",
         "confidence",
         "entropy",
         "modified entropy",
         "probabilities",
     ]
-    assert found["correctness"].tolist() == [[1], [0]]
-    assert found["confidence"].ravel().tolist() == pytest.approx([0.5, 0.2])
+    assert actual["correctness"].tolist() == [[1], [0]]
+    assert actual["confidence"].ravel().tolist() == pytest.approx([0.5, 0.2])
     entropies = [1.5 * math.log(2), -sum(p * math.log(p) for p in (0.7, 0.2, 0.1))]
-    assert found["entropy"].ravel().tolist() == pytest.approx(entropies)
+    assert actual["entropy"].ravel().tolist() == pytest.approx(entropies)
     modified = [
         0.5 * math.log(2) - 0.5 * math.log(0.75),
         -0.8 * math.log(0.2) - 0.7 * math.log(0.3) - 0.1 * math.log(0.9),
     ]
-    assert found["modified entropy"].ravel().tolist() == pytest.approx(modified)
-    assert found["probabilities"] == pytest.approx(np.array([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1]]))
-    assert {values.dtype for values in found.values()} == {np.dtype("float64")}
+    assert actual["modified entropy"].ravel().tolist() == pytest.approx(modified)
+    assert actual["probabilities"] == pytest.approx(np.array([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1]]))
+    assert {values.dtype for values in actual.values()} == {np.dtype("float64")}
 
 
 @pytest.mark.parametrize("sure", [30.0, 800.0, 1e5, 1e30])
 def test_features_of_sure_answers_are_numbers(sure):
-    found = MIA.attack_features(torch.tensor([[sure, 0.0, 0.0]] * 2), torch.tensor([0, 1]))
-    assert all(np.isfinite(values).all() for values in found.values())
-    right, wrong = found["modified entropy"].ravel()
+    actual = MIA.attack_features(torch.tensor([[sure, 0.0, 0.0]] * 2), torch.tensor([0, 1]))
+    assert all(np.isfinite(values).all() for values in actual.values())
+    right, wrong = actual["modified entropy"].ravel()
     assert right == pytest.approx(0, abs=1e-9) and wrong == pytest.approx(2 * sure - math.log(2))
     rng = np.random.default_rng(0)
     members = column([*rng.random(9), right, wrong, wrong])
@@ -339,7 +339,7 @@ def expected_shares(members, non_members, held_members, held_non_members, target
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_report_of_attacks_is_that_of_scikit_learn_on_the_same_images(forgotten):
     outputs = make_outputs(num_draws=2, forgotten=forgotten)
-    found, rows = report(MIA, outputs, metrics.Settings((0.1,), seed=5))
+    actual, rows = report(MIA, outputs, metrics.Settings((0.1,), seed=5))
     images = MIA.attack_images(outputs, 5)
     parts = [
         MIA.attack_features(*part) for part in (outputs.retain, outputs.held_out, outputs.forget)
@@ -366,11 +366,11 @@ def test_report_of_attacks_is_that_of_scikit_learn_on_the_same_images(forgotten)
     false_positives, true_positives, _ = roc_curve(membership, confidence, drop_intermediate=False)
     expected["TPR@1%"] = true_positives[false_positives <= 0.01].max()
     expected["TPR@0.1%"] = true_positives[false_positives <= 0.001].max()
-    assert rows == {} and found == {
+    assert rows == {} and actual == {
         key: pytest.approx(value, abs=1e-9) for key, value in expected.items()
     }
     assert (
-        len({found[key] for key in found if key.startswith("MIA")}) > 7
+        len({actual[key] for key in actual if key.startswith("MIA")}) > 7
     )  # they differ, so that none is another's
 
 
@@ -382,11 +382,11 @@ def test_report_without_test_images_has_no_attacks():
     outputs = make_outputs(
         held_out=54
     )  # four test images: enough for a ranking, too few for an attack
-    found = report(MIA, outputs, metrics.Settings((0.1,)))[0]
+    actual = report(MIA, outputs, metrics.Settings((0.1,)))[0]
     assert (
-        math.isnan(found["MIA"])
-        and math.isnan(found["MIA_entropy_privacy"])
-        and 0 < found["AUC"] <= 1
+        math.isnan(actual["MIA"])
+        and math.isnan(actual["MIA_entropy_privacy"])
+        and 0 < actual["AUC"] <= 1
     )
 
 
@@ -394,9 +394,9 @@ def test_report_where_all_answers_are_right_has_no_correctness_attack():
     outputs = make_outputs()
     for part in (outputs.retain, outputs.held_out):
         part.labels[:] = part.logits.argmax(dim=1)
-    found = report(MIA, outputs, metrics.Settings((0.1,)))[0]
-    assert math.isnan(found["MIA_correctness"]) and math.isnan(found["MIA_correctness_privacy"])
-    assert 0 <= found["MIA"] <= 1 and 0 <= found["MIA_privacy"] <= 1
+    actual = report(MIA, outputs, metrics.Settings((0.1,)))[0]
+    assert math.isnan(actual["MIA_correctness"]) and math.isnan(actual["MIA_correctness_privacy"])
+    assert 0 <= actual["MIA"] <= 1 and 0 <= actual["MIA_privacy"] <= 1
 
 
 def test_rates_at_few_false_positives_by_hand():
@@ -424,24 +424,24 @@ def test_probabilities_are_those_of_scikit_learn_on_all_images(n, b):
     rng = np.random.default_rng(3)
     members, non_members = rng.beta(5, 1, n), rng.beta(b, 1, n)
     points = np.linspace(0, 1, 101)
-    found = attack.membership_probabilities(members, non_members, points)
+    actual = attack.membership_probabilities(members, non_members, points)
     # Unshuffled folds of scikit-learn are blocks of each class, as here.
     model = CalibratedClassifierCV(SVC(C=3, gamma=1, tol=1e-6), ensemble=False)
     model.fit(column(np.concatenate([members, non_members])), np.repeat([1, 0], n))
-    assert np.abs(found - model.predict_proba(column(points))[:, 1]).max() < 6e-3
+    assert np.abs(actual - model.predict_proba(column(points))[:, 1]).max() < 6e-3
 
 
 def test_probabilities_of_constant_confidences_are_not_numbers():
-    found = attack.membership_probabilities(np.full(9, 0.5), np.full(9, 0.5), np.ones(3))
-    assert np.isnan(found).all()
+    actual = attack.membership_probabilities(np.full(9, 0.5), np.full(9, 0.5), np.ones(3))
+    assert np.isnan(actual).all()
 
 
 def test_attack_that_only_one_fold_can_train_has_an_answer():
     """Members and non-members differ in one fold: the SVM trained without it has no answer."""
     members, non_members = np.full(10, 0.5), np.full(10, 0.5)
     members[2:4] = 0.9
-    found = attack.membership_probabilities(members, non_members, np.array([0.4, 0.9]))
-    assert not np.isnan(found).any()
+    actual = attack.membership_probabilities(members, non_members, np.array([0.4, 0.9]))
+    assert not np.isnan(actual).any()
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -563,7 +563,7 @@ def test_miacr_of_confidence_as_probability_is_what_each_draw_gives(
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_accuracies_are_of_the_right_images(forgotten):
     outputs = make_outputs(num_draws=2, forgotten=forgotten)
-    found, rows = report(accuracy, outputs, metrics.Settings((0.1,)))
+    actual, rows = report(accuracy, outputs, metrics.Settings((0.1,)))
     right = [
         (part.logits.argmax(dim=1) == part.labels).double()
         for part in (outputs.forget, outputs.retain, outputs.held_out)
@@ -577,10 +577,10 @@ def test_accuracies_are_of_the_right_images(forgotten):
     if forgotten:
         of_class = [number for number in range(50, 150) if outputs.held_out.labels[number] == 2]
         expected["UA_test"] = 1 - right[2][of_class].mean()
-    assert rows == {} and found == {
+    assert rows == {} and actual == {
         key: pytest.approx(value.item()) for key, value in expected.items()
     }
-    assert len(set(found.values())) == len(found)
+    assert len(set(actual.values())) == len(actual)
 
 
 def test_accuracy_of_forgotten_class_without_test_images_is_left_out():
@@ -608,8 +608,8 @@ def test_probe_takes_a_random_part_of_many_images(monkeypatch):
         "none": (features[:0], labels[:0]),
         "wrong": (features, 1 - labels),
     }
-    found = [probe.linear_probe(features, labels, tests, seed) for seed in (1, 1, 2)]
-    assert all(result == {"all": 1.0, "wrong": 0.0} for result in found)
+    actual = [probe.linear_probe(features, labels, tests, seed) for seed in (1, 1, 2)]
+    assert all(result == {"all": 1.0, "wrong": 0.0} for result in actual)
     assert all(len(seen) == 20 and set(seen) == {0, 1} for _, seen in fitted)
     first, again, other = (seen.tolist() for seen, _ in fitted)
     assert first == again != other

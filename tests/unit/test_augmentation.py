@@ -34,9 +34,9 @@ def augmented(spec, seed=1, count=4000):
     return image, made
 
 
-def shares(found, count):
+def shares(actual, count):
     """How often each value occurs, as a share."""
-    return [found.count(value) / len(found) for value in range(count)]
+    return [actual.count(value) / len(actual) for value in range(count)]
 
 
 def test_crops_are_shifts_of_the_zero_padded_image_each_as_often():
@@ -59,23 +59,23 @@ def test_crops_are_shifts_of_the_zero_padded_image_each_as_often():
 def test_half_of_the_images_are_flipped():
     image, made = augmented(replace(PLAIN, crop_padding=0, flip=True))
     flipped = transforms.horizontal_flip(image).float()
-    found = [int(crop.equal(flipped)) for crop in made]
+    actual = [int(crop.equal(flipped)) for crop in made]
     assert all(
         crop.equal(image.float())
-        for crop, is_flipped in zip(made, found, strict=True)
+        for crop, is_flipped in zip(made, actual, strict=True)
         if not is_flipped
     )
-    assert abs(shares(found, 2)[1] - 0.5) < 0.04
+    assert abs(shares(actual, 2)[1] - 0.5) < 0.04
 
 
 def test_the_given_share_of_the_images_is_gray():
     image, made = augmented(replace(PLAIN, crop_padding=0, grayscale=0.3))
     gray = transforms.rgb_to_grayscale(image, num_output_channels=3).float()
-    found = [int(crop.equal(gray)) for crop in made]
+    actual = [int(crop.equal(gray)) for crop in made]
     assert all(
-        crop.equal(image.float()) for crop, is_gray in zip(made, found, strict=True) if not is_gray
+        crop.equal(image.float()) for crop, is_gray in zip(made, actual, strict=True) if not is_gray
     )
-    assert abs(shares(found, 2)[1] - 0.3) < 0.04
+    assert abs(shares(actual, 2)[1] - 0.3) < 0.04
 
 
 def test_a_draw_equal_to_the_share_leaves_the_image_as_it_is(monkeypatch):
@@ -134,13 +134,13 @@ def test_two_processes_draw_together_what_one_draws(monkeypatch):
 def test_batches_are_the_normalised_images_of_each_part():
     data = images()
     parts = [torch.tensor([3, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([7, 7, 0])]
-    found = list(data.batches(iter(parts)))
-    assert [len(batch) for batch in found] == [2, 0, 3]
+    actual = list(data.batches(iter(parts)))
+    assert [len(batch) for batch in actual] == [2, 0, 3]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PLAIN.mean, PLAIN.std))
-    for part, batch in zip(parts, found, strict=True):
+    for part, batch in zip(parts, actual, strict=True):
         torch.testing.assert_close(batch, (data.pixels[part] / 255 - mean) / std)
         assert batch.dtype == torch.float32
-    assert data.batch(parts[2]).equal(found[2])
+    assert data.batch(parts[2]).equal(actual[2])
 
 
 def test_a_batch_is_augmented_only_with_a_generator():
@@ -193,8 +193,10 @@ def test_a_gpu_augments_small_batches_together(sizes, expected, monkeypatch):
         ),
     )
     parts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
-    found = list(data.batches(parts, utils.generator(1, "test")))
-    assert [len(group) for group in groups] == expected and [len(batch) for batch in found] == sizes
+    actual = list(data.batches(parts, utils.generator(1, "test")))
+    assert [len(group) for group in groups] == expected and [
+        len(batch) for batch in actual
+    ] == sizes
     groups.clear()
     data.labels = torch.zeros(1)
     list(data.batches(parts, utils.generator(1, "test")))
@@ -232,8 +234,8 @@ def test_gather_brings_the_rows_of_all_processes_into_order(count, monkeypatch):
         for rank in range(world):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             assert distributed.local_rows(rows).equal(rows[rank::world])
-            found = distributed.gather_rows(distributed.local_rows(rows), count)
-            assert attempt == 1 or (found.equal(rows) and not found.requires_grad)
+            actual = distributed.gather_rows(distributed.local_rows(rows), count)
+            assert attempt == 1 or (actual.equal(rows) and not actual.requires_grad)
 
 
 def test_one_process_keeps_its_rows_and_their_gradient(monkeypatch):

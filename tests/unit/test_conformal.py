@@ -40,10 +40,10 @@ def exact_log_odds(name, logits, u, penalty=0.01, k_reg=2, weight=0.2):
         order = sorted(
             range(len(p)), key=lambda label: -p[label]
         )  # sorted() is stable: ties by number
-        found = [None] * len(p)
+        actual = [None] * len(p)
         for rank, label in enumerate(order, 1):
             adaptive = sum(p[other] for other in order[: rank - 1]) + u * p[label]
-            found[label] = {
+            actual[label] = {
                 "thr": 1 - p[label],
                 "aps": adaptive,
                 "raps": adaptive + mpmath.mpf(penalty) * max(rank - k_reg, 0),
@@ -55,7 +55,7 @@ def exact_log_odds(name, logits, u, penalty=0.01, k_reg=2, weight=0.2):
             float(mpmath.log(score / (1 - score)))
             if score < 1
             else float(scores.FROM_ONE_ON * score)
-            for score in found
+            for score in actual
         ]
 
 
@@ -65,25 +65,25 @@ def test_log_odds_are_exact_however_sure_the_model_is(name, spread):
     rng = np.random.default_rng(spread)
     logits = torch.from_numpy(spread * rng.standard_normal((8, 5)))
     score = scores.Score(name, penalty=0.01, k_reg=2, weight=0.2, seed=3)
-    found = score.log_odds(logits, "test")
+    actual = score.log_odds(logits, "test")
     u = np.random.default_rng([3, *b"test"]).random(8)
     expected = torch.tensor(
         [exact_log_odds(name, *image) for image in zip(logits, u, strict=True)], dtype=torch.float64
     )
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(found.argsort(dim=1), expected.argsort(dim=1))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(actual.argsort(dim=1), expected.argsort(dim=1))
 
 
 @pytest.mark.parametrize("name", ["aps", "raps", "saps"])
 def test_scores_without_randomisation_take_u_one(name):
     logits = torch.tensor([[2.0, 45.0, 0.0], [0.0, 0.0, 0.0]]).double()
-    found = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2).log_odds(
+    actual = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2).log_odds(
         logits, "test"
     )
     expected = torch.tensor(
         [exact_log_odds(name, image, 1.0) for image in logits], dtype=torch.float64
     )
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_raps_is_aps_to_the_last_digit_within_k_reg():
@@ -134,8 +134,8 @@ def test_labels_that_1_minus_p_ties_are_ordered_by_log_odds():
 
 def test_labels_of_equal_logits_have_equal_scores():
     logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 3.0, -2.0, -2.0]])
-    found = scores.thr_log_odds(logits)
-    assert found[0].unique().numel() == 1 and found[1].unique().numel() == 2
+    actual = scores.thr_log_odds(logits)
+    assert actual[0].unique().numel() == 1 and actual[1].unique().numel() == 2
     aps = scores.aps_log_odds(logits, torch.ones(2).double())
     assert scores.from_log_odds(aps)[0].tolist() == pytest.approx(
         [0.25, 0.5, 0.75, 1]
@@ -145,15 +145,15 @@ def test_labels_of_equal_logits_have_equal_scores():
 def test_two_labels_of_one_half_each_have_equal_scores():
     """The third has about e⁻³⁶: p of the others rounds to ½, its sum with one of them does not."""
     rest = torch.linspace(-36.7, -36.1, 50)
-    found = scores.thr_log_odds(torch.stack([torch.zeros(50), torch.zeros(50), rest], dim=1))
-    assert torch.equal(found[:, 0], found[:, 1])
+    actual = scores.thr_log_odds(torch.stack([torch.zeros(50), torch.zeros(50), rest], dim=1))
+    assert torch.equal(actual[:, 0], actual[:, 1])
 
 
 @pytest.mark.parametrize("name", ["aps", "raps", "saps"])
 def test_many_labels_of_equal_probability_rank_by_number(name):
     score = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2)
-    found = score.log_odds(torch.zeros(1, 40), "test")[0]
-    assert (found.diff() > 0).all()
+    actual = score.log_odds(torch.zeros(1, 40), "test")[0]
+    assert (actual.diff() > 0).all()
 
 
 # ---------------------------------------------------------------- q̂
@@ -257,8 +257,8 @@ def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
         wrong.append(int(output.logits[image].argmax()) != label)
         if q_hat is not None:
             inside.append(numbers[image][label] <= q_hat)
-            sizes.append(sum(one <= q_hat for one in numbers[image]))
-    found = {"misclassified": sum(wrong)}
+            sizes.append(sum(item <= q_hat for item in numbers[image]))
+    actual = {"misclassified": sum(wrong)}
     keys = [
         "coverage",
         "set_size",
@@ -271,33 +271,39 @@ def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
     ]
     keys += [f"{name}@{size}" for name in ("ECF", "EuCF") for size in set_sizes]
     if q_hat is None:
-        return found | dict.fromkeys(keys)
+        return actual | dict.fromkeys(keys)
 
     def ratio(inside, sizes):
         if not sizes:
             return None
         return sum(inside) / sum(sizes) if sum(sizes) else 0.0
 
-    own = [one for one, is_wrong in zip(inside, wrong, strict=True) if is_wrong]
-    own_sizes = [one for one, is_wrong in zip(sizes, wrong, strict=True) if is_wrong]
-    found["fake"] = sum(own)
-    found["fake_ratio"] = sum(own) / sum(wrong) if any(wrong) else None
-    found["wrong_set_size"] = sum(own_sizes) / len(own_sizes) if own else None
-    found["wrong_CR"] = ratio(own, own_sizes)
+    wrong_in_set = [item for item, is_wrong in zip(inside, wrong, strict=True) if is_wrong]
+    wrong_sizes = [item for item, is_wrong in zip(sizes, wrong, strict=True) if is_wrong]
+    actual["fake"] = sum(wrong_in_set)
+    actual["fake_ratio"] = sum(wrong_in_set) / sum(wrong) if any(wrong) else None
+    actual["wrong_set_size"] = sum(wrong_sizes) / len(wrong_sizes) if wrong_in_set else None
+    actual["wrong_CR"] = ratio(wrong_in_set, wrong_sizes)
     n = len(chosen)
-    found["coverage"], found["set_size"] = (sum(inside) / n, sum(sizes) / n) if n else (None, None)
-    found["CR"], found["CR_error"] = ratio(inside, sizes), None
+    actual["coverage"], actual["set_size"] = (
+        (sum(inside) / n, sum(sizes) / n) if n else (None, None)
+    )
+    actual["CR"], actual["CR_error"] = ratio(inside, sizes), None
     if n:
-        squares = [(one - found["CR"] * size) ** 2 for one, size in zip(inside, sizes, strict=True)]
+        squares = [
+            (item - actual["CR"] * size) ** 2 for item, size in zip(inside, sizes, strict=True)
+        ]
         error = math.sqrt(sum(squares) / n / n)
-        found["CR_error"] = error / found["set_size"] if sum(sizes) else 0.0
+        actual["CR_error"] = error / actual["set_size"] if sum(sizes) else 0.0
     for size in set_sizes:
         pairs = list(zip(inside, sizes, strict=True))
-        found[f"ECF@{size}"] = sum(one and count <= size for one, count in pairs) / n if n else None
-        found[f"EuCF@{size}"] = (
-            sum(not one and count <= size for one, count in pairs) / n if n else None
+        actual[f"ECF@{size}"] = (
+            sum(item and count <= size for item, count in pairs) / n if n else None
         )
-    return found
+        actual[f"EuCF@{size}"] = (
+            sum(not item and count <= size for item, count in pairs) / n if n else None
+        )
+    return actual
 
 
 def mean_of(values):
@@ -318,7 +324,7 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
         ("thr", size, alpha) for size in (20, 45) for alpha in alphas
     }
     held_out = outputs.held_out
-    own = [
+    label_scores = [
         row[label]
         for row, label in zip(
             scores.thr_log_odds(held_out.logits).tolist(), held_out.labels, strict=True
@@ -334,8 +340,8 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
             forget_calibration = [image for image in draw[:size] if is_forgotten[image]]
             test = [image for image in draw[45:] if not is_forgotten[image]]
             forget_test = [image for image in draw[45:] if is_forgotten[image]]
-            q_hat = plain_q_hat([own[image] for image in calibration], alpha)
-            own_q_hat = plain_q_hat([own[image] for image in forget_calibration], alpha)
+            q_hat = plain_q_hat([label_scores[image] for image in calibration], alpha)
+            own_q_hat = plain_q_hat([label_scores[image] for image in forget_calibration], alpha)
             q_hats.append(q_hat)
             own_q_hats.append(own_q_hat)
             sizes.append((len(calibration), len(forget_calibration), len(test)))
@@ -500,7 +506,7 @@ def test_judgements_of_random_forgetting_share_one_q_hat():
     for draw in range(3):
         calibration = true_label[outputs.draws[draw, :20]]
         expected = [CR.conformal_quantile(calibration, alpha) for alpha in (0.1, 0.2)]
-        assert all(one.q_hats[draw].tolist() == expected for one in judgements.values())
+        assert all(item.q_hats[draw].tolist() == expected for item in judgements.values())
         assert judgements["test"].images[draw].tolist() == outputs.draws[draw, 45:].tolist()
     assert judgements["forget"].images is None and judgements["retain"].images is None
 
@@ -518,8 +524,8 @@ def test_judgements_of_class_forgetting_have_two_q_hats():
             calibration = true_label[first[mask[first]]]
             expected = CR.finite_quantile(calibration, 0.3)
             for group in groups:
-                found = judgements[group].q_hats[draw].item()
-                assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True), group
+                actual = judgements[group].q_hats[draw].item()
+                assert actual == pytest.approx(expected, rel=0, abs=0, nan_ok=True), group
         for group in ("forget_test", "forget_test_by_retain"):
             assert judgements[group].images[draw].tolist() == last[labels[last] == 3].tolist()
         assert judgements["test"].images[draw].tolist() == last[labels[last] != 3].tolist()
@@ -530,9 +536,9 @@ def test_conformal_scores_default_to_first_score_and_largest_size():
     first, second = scores.Score("aps", seed=1), scores.Score()
     conformal_scores = metrics.ConformalScores(outputs, metrics.Settings((0.3,), (first, second)))
     for forgotten_class in (False, True):
-        found = conformal_scores.q_hats(forgotten_class=forgotten_class)
+        actual = conformal_scores.q_hats(forgotten_class=forgotten_class)
         expected = conformal_scores.q_hats(first, 45, forgotten_class=forgotten_class)
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
     other = [conformal_scores.q_hats(second), conformal_scores.q_hats(size=20)]
     assert not any(torch.equal(conformal_scores.q_hats(), q_hats) for q_hats in other)
     part = conformal_scores.part("forget")
@@ -563,15 +569,15 @@ def test_class_q_hats_are_those_of_each_class_alone():
     outputs = some_outputs(2)
     conformal_scores = metrics.ConformalScores(outputs, metrics.Settings((0.05, 0.3)))
     true_label, labels = scores.true_label_log_odds(*outputs.held_out), outputs.held_out.labels
-    found = conformal_scores.class_q_hats()
-    assert found.shape == (4, 2)
+    actual = conformal_scores.class_q_hats()
+    assert actual.shape == (4, 2)
     for number in range(4):
         images = [image for image in range(45) if labels[image] == number]
         assert conformal_scores.class_calibration()[number].tolist() == images
         for column, alpha in enumerate((0.05, 0.3)):
             expected = plain_q_hat(true_label[images].tolist(), alpha)
             expected = math.nan if expected is None else expected
-            assert found[number, column].item() == pytest.approx(expected, nan_ok=True)
+            assert actual[number, column].item() == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", ["thr", "aps"])
@@ -580,15 +586,15 @@ def test_accuracy_and_coverage_of_images_are_those_of_loops(name):
     score = scores.Score(name, seed=3)
     chosen = metrics.Settings((0.2, 0.1), (score, scores.Score("saps")))
     calibration = outputs.held_out.select(torch.arange(30))
-    found = conformal.accuracy_and_coverage(outputs.forget, calibration, chosen)
+    actual = conformal.accuracy_and_coverage(outputs.forget, calibration, chosen)
     labels = calibration.labels.tolist()
     rows = score.log_odds(calibration.logits, "held_out").tolist()
     q_hat = plain_q_hat([row[label] for row, label in zip(rows, labels, strict=True)], 0.2)
     numbers = plain_numbers(outputs.forget, range(40), q_hat, (), score, "forget")
-    assert found.coverage == pytest.approx(numbers["coverage"])
-    assert found.accuracy == pytest.approx(1 - numbers["misclassified"] / 40)
+    assert actual.coverage == pytest.approx(numbers["coverage"])
+    assert actual.accuracy == pytest.approx(1 - numbers["misclassified"] / 40)
     few = conformal.accuracy_and_coverage(outputs.forget, calibration.select([0, 1, 2]), chosen)
-    assert math.isnan(few.coverage) and few.accuracy == found.accuracy
+    assert math.isnan(few.coverage) and few.accuracy == actual.accuracy
 
 
 # ---------------------------------------------------------------- classes, samples
@@ -606,7 +612,7 @@ def test_class_rows_are_what_loops_give(forgotten_class, name):
     ]
     held_out = outputs.held_out
     labels = held_out.labels.tolist()
-    own = [
+    label_scores = [
         row[label]
         for row, label in zip(
             score.log_odds(held_out.logits, "held_out").tolist(), labels, strict=True
@@ -615,10 +621,11 @@ def test_class_rows_are_what_loops_give(forgotten_class, name):
     for row in rows:
         number = "abcd".index(row["class"])
         common = plain_q_hat(
-            [own[image] for image in range(45) if labels[image] != forgotten_class], row["alpha"]
+            [label_scores[image] for image in range(45) if labels[image] != forgotten_class],
+            row["alpha"],
         )
         calibration = [image for image in range(45) if labels[image] == number]
-        mine = plain_q_hat([own[image] for image in calibration], row["alpha"])
+        mine = plain_q_hat([label_scores[image] for image in calibration], row["alpha"])
         parts = {
             "test": (
                 held_out,
@@ -664,7 +671,7 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
     conformal_scores = metrics.ConformalScores(outputs, chosen)
     rows = samples.sample_rows(conformal_scores, indices, names)
     held_out = outputs.held_out
-    own = (
+    label_scores = (
         score.log_odds(held_out.logits, "held_out")
         .gather(1, held_out.labels[:, None])
         .flatten()
@@ -672,7 +679,9 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
     )
     labels = outputs.held_out.labels.tolist()
     q_hats = [
-        plain_q_hat([own[image] for image in draw[:20] if labels[image] != forgotten_class], 0.2)
+        plain_q_hat(
+            [label_scores[image] for image in draw[:20] if labels[image] != forgotten_class], 0.2
+        )
         for draw in outputs.draws.tolist()
     ]
     log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
@@ -695,7 +704,7 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
                 "in_set@0.01": None,
                 "fake@0.01": None,
                 "in_set_share@0.01": None,
-                "set_size@0.2": sum(one <= q_hats[0] for one in log_odds[number]),
+                "set_size@0.2": sum(item <= q_hats[0] for item in log_odds[number]),
                 "in_set@0.2": int(inside),
                 "fake@0.2": int(inside and label != prediction),
                 "in_set_share@0.2": sum(log_odds[number][label] <= q_hat for q_hat in q_hats) / 5,
@@ -726,8 +735,10 @@ def test_share_of_draws_counts_those_with_a_finite_q_hat():
         metrics.ConformalScores(outputs, chosen), torch.arange(len(outputs.forget.labels))
     )
     assert all(row[f"in_set_share@{more:g}"] is None for row in unknown)
-    own = scores.true_label_log_odds(*outputs.held_out)
-    q_hats = [own[outputs.calibration(20, d)].max() for d in range(12) if counts[d] >= counts[0]]
+    label_scores = scores.true_label_log_odds(*outputs.held_out)
+    q_hats = [
+        label_scores[outputs.calibration(20, d)].max() for d in range(12) if counts[d] >= counts[0]
+    ]
     forget = scores.true_label_log_odds(*outputs.forget)
     assert finite < 12
     for row, score in zip(rows, forget, strict=True):
@@ -743,11 +754,11 @@ def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class, kin
         outputs.forget = outputs.held_out.select(torch.arange(40))
     score = scores.Score(kind, seed=5)
     chosen = metrics.Settings((0.2, 0.04), (score,))
-    own = score.log_odds(outputs.held_out.logits, "held_out")
-    own = own.gather(1, outputs.held_out.labels[:, None]).flatten().tolist()
+    label_scores = score.log_odds(outputs.held_out.logits, "held_out")
+    label_scores = label_scores.gather(1, outputs.held_out.labels[:, None]).flatten().tolist()
     labels = outputs.held_out.labels.tolist()
     q_hat = plain_q_hat(
-        [own[image] for image in range(20) if labels[image] != forgotten_class], 0.2
+        [label_scores[image] for image in range(20) if labels[image] != forgotten_class], 0.2
     )
     log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     expected = []
@@ -756,7 +767,7 @@ def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class, kin
     ):
         order = sorted(range(4), key=row.__getitem__)
         if order[0] != label and row[label] <= q_hat:
-            inside = [one for one in order if row[one] <= q_hat]
+            inside = [item for item in order if row[item] <= q_hat]
             expected.append((row[label], (place, order[0], inside)))
     expected = [entry for _, entry in sorted(expected)]
     assert expected
@@ -840,9 +851,9 @@ def test_evaluate_joins_the_numbers_of_all_modules(monkeypatch):
 
 def test_gap_is_over_what_both_know():
     reference = {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4}
-    found = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": math.nan, "AUC": 0.0}
-    assert comparison.gap(found, reference) == pytest.approx((0.4 + 0.1 + 0.1) / 3)
-    assert comparison.gap(found | {"MIA": 0.6}, reference) == pytest.approx(0.8 / 4)
+    actual = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": math.nan, "AUC": 0.0}
+    assert comparison.gap(actual, reference) == pytest.approx((0.4 + 0.1 + 0.1) / 3)
+    assert comparison.gap(actual | {"MIA": 0.6}, reference) == pytest.approx(0.8 / 4)
     assert comparison.gap({"UA": 0.1}, {"UA": None, "RA": 1}) != comparison.gap(
         {"UA": 0.1}, {"UA": 0.1}
     )
@@ -850,7 +861,7 @@ def test_gap_is_over_what_both_know():
 
 
 def test_differences_are_of_finite_numbers_that_both_have():
-    found = {
+    actual = {
         "a": 1,
         "b": 0.5,
         "c": True,
@@ -873,7 +884,7 @@ def test_differences_are_of_finite_numbers_that_both_have():
         "i": math.nan,
         "j": True,
     }
-    assert comparison.differences(found, other) == {"a_minus_retrain": -2, "b_minus_retrain": 0.25}
+    assert comparison.differences(actual, other) == {"a_minus_retrain": -2, "b_minus_retrain": 0.25}
 
 
 def test_verdicts_have_one_image_as_the_least_difference():

@@ -165,11 +165,11 @@ def test_numbers_under_an_infinite_q_hat_are_empty_in_every_file(scored, evaluat
         assert row["forget_misclassified"] != "" and row["coverage_outside"] == "False"
     assert "\nalpha 0.01 (score thr, 24 calibration images): no finite q̂\n" in said
     assert len(printed_sets(said, 0.2)) == 4
-    found = json.loads((bench.folder() / "GA/results.json").read_text())["metrics"]["conformal"]
+    actual = json.loads((bench.folder() / "GA/results.json").read_text())["metrics"]["conformal"]
     assert (
-        found[0]["forget_coverage"] is None
-        and found[0]["CR_word"] is None
-        and found[1]["forget_coverage"] > 0
+        actual[0]["forget_coverage"] is None
+        and actual[0]["CR_word"] is None
+        and actual[1]["forget_coverage"] > 0
     )
     sample = bench.table("GA/samples.csv")[0]
     assert [sample[f"{key}@0.01"] for key in ("set_size", "in_set", "fake", "in_set_share")] == [
@@ -263,9 +263,9 @@ def test_class_with_few_calibration_images_is_reported(monkeypatch, tmp_path):
     )
     split = utils.make_split(bench.data, flags(unlearn_type="class", forget_class="1"), 24)
     count = int(split.is_forgotten.sum())
-    found = "1 calibration image;" if count else "0 calibration images;"
+    actual = "1 calibration image;" if count else "0 calibration images;"
     line = "no finite q̂ for class bee (shown as –): alpha 0.3 needs 3, and --cal_sizes 24 gives"
-    assert f"{line} {found}" in said
+    assert f"{line} {actual}" in said
 
 
 # ---------------------------------------------------------------- rows of other methods
@@ -688,13 +688,15 @@ def comparable(**given):
 
 
 def test_model_is_compared_with_retrain():
-    found = main_evaluate.compare_model("GA", comparable(UA=0.3, TA=0.7, seconds=2.5), comparable())
-    assert found["gap"] == pytest.approx((0.2 + 0 + 0.1 + 0) / 4)
-    assert found["UA_minus_retrain"] == pytest.approx(-0.2) and found[
+    actual = main_evaluate.compare_model(
+        "GA", comparable(UA=0.3, TA=0.7, seconds=2.5), comparable()
+    )
+    assert actual["gap"] == pytest.approx((0.2 + 0 + 0.1 + 0) / 4)
+    assert actual["UA_minus_retrain"] == pytest.approx(-0.2) and actual[
         "TA_minus_retrain"
     ] == pytest.approx(-0.1)
     assert (
-        found["RTE"] == 0.25 and found["UA_word"] == "under-forgets"
+        actual["RTE"] == 0.25 and actual["UA_word"] == "under-forgets"
     )  # beyond 2·√(2 · 0.25 / 100) = 0.141
     words = [
         main_evaluate.compare_model("GA", comparable(UA=ua), comparable())["UA_word"]
@@ -747,42 +749,44 @@ def test_verdicts_over_seeds_tolerate_one_image():
         seeds_of("finetune", [0.97] * 2, [0.0, 0.15]),
     )
     high = seeds_of("salun", [0.97] * 2, [0.12, 0.13])
-    found = {
+    actual = {
         row["method"]: row for row in main_evaluate.summarise_seeds(reference + near + far + high)
     }
-    assert (found["GA"]["UA_word"], found["GA"]["CR_word"]) == (
+    assert (actual["GA"]["UA_word"], actual["GA"]["CR_word"]) == (
         "matches",
         "matches",
     )  # one image is 0.02
     assert (
-        found["finetune"]["UA_word"] == "under-forgets"
-        and found["finetune"]["CR_word"] == "over-forgets"
+        actual["finetune"]["UA_word"] == "under-forgets"
+        and actual["finetune"]["CR_word"] == "over-forgets"
     )
-    assert found["salun"]["CR_word"] == "under-forgets" and found["retrain"]["UA_word"] == "matches"
+    assert (
+        actual["salun"]["CR_word"] == "under-forgets" and actual["retrain"]["UA_word"] == "matches"
+    )
     # The smallest forget set of all rows counts.
     few = [row | {"num_forget": 10} for row in far[:1]] + far[1:]
-    found = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + few)}
-    assert found["finetune"]["UA_word"] == "matches"
+    actual = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + few)}
+    assert actual["finetune"]["UA_word"] == "matches"
 
 
 def test_verdicts_over_seeds_tolerate_two_deviations_of_retrain():
     reference = seeds_of("retrain", [0.4, 0.6], [0.2, 0.4], num_forget=1000)  # deviations of 0.1414
     row = seeds_of("GA", [0.79, 0.79], [0.02, 0.02], num_forget=1000)
-    found = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + row)}
-    assert found["GA"]["UA_word"] == "over-forgets" and found["GA"]["CR_word"] == "matches"
-    assert found["GA"]["UA"] == (pytest.approx(0.79), pytest.approx(0))
-    found = main_evaluate.summarise_seeds(
+    actual = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + row)}
+    assert actual["GA"]["UA_word"] == "over-forgets" and actual["GA"]["CR_word"] == "matches"
+    assert actual["GA"]["UA"] == (pytest.approx(0.79), pytest.approx(0))
+    actual = main_evaluate.summarise_seeds(
         reference + seeds_of("GA", [0.77, 0.77], [0.01, 0.01], num_forget=1000)
     )
-    assert found[1]["UA_word"] == "matches" and found[1]["CR_word"] == "over-forgets"
+    assert actual[1]["UA_word"] == "matches" and actual[1]["CR_word"] == "over-forgets"
 
 
 def test_verdicts_over_seeds_without_numbers_are_none():
     nan = [math.nan, math.nan]
-    found = main_evaluate.summarise_seeds(
+    actual = main_evaluate.summarise_seeds(
         seeds_of("retrain", [0.4, 0.5], nan) + seeds_of("GA", [0.4, 0.5], [0.1, 0.2])
     )
-    assert [row["CR_word"] for row in found] == [None, None] and found[1]["UA_word"] == "matches"
+    assert [row["CR_word"] for row in actual] == [None, None] and actual[1]["UA_word"] == "matches"
     alone = main_evaluate.summarise_seeds(
         seeds_of("retrain", [0.4, 0.5], [0.1, 0.2]) + seeds_of("GA", [0.4], [0.1])
     )
@@ -829,8 +833,8 @@ def test_merged_rows_are_in_the_order_of_the_methods_in_each_block():
         rows(["retrain", "mine"], 0.1) + rows(["retrain"], 0.2),
     )
     failed = rows(["finetune"], 0.1, note="diverged")
-    found = main_evaluate.merge_rows(scored + failed, kept)
-    assert [(row["alpha"], row["method"]) for row in found] == [
+    actual = main_evaluate.merge_rows(scored + failed, kept)
+    assert [(row["alpha"], row["method"]) for row in actual] == [
         (0.1, "original"), (0.1, "retrain"), (0.1, "GA"), (0.1, "mine"), (0.1, "finetune"),
         (0.2, "retrain"),
     ]  # fmt: skip
@@ -961,8 +965,8 @@ def test_relearning_measures_the_other_images_under_each_steps_q_hat(bench, monk
     for number, state in enumerate(states):
         model.load_state_dict(state)
         logits, labels = inference.compute_logits(model, bench.data.held_out, calibration)
-        own = score.log_odds(logits, "held_out").gather(1, labels[:, None]).flatten()
-        q_hat = CR.conformal_quantile(own, 0.2)
+        label_scores = score.log_odds(logits, "held_out").gather(1, labels[:, None]).flatten()
+        q_hat = CR.conformal_quantile(label_scores, 0.2)
         logits, labels = inference.compute_logits(model, bench.data.train, others)
         assert curve["accuracy"][number] == (logits.argmax(dim=1) == labels).double().mean()
         inside = score.log_odds(logits, "forget").gather(1, labels[:, None]) <= q_hat

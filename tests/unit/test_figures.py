@@ -41,8 +41,8 @@ STRANGE = {
 
 
 def legend(figure):
-    (found,) = figure.legends
-    return [text.get_text() for text in found.get_texts()]
+    (actual,) = figure.legends
+    return [text.get_text() for text in actual.get_texts()]
 
 
 def rgb(color):
@@ -228,15 +228,15 @@ def test_drawing_leaves_the_callers_settings():
 def test_methods_differ_in_color_marker_or_line():
     methods = ["original", "retrain", *(f"method{number}" for number in range(12))]
     names = methods + [f"cpu_{name}" for name in methods[1:]]
-    found = figures.looks(names)
-    assert list(found) == names and len(set(found.values())) == len(names)
-    assert found["original"][0] == found["retrain"][0] == figures.BLACK
-    assert found["original"][2] == ":" and found["retrain"][2] == "-"
+    actual = figures.looks(names)
+    assert list(actual) == names and len(set(actual.values())) == len(names)
+    assert actual["original"][0] == actual["retrain"][0] == figures.BLACK
+    assert actual["original"][2] == ":" and actual["retrain"][2] == "-"
     for name in methods[1:]:
-        assert found[f"cpu_{name}"] == (*found[name][:2], "--")
-        assert found[name].face == found[name].color and found[f"cpu_{name}"].face == "white"
-    assert [found[f"method{number}"][0] for number in range(6)] == list(figures.PALETTE)
-    assert [found[f"method{number}"][1] for number in range(12)] == list(figures.MARKERS)
+        assert actual[f"cpu_{name}"] == (*actual[name][:2], "--")
+        assert actual[name].face == actual[name].color and actual[f"cpu_{name}"].face == "white"
+    assert [actual[f"method{number}"][0] for number in range(6)] == list(figures.PALETTE)
+    assert [actual[f"method{number}"][1] for number in range(12)] == list(figures.MARKERS)
 
 
 def test_cpu_variant_without_its_base_keeps_its_bases_look():
@@ -327,11 +327,11 @@ def test_panel_without_any_number_says_so():
 
 
 def test_relearning_curves_show_every_known_number():
-    found = {
+    actual = {
         "retrain": {"step": [0, 5, 10], "accuracy": [0.1, 0.2, 0.3], "coverage": [math.nan] * 3},
         "ga": {"step": [0, 5, 10], "accuracy": [0.0, 0.5, 0.9], "coverage": [None, 0.7, 0.8]},
     }
-    figure = figures.relearn_curves(found, 0.05)
+    figure = figures.relearn_curves(actual, 0.05)
     accuracy, coverage = figure.axes
     assert shares_x(accuracy, coverage)
     assert accuracy.get_title() == "Accuracy" and coverage.get_title() == "Coverage (α = 0.05)"
@@ -339,15 +339,15 @@ def test_relearning_curves_show_every_known_number():
         [[0, 0.1], [5, 0.2], [10, 0.3]], [[0, 0], [5, 0.5], [10, 0.9]],
     ]  # fmt: skip
     assert [line.get_xydata().tolist() for line in coverage.lines] == [[], [[5, 0.7], [10, 0.8]]]
-    for line, name in zip(accuracy.lines, found, strict=True):
-        assert_looks(line, name, found)
+    for line, name in zip(accuracy.lines, actual, strict=True):
+        assert_looks(line, name, actual)
     assert legend(figure) == ["retrain", "ga"] and not coverage.texts
     label = "training steps on a tenth of the forget images"
     assert all(axis.get_xlabel() == label for axis in figure.axes)
     assert "nine tenths" in figure.get_suptitle()
-    many = figures.relearn_curves({f"m{number}": found["ga"] for number in range(40)}, 0.1)
+    many = figures.relearn_curves({f"m{number}": actual["ga"] for number in range(40)}, 0.1)
     assert many.get_figheight() > 2 * figure.get_figheight()
-    figure = figures.relearn_curves({"ga": found["retrain"]}, 0.1)
+    figure = figures.relearn_curves({"ga": actual["retrain"]}, 0.1)
     assert [len(axis.texts) for axis in figure.axes] == [0, 1]
 
 
@@ -449,12 +449,12 @@ def test_labels_of_crowded_plane_do_not_overlap():
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(strategies.lists(strategies.floats(0, 1), min_size=1, max_size=8))
 def test_spread_heights_are_the_nearest_that_are_apart(heights):
-    found = figures.spread_heights(heights, 0.1)
+    actual = figures.spread_heights(heights, 0.1)
     order = np.argsort(heights, kind="stable")
     assert (
-        (np.diff(np.array(found)[order]) >= 0.1 - 1e-9).all()
-        and min(found) >= -1e-9
-        and max(found) <= 1 + 1e-9
+        (np.diff(np.array(actual)[order]) >= 0.1 - 1e-9).all()
+        and min(actual) >= -1e-9
+        and max(actual) <= 1 + 1e-9
     )
     wanted = np.array(heights)[order]
     best = minimize(
@@ -463,13 +463,13 @@ def test_spread_heights_are_the_nearest_that_are_apart(heights):
         constraints=[{"type": "ineq", "fun": lambda y: np.diff(y) - 0.1}],
         bounds=[(0, 1)] * len(wanted),
     )  # fmt: skip
-    assert ((np.array(found) - heights) ** 2).sum() <= best.fun + 1e-5
+    assert ((np.array(actual) - heights) ** 2).sum() <= best.fun + 1e-5
 
 
 def test_spread_heights_share_the_room_where_there_is_too_little():
     assert figures.spread_heights([], 0.1) == []
-    found = figures.spread_heights([0.5] * 20, 0.1)
-    assert np.diff(found) == pytest.approx([0.05] * 19) and min(found) >= 0 and max(found) <= 1
+    actual = figures.spread_heights([0.5] * 20, 0.1)
+    assert np.diff(actual) == pytest.approx([0.05] * 19) and min(actual) >= 0 and max(actual) <= 1
 
 
 # ---------------------------------------------------------------- bars
@@ -658,14 +658,14 @@ def test_histogram_data_are_the_scores_of_the_splits_own_parts():
     draws = metrics.draw_splits(40, 3, seed=1)
     outputs = metrics.Outputs(forget, retain, held_out, [10, 20], draws)
     settings = metrics.Settings((0.1, 0.4))
-    found = figures.histogram_data(metrics.ConformalScores(outputs, settings))
-    own = scores.true_label_scores(*held_out)
-    assert found["forget"].tolist() == scores.true_label_scores(*forget).tolist()
+    actual = figures.histogram_data(metrics.ConformalScores(outputs, settings))
+    label_scores = scores.true_label_scores(*held_out)
+    assert actual["forget"].tolist() == scores.true_label_scores(*forget).tolist()
     assert (
-        found["calibration"].tolist() == own[:20].tolist()
-        and found["test"].tolist() == own[20:].tolist()
+        actual["calibration"].tolist() == label_scores[:20].tolist()
+        and actual["test"].tolist() == label_scores[20:].tolist()
     )
-    assert found["q_hat"] == pytest.approx(CR.conformal_quantile(own[:20], 0.1))
+    assert actual["q_hat"] == pytest.approx(CR.conformal_quantile(label_scores[:20], 0.1))
     too_few = metrics.ConformalScores(outputs, metrics.Settings((0.01,)))
     assert math.isnan(figures.histogram_data(too_few)["q_hat"])
 

@@ -578,9 +578,9 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_labels_and_names(root
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("found", ["", "a-b", 5, ["x"], {"a": 1}, 2.5, True])
-def test_a_fingerprint_that_is_none_is_another_data_sets(found, digits):
-    assert digits.difference(found) == "other training images"
+@pytest.mark.parametrize("actual", ["", "a-b", 5, ["x"], {"a": 1}, 2.5, True])
+def test_a_fingerprint_that_is_none_is_another_data_sets(actual, digits):
+    assert digits.difference(actual) == "other training images"
 
 
 # ---------------------------------------------------------------- names that are not UTF-8

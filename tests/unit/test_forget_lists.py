@@ -1,4 +1,4 @@
-"""--forget_list and --forget_class: unambiguous names are read in any spelling, others are errors."""
+"""--forget_list and --forget_class: clear names in any spelling are read, others are errors."""
 
 import codecs
 import json
@@ -367,11 +367,11 @@ def test_any_bytes_are_a_list_or_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
     try:
-        found = utils.read_forget_list(path, make_data())
+        actual = utils.read_forget_list(path, make_data())
     except utils.UserError as error:
         assert "\n" not in str(error) and str(error).encode("utf-8")
     else:
-        assert len(set(found)) == len(found) > 0 and set(found) <= set(range(len(NAMES)))
+        assert len(set(actual)) == len(actual) > 0 and set(actual) <= set(range(len(NAMES)))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

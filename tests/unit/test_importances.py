@@ -63,11 +63,11 @@ def test_importances_are_the_mean_squared_gradients_of_single_images(layers, exp
     assert fisher._knows_layers(model) == (layers in NETWORKS)
     indices = torch.tensor([4, 9, 2, 17, 5, 11, 29])
     scores = fisher.expected_scores if expected else fisher.observed_score
-    found = fisher.diagonal_fisher(model.train(), data, indices, scores, chunk=3)
+    actual = fisher.diagonal_fisher(model.train(), data, indices, scores, chunk=3)
     reference = by_definition(model.eval(), data.inputs[indices], data.labels[indices], expected)
-    assert found.keys() == reference.keys()
+    assert actual.keys() == reference.keys()
     for name, square in reference.items():
-        torch.testing.assert_close(found[name], square, rtol=1e-3, atol=1e-6 * square.max().item())
+        torch.testing.assert_close(actual[name], square, rtol=1e-3, atol=1e-6 * square.max().item())
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -193,9 +193,9 @@ def test_importances_of_several_processes_are_those_of_one(world, monkeypatch):
         lambda: fisher.diagonal_fisher(model, shares, indices, fisher.observed_score, chunk=4)
     )
     assert set(shares.seen) <= {4 * world, len(indices) % (4 * world)}
-    for found in together:
+    for actual in together:
         for name, square in alone.items():
-            torch.testing.assert_close(found[name], square, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(actual[name], square, rtol=1e-4, atol=1e-7)
 
 
 def test_a_mask_of_two_processes_is_that_of_one(monkeypatch):

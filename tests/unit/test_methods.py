@@ -171,8 +171,8 @@ def test_one_step_of_the_teacher():
 
 
 def test_distance_is_softened_by_the_temperature():
-    found = unlearn.distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * LN3, 0.0]]), 2.0)
-    assert found.item() == pytest.approx(
+    actual = unlearn.distance(torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * LN3, 0.0]]), 2.0)
+    assert actual.item() == pytest.approx(
         4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
     )
 
@@ -320,13 +320,13 @@ def test_the_diagonal_of_fisher_is_that_of_autograd_per_sample(network, expected
     model = network().train()
     model(digits.train.batch(torch.arange(100)))  # running statistics other than those at the start
     scores = fisher.expected_scores if expected else fisher.observed_score
-    found = fisher.diagonal_fisher(model, digits.train, torch.arange(10), scores, chunk=4)
+    actual = fisher.diagonal_fisher(model, digits.train, torch.arange(10), scores, chunk=4)
     reference = by_definition(
         model.eval(), digits.train.batch(torch.arange(10)), digits.train.labels[:10], expected
     )
-    assert found.keys() == reference.keys()
+    assert actual.keys() == reference.keys()
     for name, square in reference.items():
-        torch.testing.assert_close(found[name], square, rtol=1e-3, atol=1e-6 * square.max().item())
+        torch.testing.assert_close(actual[name], square, rtol=1e-3, atol=1e-6 * square.max().item())
 
 
 @pytest.mark.parametrize(

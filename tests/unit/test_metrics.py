@@ -49,24 +49,24 @@ def plain(log_odds):
 
 
 def test_scores_are_one_minus_the_probability():
-    found = scores.thr(logits_of([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]))
+    actual = scores.thr(logits_of([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]))
     expected = torch.tensor([[0.3, 0.8, 0.9], [0.75, 0.75, 0.5]], dtype=torch.float64)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_each_image_is_scored_by_its_own_label():
     logits = logits_of([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
-    found = scores.true_label_scores(logits, torch.tensor([1, 0]))
-    torch.testing.assert_close(found, torch.tensor([0.8, 0.4], dtype=torch.float64))
+    actual = scores.true_label_scores(logits, torch.tensor([1, 0]))
+    torch.testing.assert_close(actual, torch.tensor([0.8, 0.4], dtype=torch.float64))
 
 
 def test_scores_keep_the_order_of_very_confident_images():
     logits = torch.tensor(
         [[40.0, 0.0], [50.0, 0.0], [60.0, 0.0]]
     )  # in float32, 1 − p is 0 for all three
-    found = scores.true_label_scores(logits, torch.zeros(3, dtype=torch.int64))
+    actual = scores.true_label_scores(logits, torch.zeros(3, dtype=torch.int64))
     torch.testing.assert_close(
-        found.log(), torch.tensor([-40.0, -50.0, -60.0], dtype=torch.float64)
+        actual.log(), torch.tensor([-40.0, -50.0, -60.0], dtype=torch.float64)
     )
 
 
@@ -164,20 +164,20 @@ def test_sets_coverage_size_and_ratio_by_hand():
         and CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
     )
     thresholds = [math.log(3), 50.0, math.nan]  # log-odds of 0.75 and of almost 1; no finite q̂
-    found = CR.describe(
+    actual = CR.describe(
         conformal.score_images(metrics.Output(logits, labels), scores.Score(), ""), thresholds, [1]
     )
-    assert found.pop("misclassified").tolist() == [3, 3, 3]
-    assert all(math.isnan(values[2]) for values in found.values())
-    found = {key: values[:2] for key, values in found.items()}
-    assert found["coverage"].tolist() == [3 / 4, 1] and found["set_size"].tolist() == [7 / 4, 3]
-    assert found["fake"].tolist() == [2, 3] and found["fake_ratio"].tolist() == pytest.approx(
+    assert actual.pop("misclassified").tolist() == [3, 3, 3]
+    assert all(math.isnan(values[2]) for values in actual.values())
+    actual = {key: values[:2] for key, values in actual.items()}
+    assert actual["coverage"].tolist() == [3 / 4, 1] and actual["set_size"].tolist() == [7 / 4, 3]
+    assert actual["fake"].tolist() == [2, 3] and actual["fake_ratio"].tolist() == pytest.approx(
         [2 / 3, 1]
     )
-    assert found["wrong_set_size"].tolist() == [2, 3] and found[
+    assert actual["wrong_set_size"].tolist() == [2, 3] and actual[
         "wrong_CR"
     ].tolist() == pytest.approx([1 / 3, 1 / 3])
-    assert found["ECF@1"].tolist() == [1 / 4, 0] and found["EuCF@1"].tolist() == [1 / 4, 0]
+    assert actual["ECF@1"].tolist() == [1 / 4, 0] and actual["EuCF@1"].tolist() == [1 / 4, 0]
 
 
 def test_thresholds_give_the_same_as_the_sets_themselves():
@@ -208,11 +208,16 @@ def test_the_error_of_CR_is_that_of_many_samples():
 
 def test_empty_sets():
     logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    found = CR.describe(
+    actual = CR.describe(
         conformal.score_images(metrics.Output(logits, labels), scores.Score(), ""), [-2.0]
     )
-    assert [found[key].item() for key in ("coverage", "set_size", "CR", "CR_error")] == [0, 0, 0, 0]
-    assert math.isnan(found["fake_ratio"].item())  # argmax of a tie is label 0: none is wrong
+    assert [actual[key].item() for key in ("coverage", "set_size", "CR", "CR_error")] == [
+        0,
+        0,
+        0,
+        0,
+    ]
+    assert math.isnan(actual["fake_ratio"].item())  # argmax of a tie is label 0: none is wrong
 
 
 def test_tied_scores_are_all_inside():
@@ -247,9 +252,12 @@ def test_sets_grow_as_alpha_falls():
     )
     alphas = [0.4, 0.2, 0.1, 0.05, 0.01]
     for name in scores.NAMES:
-        found = scores.Score(name)(logits)
-        own = found.gather(1, labels[:, None]).squeeze(1)
-        sets = [CR.prediction_sets(found, CR.conformal_quantile(own, alpha)) for alpha in alphas]
+        actual = scores.Score(name)(logits)
+        label_scores = actual.gather(1, labels[:, None]).squeeze(1)
+        sets = [
+            CR.prediction_sets(actual, CR.conformal_quantile(label_scores, alpha))
+            for alpha in alphas
+        ]
         assert all((small <= large).all() for small, large in zip(sets, sets[1:], strict=False))
 
 
@@ -274,8 +282,8 @@ def test_membership_attack_on_separable_confidences():
     membership = attack.Attack(column(members[:100]), column(non_members[:100]))
     assert membership.says_member(column(targets)).tolist() == [True, True, False, False, False]
     points = np.concatenate([targets, members[100:], non_members[100:]])
-    found = attack.membership_probabilities(members[:100], non_members[:100], points)
-    split = torch.from_numpy(found).split([5, 100, 100])
+    actual = attack.membership_probabilities(members[:100], non_members[:100], points)
+    split = torch.from_numpy(actual).split([5, 100, 100])
     scored = [MIACR.membership_scores(part) for part in split]
     assert MIACR.miacr(*scored, 0.05) == 3 / 5
 
@@ -313,12 +321,12 @@ def test_the_attack_on_several_features_decides_as_scikit_learns():
 def test_probabilities_of_an_attack_are_those_of_scikit_learn_on_all_images(b):
     rng = np.random.default_rng(3)
     members, non_members, targets = rng.beta(5, 1, 500), rng.beta(b, 1, 500), rng.beta(3, 1, 1000)
-    found = attack.membership_probabilities(members, non_members, targets)
+    actual = attack.membership_probabilities(members, non_members, targets)
     # Unshuffled folds of scikit-learn are blocks of each class, as here.
     model = CalibratedClassifierCV(SVC(C=3, gamma="auto", tol=1e-6), ensemble=False)
     model.fit(column(np.concatenate([members, non_members])), np.repeat([1, 0], 500))
     expected = model.predict_proba(column(targets))[:, 1]
-    assert np.abs(found - expected).max() < 4e-3
+    assert np.abs(actual - expected).max() < 4e-3
 
 
 def test_entropies_by_hand():
@@ -399,15 +407,15 @@ def test_the_attack_is_judged_on_the_forget_images_alone():
     outputs = metrics.Outputs(
         output(30, 0), output(300, 12), output(250, 0), [50], metrics.draw_splits(250, 1)
     )
-    found = report(MIA, outputs, settings(0.2))[0]
+    actual = report(MIA, outputs, settings(0.2))[0]
     assert (
-        found["MIA"] == 1
-        and found["MIA_privacy"] > 0.95
-        and found["AUC"] == pytest.approx(0.5, abs=0.15)
+        actual["MIA"] == 1
+        and actual["MIA_privacy"] > 0.95
+        and actual["AUC"] == pytest.approx(0.5, abs=0.15)
     )
     outputs.forget = output(30, 12)
-    found = report(MIA, outputs, settings(0.2))[0]
-    assert found["MIA"] == 0 and found["AUC"] > 0.95 and found["TPR@1%"] > 0.9
+    actual = report(MIA, outputs, settings(0.2))[0]
+    assert actual["MIA"] == 0 and actual["AUC"] > 0.95 and actual["TPR@1%"] > 0.9
     confidence = torch.cat(
         [
             MIA.confidences(*outputs.forget),
@@ -415,7 +423,7 @@ def test_the_attack_is_judged_on_the_forget_images_alone():
         ]
     )
     expected = roc_auc_score([1] * 30 + [0] * 200, confidence)
-    assert found["AUC"] == pytest.approx(expected, abs=1e-3)
+    assert actual["AUC"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_report_is_pure_and_complete():
@@ -449,30 +457,30 @@ def test_resplits_give_the_mean_and_spread_over_draws():
     )
     scalars, rows = evaluate(outputs, settings(0.1))
     row = rows["thr", 100, 0.1]
-    own, found = (
+    label_scores, actual = (
         scores.true_label_scores(*outputs.held_out),
         {"test": [], "forget": [], "q_hat": []},
     )
     for draw in outputs.draws:
-        q_hat = CR.conformal_quantile(own[draw[:100]], 0.1)
-        found["q_hat"].append(q_hat)
-        found["test"].append((own[draw[100:]] <= q_hat).double().mean().item())
-        found["forget"].append(
+        q_hat = CR.conformal_quantile(label_scores[draw[:100]], 0.1)
+        actual["q_hat"].append(q_hat)
+        actual["test"].append((label_scores[draw[100:]] <= q_hat).double().mean().item())
+        actual["forget"].append(
             (scores.true_label_scores(*outputs.forget) <= q_hat).double().mean().item()
         )
-    assert row["q_hat"].mean == pytest.approx(np.mean(found["q_hat"]))
+    assert row["q_hat"].mean == pytest.approx(np.mean(actual["q_hat"]))
     for part in ("test", "forget"):
-        assert row[f"{part}_coverage"].mean == pytest.approx(np.mean(found[part]))
-        assert row[f"{part}_coverage"].std == pytest.approx(np.std(found[part], ddof=1))
+        assert row[f"{part}_coverage"].mean == pytest.approx(np.mean(actual[part]))
+        assert row[f"{part}_coverage"].std == pytest.approx(np.std(actual[part], ddof=1))
     law = CR.coverage_law(100, 200, 0.1)
     assert row["theory_coverage"].mean == pytest.approx(law.mean() / 200)
     assert row["theory_coverage"].mean == pytest.approx(91 / 101)
     assert row["theory_coverage"].std == pytest.approx(law.std() / 200)
     assert not row["coverage_outside"]
     assert 0 < row["MIACR"].std < 0.5 and isinstance(row["forget_misclassified"], int)
-    one = evaluate(random_outputs(torch.Generator().manual_seed(0)), settings(0.1))
-    assert one[0] == scalars
-    spreads = [key for key, value in one[1]["thr", 100, 0.1].items() if isinstance(value, tuple)]
+    item = evaluate(random_outputs(torch.Generator().manual_seed(0)), settings(0.1))
+    assert item[0] == scalars
+    spreads = [key for key, value in item[1]["thr", 100, 0.1].items() if isinstance(value, tuple)]
     assert spreads == ["theory_coverage"]
 
 
@@ -501,15 +509,17 @@ def test_class_forgetting_reports_both_calibrations():
     scalars, rows = evaluate(outputs, settings(0.1))
     row = rows["thr", 100, 0.1]
     first, labels = torch.arange(100), outputs.held_out.labels[:100]
-    own, retained = (
+    label_scores, retained = (
         CR.conformal_quantile(scores.true_label_scores(*outputs.held_out.select(first[mask])), 0.1)
         for mask in (labels == 2, labels != 2)
     )
-    assert (row["q_hat_forget"], row["q_hat"]) == (own, retained)
-    found = scores.thr(outputs.forget.logits)
-    assert row["forget_set_size"] == CR.set_size(CR.prediction_sets(found, own).sum(dim=1))
+    assert (row["q_hat_forget"], row["q_hat"]) == (label_scores, retained)
+    actual = scores.thr(outputs.forget.logits)
+    assert row["forget_set_size"] == CR.set_size(
+        CR.prediction_sets(actual, label_scores).sum(dim=1)
+    )
     assert row["forget_by_retain_set_size"] == CR.set_size(
-        CR.prediction_sets(found, retained).sum(dim=1)
+        CR.prediction_sets(actual, retained).sum(dim=1)
     )
     assert row["forget_test_coverage"] >= 0 and "UA_test" in scalars
     assert (outputs.held_out.labels[outputs.test()] != 2).all() and (
@@ -521,11 +531,11 @@ def test_class_rows_give_coverage_under_the_common_and_the_own_calibration():
     outputs = random_outputs(torch.Generator().manual_seed(0), cal_sizes=(200,))
     rows = classwise.class_rows(metrics.ConformalScores(outputs, settings(0.1)), [*"abcd"])
     assert [row["class"] for row in rows] == ["a", "b", "c", "d"]
-    own, labels = scores.true_label_scores(*outputs.held_out), outputs.held_out.labels
+    label_scores, labels = scores.true_label_scores(*outputs.held_out), outputs.held_out.labels
     for number, row in enumerate(rows):
         mine = torch.arange(300)[labels == number]
-        expected = CR.conformal_quantile(own[mine[mine < 200]], 0.1)
-        tested = own[mine[mine >= 200]]
+        expected = CR.conformal_quantile(label_scores[mine[mine < 200]], 0.1)
+        tested = label_scores[mine[mine >= 200]]
         assert row["own_q_hat"] == expected and row["test_images"] == len(tested)
         assert row["own_test_coverage"] == (tested <= expected).double().mean()
         assert row["test_coverage"] == (tested <= row["q_hat"]).double().mean()
@@ -543,12 +553,12 @@ def test_sample_rows_add_up_to_the_metrics():
     assert [row["index"] for row in rows] == indices.tolist() and rows[3]["file"] == "3.png"
     alone = random_outputs(torch.Generator().manual_seed(0))
     row = report(CR, alone, settings(0.1))[1]["thr", 100, 0.1]
-    assert np.mean([one["in_set@0.1"] for one in rows]) == row["forget_coverage"]
-    assert np.mean([one["set_size@0.1"] for one in rows]) == row["forget_set_size"]
-    assert sum(one["fake@0.1"] for one in rows) == row["forget_fake"]
-    assert sum(one["label"] != one["prediction"] for one in rows) == row["forget_misclassified"]
+    assert np.mean([item["in_set@0.1"] for item in rows]) == row["forget_coverage"]
+    assert np.mean([item["set_size@0.1"] for item in rows]) == row["forget_set_size"]
+    assert sum(item["fake@0.1"] for item in rows) == row["forget_fake"]
+    assert sum(item["label"] != item["prediction"] for item in rows) == row["forget_misclassified"]
     every = report(CR, outputs, settings(0.1))[1]["thr", 100, 0.1]
-    assert np.mean([one["in_set_share@0.1"] for one in rows]) == pytest.approx(
+    assert np.mean([item["in_set_share@0.1"] for item in rows]) == pytest.approx(
         every["forget_coverage"].mean
     )
     fake = samples.most_fake(conformal_scores, 3)
@@ -570,20 +580,20 @@ def test_a_linear_probe_finds_a_class_that_the_features_separate():
         (mixed, 0.5),
     ):  # between two that look alike, half is chance
         tests = {key: (seen[mask], labels[mask]) for key, mask in masks.items()}
-        found = probe.linear_probe(seen, labels, tests)
+        actual = probe.linear_probe(seen, labels, tests)
         assert (
-            found["probe_forget"] == pytest.approx(expected, abs=0.1)
-            and found["probe_retain"] > 0.95
+            actual["probe_forget"] == pytest.approx(expected, abs=0.1)
+            and actual["probe_retain"] > 0.95
         )
 
 
 def test_comparison_with_retrain_by_hand():
     reference = {"UA": 0.30, "RA": 1.0, "TA": 0.70, "MIA": 0.40, "q": math.inf, "word": "x"}
-    found = {"UA": 0.10, "RA": 1.0, "TA": 0.72, "MIA": 0.36, "q": 1.0, "word": "y"}
-    assert comparison.gap(found, reference) == pytest.approx((0.2 + 0 + 0.02 + 0.04) / 4)
-    signed = comparison.differences(found, reference)
+    actual = {"UA": 0.10, "RA": 1.0, "TA": 0.72, "MIA": 0.36, "q": 1.0, "word": "y"}
+    assert comparison.gap(actual, reference) == pytest.approx((0.2 + 0 + 0.02 + 0.04) / 4)
+    signed = comparison.differences(actual, reference)
     assert signed == {
-        f"{key}_minus_retrain": pytest.approx(found[key] - reference[key])
+        f"{key}_minus_retrain": pytest.approx(actual[key] - reference[key])
         for key in ("UA", "RA", "TA", "MIA")
     }
     tolerance = comparison.share_tolerance(0.3, 500)
@@ -643,7 +653,7 @@ def test_q_hat_and_sets_are_those_of_mapie(name):
     u = 1 - torch.from_numpy(np.random.RandomState(7).uniform(size=300))
     if name == "raps":
         chosen = other._mapie_classifier.conformity_score_function_
-        found, q_hat = (
+        actual, q_hat = (
             scores.from_log_odds(
                 scores.raps_log_odds(
                     logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0])
@@ -653,12 +663,15 @@ def test_q_hat_and_sets_are_those_of_mapie(name):
         )
     else:
         score = scores.thr_log_odds if name == "thr" else lambda part: scores.aps_log_odds(part, u)
-        own = score(logits[:300]).gather(1, labels[:300, None]).squeeze(1)
-        found, q_hat = score(logits[300:]), CR.conformal_quantile(own, 0.1)
-    sets = CR.prediction_sets(found, q_hat)
+        label_scores = score(logits[:300]).gather(1, labels[:300, None]).squeeze(1)
+        actual, q_hat = score(logits[300:]), CR.conformal_quantile(label_scores, 0.1)
+    sets = CR.prediction_sets(actual, q_hat)
     assert (sets.numpy() == expected).all() and 0 < expected.mean() < 1
-    own = sets.gather(1, labels[300:, None]).double().mean().item()
-    assert CR.coverage(CR.in_set(sets, labels[300:])) == own and abs(own - 0.9) < 0.08
+    label_scores = sets.gather(1, labels[300:, None]).double().mean().item()
+    assert (
+        CR.coverage(CR.in_set(sets, labels[300:])) == label_scores
+        and abs(label_scores - 0.9) < 0.08
+    )
 
 
 @pytest.mark.parametrize("name", scores.NAMES)

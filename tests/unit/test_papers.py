@@ -366,8 +366,8 @@ def test_conformal_term_joins_forget_images_to_the_steps_without_any():
     run(job), run(plain)
     for steps, base in zip(epochs_of(job), epochs_of(plain), strict=True):
         assert [r for r, _ in steps] == [r for r, _ in base]
-        own = [f for _, f in base if f]
-        assert [f for _, f in steps][: len(own)] == own
+        alone = [f for _, f in base if f]
+        assert [f for _, f in steps][: len(alone)] == alone
         joined = [f for r, f in steps if r]
         assert sorted(sum(joined, [])) == job.split.forget.tolist() and [
             len(f) for f in joined

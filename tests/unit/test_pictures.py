@@ -48,9 +48,9 @@ def colours():
 
 def alpha():
     """Opaque, but for a column that is transparent and one that is half transparent."""
-    found = np.full((SIDE, SIDE), 255, np.uint8)
-    found[:, 0], found[:, 1] = 0, 128
-    return found
+    actual = np.full((SIDE, SIDE), 255, np.uint8)
+    actual[:, 0], actual[:, 1] = 0, 128
+    return actual
 
 
 def on_white(rgb, opacity):
@@ -152,7 +152,7 @@ def test_every_mode_that_a_format_takes_is_read_as_it_looks_or_is_an_error(name,
         if (name, mode) in LOST_IN_WRITING:
             continue
         try:
-            found = read(path, SIDE)
+            actual = read(path, SIDE)
         except utils.UnreadableImage as error:
             # Values without a known range, never a picture of 8 bits.
             assert mode in ("I", "F") or name == "SPIDER", f"{name} {mode}: {error}"
@@ -164,7 +164,7 @@ def test_every_mode_that_a_format_takes_is_read_as_it_looks_or_is_an_error(name,
             num_refused += 1
             continue
         tolerance = max(12 if name in LOSSY else 1, TOLERANCES.get(mode, 1))
-        error = np.abs(found - wanted)
+        error = np.abs(actual - wanted)
         if name == "GIF" and mode not in (
             "1",
             "L",
@@ -331,11 +331,11 @@ def test_16_bit_values_are_divided_by_257_and_rounded(tmp_path):
 
 def test_16_bit_pictures_of_two_classes_stay_apart(tmp_path):
     """Clipped at 255 both would be white."""
-    found = []
+    actual = []
     for number, value in enumerate((20_000, 40_000)):
         picture = Image.fromarray(np.full((4, 4), value, np.uint16))
-        found.append(read(written(picture, tmp_path / f"{number}.png"), 4))
-    assert found[0].max() == 78 and found[1].min() == 156
+        actual.append(read(written(picture, tmp_path / f"{number}.png"), 4))
+    assert actual[0].max() == 78 and actual[1].min() == 156
 
 
 def test_cmyk_jpeg_of_adobe_is_not_a_negative(tmp_path):
@@ -397,8 +397,8 @@ def test_pictures_are_turned_upright(orientation, name, tmp_path):
     path = written(stored, tmp_path / name, exif=exif, **options)
     assert utils._upright_size(path) == (32, 8)
     with utils._opened(path) as image:
-        found = np.asarray(utils._as_viewed(image)).astype(int)
-    assert np.abs(found - np.asarray(upright)).max() <= (
+        actual = np.asarray(utils._as_viewed(image)).astype(int)
+    assert np.abs(actual - np.asarray(upright)).max() <= (
         12 if name.endswith(("jpg", "avif")) else 0
     )
 
@@ -426,8 +426,8 @@ def test_a_long_narrow_picture_needs_little_memory_and_keeps_its_centre(tmp_path
     values = np.zeros((1, 60_001), np.uint8)
     values[0, 30_000] = 255
     path = written(Image.fromarray(values), tmp_path / "picture.png")
-    found = read(path, 64)
-    assert found.shape == (64, 64, 3) and found[32, 32, 0] > 200
+    actual = read(path, 64)
+    assert actual.shape == (64, 64, 3) and actual[32, 32, 0] > 200
     assert read(written(Image.fromarray(values.T), tmp_path / "high.png"), 64)[32, 32, 0] > 200
 
 

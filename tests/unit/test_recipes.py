@@ -132,9 +132,9 @@ def test_num_steps_sets_the_epochs_and_num_epochs_replaces_it():
 def test_an_original_without_flags_takes_the_data_sets_recipe(model, data, expected, monkeypatch):
     few = replace(utils.SPECS["digits"], num_epochs=7)
     args = arguments("--model_name", model, data=data)
-    found = unlearn.original_recipe(args, CPU)
-    assert (found.num_epochs, found.learning_rate) == expected
-    assert found == unlearn.Recipe(*expected, 64, None, 0.9, 5e-4, "fp32")
+    actual = unlearn.original_recipe(args, CPU)
+    assert (actual.num_epochs, actual.learning_rate) == expected
+    assert actual == unlearn.Recipe(*expected, 64, None, 0.9, 5e-4, "fp32")
     monkeypatch.setitem(utils.SPECS, data, few)
     assert unlearn.original_recipe(args, CPU).num_epochs == 7
     # What a checkpoint without a record was trained with is taken to be the same.

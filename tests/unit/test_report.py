@@ -116,11 +116,11 @@ def test_table_marks_retrain_and_carries_the_values_to_sort_by():
     assert [head.get("class") for head in heads] == ["text", None]
     assert all(head["scope"] == "col" for head in heads)
     assert [row.get("class") for row in rows] == [None, "reference", None]
-    assert [one["text"] for one in cells] == ["original", "25.0±10.0", "retrain", "–", "ga", "–"]
-    assert [one["data-value"] for one in cells] == ["original", "0.25", "retrain", "", "ga", ""]
-    assert [one.get("class") for one in cells] == ["text", None] * 3
+    assert [item["text"] for item in cells] == ["original", "25.0±10.0", "retrain", "–", "ga", "–"]
+    assert [item["data-value"] for item in cells] == ["original", "0.25", "retrain", "", "ga", ""]
+    assert [item.get("class") for item in cells] == ["text", None] * 3
     assert all("thead" in head["inside"] for head in heads)
-    assert all("tbody" in one["inside"] for one in cells)
+    assert all("tbody" in item["inside"] for item in cells)
     assert parsed.all("table")[0]["class"] == "sortable" and parsed.all("div")[0]["class"] == "wide"
 
 

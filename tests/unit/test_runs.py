@@ -167,18 +167,18 @@ def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everythi
     hashes = {original}
     for name in [*unlearn.METHODS, "cpu_finetune", "cpu_scrub"]:
         folder, method = everything.root / name, unlearn.METHODS[name.removeprefix("cpu_")]
-        found = results(folder)
+        actual = results(folder)
         model = model_of(folder / "unlearning_model.pth")
-        assert accuracies_of(model, few, split) == found["accuracies"]
-        assert set(found["accuracies"]) == {"retain", "forget", "test"}
-        assert found["method"] == name and found["seconds"] > 0 and found["original_seconds"] > 0
-        assert found["forget_set"] == split.fingerprint and found["num_forget"] == 18
-        assert found["unlearn_type"] == "random" and "history" not in found
+        assert accuracies_of(model, few, split) == actual["accuracies"]
+        assert set(actual["accuracies"]) == {"retain", "forget", "test"}
+        assert actual["method"] == name and actual["seconds"] > 0 and actual["original_seconds"] > 0
+        assert actual["forget_set"] == split.fingerprint and actual["num_forget"] == 18
+        assert actual["unlearn_type"] == "random" and "history" not in actual
         assert (
-            found["identity"]["original"] == original
-            and found["identity"]["forget_set"] == split.fingerprint
+            actual["identity"]["original"] == original
+            and actual["identity"]["forget_set"] == split.fingerprint
         )
-        assert (found["recipe"] is not None) == method.trained and set(found["options"]) == set(
+        assert (actual["recipe"] is not None) == method.trained and set(actual["options"]) == set(
             method.options
         )
         lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -230,9 +230,11 @@ def test_the_table_has_a_row_for_every_method(everything):
     )
     rows = {line.split()[0]: line.split() for line in lines[start + 1 :]}
     assert list(rows) == list(unlearn.METHODS) and "note" not in lines[start]
-    found = results(everything.root / "salun")
-    accuracies = [f"{100 * found['accuracies'][part]:.1f}" for part in ("retain", "forget", "test")]
-    assert rows["salun"] == ["salun", "1", "0.013", *accuracies, f"{found['seconds']:.1f}"]
+    actual = results(everything.root / "salun")
+    accuracies = [
+        f"{100 * actual['accuracies'][part]:.1f}" for part in ("retain", "forget", "test")
+    ]
+    assert rows["salun"] == ["salun", "1", "0.013", *accuracies, f"{actual['seconds']:.1f}"]
     assert rows["ssd"][1:3] == ["–", "–"]
 
 
@@ -320,9 +322,9 @@ def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
     )
     assert status == 0 and "nan" not in said.lower()
     for name in ("ga_plus", "GA", "scrub"):
-        found = results(original / "resnet18w8_few_seed1/random_0.05" / name)
-        assert found["num_forget"] == 57 and all(
-            0 <= value <= 1 for value in found["accuracies"].values()
+        actual = results(original / "resnet18w8_few_seed1/random_0.05" / name)
+        assert actual["num_forget"] == 57 and all(
+            0 <= value <= 1 for value in actual["accuracies"].values()
         )
 
 
@@ -438,13 +440,13 @@ def test_failures_over_seeds_name_the_seed(trained):
 def test_seeds_share_one_row_of_means(trained):
     status, said = unlearn_in(trained, ["teacher"], "--seeds", "1,2", "--num_epochs", 1)
     assert status == 0
-    found = [
+    actual = [
         results(trained / f"resnet18w8_few_seed{seed}/random_0.7/teacher")["accuracies"]["test"]
         for seed in (1, 2)
     ]
     row = said.splitlines()[-1].split()
     assert row[0] == "teacher" and row[5] == tables.format_cell(
-        Spread(sum(found) / 2, abs(found[0] - found[1]) / math.sqrt(2)), "percent"
+        Spread(sum(actual) / 2, abs(actual[0] - actual[1]) / math.sqrt(2)), "percent"
     )
 
 
@@ -553,9 +555,9 @@ def test_time_and_accuracies_are_a_table_in_the_log(original, monkeypatch):
         utils.WandbRun, "log_table", lambda log, title, rows: tables.append((title, rows))
     )
     unlearn_in(original, ["finetune"], "--num_epochs", 1)
-    found = results(original / "resnet18w8_few_seed1/random_0.7/finetune")
+    actual = results(original / "resnet18w8_few_seed1/random_0.7/finetune")
     assert tables == [
-        ("run", [{"method": "finetune", "seconds": found["seconds"]} | found["accuracies"]])
+        ("run", [{"method": "finetune", "seconds": actual["seconds"]} | actual["accuracies"]])
     ]
 
 
@@ -579,14 +581,14 @@ def test_only_an_equal_run_is_already_done(tmp_path):
     path, identity = tmp_path / "model.pth", {"num_epochs": 3, "precision": "fp32"}
     checkpoint.save(path, {"w": torch.zeros(1)}, {"identity": identity, "seconds": 2.5})
 
-    def found(given, **flags):
+    def actual(given, **flags):
         return unlearn.already_done(
             path, given, SimpleNamespace(**{"overwrite": False, "precision": "auto"} | flags)
         )
 
-    assert found(identity)["seconds"] == 2.5
-    assert found(identity, overwrite=True) is None
-    assert found(identity | {"precision": "bf16"})["seconds"] == 2.5  # another device's auto
+    assert actual(identity)["seconds"] == 2.5
+    assert actual(identity, overwrite=True) is None
+    assert actual(identity | {"precision": "bf16"})["seconds"] == 2.5  # another device's auto
     for other, given in [
         (identity | {"precision": "bf16"}, {"precision": "bf16"}),
         (identity | {"num_epochs": 4}, {}),
@@ -594,7 +596,7 @@ def test_only_an_equal_run_is_already_done(tmp_path):
         ({"precision": "fp32"}, {}),
     ]:
         with pytest.raises(utils.UserError, match="model.pth.*--overwrite"):
-            found(other, **given)
+            actual(other, **given)
     absent = tmp_path / "absent.pth"
     assert (
         unlearn.already_done(absent, identity, SimpleNamespace(overwrite=False, precision="auto"))
@@ -602,8 +604,8 @@ def test_only_an_equal_run_is_already_done(tmp_path):
     )
     path.write_text("torn")
     with pytest.raises(utils.UserError, match="--overwrite"):
-        found(identity)
-    assert found(identity, overwrite=True) is None
+        actual(identity)
+    assert actual(identity, overwrite=True) is None
 
 
 def test_a_mask_of_another_network_or_no_mask_is_refused(tmp_path):

@@ -113,9 +113,9 @@ def test_full_tables_leave_out_empty_and_constant_columns():
     models, sets = tables.full_tables([row, other | {"alpha": 0.2}, failed_row()])
     assert (models.heading, sets.heading) == ("Models", "Prediction sets")
     assert list(models.columns) == ["method", "UA", "note"]
-    assert [one["method"] for one in models.rows] == ["GA", "salun", "sfron"]
+    assert [item["method"] for item in models.rows] == ["GA", "salun", "sfron"]
     assert list(sets.columns) == ["alpha", "method", "forget_CR"]
-    assert [one["method"] for one in sets.rows] == ["GA", "salun"]
+    assert [item["method"] for item in sets.rows] == ["GA", "salun"]
     assert sets.rows[0]["forget_CR"] == Spread(0.4, 0.1)
     _, sets = tables.full_tables([row, other | {"score": "aps", "cal_size": 40}])
     assert list(sets.columns)[:4] == ["score", "cal_size", "alpha", "method"]

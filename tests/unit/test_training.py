@@ -102,8 +102,8 @@ def test_crop_flip_and_grayscale_give_what_torchvision_gives():
                 made = transforms.horizontal_flip(crop) if flipped else crop
                 made = transforms.rgb_to_grayscale(made, num_output_channels=3) if gray else made
                 possible[made.float().numpy().tobytes()] = (flipped, gray)
-    found = [possible[made.contiguous().numpy().tobytes()] for made in augmented]
-    flips, grays = (sum(kind[i] for kind in found) / 3000 for i in (0, 1))
+    actual = [possible[made.contiguous().numpy().tobytes()] for made in augmented]
+    flips, grays = (sum(kind[i] for kind in actual) / 3000 for i in (0, 1))
     assert abs(flips - 0.5) < 0.04 and abs(grays - 0.1) < 0.03
     assert len({made.contiguous().numpy().tobytes() for made in augmented}) > 150
 
