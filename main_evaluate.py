@@ -374,8 +374,10 @@ def read_models(paths, evaluation):
         if meta.get("forget_set") not in (None, split.fingerprint):
             raise utils.UserError(
                 f"{path}: unlearned another forget set ({meta['forget_set']}) than the flags "
-                f"select ({split.fingerprint}); pass the --seed and unlearning flags that made it"
+                f"select ({split.fingerprint}); pass the --seed, --split_seed and unlearning flags "
+                "that made it"
             )
+        check_division(path, meta, evaluation.args)
         identity = meta.get("identity", {}).get("original")
         original = checkpoint.weights_hash(state) if name == "original" else identity
         if original:
@@ -387,6 +389,19 @@ def read_models(paths, evaluation):
             f"{first} and {second}: not from one original model; unlearn again with --overwrite"
         )
     return saved_models
+
+
+def check_division(path, meta, args):
+    """Raise UserError if a model was unlearned with another division of the held-out images.
+
+    Its training calibration images would be scored.
+    """
+    seed = meta.get("split_seed")
+    if "forget_set" in meta and seed not in (None, utils.split_seed(args)):
+        raise utils.UserError(
+            f"{path}: unlearned with split seed {seed}, and the flags select "
+            f"{utils.split_seed(args)}; pass --split_seed {seed}"
+        )
 
 
 def origin_of(saved, evaluation):
@@ -441,7 +456,8 @@ def compute_outputs(model, evaluation):
         else:
             logits, labels = inference.compute_logits(model, images, indices, args.batch_size)
         outputs[part] = metrics.Output(logits, labels)
-    draws = metrics.draw_splits(len(outputs["held_out"].labels), args.resplits, args.seed)
+    seed = utils.split_seed(args)
+    draws = metrics.draw_splits(len(outputs["held_out"].labels), args.resplits, seed)
     forgotten = held_out_forgotten(split) if class_wise else None
     held_out = {"cal_sizes": args.cal_sizes, "draws": draws, "forgotten": forgotten}
     outputs = metrics.Outputs(**outputs, **held_out)

@@ -280,6 +280,8 @@ def _add_data_flags(group):
 def _add_run_flags(group):
     add = group.add_argument
     add("--seed", type=SEED, default=1, help="random seed for the split and for training")
+    split_seed = "seed of the split: the forget set and the division of the held-out images"
+    add("--split_seed", type=SEED, help=f"{split_seed}; default: the seed")
     seeds = "comma-separated seeds, e.g. 1,2,3 (overrides --seed)"
     add("--seeds", type=list_of(SEED), help=seeds)
     device = "auto (CUDA if there is a GPU, else CPU), cpu, cuda, cuda:1, ..., mps"
@@ -379,6 +381,11 @@ def each_seed(args):
     """The flags once per seed of --seeds, or once with --seed."""
     for seed in args.seeds or [args.seed]:
         yield argparse.Namespace(**vars(args) | {"seed": seed})
+
+
+def split_seed(args):
+    """The seed of the split: --split_seed, else the seed."""
+    return args.seed if args.split_seed is None else args.split_seed
 
 
 def permutation(seed, purpose, n):
@@ -1522,11 +1529,12 @@ def default_cal_size(data):
 
 
 def make_split(data, args, cal_size=None, *, scenario=True):
-    """The split that data set, seed and scenario flags imply; a pure function, so scripts agree.
+    """The split that data set, split seed and scenario flags imply.
 
-    The seed permutes the held-out images. The first tenth (at least 1, at most 1000) calibrates the
-    CPU loss, the next ``cal_size`` the metrics, and the rest is the test set. Without ``scenario``
-    nothing is forgotten. Raises UserError for scenario flags that contradict the data.
+    It is a pure function, so all scripts agree. The split seed permutes the held-out images. The
+    first tenth (at least 1, at most 1000) calibrates the CPU loss, the next ``cal_size`` the
+    metrics, and the rest is the test set. Without ``scenario`` nothing is forgotten. Raises
+    UserError for scenario flags that contradict the data.
     """
     labels = data.train.labels.cpu().numpy()
     forget_set = ForgetSet(np.zeros(len(labels), bool), folder="", name="")
@@ -1559,7 +1567,7 @@ def make_split(data, args, cal_size=None, *, scenario=True):
         test=indices(test[~is_forgotten[test]]),
         forget_test=indices(test[is_forgotten[test]]),
         is_forgotten=torch.from_numpy(is_forgotten[calibration]),
-        folder=forget_set.folder,
+        folder=forget_set.folder + (_split_suffix(args) if scenario else ""),
         forget_class=forget_class,
         forget_name=forget_set.name,
     )
@@ -1567,7 +1575,7 @@ def make_split(data, args, cal_size=None, *, scenario=True):
 
 def _divide_held_out(data, args, cal_size):
     """Indices of the held-out images for training calibration, calibration and test."""
-    order = permutation(args.seed, "held-out", len(data.held_out))
+    order = permutation(split_seed(args), "held-out", len(data.held_out))
     if len(order) < 3:
         needed = "at least 3 are needed, one each for training calibration, calibration and test"
         raise UserError(f"{args.data_name}: {len(order)} held-out images; {needed}")
@@ -1623,9 +1631,10 @@ def _random_forget_set(args, count):
     if not 0 < ratio < 1:
         raise UserError(f"--retain_ratio {ratio}: must be between 0 and 1, e.g. 0.9 to forget 10 %")
     mask = np.zeros(count, bool)
-    order = permutation(args.seed, "forget", count)
+    seed = split_seed(args)
+    order = permutation(seed, "forget", count)
     mask[order[round(count * ratio) :]] = True
-    return ForgetSet(mask, f"random_{ratio:g}", f"a random share drawn from seed {args.seed}")
+    return ForgetSet(mask, f"random_{ratio:g}", f"a random share drawn from seed {seed}")
 
 
 def _listed_forget_set(data, args, count):
@@ -1642,13 +1651,20 @@ def _listed_forget_set(data, args, count):
 
 def scenario_folder(args, data):
     """The scenario's folder for several seeds; it has no number if each seed draws its class."""
-    if args.unlearn_type in ("class", "subclass") and args.forget_class is None:
+    draws_class = args.unlearn_type in ("class", "subclass") and args.forget_class is None
+    if draws_class and args.split_seed is None:
         return args.unlearn_type
-    return _forget_set(data, args, data.train.labels.cpu().numpy()).folder
+    folder = _forget_set(data, args, data.train.labels.cpu().numpy()).folder
+    return folder if args.split_seed is None else f"{folder}_split{args.split_seed}"
+
+
+def _split_suffix(args):
+    """The part of the scenario's folder that names a split seed other than the seed."""
+    return "" if split_seed(args) == args.seed else f"_split{split_seed(args)}"
 
 
 def _class_name(args, name):
-    drawn = f" (drawn from seed {args.seed})" if args.forget_class is None else ""
+    drawn = f" (drawn from seed {split_seed(args)})" if args.forget_class is None else ""
     return f"{args.unlearn_type} {name}{drawn}"
 
 
@@ -1659,7 +1675,7 @@ def _class_number(args, classes):
     UserError for an unknown class or an ambiguous number.
     """
     if args.forget_class is None:
-        return int(permutation(args.seed, "forget class", len(classes))[0])
+        return int(permutation(split_seed(args), "forget class", len(classes))[0])
     text = printable(args.forget_class)
     if text in classes:
         return classes.index(text)
@@ -2138,6 +2154,7 @@ def describe_run(args, data, device):
     return {
         "flags": {name: printable(flag) if isinstance(flag, str) else flag for name, flag in flags},
         "seed": args.seed,
+        "split_seed": split_seed(args),
         "model_name": args.model_name,
         "width": args.width,
         "num_classes": len(data.classes),

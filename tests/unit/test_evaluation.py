@@ -639,6 +639,16 @@ def test_models_of_another_forget_set_or_original_are_refused(bench):
     bench.save("GA", 4, forget_set="0" * 16)
     with pytest.raises(utils.UserError, match="unlearned another forget set"):
         main_evaluate.read_models(paths, evaluation)
+    record = {"forget_set": split.fingerprint, "identity": {"original": original}}
+    bench.save("GA", 4, split_seed=2, **record)
+    with pytest.raises(utils.UserError, match="split seed 2, and the flags select 1; pass"):
+        main_evaluate.read_models(paths, evaluation)
+    evaluation.args.split_seed = 2
+    main_evaluate.read_models(paths, evaluation)
+    evaluation.args.split_seed = None
+    bench.save("original", 1, split_seed=2)
+    bench.save("GA", 4, split_seed=1, **record)
+    main_evaluate.read_models(paths, evaluation)
     other = bench.save("GA", 4, identity={"original": "f" * 16})
     with pytest.raises(utils.UserError, match="not from one original model") as caught:
         main_evaluate.read_models(paths, evaluation)

@@ -1,6 +1,6 @@
 """Splits are pure functions of data, seed and scenario; their parts never overlap."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -207,6 +207,26 @@ def test_a_class_without_a_name_is_drawn_from_the_seed_alone():
         ]
         assert set(drawn) == set(range(count))
         assert drawn == [utils.permutation(seed, "forget class", count)[0] for seed in range(1, 40)]
+
+
+@pytest.mark.parametrize("kind", ["random", "class", "subclass"])
+def test_split_seed_replaces_the_seed_in_the_split_and_is_in_the_folder(kind):
+    data, given = labelled(40, 120, subclasses=8), {"unlearn_type": kind}
+    expected = utils.make_split(data, flags(seed=3, **given))
+    for seed in (1, 2, 3):
+        split = utils.make_split(data, flags(seed=seed, split_seed=3, **given))
+        for field in fields(split):
+            value, wanted = getattr(split, field.name), getattr(expected, field.name)
+            if isinstance(value, torch.Tensor):
+                assert value.equal(wanted), field.name
+            elif field.name != "folder":
+                assert value == wanted
+        assert split.folder == expected.folder + ("" if seed == 3 else "_split3")
+    assert utils.make_split(data, flags(seed=1, split_seed=3), scenario=False).folder == ""
+    summary = utils.scenario_folder(flags(split_seed=3, seeds=[1, 2], **given), data)
+    assert summary == f"{expected.folder}_split3"
+    zero = utils.make_split(data, flags(seed=3, split_seed=0, **given))
+    assert zero.folder.endswith("_split0") and not zero.test.equal(expected.test)
 
 
 def test_a_random_forget_set_is_the_end_of_a_permutation():
