@@ -15,14 +15,14 @@ BRIGHTER = 1.25  # augmentation multiplies the small images by this
 JOB_FIELDS = ("seed", "model", "new_model", "epoch_done", "quiet", "compile", "progress", "split")
 
 
-def arguments(*given, methods=unlearn.METHODS, data="cifar10"):
+def arguments(*flags, methods=unlearn.METHODS, data="cifar10"):
     """The flags of main_unlearn.py."""
     parser = utils.make_parser("")
     utils.add_scenario_flags(parser, "", "original_model.pth")
     utils.add_training_flags(parser, "")
     unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, methods)
-    return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, given)])
+    return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, flags)])
 
 
 class SmallNet(nn.Sequential):
@@ -45,10 +45,9 @@ class SmallNet(nn.Sequential):
 
 
 class Tensors:
-    """In the place of utils.Images: augmented images are brighter.
+    """Replaces utils.Images: augmented images are brighter.
 
-    ``uses`` lists, for each batch, its images and the seed of the generator that augments it, or
-    None.
+    ``uses`` has one pair per batch: its indices, and the seed of its augmentation or None.
     """
 
     size = 4
@@ -59,18 +58,17 @@ class Tensors:
     def __len__(self):
         return len(self.labels)
 
-    def batches(self, parts, augment=None):
-        for part in parts:
-            self.uses.append((part.tolist(), augment and augment.initial_seed()))
-            yield self.inputs[part] * (BRIGHTER if augment else 1)
+    def batches(self, index_batches, augment=None):
+        for indices in index_batches:
+            self.uses.append((indices.tolist(), augment and augment.initial_seed()))
+            yield self.inputs[indices] * (BRIGHTER if augment else 1)
 
 
 def images(count, seed):
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=rng)
-    return Tensors(
-        torch.randn(count, 3, 4, 4, generator=rng) + labels[:, None, None, None] / CLASSES, labels
-    )
+    inputs = torch.randn(count, 3, 4, 4, generator=rng) + labels[:, None, None, None] / CLASSES
+    return Tensors(inputs, labels)
 
 
 def small_job(
@@ -83,18 +81,18 @@ def small_job(
     delta=0.03,
     train_calibration=20,
     forget_class=None,
-    **given,
+    **settings,
 ):
     """A job of ``retain`` and ``forget`` images.
 
-    ``given`` are fields of the job, of its recipe, or else options of the method.
+    ``settings`` are fields of the job, fields of its recipe, or options of the method.
     """
     train, held_out = images(retain + forget, 1), images(40, 2)
     name = label.removeprefix("cpu_")
     recipe = {"num_epochs": 3, "learning_rate": 0.05, "batch_size": 8}
     recipe |= {"momentum": 0.8, "weight_decay": 0.03}
     recipe_fields = (*recipe, "milestones", "precision", "schedule", "optimizer")
-    recipe |= {key: given.pop(key) for key in recipe_fields if key in given}
+    recipe |= {key: settings.pop(key) for key in recipe_fields if key in settings}
     order = torch.randperm(retain + forget, generator=torch.Generator().manual_seed(3))
     parts = torch.arange(40).split([train_calibration, 32 - train_calibration, 8])
     nothing = torch.empty(0, dtype=torch.int64)
@@ -114,13 +112,13 @@ def small_job(
             held_out, split.train_calibration, alpha=alpha, delta=delta, lamda=lamda
         )
     fields = {"seed": 4, "model": SmallNet(), "new_model": lambda: SmallNet(7), "split": split}
-    fields |= {key: given.pop(key) for key in JOB_FIELDS if key in given}
+    fields |= {key: settings.pop(key) for key in JOB_FIELDS if key in settings}
     return unlearn.Job(
         name=name,
         label=label,
         data=SimpleNamespace(train=train, held_out=held_out, classes=[*"abcde"]),
         recipe=unlearn.Recipe(**recipe) if unlearn.METHODS[name].trained else None,
-        options=unlearn.METHODS[name].options | given,
+        options=unlearn.METHODS[name].options | settings,
         term=term,
         **fields,
     )
@@ -134,15 +132,14 @@ def run(job):
 
 def training_steps(job):
     """(epoch, retain indices, forget indices) of every step of a finished job, in order."""
-    retained, steps, seeds = set(job.split.retain.tolist()), [], {}
+    retain_set, steps, seeds = set(job.split.retain.tolist()), [], {}
     for indices, seed in job.data.train.uses:
         if seed is not None:
             epoch = seeds.setdefault(seed, len(seeds) + 1)
-            count = sum(index in retained for index in indices)
-            assert set(indices[:count]) <= retained  # the retained ones come first
-            steps.append(
-                (epoch, torch.tensor(indices[:count]).long(), torch.tensor(indices[count:]).long())
-            )
+            num_retain = sum(index in retain_set for index in indices)
+            assert set(indices[:num_retain]) <= retain_set  # the retain images come first
+            indices = torch.tensor(indices).long()
+            steps.append((epoch, indices[:num_retain], indices[num_retain:]))
     return steps
 
 
@@ -150,9 +147,8 @@ class ByHand:
     """The network and SGD with momentum m by hand: v ← m·v + g + wd·w, w ← w − rate·v."""
 
     def __init__(self, model):
-        state = {
-            name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()
-        }
+        state = model.state_dict()
+        state = {name: tensor.detach().double().clone() for name, tensor in state.items()}
         self.mean, self.var = state.pop("1.running_mean"), state.pop("1.running_var")
         state.pop("1.num_batches_tracked")
         self.weights = {name: tensor.requires_grad_() for name, tensor in state.items()}
@@ -178,9 +174,8 @@ class ByHand:
         return self.logits(inputs).log_softmax(1)
 
     def gradients(self, loss):
-        return dict(
-            zip(self.weights, torch.autograd.grad(loss, list(self.weights.values())), strict=True)
-        )
+        gradients = torch.autograd.grad(loss, list(self.weights.values()))
+        return dict(zip(self.weights, gradients, strict=True))
 
     def descend(self, gradients, rate, momentum, weight_decay, masks=None):
         with torch.no_grad():
@@ -229,10 +224,8 @@ class ByHand:
         return squares
 
     def state(self):
-        return {name: weight.detach() for name, weight in self.weights.items()} | {
-            "1.running_mean": self.mean,
-            "1.running_var": self.var,
-        }
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        return weights | {"1.running_mean": self.mean, "1.running_var": self.var}
 
     def assert_equal(self, state, rtol=1e-4, atol=1e-6):
         for name, tensor in self.state().items():
@@ -245,9 +238,8 @@ def rates(recipe):
     """The learning rate of each epoch: constant, a cosine, or divided by 10 at milestones."""
     for epoch in range(recipe.num_epochs):
         if recipe.milestones:
-            yield recipe.learning_rate * 0.1 ** sum(
-                epoch >= milestone for milestone in recipe.milestones
-            )
+            drops = sum(epoch >= milestone for milestone in recipe.milestones)
+            yield recipe.learning_rate * 0.1**drops
         elif recipe.schedule == "constant":
             yield recipe.learning_rate
         else:
@@ -259,12 +251,9 @@ def by_definition(model, images, labels, expected):
     total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for image, label in zip(images, labels, strict=True):
         log_p = model(image[None]).log_softmax(1)[0]
-        for number in range(len(log_p)) if expected else [label]:
-            gradients = torch.autograd.grad(
-                log_p[number], list(model.parameters()), retain_graph=True
-            )
+        for c in range(len(log_p)) if expected else [label]:
+            gradients = torch.autograd.grad(log_p[c], list(model.parameters()), retain_graph=True)
+            share = log_p[c].exp().detach() if expected else 1
             for name, gradient in zip(total, gradients, strict=True):
-                total[name] += (
-                    gradient**2 * (log_p[number].exp().detach() if expected else 1) / len(labels)
-                )
+                total[name] += gradient**2 * share / len(labels)
     return total

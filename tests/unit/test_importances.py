@@ -18,7 +18,7 @@ def head(channels, side):
 
 NETWORKS = {
     "strides, dilation and padding": lambda: [
-        nn.Conv2d(3, 8, (3, 2), (1, 2), (2, 1), (2, 1)),
+        nn.Conv2d(3, 8, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1)),
         *head(8, 4)[:2],
         nn.LazyLinear(5),
     ],
@@ -50,7 +50,7 @@ OTHERS = {
 def network(layers):
     torch.manual_seed(0)
     model = nn.Sequential(*layers)
-    model(small_job("ssd").data.train.inputs)  # running statistics other than those at the start
+    model(small_job("ssd").data.train.inputs)  # changes the initial running statistics
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -84,7 +84,7 @@ class CalledTwice(nn.Module):
         return self.last(features.mean(dim=(2, 3)))
 
 
-def test_importances_of_a_layer_that_is_called_twice_or_never_are_those_of_autograd():
+def test_importances_of_layer_called_twice_or_never_equal_autograd():
     torch.manual_seed(0)
     model, data = CalledTwice().eval(), small_job("ssd").data.train
     indices = torch.tensor([4, 9, 2])
@@ -117,20 +117,17 @@ def test_known_layers_take_one_backward_pass_for_all_images(name, monkeypatch):
     assert all(square.any() for square in information.values())
 
 
-def test_normalisation_by_the_batch_is_not_computed_layer_by_layer():
+def test_batch_norm_without_running_statistics_is_not_a_known_layer():
     model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), *head(3, 4))
     assert not fisher._knows_layers(model)
     assert fisher._knows_layers(nn.Sequential(nn.BatchNorm2d(3), *head(3, 4)))
 
 
-def test_scores_of_two_classes_are_those_by_hand():
+def test_scores_of_two_classes_by_hand():
     logits = torch.tensor([1.0, 3.0]).log()  # p = ¼ and ¾
-    torch.testing.assert_close(
-        fisher.observed_score(logits, torch.tensor(0)), torch.tensor([[0.75, -0.75]])
-    )
-    torch.testing.assert_close(
-        fisher.observed_score(logits, torch.tensor(1)), torch.tensor([[-0.25, 0.25]])
-    )
+    for label, expected in ((0, [0.75, -0.75]), (1, [-0.25, 0.25])):
+        score = fisher.observed_score(logits, torch.tensor(label))
+        torch.testing.assert_close(score, torch.tensor([expected]))
     # diag(p) − ppᵀ = [[3, −3], [−3, 3]] / 16, of rank one
     (row,) = fisher.expected_scores(logits, torch.tensor(0))
     torch.testing.assert_close(row[:, None] * row, torch.tensor([[3.0, -3.0], [-3.0, 3.0]]) / 16)
@@ -146,7 +143,7 @@ def test_expected_scores_of_a_certain_network_keep_their_digits():
     torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-40)
 
 
-def test_importances_leave_the_model_in_eval_mode_without_hooks():
+def test_model_after_importances_is_in_eval_mode_without_hooks():
     job = small_job("ssd")
     job.model.train()
     fisher.diagonal_fisher(job.model, job.data.train, torch.arange(5), fisher.observed_score, 2)
@@ -154,9 +151,9 @@ def test_importances_leave_the_model_in_eval_mode_without_hooks():
     assert [len(indices) for indices, _ in job.data.train.uses] == [2, 2, 1]
 
 
-def test_importances_on_a_gpu_are_the_same_sums(monkeypatch):
+def test_importances_on_gpu_are_the_same_sums(monkeypatch):
     class OnGPU(torch.Tensor):
-        """A tensor that is only said to be there."""
+        """A CPU tensor whose is_cuda is true."""
 
         is_cuda = True
 
@@ -170,7 +167,7 @@ def test_importances_on_a_gpu_are_the_same_sums(monkeypatch):
 
 
 @pytest.mark.parametrize("positions", [1, 2, 3])
-def test_importances_of_few_positions_are_the_squares_of_the_images_sums(positions):
+def test_importances_of_few_positions_are_squared_sums_of_each_image(positions):
     rng = torch.Generator().manual_seed(0)
     columns = torch.randn(6, 4, positions, generator=rng)
     gradient = torch.randn(6, 3, positions, generator=rng)
@@ -184,7 +181,7 @@ def test_importances_of_few_positions_are_the_squares_of_the_images_sums(positio
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_importances_of_several_processes_are_those_of_one(world, monkeypatch):
+def test_importances_on_several_processes_equal_those_on_one(world, monkeypatch):
     model, data = SmallNet(), small_job("ssd").data.train
     indices = torch.arange(3, 28)
     alone = fisher.diagonal_fisher(model, data, indices, fisher.observed_score)
@@ -198,7 +195,7 @@ def test_importances_of_several_processes_are_those_of_one(world, monkeypatch):
             torch.testing.assert_close(actual[name], square, rtol=1e-4, atol=1e-7)
 
 
-def test_a_mask_of_two_processes_is_that_of_one(monkeypatch):
+def test_mask_on_two_processes_equals_that_on_one(monkeypatch):
     job = small_job("salun", forget=25, mask_ratio=0.21)
     alone = unlearn.saliency_mask(job)
     job.data.train = Shares(job.data.train)
@@ -208,7 +205,7 @@ def test_a_mask_of_two_processes_is_that_of_one(monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("num_retain", [0, 1, 4, 5, 6])
-def test_another_networks_answers_are_those_for_the_named_part(world, num_retain, monkeypatch):
+def test_outputs_of_another_network_are_those_of_the_named_set(world, num_retain, monkeypatch):
     job, network = small_job("teacher"), SmallNet(7).eval()
     indices = torch.tensor([4, 9, 2, 17, 5, 11])
     inputs = job.data.train.inputs[indices]
@@ -231,43 +228,43 @@ def test_another_networks_answers_are_those_for_the_named_part(world, num_retain
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_mean_gradient_of_several_processes_is_that_of_one(world, monkeypatch):
+def test_mean_gradient_on_several_processes_equals_that_on_one(world, monkeypatch):
     def gradients():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
         job = small_job("ga_plus", num_epochs=1, batch_size=64, model=model, quiet=True)
         job.data.train = Shares(job.data.train)
-        taken = []
+        step_gradients = []
 
         def loss(batch):
             return unlearn.cross_entropy(*batch.retain) - 0.3 * unlearn.cross_entropy(*batch.forget)
 
         def before_step(batch):
-            taken.append([parameter.grad.clone() for parameter in job.model.parameters()])
+            parameters = job.model.parameters()
+            step_gradients.append([parameter.grad.clone() for parameter in parameters])
 
         unlearn.train(job, loss, unlearn.PARTS, before_step=before_step)
-        return taken[0]
+        return step_gradients[0]
 
-    alone, wrapped = gradients(), []
-    monkeypatch.setattr(
-        unlearn,
-        "DistributedDataParallel",
-        lambda network, **options: wrapped.append(options) or network,
-    )
-    synchronised = []
+    alone, wrapped, synchronised = gradients(), [], []
+
+    def wrap(network, **options):
+        wrapped.append(options)
+        return network
+
+    monkeypatch.setattr(unlearn, "DistributedDataParallel", wrap)
     monkeypatch.setattr(distributed, "synchronise_batch_norm", synchronised.append)
     together = Processes(monkeypatch, world).run(gradients)
-    for number, gradient in enumerate(alone):
-        torch.testing.assert_close(sum(part[number] for part in together) / world, gradient)
+    for tensors, gradient in zip(zip(*together, strict=True), alone, strict=True):
+        torch.testing.assert_close(sum(tensors) / world, gradient)
     # Each process has the running statistics of all images, so none are sent.
-    assert {str(options) for options in wrapped} == {"{'broadcast_buffers': False}"} and len(
-        synchronised
-    ) == len(wrapped)
+    assert {str(options) for options in wrapped} == {"{'broadcast_buffers': False}"}
+    assert len(synchronised) == len(wrapped)
 
 
-def test_a_network_is_not_asked_about_no_image():
+def test_network_is_not_called_without_images():
     def network(inputs):
-        raise AssertionError("asked")
+        raise AssertionError("called")
 
     batch = unlearn.Batch(
         torch.arange(2), torch.zeros(2).long(), 2, torch.zeros(2, 3, 4, 4), torch.zeros(2, 5)
@@ -278,31 +275,24 @@ def test_a_network_is_not_asked_about_no_image():
 # ---------------------------------------------------------------- masks
 
 
-def test_the_mask_takes_the_largest_gradients_of_all_layers_together():
+def test_mask_selects_largest_gradients_over_all_layers():
     for ratio, count in ((0.0, 0), (0.1, 88), (1.0, 885)):
         job = small_job("salun", mask_ratio=ratio)
         masks = unlearn.saliency_mask(job)
         assert sum(mask.sum().item() for mask in masks.values()) == count
-        assert all(
-            mask.shape == job.model.get_parameter(name).shape for name, mask in masks.items()
-        )
+        shapes = {name: weight.shape for name, weight in job.model.named_parameters()}
+        assert all(mask.shape == shapes[name] for name, mask in masks.items())
 
 
-def test_a_mask_is_the_same_for_any_number_of_images_a_pass(monkeypatch):
+def test_mask_with_several_passes_equals_mask_of_mean_gradient(monkeypatch):
     job = small_job("salun", forget=1100, mask_ratio=0.3)
     masks = unlearn.saliency_mask(job)
     forget, train = job.split.forget, job.data.train
     assert [len(indices) for indices, _ in train.uses] == [512, 512, 76]
     net = ByHand(job.model)
-    sizes = net.gradients(
-        -net.log_p(train.inputs[forget])[range(1100), train.labels[forget]].mean()
-    )
-    least = (
-        torch.cat([size.abs().flatten() for size in sizes.values()])
-        .sort(descending=True)
-        .values[264]
-    )
-    different = sum(
-        (masks[name] != (size.abs() >= least)).sum().item() for name, size in sizes.items()
-    )
-    assert different <= 2  # float32 may order two that are nearly equal otherwise
+    loss = -net.log_p(train.inputs[forget])[range(1100), train.labels[forget]].mean()
+    sizes = {name: gradient.abs() for name, gradient in net.gradients(loss).items()}
+    all_sizes = torch.cat([size.flatten() for size in sizes.values()])
+    least = all_sizes.sort(descending=True).values[264]
+    differences = [(masks[name] != (size >= least)).sum().item() for name, size in sizes.items()]
+    assert sum(differences) <= 2  # float32 may swap two nearly equal gradients

@@ -17,16 +17,11 @@ from models import checkpoint, distributed
 
 
 class Bar:
-    """Stands for tqdm: what the loop reports."""
+    """Replaces tqdm and records its updates."""
 
     def __init__(self, **options):
-        self.options, self.n, self.total, self.history, self.closed = (
-            options,
-            0,
-            options.get("total"),
-            [],
-            False,
-        )
+        self.options, self.n, self.total = options, 0, options.get("total")
+        self.history, self.closed = [], False
 
     def __enter__(self):
         return self
@@ -59,41 +54,39 @@ def bars(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Every look at the clock is half a second after the one before."""
+    """Every reading of the clock is half a second after the previous reading."""
     ticks = itertools.count(100.0, 0.5)
     monkeypatch.setattr(unlearn, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
 
 def same(first, second):
-    return (
-        all(first[name].equal(tensor) for name, tensor in second.items())
-        and first.keys() == second.keys()
-    )
+    equal = all(first[name].equal(tensor) for name, tensor in second.items())
+    return equal and first.keys() == second.keys()
 
 
 # ---------------------------------------------------------------- records
 
 
-def test_a_record_has_the_means_over_steps_and_images_of_its_epoch(clock, bars):
-    records, losses, right = [], [], []
+def test_record_has_means_over_steps_and_images_of_its_epoch(clock, bars):
+    records, losses, correct = [], [], []
     job = small_job("finetune", epoch_done=records.append)
 
     def loss(batch):
         losses.append(unlearn.retain_cross_entropy(batch))
-        right.append((batch.logits.argmax(1) == batch.labels).tolist())
+        correct.append((batch.logits.argmax(1) == batch.labels).tolist())
         return losses[-1]
 
     unlearn.train(job, loss)
-    assert [record["epoch"] for record in records] == [1, 2, 3] and len(losses) == 9
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert len(losses) == 9
     for number, record in enumerate(records):
-        assert record["loss"] == pytest.approx(
-            sum(loss.item() for loss in losses[3 * number : 3 * number + 3]) / 3
-        )
-        of_epoch = sum(right[3 * number : 3 * number + 3], [])
-        assert record["train_acc"] == pytest.approx(sum(of_epoch) / 19) and len(of_epoch) == 19
-        assert record["images_per_second"] == pytest.approx(38) and record[
-            "seconds"
-        ] == pytest.approx(1)
+        steps = slice(3 * number, 3 * number + 3)
+        assert record["loss"] == pytest.approx(sum(loss.item() for loss in losses[steps]) / 3)
+        correct_images = sum(correct[steps], [])
+        assert len(correct_images) == 19
+        assert record["train_acc"] == pytest.approx(sum(correct_images) / 19)
+        assert record["images_per_second"] == pytest.approx(38)
+        assert record["seconds"] == pytest.approx(1)
     assert bars[0].shown == {
         "epoch": 3,
         "loss": f"{records[-1]['loss']:.3f}",
@@ -101,19 +94,17 @@ def test_a_record_has_the_means_over_steps_and_images_of_its_epoch(clock, bars):
     }
 
 
-def test_a_quiet_run_measures_and_prints_no_accuracy(capsys):
+def test_quiet_run_measures_and_prints_no_accuracy(capsys):
     records = []
     job = small_job("finetune", quiet=True, epoch_done=records.append)
     run(job)
-    assert not any(
-        key in record for record in records for key in ("retain_acc", "forget_acc", "test_acc")
-    )
-    assert capsys.readouterr().out == "" and not any(
-        seed is None for _, seed in job.data.train.uses
-    )
+    measured = {key for record in records for key in record}
+    assert not measured & {"retain_acc", "forget_acc", "test_acc"}
+    assert capsys.readouterr().out == ""
+    assert not any(seed is None for _, seed in job.data.train.uses)
 
 
-def test_a_line_shows_epoch_loss_accuracies_and_speed(capsys):
+def test_epoch_line_shows_loss_accuracies_and_speed(capsys):
     job = small_job("cpu_finetune", lamda=0.5)
     record = {"epoch": 2, "loss": 1.23456, "train_acc": 0.5, "test_acc": 0.25, "q_hat": 0.87654}
     line = unlearn.epoch_line(job, record | {"images_per_second": 1234.4})
@@ -127,40 +118,40 @@ def test_a_line_shows_epoch_loss_accuracies_and_speed(capsys):
     ]
     run(replace(job, term=None))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all(
-        "q̂" not in line and "retain" in line and "forget" in line for line in lines
-    )
+    assert len(lines) == 3
+    assert all("retain" in line and "forget" in line for line in lines)
+    assert not any("q̂" in line for line in lines)
 
 
-def test_accuracies_are_those_of_each_part_without_augmentation():
+def test_accuracies_are_measured_on_each_set_without_augmentation():
     job = small_job("finetune")
-    answers = {
-        key: ByHand(job.model).logits(part.inputs).argmax(1)
-        for key, part in vars(job.data).items()
-        if key != "classes"
-    }
     split, train, held_out = job.split, job.data.train, job.data.held_out
-    train.labels = (answers["train"] + 1) % 5
-    held_out.labels = (answers["held_out"] + 1) % 5
-    for images, part, right in (
-        (train, split.retain, 7),
-        (train, split.forget, 2),
-        (held_out, split.test, 5),
+    for images in (train, held_out):
+        predictions = ByHand(job.model).logits(images.inputs).argmax(1)
+        images.labels = (predictions + 1) % 5
+    # All predictions are wrong except 7, 2 and 5.
+    for images, indices in (
+        (train, split.retain[:7]),
+        (train, split.forget[:2]),
+        (held_out, split.test[:5]),
     ):
-        images.labels[part[:right]] = (images.labels[part[:right]] - 1) % 5
+        images.labels[indices] = (images.labels[indices] - 1) % 5
     assert unlearn.accuracies(job) == pytest.approx(
         {"retain": 7 / 19, "forget": 2 / 11, "test": 5 / 12}
     )
     assert unlearn.accuracies(job, 100) == unlearn.accuracies(job)
 
 
-def test_monitored_accuracies_are_those_of_a_fixed_sample():
+def test_monitored_accuracies_are_measured_on_a_fixed_sample():
     job = small_job("finetune")
     job.data.train.uses.clear()
     first, second = unlearn.accuracies(job, 11), unlearn.accuracies(job, 11)
     (retain, _), (forget, _), (again, _), _ = job.data.train.uses
-    assert first == second and retain == again and len(set(retain)) == 11
-    assert set(retain) < set(job.split.retain.tolist()) and forget == job.split.forget.tolist()
+    assert first == second
+    assert retain == again
+    assert len(set(retain)) == 11
+    assert set(retain) < set(job.split.retain.tolist())
+    assert forget == job.split.forget.tolist()
     assert retain != job.split.retain.tolist()[:11]
 
 
@@ -168,23 +159,21 @@ def test_monitored_accuracies_are_those_of_a_fixed_sample():
 
 
 @pytest.mark.parametrize("label", ["finetune", "cpu_finetune"])
-def test_the_bar_reaches_the_share_of_the_epochs_that_are_done(label, bars):
-    at_end = []
-    run(
-        small_job(
-            label,
-            lamda=0.5 if label != "finetune" else None,
-            quiet=True,
-            epoch_done=lambda record: at_end.append(bars[0].n / bars[0].total),
-        )
-    )
-    assert at_end == pytest.approx([1 / 3, 2 / 3, 1])
-    assert bars[0].total == 3 * (30 if label != "finetune" else 19)
+def test_progress_bar_after_each_epoch_shows_share_of_finished_epochs(label, bars):
+    shares = []
+
+    def epoch_done(record):
+        shares.append(bars[0].n / bars[0].total)
+
+    lamda, num_images = (None, 19) if label == "finetune" else (0.5, 30)
+    run(small_job(label, lamda=lamda, quiet=True, epoch_done=epoch_done))
+    assert shares == pytest.approx([1 / 3, 2 / 3, 1])
+    assert bars[0].total == 3 * num_images
     assert bars[0].history == sorted(bars[0].history) and bars[0].closed
     assert bars[0].options == {"desc": label, "unit": "img", "unit_scale": True}
 
 
-def test_the_bar_of_the_importances_counts_images(bars):
+def test_progress_bar_of_importances_counts_images(bars):
     for importances in ("image", "batch"):
         run(small_job("ssd", retain=140, importances=importances))
     assert [bar.n for bar in bars] == [151, 11] * 2
@@ -196,19 +185,19 @@ def test_the_bar_of_the_importances_counts_images(bars):
 # ---------------------------------------------------------------- modes
 
 
-def test_steps_of_one_image_take_the_running_statistics_and_larger_ones_the_batchs():
-    job, seen = small_job("finetune", retain=5, batch_size=2, num_epochs=1, quiet=True), []
+def test_step_of_one_image_normalises_by_running_statistics():
+    job, passes = small_job("finetune", retain=5, batch_size=2, num_epochs=1, quiet=True), []
     job.model[1].register_forward_pre_hook(
-        lambda norm, inputs: seen.append((len(inputs[0]), norm.training))
+        lambda norm, inputs: passes.append((len(inputs[0]), norm.training))
     )
     run(job)
-    assert sorted(seen) == [(1, False), (2, True), (2, True)]
+    assert sorted(passes) == [(1, False), (2, True), (2, True)]
 
 
 @pytest.mark.parametrize(
     ("label", "retain"), [("finetune", 17), ("cpu_finetune", 17), ("finetune", 1)]
 )
-def test_the_model_is_in_train_mode_after_every_epoch(label, retain):
+def test_model_after_every_epoch_is_in_train_mode(label, retain):
     job, modes = small_job(label, retain=retain, lamda=0.5 if label != "finetune" else None), []
 
     def epoch_done(record):
@@ -218,7 +207,7 @@ def test_the_model_is_in_train_mode_after_every_epoch(label, retain):
     assert all(all(training) for training in modes) and len(modes) == 3
 
 
-def test_dropout_depends_on_the_seed_and_the_epoch_alone():
+def test_dropout_depends_on_seed_and_epoch_only():
     def weights(seed, before=lambda: None):
         job = small_job("finetune", seed=seed)
         job.model.insert(4, nn.Dropout(0.5))
@@ -226,10 +215,11 @@ def test_dropout_depends_on_the_seed_and_the_epoch_alone():
         return run(job)
 
     first = weights(4)
-    assert same(weights(4, lambda: torch.manual_seed(99)), first) and not same(weights(5), first)
+    assert same(weights(4, lambda: torch.manual_seed(99)), first)
+    assert not same(weights(5), first)
 
 
-def test_autocast_is_on_for_bf16_alone():
+def test_autocast_is_on_for_bf16_only():
     seen = []
     for precision in ("fp32", "bf16"):
         job = small_job("finetune", precision=precision, num_epochs=1)
@@ -240,31 +230,38 @@ def test_autocast_is_on_for_bf16_alone():
         seen.clear()
 
 
-def test_the_optimiser_is_fused_on_a_gpu_alone(monkeypatch):
-    plain, given = torch.optim.SGD, []
-    monkeypatch.setattr(
-        torch.optim, "SGD", lambda *a, **options: given.append(options) or plain(*a, **options)
-    )
+def test_optimizer_on_cpu_is_not_fused(monkeypatch):
+    plain, optimizer_options = torch.optim.SGD, []
+
+    def recording_sgd(*arguments, **options):
+        optimizer_options.append(options)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(torch.optim, "SGD", recording_sgd)
     run(small_job("finetune"))
-    assert given == [{"momentum": 0.8, "weight_decay": 0.03, "fused": False}]
+    assert optimizer_options == [{"momentum": 0.8, "weight_decay": 0.03, "fused": False}]
 
 
-def test_a_network_is_compiled_for_each_batch_size_and_marks_its_steps(monkeypatch):
-    asked, marks = [], []
-    monkeypatch.setattr(
-        torch, "compile", lambda network, **options: asked.append(options) or network
-    )
+def test_compiled_network_has_static_shapes_and_marks_every_step(monkeypatch):
+    compilations, marks = [], []
+
+    def compile(network, **options):
+        compilations.append(options)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     job, plain = small_job("finetune", compile=True), small_job("finetune")
     assert same(run(job), run(plain))
-    assert asked == [{"dynamic": False, "mode": "default"}] and len(marks) == 9
+    assert compilations == [{"dynamic": False, "mode": "default"}]
+    assert len(marks) == 9
     unlearn.compiled(job.model, torch.device("cuda"))
-    assert asked[1] == {"dynamic": False, "mode": "reduce-overhead"}
+    assert compilations[1] == {"dynamic": False, "mode": "reduce-overhead"}
 
 
-def test_a_compiler_that_fails_is_one_line(monkeypatch):
+def test_failing_compiler_is_reported_in_one_line(monkeypatch):
     class CompilerFails(Exception):
-        """Stands for torch._dynamo's, which takes two seconds to import."""
+        """Replaces the exception of torch._dynamo, which takes two seconds to import."""
 
     def compile(network, **options):
         def fails(inputs):
@@ -281,12 +278,10 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch):
         run(job)
 
 
-def test_divergence_closes_the_bar_and_names_method_epoch_and_rate(bars):
+def test_divergence_closes_progress_bar_and_names_method_epoch_and_rate(bars):
     job = small_job("finetune", learning_rate=1e12)
-    with pytest.raises(
-        unlearn.Diverged,
-        match=r"^finetune diverged in epoch 1 at learning rate 1e\+12: the loss is",
-    ):
+    message = r"^finetune diverged in epoch 1 at learning rate 1e\+12: the loss is"
+    with pytest.raises(unlearn.Diverged, match=message):
         run(job)
     assert bars[0].closed
 
@@ -299,7 +294,7 @@ def test_divergence_closes_the_bar_and_names_method_epoch_and_rate(bars):
 @pytest.mark.parametrize(
     ("name", "action"), [("finetune", run), ("salun", unlearn.saliency_mask), ("ssd", run)]
 )
-def test_a_batch_that_is_missing_is_an_error_and_no_shorter_epoch(name, action):
+def test_missing_batch_is_an_error(name, action):
     job = small_job(name)
     plain = job.data.train.batches
     job.data.train.batches = lambda parts, augment=None: list(plain(parts, augment))[:-1]
@@ -314,22 +309,20 @@ class Stop(Exception):
     pass
 
 
-def resumable(tmp_path, label, resume=False, stop_in=None, identity=None, **given):
-    """(job, records): the state is saved after every epoch.
+def resumable(tmp_path, label, resume=False, stop_in=None, identity=None, **settings):
+    """(job, records) of a job that saves its state after every epoch.
 
     The job stops in the second step of epoch ``stop_in``.
     """
-    records = []
-    progress = unlearn.Progress(
-        tmp_path / "resume.pth", identity or {"a": 1}, resume=resume, save_every=0.0
-    )
+    records, path = [], tmp_path / "resume.pth"
+    progress = unlearn.Progress(path, identity or {"a": 1}, resume=resume, save_every=0.0)
     job = small_job(
         label,
         lamda=0.5 if label.startswith("cpu_") else None,
         num_epochs=5,
         progress=progress,
         epoch_done=records.append,
-        **given,
+        **settings,
     )
     if stop_in:
         plain, count = job.data.train.batches, itertools.count()
@@ -346,17 +339,15 @@ def resumable(tmp_path, label, resume=False, stop_in=None, identity=None, **give
 
 
 def without_times(records):
-    return [
-        {k: v for k, v in record.items() if k not in ("seconds", "images_per_second")}
-        for record in records
-    ]
+    times = ("seconds", "images_per_second")
+    return [{key: v for key, v in record.items() if key not in times} for record in records]
 
 
 @pytest.mark.parametrize(
     "label", ["finetune", "scrub", "sfron", "salun", "teacher", "cpu_finetune", "retrain"]
 )
 @pytest.mark.parametrize("stop_in", [2, 4])
-def test_a_resumed_run_has_the_weights_and_records_of_an_uninterrupted_one(
+def test_resumed_run_has_weights_and_records_of_uninterrupted_run(
     label, stop_in, tmp_path
 ):
     whole, expected_records = resumable(tmp_path / "none", label)
@@ -368,26 +359,28 @@ def test_a_resumed_run_has_the_weights_and_records_of_an_uninterrupted_one(
     assert without_times(records) == without_times(expected_records)
     assert {epoch for epoch, *_ in training_steps(resumed)} == set(range(1, 5 - (stop_in - 1) + 1))
     if whole.term:
-        assert resumed.term.q_hats == whole.term.q_hats and len(set(whole.term.q_hats)) == 5
+        assert resumed.term.q_hats == whole.term.q_hats
+        assert len(set(whole.term.q_hats)) == 5
 
 
-def test_a_run_that_had_ended_by_itself_is_not_trained_further(tmp_path):
+def test_resumed_run_that_had_stopped_early_is_not_trained_further(tmp_path):
     first, records = resumable(tmp_path, "GA", stop_accuracy=1.0)
     expected = run(first)
     assert len(records) == 1
     again, repeated = resumable(tmp_path, "GA", resume=True, stop_accuracy=1.0)
-    assert same(run(again), expected) and not training_steps(again)
+    assert same(run(again), expected)
+    assert not training_steps(again)
     assert repeated == records
 
 
-def test_the_bar_of_a_resumed_run_starts_at_the_epochs_done(tmp_path, bars):
+def test_progress_bar_of_resumed_run_starts_at_finished_epochs(tmp_path, bars):
     with pytest.raises(Stop):
         run(resumable(tmp_path, "finetune", stop_in=4)[0])
     run(resumable(tmp_path, "finetune", resume=True)[0])
     assert bars[1].history[0] == 3 / 5 and bars[1].history[-1] == 1
 
 
-def test_without_resume_a_saved_state_is_not_read(tmp_path):
+def test_saved_state_without_resume_is_not_read(tmp_path):
     with pytest.raises(Stop):
         run(resumable(tmp_path, "finetune", stop_in=3)[0])
     assert resumable(tmp_path, "finetune")[0].progress.restored is None
@@ -396,7 +389,7 @@ def test_without_resume_a_saved_state_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, [], {"epoch": 3}])
-def test_the_state_of_another_run_is_an_error(content, tmp_path):
+def test_resume_from_state_of_another_run_is_refused(content, tmp_path):
     if content is None:
         with pytest.raises(Stop):
             run(resumable(tmp_path, "finetune", stop_in=3, identity={"a": 2})[0])
@@ -406,12 +399,12 @@ def test_the_state_of_another_run_is_an_error(content, tmp_path):
         resumable(tmp_path, "finetune", resume=True)
 
 
-def test_the_state_is_saved_after_save_every_seconds_and_on_demand(tmp_path, monkeypatch):
+def test_state_is_saved_every_save_every_seconds_and_on_demand(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(unlearn, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     path, job = tmp_path / "resume.pth", small_job("finetune")
     progress = unlearn.Progress(path, {}, resume=False, save_every=10.0)
-    assert not progress.save() and not path.exists()  # nothing is done yet
+    assert not progress.save() and not path.exists()  # no epoch is finished
     optimizer = torch.optim.SGD(job.model.parameters(), 0.1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
     state, saved = unlearn.TrainingState(job.model, optimizer, scheduler), []
@@ -428,7 +421,7 @@ def test_the_state_is_saved_after_save_every_seconds_and_on_demand(tmp_path, mon
     assert resumed.seconds == 29 and resumed.save()  # 25 before it stopped, 4 since
 
 
-def test_only_the_first_process_saves_the_state(tmp_path, monkeypatch):
+def test_state_on_second_process_is_not_saved(tmp_path, monkeypatch):
     with pytest.raises(Stop):
         run(resumable(tmp_path, "finetune", stop_in=3)[0])
     before = (tmp_path / "resume.pth").read_bytes()
@@ -437,7 +430,7 @@ def test_only_the_first_process_saves_the_state(tmp_path, monkeypatch):
     assert (tmp_path / "resume.pth").read_bytes() == before
 
 
-def test_a_saved_state_is_a_copy_that_training_does_not_change(tmp_path):
+def test_saved_state_is_not_changed_by_further_training(tmp_path):
     job, _ = resumable(tmp_path, "finetune", stop_in=3)
     job.progress.save_every = math.inf
     with pytest.raises(Stop):
@@ -450,4 +443,5 @@ def test_a_saved_state_is_a_copy_that_training_does_not_change(tmp_path):
     run(replace(uninterrupted, epoch_done=epoch_done))
     assert job.progress.save()
     state = checkpoint.read_state(tmp_path / "resume.pth")
-    assert state["epoch"] == 2 and same(state["model"], snapshots[1]) and len(state["records"]) == 2
+    assert state["epoch"] == len(state["records"]) == 2
+    assert same(state["model"], snapshots[1])

@@ -55,7 +55,7 @@ def certain_of(label, indices):
 
 
 class Reference:
-    """The method of a finished job, by hand, over the steps that the job has taken."""
+    """The method of a finished job by hand, with the batches of that job."""
 
     def __init__(self, job, before):
         self.job, self.options = job, job.options
@@ -69,7 +69,7 @@ class Reference:
         self.net.keeps_statistics = False
 
     def prepare_RL(self):
-        """The labels are the job's: read off by asking its loss about every image and class."""
+        """The random labels of the job: for each image, the class with the smallest loss."""
         loss, self.targets = unlearn.random_label_loss(self.job), torch.empty_like(self.labels)
         for index in range(len(self.labels)):
             losses = [loss(certain_of(c, torch.tensor([index]))) for c in range(CLASSES)]
@@ -80,22 +80,20 @@ class Reference:
     def prepare_salun(self):
         self.prepare_RL()
         forget = self.job.split.forget
-        sizes = self.net.gradients(
-            nll(self.net.logits(self.images[forget]), self.labels[forget]).mean()
-        )
-        every = torch.cat([size.abs().flatten() for size in sizes.values()])
-        least = every.sort(descending=True).values[
-            round(self.options["mask_ratio"] * len(every)) - 1
-        ]
-        self.masks = {name: size.abs() >= least for name, size in sizes.items()}
+        loss = nll(self.net.logits(self.images[forget]), self.labels[forget]).mean()
+        sizes = {name: gradient.abs() for name, gradient in self.net.gradients(loss).items()}
+        all_sizes = torch.cat([size.flatten() for size in sizes.values()])
+        count = round(self.options["mask_ratio"] * len(all_sizes))
+        least = all_sizes.sort(descending=True).values[count - 1]
+        self.masks = {name: size >= least for name, size in sizes.items()}
         saved = self.job.by_products["saliency_mask.pth"]
         assert all(saved[name].equal(mask) for name, mask in self.masks.items())
 
     def prepare_sfron(self):
         split = self.job.split
         forget, retain = (
-            self.net.empirical_fisher(self.images[part], self.labels[part])
-            for part in (split.forget, split.retain)
+            self.net.empirical_fisher(self.images[indices], self.labels[indices])
+            for indices in (split.forget, split.retain)
         )
         threshold = self.options["saliency_threshold"]
         self.salient = {name: forget[name] >= threshold * retain[name] for name in forget}
@@ -138,9 +136,8 @@ class Reference:
         term = self.job.term
         chosen = term.calibration
         p = self.net.logits(self.job.data.held_out.inputs[chosen]).softmax(1).detach()
-        scores = sorted(
-            1 - p[i, label].item() for i, label in enumerate(self.job.data.held_out.labels[chosen])
-        )
+        labels = self.job.data.held_out.labels[chosen]
+        scores = sorted(1 - p[i, label].item() for i, label in enumerate(labels))
         return scores[math.ceil((len(scores) + 1) * (1 - term.alpha)) - 1]
 
     def run(self):
@@ -162,20 +159,15 @@ class Reference:
                 loss = loss + term.lamda * (q_hat - scores + term.delta).clamp(min=0).mean()
             gradients = self.net.gradients(loss)
             if job.name == "sfron" and not len(r):
-                gradients = {
-                    name: gradient * self.salient[name] for name, gradient in gradients.items()
-                }
-                norm = math.sqrt(
-                    sum(gradient.square().sum().item() for gradient in gradients.values())
-                )
-                shrunk = min(1, self.options["max_norm"] / (norm + 1e-6))
-                gradients = {name: shrunk * gradient for name, gradient in gradients.items()}
+                gradients = {name: g * self.salient[name] for name, g in gradients.items()}
+                norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+                factor = min(1, self.options["max_norm"] / (norm + 1e-6))
+                gradients = {name: factor * g for name, g in gradients.items()}
+            rate, momentum, decay = rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay
             if job.recipe.optimizer == "adam":
-                self.net.adapt(gradients, rate_of[epoch], job.recipe.weight_decay, step)
-                continue
-            self.net.descend(
-                gradients, rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay, self.masks
-            )
+                self.net.adapt(gradients, rate, decay, step)
+            else:
+                self.net.descend(gradients, rate, momentum, decay, self.masks)
         return self.net
 
 
@@ -183,10 +175,10 @@ TRAINED = [name for name, entry in unlearn.METHODS.items() if entry.trained]
 
 
 @pytest.mark.parametrize("name", [*TRAINED, *unlearn_cpu.METHODS])
-def test_several_epochs_of_a_trained_method_give_the_weights_of_its_paper(name):
-    given = OPTIONS.get(name.removeprefix("cpu_"), {})
+def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
+    options = OPTIONS.get(name.removeprefix("cpu_"), {})
     conformal = {"lamda": LAMDA, "alpha": ALPHA, "delta": DELTA} if name.startswith("cpu_") else {}
-    job = small_job(name, **given, **conformal)
+    job = small_job(name, **options, **conformal)
     before = SmallNet()
     after = run(job)
     Reference(job, before).run().assert_equal(after)
@@ -206,14 +198,14 @@ def test_several_epochs_of_a_trained_method_give_the_weights_of_its_paper(name):
         ("RL", {"optimizer": "adam", "learning_rate": 0.003, "schedule": "constant"}),
     ],
 )
-def test_authors_settings_give_the_weights_of_the_paper(name, settings):
+def test_trained_method_with_authors_settings_has_weights_of_its_paper(name, settings):
     conformal = {"lamda": LAMDA, "alpha": ALPHA, "delta": DELTA} if name.startswith("cpu_") else {}
     job = small_job(name, **settings, **conformal)
     after = run(job)
     Reference(job, SmallNet()).run().assert_equal(after)
 
 
-def test_milestones_replace_the_cosine():
+def test_learning_rate_with_milestones_follows_no_cosine():
     records = []
     job = small_job("finetune", milestones=[1, 3], num_epochs=4, epoch_done=records.append)
     after = run(job)
@@ -222,7 +214,7 @@ def test_milestones_replace_the_cosine():
     assert rates_seen == pytest.approx([0.05, 0.005, 0.005, 0.0005])
 
 
-def test_cosine_starts_at_the_rate_and_heads_for_zero():
+def test_learning_rate_without_milestones_follows_cosine():
     records = []
     run(small_job("finetune", num_epochs=4, epoch_done=records.append))
     assert [record["learning_rate"] for record in records] == pytest.approx(
@@ -230,7 +222,7 @@ def test_cosine_starts_at_the_rate_and_heads_for_zero():
     )
 
 
-def test_without_other_settings_sgd_has_momentum_and_weight_decay():
+def test_recipe_without_settings_has_momentum_and_weight_decay():
     recipe = unlearn.Recipe(3, 0.1)
     assert (recipe.momentum, recipe.weight_decay, recipe.batch_size) == (0.9, 5e-4, 64)
     assert (recipe.schedule, recipe.optimizer, recipe.milestones) == ("cosine", "sgd", None)
@@ -248,21 +240,20 @@ def epochs_of(job):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_training_is_augmented_and_nothing_else_is(name):
+def test_training_batches_alone_are_augmented(name):
     job = small_job(name, **OPTIONS.get(name, {}))
     run(job)
     augmented = [seed for _, seed in job.data.train.uses if seed is not None]
-    assert len(set(augmented)) == job.recipe.num_epochs  # a generator of its own for every epoch
+    assert len(set(augmented)) == job.recipe.num_epochs  # one generator per epoch
     unaugmented = sum(len(indices) for indices, seed in job.data.train.uses if seed is None)
     importances = {"salun": 11, "sfron": 30}.get(name, 0)
-    assert (
-        unaugmented == 30 * job.recipe.num_epochs + importances
-    )  # accuracies after each epoch see all 30 images
+    accuracies = 30 * job.recipe.num_epochs  # all 30 images after each epoch
+    assert unaugmented == accuracies + importances
     assert not any(seed for _, seed in job.data.held_out.uses)
 
 
 @pytest.mark.parametrize("name", ["finetune", "retrain", "GA", "RL", "ga_plus", "teacher", "salun"])
-def test_an_epoch_has_every_image_of_its_parts_once_in_near_equal_steps(name):
+def test_epoch_visits_every_image_once_in_steps_of_near_equal_size(name):
     job = small_job(name, **OPTIONS.get(name, {}))
     run(job)
     retain = [] if name == "GA" else job.split.retain.tolist()
@@ -278,23 +269,25 @@ def test_an_epoch_has_every_image_of_its_parts_once_in_near_equal_steps(name):
     assert len(set(orders)) == len(orders) == 3
 
 
-def test_scrub_passes_through_the_forget_images_first_in_its_first_epochs():
+def test_scrub_in_first_epochs_visits_forget_set_before_retain_set():
     job = small_job("scrub", **OPTIONS["scrub"])
     run(job)
     for number, steps in enumerate(epochs_of(job), 1):
         maximised = [f for _, f in steps if f]
-        assert len(maximised) == (2 if number <= 2 else 0) and len(steps) == len(maximised) + 3
+        assert len(maximised) == (2 if number <= 2 else 0)
+        assert len(steps) == len(maximised) + 3
         assert all(not r for r, _ in steps[: len(maximised)])
         assert sorted(sum(maximised, [])) == (job.split.forget.tolist() if maximised else [])
         assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
 
 
-def test_scrub_with_forget_batch_size_divides_its_forget_images_by_it():
+def test_scrub_with_forget_batch_size_divides_forget_set_by_it():
     job = small_job("scrub", msteps=1, forget_batch_size=4)
     run(job)
     first, *later = epochs_of(job)
     assert [len(f) for r, f in first if not r] == [4, 4, 3]
-    assert [len(r) for r, _ in first if r] == [7, 6, 6] and all(r for s in later for r, _ in s)
+    assert [len(r) for r, _ in first if r] == [7, 6, 6]
+    assert all(r for steps in later for r, _ in steps)
 
 
 def test_ga_plus_with_two_passes_repeats_full_forget_batches():
@@ -306,28 +299,23 @@ def test_ga_plus_with_two_passes_repeats_full_forget_batches():
         assert sorted(steps[0][1] + steps[1][1]) == job.split.forget.tolist()
 
 
-def test_two_passes_normalise_by_their_own_statistics_and_one_image_by_running_ones():
-    job, seen = small_job("ga_plus", retain=20, forget=9, passes=2, num_epochs=1, quiet=True), []
+def test_two_passes_normalise_separately_and_one_image_by_running_statistics():
+    job, passes = small_job("ga_plus", retain=20, forget=9, passes=2, num_epochs=1, quiet=True), []
     job.model[1].register_forward_pre_hook(
-        lambda norm, inputs: seen.append((len(inputs[0]), norm.training))
+        lambda norm, inputs: passes.append((len(inputs[0]), norm.training))
     )
     run(job)
-    assert seen == [(7, True), (8, True), (7, False), (1, False), (6, True), (8, True)]
+    assert passes == [(7, True), (8, True), (7, False), (1, False), (6, True), (8, True)]
 
 
-def test_teacher_with_retain_share_uses_the_same_part_of_the_retain_set_in_every_epoch():
+def test_teacher_with_retain_share_uses_same_sample_in_every_epoch():
     job = small_job("teacher", retain_share=0.5)
     run(job)
-    visited = {tuple(sorted(sum((r for r, _ in steps), []))) for steps in epochs_of(job)}
-    assert (
-        len(visited) == 1
-        and len(*visited) == 10
-        and {*visited.pop()} < {*job.split.retain.tolist()}
-    )
-    samples = {
-        tuple(unlearn.sampled_retain_set(replace(job, seed=seed)).tolist()) for seed in range(5)
-    }
-    assert len(samples) == 5
+    (sample,) = {tuple(sorted(sum((r for r, _ in steps), []))) for steps in epochs_of(job)}
+    assert len(sample) == 10
+    assert {*sample} < {*job.split.retain.tolist()}
+    jobs = [replace(job, seed=seed) for seed in range(5)]
+    assert len({tuple(unlearn.sampled_retain_set(job).tolist()) for job in jobs}) == 5
     assert unlearn.sampled_retain_set(small_job("teacher")).equal(job.split.retain)
     assert len(unlearn.sampled_retain_set(small_job("teacher", retain_share=0.001))) == 1
 
@@ -338,30 +326,23 @@ def test_sfron_with_num_steps_ends_within_the_last_epoch():
     assert [sum(len(r) > 0 for r, _ in steps) for steps in epochs_of(job)] == [3, 3, 2]
 
 
-def test_sfron_ascends_before_every_nth_repair_and_repeats_no_forget_image_within_a_pass():
+def test_sfron_with_ascent_every_two_ascends_before_every_second_repair():
     job = small_job("sfron", retain=33, forget=11, ascent_every=2, num_epochs=2)
     run(job)
     for steps in epochs_of(job):
-        assert ["ascent" if f else "repair" for _, f in steps] == [
-            "ascent",
-            "repair",
-            "repair",
-        ] * 2 + [
-            "ascent",
-            "repair",
-        ]
+        kinds = " ".join("ascent" if f else "repair" for _, f in steps)
+        assert kinds == "ascent repair repair ascent repair repair ascent repair"
         ascents = [f for _, f in steps if f]
         assert [len(f) for f in ascents] == [8, 3, 8]
-        assert (
-            sorted(ascents[0] + ascents[1]) == job.split.forget.tolist()
-            and ascents[0] != ascents[2]
-        )
+        # One pass through the forget set, then the beginning of another in a new order.
+        assert sorted(ascents[0] + ascents[1]) == job.split.forget.tolist()
+        assert ascents[0] != ascents[2]
         assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
     first, second = (steps[0][1] for steps in epochs_of(job))
     assert first != second
 
 
-def test_conformal_term_joins_forget_images_to_the_steps_without_any():
+def test_conformal_term_adds_forget_images_to_steps_without_any():
     job, plain = small_job("cpu_scrub", lamda=0.5, msteps=1), small_job("scrub", msteps=1)
     run(job), run(plain)
     for steps, base in zip(epochs_of(job), epochs_of(plain), strict=True):
@@ -369,17 +350,17 @@ def test_conformal_term_joins_forget_images_to_the_steps_without_any():
         alone = [f for _, f in base if f]
         assert [f for _, f in steps][: len(alone)] == alone
         joined = [f for r, f in steps if r]
-        assert sorted(sum(joined, [])) == job.split.forget.tolist() and [
-            len(f) for f in joined
-        ] == [4, 4, 3]
+        assert sorted(sum(joined, [])) == job.split.forget.tolist()
+        assert [len(f) for f in joined] == [4, 4, 3]
 
 
 # ---------------------------------------------------------------- where gradient ascent ends
 
 
-def ascent_job(stop_accuracy, **given):
+def ascent_job(stop_accuracy, **settings):
     """12 epochs of gradient ascent on images labelled with the predictions of the original."""
-    job = small_job("GA", num_epochs=12, learning_rate=0.002, stop_accuracy=stop_accuracy, **given)
+    recipe = {"num_epochs": 12, "learning_rate": 0.002}
+    job = small_job("GA", stop_accuracy=stop_accuracy, **recipe, **settings)
     job.data.train.labels = ByHand(job.model).logits(job.data.train.inputs).argmax(1)
     return job
 
@@ -390,7 +371,7 @@ def forget_accuracies(job):
     return [record["forget_acc"] for record in records]
 
 
-def test_gradient_ascent_ends_after_the_first_epoch_at_or_below_the_stop_accuracy():
+def test_gradient_ascent_ends_after_first_epoch_at_or_below_stop_accuracy():
     free = forget_accuracies(ascent_job(-1.0))
     assert len(free) == 12 and len(set(free)) > 3 and free[0] > 0.5
     for stop in (free[3], (free[0] + min(free)) / 2):
@@ -398,13 +379,14 @@ def test_gradient_ascent_ends_after_the_first_epoch_at_or_below_the_stop_accurac
         assert forget_accuracies(ascent_job(stop)) == free[: first + 1]
 
 
-def test_gradient_ascent_without_a_stop_accuracy_ends_at_that_of_training_calibration():
+def test_gradient_ascent_without_stop_accuracy_ends_at_calibration_accuracy():
     job = ascent_job(None)
     answers = ByHand(job.model).logits(job.data.held_out.inputs).argmax(1)
     split, labels = job.split, job.data.held_out.labels
-    labels[:] = (answers + 1) % CLASSES  # all wrong, but 14 of 20 and 11 of 12 and 1 of 8
-    for part, right in ((split.train_calibration, 14), (split.test, 11), (split.calibration, 1)):
-        labels[part[:right]] = answers[part[:right]]
+    labels[:] = (answers + 1) % CLASSES  # all predictions are wrong except the following
+    right = [split.train_calibration[:14], split.test[:11], split.calibration[:1]]
+    for indices in right:
+        labels[indices] = answers[indices]
     assert unlearn.ascent_end(job) == 14 / 20
     ended = forget_accuracies(job)
     assert ended == forget_accuracies(ascent_job(0.7)) and 2 <= len(ended) < 12
@@ -427,44 +409,47 @@ def test_quiet_gradient_ascent_ends_with_same_weights(monitored, precision, monk
     assert all(set(i) <= set(quiet.split.forget.tolist()) for i in evaluated)
 
 
-def test_gradient_ascent_of_a_class_ends_at_one_percent():
+def test_gradient_ascent_on_class_ends_at_one_percent():
     assert unlearn.ascent_end(ascent_job(None, forget_class=0)) == 0.01
 
 
-def test_gradient_ascent_keeps_the_running_statistics_of_every_kind_of_batch_norm():
+def test_gradient_ascent_keeps_running_statistics_of_any_batch_norm():
     job = small_job("GA", num_epochs=2, stop_accuracy=0.0)
     norm = torch.nn.BatchNorm1d(128)
     job.model.insert(4, norm)
     unlearn.METHODS["GA"].run(job)
-    assert (
-        norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() and not norm.bias.eq(0).all()
-    )
+    assert norm.running_mean.eq(0).all()
+    assert norm.running_var.eq(1).all()
+    assert not norm.bias.eq(0).all()
 
 
 # ---------------------------------------------------------------- methods without training
 
 
 def importances_by_hand(job):
-    """Importances for the forget images and for all training images, as the finished job's."""
+    """Importances for the forget images and for all training images of a finished job."""
     net, split, train = ByHand(SmallNet()), job.split, job.data.train
     everything = torch.cat([split.retain, split.forget]).sort().values
     if job.options["importances"] == "image":
         return [
-            net.empirical_fisher(train.inputs[part], train.labels[part])
-            for part in (split.forget, everything)
+            net.empirical_fisher(train.inputs[indices], train.labels[indices])
+            for indices in (split.forget, everything)
         ]
     batches = [torch.tensor(indices) for indices, _ in train.uses]
     ends = [end for end in range(len(batches) + 1) if sum(map(len, batches[:end])) == len(train)]
     overall, forget = batches[: ends[0]], batches[ends[0] :]
     assert torch.cat(overall).sort().values.equal(everything)
     assert torch.cat(forget).sort().values.equal(split.forget)
-    return [net.batch_fisher(train.inputs, train.labels, part) for part in (forget, overall)]
+    return [
+        net.batch_fisher(train.inputs, train.labels, forget),
+        net.batch_fisher(train.inputs, train.labels, overall),
+    ]
 
 
 @pytest.mark.parametrize(
     ("importances", "batch_size"), [("image", 128), ("batch", 128), ("batch", 8)]
 )
-def test_ssd_dampens_the_weights_that_its_paper_selects(importances, batch_size, monkeypatch):
+def test_ssd_dampens_the_weights_selected_by_its_paper(importances, batch_size, monkeypatch):
     monkeypatch.setattr(unlearn, "SSD_BATCH_SIZE", batch_size)
     options = {"selection_weighting": 1.7, "dampening_constant": 0.6, "importances": importances}
     job = small_job("ssd", **options)
@@ -473,29 +458,29 @@ def test_ssd_dampens_the_weights_that_its_paper_selects(importances, batch_size,
         largest = max(len(indices) for indices, _ in job.data.train.uses)
         assert largest == min(batch_size, 30)
     selected = 0
-    for name, forget, overall in zip(
-        *[[*part] for part in (weights, *map(dict.values, importances_by_hand(job)))], strict=False
-    ):
+    forget_importances, overall_importances = importances_by_hand(job)
+    for name, forget in forget_importances.items():
+        overall = overall_importances[name]
         factor = torch.where(forget > 1.7 * overall, (0.6 * overall / forget).clamp(max=1), 1.0)
         selected += (factor < 1).sum().item()
-        torch.testing.assert_close(
-            after[name].double(), weights[name] * factor, rtol=1e-4, atol=1e-7
-        )
+        expected = weights[name] * factor
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-4, atol=1e-7)
     assert 20 < selected < 1000
     assert after["1.running_mean"].equal(SmallNet()[1].running_mean)
     assert all(seed is None for _, seed in job.data.train.uses)
 
 
-def test_ssd_batches_are_those_of_the_seed():
+def test_ssd_with_another_seed_takes_other_batches():
     def batches(seed):
         job = small_job("ssd", seed=seed)
         run(job)
         return [indices for indices, _ in job.data.train.uses]
 
-    assert unlearn.SSD_BATCH_SIZE == 128 and batches(4) == batches(4) != batches(5)
+    assert unlearn.SSD_BATCH_SIZE == 128
+    assert batches(4) == batches(4) != batches(5)
 
 
-def test_ssd_that_selects_no_weight_says_so(capsys):
+def test_ssd_that_selects_no_weight_prints_a_warning(capsys):
     job = small_job("ssd", selection_weighting=1e6)
     assert run(job).keys() and job.model[4].weight.equal(SmallNet()[4].weight)
     assert "ssd: no weight is 1e+06 times as important" in capsys.readouterr().out
@@ -504,7 +489,7 @@ def test_ssd_that_selects_no_weight_says_so(capsys):
 
 
 def fisher_variance_by_hand(name, fisher, noise):
-    """Golatkar's variances, weight by weight, of SmallNet's layers."""
+    """Golatkar's variances of the weights of SmallNet, weight by weight."""
     is_last = name.startswith("4.")
     variance = torch.empty_like(fisher)
     for index in itertools.product(*map(range, fisher.shape)):
@@ -517,7 +502,7 @@ def fisher_variance_by_hand(name, fisher, noise):
     return 10 * variance if is_last or variance.ndim == 1 else variance
 
 
-def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_images():
+def test_fisher_forgetting_noise_is_scaled_by_expected_retain_information():
     job = small_job("FisherForgetting", noise=3e-4)
     after, net = run(job), ByHand(SmallNet())
     fisher = net.expected_fisher(job.data.train.inputs[job.split.retain])
@@ -525,13 +510,12 @@ def test_fisher_forgetting_adds_noise_by_the_expected_information_of_the_retain_
     for name, weight in net.weights.items():
         variance = fisher_variance_by_hand(name, fisher[name], 3e-4)
         noise = torch.randn(weight.shape, generator=rng).double() * variance.sqrt()
-        torch.testing.assert_close(
-            after[name].double(), weight.detach() + noise, rtol=1e-4, atol=1e-6
-        )
+        expected = weight.detach() + noise
+        torch.testing.assert_close(after[name].double(), expected, rtol=1e-4, atol=1e-6)
     assert all(seed is None for _, seed in job.data.train.uses)
 
 
-def test_fisher_forgetting_of_whole_classes_replaces_their_rows_of_the_last_layer_by_noise():
+def test_fisher_forgetting_of_whole_classes_replaces_their_last_rows_by_noise():
     job = small_job("FisherForgetting", noise=0.0)
     labels = job.data.train.labels
     labels[job.split.retain] = torch.arange(19) % 3  # classes 3 and 4 are forgotten entirely
@@ -542,52 +526,43 @@ def test_fisher_forgetting_of_whole_classes_replaces_their_rows_of_the_last_laye
         assert after[name][:3].equal(before[name][:3])
     assert after["0.weight"].equal(before["0.weight"])
     noise = torch.cat([after["4.weight"][3:].flatten(), after["4.bias"][3:]])
-    assert noise.std().item() == pytest.approx(1e-3**0.5, rel=0.2) and abs(noise.mean()) < 0.006
+    assert noise.std().item() == pytest.approx(1e-3**0.5, rel=0.2)
+    assert abs(noise.mean()) < 0.006
 
 
-def test_the_last_layer_is_found_where_other_layers_are_as_wide():
-    assert fisher.last_layer(ResNet18(64, 8)) == {
-        "fc.weight",
-        "fc.bias",
-    }  # the last stage has 64 channels
+def test_last_layer_is_the_classifier_where_other_layers_are_as_wide():
+    resnet = ResNet18(64, 8)  # the last stage has 64 channels, too
+    assert fisher.last_layer(resnet) == {"fc.weight", "fc.bias"}
     assert fisher.last_layer(SmallNet()) == {"4.weight", "4.bias"}
     assert fisher.last_layer(torch.nn.Linear(8, 3, bias=False)) == {"weight"}
-    heads = torch.nn.ModuleDict({"norm": torch.nn.BatchNorm1d(3), "head": torch.nn.Linear(8, 3)})
-    heads["head_dist"] = torch.nn.Conv2d(8, 3, 1)
-    heads.get_classifier = lambda: (
-        heads["head"],
-        heads["head_dist"],
-    )  # timm's interface, with two heads
-    assert fisher.last_layer(heads) == {
-        "head.weight",
-        "head.bias",
-        "head_dist.weight",
-        "head_dist.bias",
-    }
+    # timm's interface, with two heads
+    norm, head, second = torch.nn.BatchNorm1d(3), torch.nn.Linear(8, 3), torch.nn.Conv2d(8, 3, 1)
+    heads = torch.nn.ModuleDict({"norm": norm, "head": head, "head_dist": second})
+    heads.get_classifier = lambda: (head, second)
+    expected = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert fisher.last_layer(heads) == expected
 
 
-# ---------------------------------------------------------------- the original is only read
+# ---------------------------------------------------------------- teachers
 
 
 @pytest.mark.parametrize("name", ["teacher", "scrub"])
-def test_distillation_leaves_its_teachers_as_they_were(name, monkeypatch):
+def test_distillation_leaves_teachers_unchanged(name, monkeypatch):
     teachers, plain = [], unlearn.Batch.outputs_of
 
-    def outputs_of(batch, network, part):
+    def outputs_of(batch, network, image_set):
         teachers.append(network)
-        return plain(batch, network, part)
+        return plain(batch, network, image_set)
 
     monkeypatch.setattr(unlearn.Batch, "outputs_of", outputs_of)
     untrained = SmallNet(7).train()
     job = small_job(name, new_model=lambda: untrained)
     run(job)
-    kinds = {id(network): network for network in teachers}
-    assert len(kinds) == (2 if name == "teacher" else 1) and id(job.model) not in kinds
-    for network in kinds.values():
-        expected = SmallNet(7) if network is untrained else SmallNet()
-        assert not network.training and not any(
-            weight.requires_grad for weight in network.parameters()
-        )
-        assert all(
-            tensor.equal(expected.state_dict()[key]) for key, tensor in network.state_dict().items()
-        )
+    distinct = {id(network): network for network in teachers}
+    assert len(distinct) == (2 if name == "teacher" else 1)
+    assert id(job.model) not in distinct
+    for network in distinct.values():
+        expected = (SmallNet(7) if network is untrained else SmallNet()).state_dict()
+        assert not network.training
+        assert not any(weight.requires_grad for weight in network.parameters())
+        assert all(tensor.equal(expected[key]) for key, tensor in network.state_dict().items())

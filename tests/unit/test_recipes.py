@@ -1,4 +1,4 @@
-"""The hyper-parameters of a run: flags, else the method's defaults, else the original's recipe."""
+"""Hyperparameters of a run come from flags, the method's defaults, or the original's recipe."""
 
 import argparse
 from dataclasses import replace
@@ -15,10 +15,10 @@ CPU = torch.device("cpu")
 ORIGINAL = {"num_epochs": 33, "learning_rate": 0.07, "batch_size": 17, "milestones": [9, 21]}
 
 
-def recipe(name, *given, original=None, **options):
+def recipe(name, *flags, original=None, **options):
     return unlearn.method_recipe(
         unlearn.METHODS[name],
-        arguments(*given, **options),
+        arguments(*flags, **options),
         {"recipe": ORIGINAL} if original is None else original,
         CPU,
     )
@@ -27,15 +27,15 @@ def recipe(name, *given, original=None, **options):
 # ---------------------------------------------------------------- recipes
 
 
-def test_retrain_takes_the_originals_recipe():
+def test_retrain_without_flags_uses_recipe_of_original():
     assert recipe("retrain") == unlearn.Recipe(33, 0.07, 17, [9, 21], 0.9, 5e-4, "fp32")
 
 
-def test_finetune_takes_the_originals_rate_for_its_own_epochs():
+def test_finetune_without_flags_uses_learning_rate_of_original():
     assert recipe("finetune") == unlearn.Recipe(20, 0.07, 64, None, 0.9, 5e-4, "fp32")
 
 
-def test_other_methods_take_their_own_defaults():
+def test_other_methods_without_flags_use_their_defaults():
     assert recipe("salun") == unlearn.Recipe(10, 0.013, 64, None, 0.9, 5e-4, "fp32")
     assert recipe("GA") == unlearn.Recipe(50, 3e-4, 64, None, 0.9, 5e-4, "fp32")
     assert recipe("ssd") is None and recipe("FisherForgetting") is None
@@ -45,13 +45,13 @@ FLAGS = ["--num_epochs", 3, "--learning_rate", 0.5, "--batch_size", 5, "--milest
 
 
 @pytest.mark.parametrize("name", ["retrain", "finetune", "salun"])
-def test_flags_come_before_every_default(name):
-    given = [*FLAGS, "--precision", "bf16"]
-    assert recipe(name, *given) == unlearn.Recipe(3, 0.5, 5, [1, 2], 0.9, 5e-4, "bf16")
-    assert recipe(name, *given, original={}) == recipe(name, *given)
+def test_flags_override_defaults_and_recipe_of_original(name):
+    flags = [*FLAGS, "--precision", "bf16"]
+    assert recipe(name, *flags) == unlearn.Recipe(3, 0.5, 5, [1, 2], 0.9, 5e-4, "bf16")
+    assert recipe(name, *flags, original={}) == recipe(name, *flags)
 
 
-def test_a_method_of_another_momentum_trains_with_it():
+def test_method_with_another_momentum_trains_with_it():
     entry = replace(unlearn.METHODS["salun"], training={"num_epochs": 2, "momentum": 0.3})
     assert unlearn.method_recipe(entry, arguments(), {}, CPU).momentum == 0.3
 
@@ -73,12 +73,11 @@ def test_a_method_of_another_momentum_trains_with_it():
         ("retrain", unlearn.Recipe(33, 0.07, 17, [9, 21])),
     ],
 )
-def test_authors_recipe_takes_published_values(name, expected):
+def test_authors_recipe_has_published_values(name, expected):
     assert recipe(name, "--recipe", "authors") == expected
+    from_flags = {"num_epochs": 3, "learning_rate": 0.5, "batch_size": 5, "milestones": [1, 2]}
     flags = [*FLAGS, "--recipe", "authors"]
-    assert recipe(name, *flags) == replace(
-        expected, num_epochs=3, learning_rate=0.5, batch_size=5, milestones=[1, 2]
-    )
+    assert recipe(name, *flags) == replace(expected, **from_flags)
 
 
 @pytest.mark.parametrize(
@@ -98,16 +97,18 @@ def test_authors_options_differ_from_the_defaults_only_where_listed(name, change
     entry = unlearn.METHODS[name]
     options = unlearn.method_options(entry, arguments("--recipe", "authors"))
     defaults = unlearn.method_options(entry, arguments())
-    assert defaults == entry.options and options == pytest.approx(defaults | changed, nan_ok=True)
+    assert defaults == entry.options
+    assert options == pytest.approx(defaults | changed, nan_ok=True)
     assert entry.authors.keys() <= unlearn.RECIPE_FIELDS | entry.options.keys()
 
 
-def test_num_steps_sets_the_epochs_and_num_epochs_replaces_it():
+def test_num_steps_sets_number_of_epochs_unless_num_epochs_is_passed():
     entry = unlearn.METHODS["sfron"]
     args = arguments("--recipe", "authors")
     options = unlearn.method_options(entry, args)
     fitted = unlearn.fit_epochs(recipe("sfron", "--recipe", "authors"), options, 45000)
-    assert fitted.num_epochs == 5 and replace(fitted, num_epochs=9) == unlearn.Recipe(9, 0.01, 128)
+    assert fitted.num_epochs == 5
+    assert replace(fitted, num_epochs=9) == unlearn.Recipe(9, 0.01, 128)
     assert unlearn.fit_epochs(fitted, options, 128 * 1500).num_epochs == 1
     assert unlearn.fit_epochs(fitted, options, 128 * 1499).num_epochs == 2
     assert unlearn.fit_epochs(fitted, options, 1).num_epochs == 1500
@@ -129,7 +130,7 @@ def test_num_steps_sets_the_epochs_and_num_epochs_replaces_it():
         ("resnet50", "cifar100", (20, 0.01)),
     ],
 )
-def test_an_original_without_flags_takes_the_data_sets_recipe(model, data, expected, monkeypatch):
+def test_original_without_flags_uses_recipe_of_data_set(model, data, expected, monkeypatch):
     few = replace(utils.SPECS["digits"], num_epochs=7)
     args = arguments("--model_name", model, data=data)
     actual = unlearn.original_recipe(args, CPU)
@@ -137,48 +138,37 @@ def test_an_original_without_flags_takes_the_data_sets_recipe(model, data, expec
     assert actual == unlearn.Recipe(*expected, 64, None, 0.9, 5e-4, "fp32")
     monkeypatch.setitem(utils.SPECS, data, few)
     assert unlearn.original_recipe(args, CPU).num_epochs == 7
-    # What a checkpoint without a record was trained with is taken to be the same.
-    assert unlearn.method_recipe(
-        unlearn.METHODS["retrain"], args, {}, CPU
-    ) == unlearn.original_recipe(args, CPU)
+    # Retrain assumes this recipe for a checkpoint without metadata.
+    retrain = unlearn.method_recipe(unlearn.METHODS["retrain"], args, {}, CPU)
+    assert retrain == unlearn.original_recipe(args, CPU)
 
 
-def test_an_original_takes_its_flags():
-    given = [*FLAGS, "--precision", "tf32"]
-    assert unlearn.original_recipe(arguments(*given), CPU) == unlearn.Recipe(
-        3, 0.5, 5, [1, 2], 0.9, 5e-4, "tf32"
-    )
+def test_original_with_flags_uses_them():
+    flags = [*FLAGS, "--precision", "tf32"]
+    actual = unlearn.original_recipe(arguments(*flags), CPU)
+    assert actual == unlearn.Recipe(3, 0.5, 5, [1, 2], 0.9, 5e-4, "tf32")
 
 
-def test_transformers_alone_have_their_own_defaults():
+def test_transformer_defaults_apply_to_transformers_only():
+    def options(weighting, constant):
+        weights = {"selection_weighting": weighting, "dampening_constant": constant}
+        return weights | {"importances": "batch"}
+
+    vit = ["--model_name", "vit"]
     entry = unlearn.METHODS["ssd"]
-    assert unlearn.method_options(entry, arguments()) == {
-        "selection_weighting": 50.0,
-        "dampening_constant": 1.0,
-        "importances": "batch",
-    }
+    assert unlearn.method_options(entry, arguments()) == options(50.0, 1.0)
     entry = replace(entry, transformer={"selection_weighting": 4.0})
-    vit = unlearn.method_options(entry, arguments("--model_name", "vit"))
-    assert vit == {"selection_weighting": 4.0, "dampening_constant": 1.0, "importances": "batch"}
-    asked = arguments(
-        "--model_name", "vit", "--selection_weighting", 0, "--dampening_constant", 0.5
-    )
-    assert unlearn.method_options(entry, asked) == {
-        "selection_weighting": 0.0,
-        "dampening_constant": 0.5,
-        "importances": "batch",
-    }
+    assert unlearn.method_options(entry, arguments(*vit)) == options(4.0, 1.0)
+    flags = ["--selection_weighting", 0, "--dampening_constant", 0.5]
+    assert unlearn.method_options(entry, arguments(*vit, *flags)) == options(0.0, 0.5)
     convolutional = unlearn.method_options(entry, arguments("--model_name", "resnet50"))
     assert convolutional == unlearn.method_options(entry, arguments())
     slower = replace(unlearn.METHODS["salun"], transformer={"learning_rate": 0.002})
-    assert (
-        unlearn.method_recipe(slower, arguments("--model_name", "vit"), {}, CPU).learning_rate
-        == 0.002
-    )
+    assert unlearn.method_recipe(slower, arguments(*vit), {}, CPU).learning_rate == 0.002
     assert unlearn.method_recipe(slower, arguments(), {}, CPU).learning_rate == 0.013
 
 
-def test_options_are_the_methods_own_alone():
+def test_options_of_a_method_exclude_those_of_other_methods():
     args = arguments("--kd_T", 3, "--beta", 0)
     teacher = unlearn.method_options(unlearn.METHODS["teacher"], args)
     assert teacher == {"kd_T": 3.0, "retain_share": 1.0}
@@ -196,7 +186,7 @@ def test_options_are_the_methods_own_alone():
 # ---------------------------------------------------------------- help and flags
 
 
-def test_help_lists_methods_with_their_defaults():
+def test_help_lists_every_method_with_its_defaults():
     defaults, authors = unlearn.describe_methods(unlearn.METHODS).split("\n\n")
     heading, *lines = defaults.splitlines()
     assert heading == "methods and their defaults:"
@@ -222,23 +212,22 @@ def test_help_lists_methods_with_their_defaults():
     assert variants[0].split(maxsplit=1)[1] == texts["retrain"]
 
 
-def test_help_of_an_option_names_the_methods_that_have_it():
+def test_help_of_option_names_its_methods():
     parser = argparse.ArgumentParser()
     unlearn.add_option_flags(parser, unlearn.METHODS)
-    said = " ".join(parser.format_help().split())
-    assert "--kd_T KD_T teacher, scrub: temperature of the distillation" in said
-    assert "--noise NOISE FisherForgetting: scale of the variance of the noise" in said
+    help_text = " ".join(parser.format_help().split())
+    assert "--kd_T KD_T teacher, scrub: temperature of the distillation" in help_text
+    assert "--noise NOISE FisherForgetting: scale of the variance of the noise" in help_text
 
 
-def test_only_the_options_of_the_methods_at_hand_are_flags():
+def test_option_of_no_selected_method_is_not_a_flag():
     assert arguments("--kd_T", 2).kd_T == 2 and arguments("--ascent_every", 3).ascent_every == 3
     assert not hasattr(arguments(methods=unlearn_cpu.METHODS), "noise")
     assert arguments("--kd_T", 2, methods=unlearn_cpu.METHODS).kd_T == 2
     with pytest.raises(utils.UserError, match="unrecognized arguments: --noise"):
         arguments("--noise", 1, methods=unlearn_cpu.METHODS)
-    assert {option for entry in unlearn.METHODS.values() for option in entry.options} == {
-        *unlearn.OPTIONS
-    }
+    options = {option for entry in unlearn.METHODS.values() for option in entry.options}
+    assert options == {*unlearn.OPTIONS}
 
 
 @pytest.mark.parametrize(
@@ -248,24 +237,28 @@ def test_only_the_options_of_the_methods_at_hand_are_flags():
         ("kd_T", 0, None),
         ("msteps", -1, None),
         ("mask_ratio", -0.1, 1.5),
-    ]
-    + [
-        (flag, -1, None)
-        for flag in ("forget_weight", "beta", "gamma", "noise", "ascent", "adaptivity")
-    ]
-    + [("ascent_every", 0, None), ("max_norm", 0, None), ("saliency_threshold", -1, None)],
+        ("forget_weight", -1, None),
+        ("beta", -1, None),
+        ("gamma", -1, None),
+        ("noise", -1, None),
+        ("ascent", -1, None),
+        ("adaptivity", -1, None),
+        ("ascent_every", 0, None),
+        ("max_norm", 0, None),
+        ("saliency_threshold", -1, None),
+    ],
 )
-def test_options_out_of_bounds_are_refused(flag, low, high):
+def test_option_out_of_bounds_is_refused(flag, low, high):
     for value in (low, high) if high else (low,):
         with pytest.raises(utils.UserError, match=f"--{flag}"):
             arguments(f"--{flag}", value)
 
 
-def check(names, *given):
-    unlearn.check_flags(arguments(*given), {name: unlearn.METHODS[name] for name in names})
+def check(names, *flags):
+    unlearn.check_flags(arguments(*flags), {name: unlearn.METHODS[name] for name in names})
 
 
-def test_one_rate_for_several_methods_is_refused():
+def test_learning_rate_for_several_methods_is_refused():
     check(["salun"], "--learning_rate", 0.1)
     check(["salun", "RL"])
     with pytest.raises(utils.UserError, match="--learning_rate with several methods"):
@@ -273,40 +266,34 @@ def test_one_rate_for_several_methods_is_refused():
 
 
 @pytest.mark.parametrize(
-    "given", [("num_epochs", 3), ("learning_rate", 0.1), ("batch_size", 9), ("milestones", "1,2")]
+    ("flag", "value"),
+    [("num_epochs", 3), ("learning_rate", 0.1), ("batch_size", 9), ("milestones", "1,2")],
 )
-def test_training_flags_for_methods_without_training_are_refused(given):
-    flag, value = given
+def test_training_flags_for_methods_without_training_are_refused(flag, value):
     with pytest.raises(utils.UserError, match=f"--{flag} does not apply to ssd .no training"):
         check(["ssd"], f"--{flag}", value)
     check(["ssd"])
     if flag != "learning_rate":
         check(["ssd", "finetune"], f"--{flag}", value)
-        with pytest.raises(
-            utils.UserError, match=f"--{flag} does not apply to ssd, FisherForgetting .no"
-        ):
+        message = f"--{flag} does not apply to ssd, FisherForgetting .no"
+        with pytest.raises(utils.UserError, match=message):
             check(["ssd", "FisherForgetting"], f"--{flag}", value)
 
 
-def test_an_option_that_no_chosen_method_has_is_refused():
+def test_option_of_no_requested_method_is_refused():
     check(["scrub", "salun"], "--kd_T", 2, "--mask_ratio", 0.1)
-    with pytest.raises(
-        utils.UserError, match="--kd_T applies to teacher, scrub and not to salun, RL;"
-    ):
+    message = "--kd_T applies to teacher, scrub and not to salun, RL;"
+    with pytest.raises(utils.UserError, match=message):
         check(["salun", "RL"], "--kd_T", 2)
     with pytest.raises(utils.UserError, match="--beta applies to scrub and not to salun"):
         check(["salun"], "--beta", 0)
 
 
-def test_a_method_without_training_has_no_conformal_variant():
+def test_method_without_training_has_no_conformal_variant():
     def nothing(job):
         """A method for this test."""
 
-    for trained, extensible, expected in [
-        (True, True, True),
-        (False, True, False),
-        (True, False, False),
-    ]:
+    for trained, extensible in [(True, True), (False, True), (True, False)]:
         unlearn.method(trained=trained, extensible=extensible, weight=0.3, num_epochs=2)(nothing)
         entry = unlearn.METHODS.pop("nothing")
         assert entry == unlearn.Method(
@@ -317,6 +304,7 @@ def test_a_method_without_training_has_no_conformal_variant():
             authors={},
             transformer={},
             trained=trained,
-            extensible=expected,
+            extensible=trained and extensible,
         )
-    assert unlearn.method()(nothing) is nothing and unlearn.METHODS.pop("nothing").extensible
+    assert unlearn.method()(nothing) is nothing
+    assert unlearn.METHODS.pop("nothing").extensible

@@ -31,8 +31,8 @@ SCENARIO = ["--retain_ratio", 0.7]
 def few(digits):
     """60 training and 60 held-out digits."""
     parts = [
-        utils.Images(part.pixels[:60], part.labels[:60], part.spec, part.size)
-        for part in (digits.train, digits.held_out)
+        utils.Images(images.pixels[:60], images.labels[:60], images.spec, images.size)
+        for images in (digits.train, digits.held_out)
     ]
     return utils.Data(*parts, digits.classes, "few")
 
@@ -42,33 +42,28 @@ def few_images(few, monkeypatch):
     monkeypatch.setattr(utils, "load_data", lambda args, device, model_side=None: few)
 
 
-def flags_in(folder, *given):
-    return arguments(*TRAINING, "--runs_dir", folder, *given, data="digits")
+def flags_in(folder, *flags):
+    return arguments(*TRAINING, "--runs_dir", folder, *flags, data="digits")
 
 
-def unlearn_in(folder, names, *given, methods=unlearn.METHODS, make_term=None):
-    """(exit status, output) of main_unlearn.py with these of the ``methods``."""
-    args, output = flags_in(folder, *SCENARIO, *given), io.StringIO()
+def unlearn_in(folder, names, *flags, methods=unlearn.METHODS, make_term=None):
+    """(exit status, output) of main_unlearn.py with the methods ``names``."""
+    args, output = flags_in(folder, *SCENARIO, *flags), io.StringIO()
     chosen = {name: methods[name] for name in names}
     with contextlib.redirect_stdout(output):
         status = main_unlearn.unlearn_all(args, chosen, make_term)
     return status, output.getvalue()
 
 
-def unlearn_cpu_in(folder, names, *given):
+def unlearn_cpu_in(folder, names, *flags):
     """(exit status, output) of main_unlearn_cpu.py."""
-    return unlearn_in(
-        folder,
-        names,
-        *given,
-        methods=unlearn_cpu.METHODS,
-        make_term=main_unlearn_cpu.conformal_term,
-    )
+    variants = {"methods": unlearn_cpu.METHODS, "make_term": main_unlearn_cpu.conformal_term}
+    return unlearn_in(folder, names, *flags, **variants)
 
 
-def plan_in(folder, names, data, *given):
+def plan_in(folder, names, data, *flags):
     """The runs that main_unlearn.py plans for the first seed."""
-    args, device = flags_in(folder, *SCENARIO, *given), torch.device("cpu")
+    args, device = flags_in(folder, *SCENARIO, *flags), torch.device("cpu")
     original = main_unlearn.read_original(args, data, device)
     return [
         main_unlearn.plan_run(name, unlearn.METHODS[name], original, term=None, device=device)
@@ -76,8 +71,8 @@ def plan_in(folder, names, data, *given):
     ]
 
 
-def train_original(folder, data, *given):
-    for seed_args in utils.each_seed(flags_in(folder, "--num_epochs", 2, *given)):
+def train_original(folder, data, *flags):
+    for seed_args in utils.each_seed(flags_in(folder, "--num_epochs", 2, *flags)):
         main_original_model.train_original(seed_args, data, torch.device("cpu"))
 
 
@@ -92,7 +87,7 @@ def trained(tmp_path_factory, few):
 
 @pytest.fixture
 def original(trained, tmp_path):
-    """The same in a folder of the test's own."""
+    """A folder with a copy of the original model for seed 1."""
     root = trained / "resnet18w8_few_seed1"
     copy = tmp_path / root.name
     copy.mkdir()
@@ -107,10 +102,8 @@ def everything(trained, few):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "load_data", lambda args, device, model_side=None: few)
         status, said = unlearn_in(trained, unlearn.METHODS, "--num_epochs", 1)
-        conformal = ["--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02]
-        cpu_status, cpu_said = unlearn_cpu_in(
-            trained, ["cpu_finetune", "cpu_scrub"], "--num_epochs", 2, *conformal
-        )
+        flags = ["--num_epochs", 2, "--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02]
+        cpu_status, cpu_said = unlearn_cpu_in(trained, ["cpu_finetune", "cpu_scrub"], *flags)
     return SimpleNamespace(
         root=trained / "resnet18w8_few_seed1/random_0.7",
         status=(status, cpu_status),
@@ -138,16 +131,13 @@ def model_of(path):
 # ---------------------------------------------------------------- what a run leaves
 
 
-def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
+def test_original_is_trained_on_all_images_and_recorded(trained, few):
     root = trained / "resnet18w8_few_seed1"
     record = json.loads((root / "original_model.json").read_text())
-    assert [line["epoch"] for line in record["history"]] == [1, 2] and record[
-        "method"
-    ] == "original"
-    assert (
-        record["recipe"]["num_epochs"] == 2
-        and record["identity"]["training_images"] == few.fingerprint
-    )
+    assert [line["epoch"] for line in record["history"]] == [1, 2]
+    assert record["method"] == "original"
+    assert record["recipe"]["num_epochs"] == 2
+    assert record["identity"]["training_images"] == few.fingerprint
     assert set(record["accuracies"]) == {"retain", "test"}
     args = flags_in(trained)
     split = utils.make_split(few, args, scenario=False)
@@ -158,12 +148,11 @@ def test_the_original_is_trained_on_all_images_and_recorded(trained, few):
     assert checkpoint.weights_hash(other) != checkpoint.weights_hash(model.state_dict())
 
 
-def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everything, few):
+def test_finished_method_leaves_its_model_and_accuracies_of_that_model(everything, few):
     assert everything.status == (0, 0)
     split = utils.make_split(few, flags_in("unused", *SCENARIO))
-    original = checkpoint.weights_hash(
-        checkpoint.read(everything.root.parent / "original_model.pth")[0]
-    )
+    original_weights, _ = checkpoint.read(everything.root.parent / "original_model.pth")
+    original = checkpoint.weights_hash(original_weights)
     hashes = {original}
     for name in [*unlearn.METHODS, "cpu_finetune", "cpu_scrub"]:
         folder, method = everything.root / name, unlearn.METHODS[name.removeprefix("cpu_")]
@@ -174,71 +163,60 @@ def test_every_method_leaves_its_model_and_the_accuracies_of_that_model(everythi
         assert actual["method"] == name and actual["seconds"] > 0 and actual["original_seconds"] > 0
         assert actual["forget_set"] == split.fingerprint and actual["num_forget"] == 18
         assert actual["unlearn_type"] == "random" and "history" not in actual
-        assert (
-            actual["identity"]["original"] == original
-            and actual["identity"]["forget_set"] == split.fingerprint
-        )
-        assert (actual["recipe"] is not None) == method.trained and set(actual["options"]) == set(
-            method.options
-        )
+        assert actual["identity"]["original"] == original
+        assert actual["identity"]["forget_set"] == split.fingerprint
+        assert (actual["recipe"] is not None) == method.trained
+        assert set(actual["options"]) == set(method.options)
         lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
         assert len(lines) == (0 if not method.trained else 2 if name.startswith("cpu_") else 1)
         assert not (folder / ".unfinished").exists() and not (folder / "failure.json").exists()
         hashes.add(checkpoint.weights_hash(model.state_dict()))
         assert f"{name} epoch 1" in everything.said + everything.cpu_said or not method.trained
-    assert len(hashes) == len(unlearn.METHODS) + 3 - (
-        "ssd" in unlearn.METHODS and ssd_did_nothing(everything)
-    )
-    assert [path.name for path in everything.root.glob("*/saliency_mask.pth")] == [
-        "saliency_mask.pth"
-    ]
+    unchanged = "ssd" in unlearn.METHODS and ssd_did_nothing(everything)
+    assert len(hashes) == len(unlearn.METHODS) + 3 - unchanged
+    assert len(list(everything.root.glob("*/saliency_mask.pth"))) == 1
 
 
 def ssd_did_nothing(everything):
-    models = [
-        everything.root.parent / "original_model.pth",
-        everything.root / "ssd/unlearning_model.pth",
-    ]
-    return len({checkpoint.weights_hash(checkpoint.read(path)[0]) for path in models}) == 1
+    original, _ = checkpoint.read(everything.root.parent / "original_model.pth")
+    dampened, _ = checkpoint.read(everything.root / "ssd/unlearning_model.pth")
+    return checkpoint.weights_hash(original) == checkpoint.weights_hash(dampened)
 
 
-def test_a_conformal_variant_has_its_terms_numbers_in_its_identity(everything):
+def test_identity_of_conformal_variant_has_alpha_delta_and_lamda(everything):
     identity = results(everything.root / "cpu_finetune")["identity"]
     assert (identity["alpha"], identity["delta"], identity["lamda"]) == (0.3, 0.02, 0.4)
-    assert (
-        not {"alpha", "delta", "lamda"} & results(everything.root / "finetune")["identity"].keys()
-    )
+    base = results(everything.root / "finetune")["identity"]
+    assert not {"alpha", "delta", "lamda"} & base.keys()
     lines = (everything.root / "cpu_finetune/history.jsonl").read_text().splitlines()
     assert all("q_hat" in json.loads(line) for line in lines)
 
 
-def test_the_terms_advice_is_printed_with_the_variants_name(original, monkeypatch):
+def test_advice_of_conformal_term_is_printed_with_name_of_variant(original, monkeypatch):
     for advice in ("a smaller alpha", None):
         monkeypatch.setattr(unlearn_cpu.ConformalTerm, "advice", lambda term, advice=advice: advice)
-        given = ["--num_epochs", 1, "--alpha", 0.3, "--overwrite"]
-        status, said = unlearn_cpu_in(original, ["cpu_finetune"], *given)
-        assert status == 0 and ("cpu_finetune: a smaller alpha" in said.splitlines()) == (
-            advice is not None
-        )
+        flags = ["--num_epochs", 1, "--alpha", 0.3, "--overwrite"]
+        status, said = unlearn_cpu_in(original, ["cpu_finetune"], *flags)
+        assert status == 0
+        is_printed = "cpu_finetune: a smaller alpha" in said.splitlines()
+        assert is_printed == (advice is not None)
         assert "cpu_finetune: None" not in said
 
 
-def test_the_table_has_a_row_for_every_method(everything):
+def test_printed_table_has_a_row_for_every_method(everything):
     lines = everything.said.splitlines()
-    start = next(
-        number for number, line in enumerate(lines) if line.split()[:2] == ["method", "epochs"]
-    )
-    rows = {line.split()[0]: line.split() for line in lines[start + 1 :]}
-    assert list(rows) == list(unlearn.METHODS) and "note" not in lines[start]
+    heading = next(n for n, line in enumerate(lines) if line.split()[:2] == ["method", "epochs"])
+    rows = {line.split()[0]: line.split() for line in lines[heading + 1 :]}
+    assert list(rows) == list(unlearn.METHODS)
+    assert "note" not in lines[heading]
     actual = results(everything.root / "salun")
-    accuracies = [
-        f"{100 * actual['accuracies'][part]:.1f}" for part in ("retain", "forget", "test")
-    ]
+    measured = [actual["accuracies"][key] for key in ("retain", "forget", "test")]
+    accuracies = [f"{100 * accuracy:.1f}" for accuracy in measured]
     assert rows["salun"] == ["salun", "1", "0.013", *accuracies, f"{actual['seconds']:.1f}"]
     assert rows["ssd"][1:3] == ["–", "–"]
 
 
-def test_what_is_done_is_not_done_again(everything, trained):
+def test_finished_run_is_not_repeated(everything, trained):
     before = (everything.root / "salun/unlearning_model.pth").stat().st_mtime_ns
     status, said = unlearn_in(trained, ["salun"], "--num_epochs", 1)
     assert status == 0 and "already done" in said and "salun epoch 1" not in said
@@ -246,26 +224,25 @@ def test_what_is_done_is_not_done_again(everything, trained):
     assert (everything.root / "salun/unlearning_model.pth").stat().st_mtime_ns == before
 
 
-def test_a_done_run_of_other_settings_is_an_error_that_names_them(everything, trained):
+def test_finished_run_with_other_settings_is_refused_and_names_them(everything, trained):
     message = (
         r"RL/unlearning_model.pth already exists with different settings "
         r"\(num_epochs: 1 on disk, 2 requested\); pass --overwrite to replace it$"
     )
     with pytest.raises(utils.UserError, match=message):
         unlearn_in(trained, ["RL", "salun"], "--num_epochs", 2)
-    given = ["--num_epochs", 2, "--alpha", 0.3, "--delta", 0.02]
+    flags = ["--num_epochs", 2, "--alpha", 0.3, "--delta", 0.02]
     with pytest.raises(utils.UserError, match=r"\(lamda: 0.4 on disk, 0.1 requested\)"):
-        unlearn_cpu_in(trained, ["cpu_finetune"], *given)
+        unlearn_cpu_in(trained, ["cpu_finetune"], *flags)
 
 
-def test_overwrite_replaces_a_run_and_the_first_seed_gives_the_same_weights(everything, original):
-    """In another folder, since the tests above read the first."""
+def test_overwrite_replaces_run_and_same_seed_gives_same_weights(everything, original):
+    """Uses a copy of the original, because other tests read the folder ``trained``."""
     assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_ratio", 0.2)[0] == 0
     folder = original / "resnet18w8_few_seed1/random_0.7/salun"
     sparse = checkpoint.read(folder / "saliency_mask.pth")[0]
-    assert sum(mask.sum() for mask in sparse.values()) == round(
-        0.2 * sum(mask.numel() for mask in sparse.values())
-    )
+    num_weights = sum(mask.numel() for mask in sparse.values())
+    assert sum(mask.sum() for mask in sparse.values()) == round(0.2 * num_weights)
     status, said = unlearn_in(original, ["salun"], "--num_epochs", 1, "--overwrite")
     assert status == 0 and "salun epoch 1" in said
     again, first = (
@@ -275,57 +252,55 @@ def test_overwrite_replaces_a_run_and_the_first_seed_gives_the_same_weights(ever
     assert checkpoint.weights_hash(again) == checkpoint.weights_hash(first)
 
 
-def test_a_saved_mask_is_used_and_part_of_the_identity(everything, original):
+def test_saved_mask_is_used_and_recorded_in_identity(everything, original):
     path = everything.root / "salun/saliency_mask.pth"
     assert unlearn_in(original, ["salun"], "--num_epochs", 1, "--mask_path", path)[0] == 0
     folder = original / "resnet18w8_few_seed1/random_0.7/salun"
-    used, saved = (checkpoint.read(part / "saliency_mask.pth")[0] for part in (folder, path.parent))
-    assert (
-        results(folder)["identity"]["mask_path"]
-        == checkpoint.weights_hash(saved)
-        == checkpoint.weights_hash(used)
-    )
-    model, expected = (
-        checkpoint.read(part / "unlearning_model.pth")[0] for part in (folder, path.parent)
-    )
-    assert checkpoint.weights_hash(model) == checkpoint.weights_hash(expected)
+
+    def hashes(name):
+        """The hash of the file ``name`` in both folders."""
+        states = [checkpoint.read(parent / name)[0] for parent in (folder, path.parent)]
+        return [checkpoint.weights_hash(state) for state in states]
+
+    used_mask, saved_mask = hashes("saliency_mask.pth")
+    assert results(folder)["identity"]["mask_path"] == saved_mask == used_mask
+    model, expected = hashes("unlearning_model.pth")
+    assert model == expected
 
 
-def test_initialisation_differs_between_seeds_and_not_between_runs(trained, few):
-    made = []
+def test_initialisation_differs_between_seeds_but_not_between_runs(trained, few):
+    hashes = []
     for seed in (1, 1, 2):
         torch.rand(3)
-        given = ["--seed", seed, "--num_epochs", 1, "--overwrite"]
-        (run,) = plan_in(trained, ["retrain"], few, *given)
+        flags = ["--seed", seed, "--num_epochs", 1, "--overwrite"]
+        (run,) = plan_in(trained, ["retrain"], few, *flags)
         network = main_unlearn.initial_network(run, few, torch.device("cpu"))
-        made.append(checkpoint.weights_hash(network.state_dict()))
-    assert made[0] == made[1] != made[2]
+        hashes.append(checkpoint.weights_hash(network.state_dict()))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_a_network_to_start_from_is_pretrained_and_one_to_load_into_is_not(
+def test_retrain_starts_from_pretrained_network_and_original_loads_into_plain(
     original, few, monkeypatch
 ):
-    asked, plain = [], models.build_model
+    calls, plain = [], models.build_model
 
     def build_model(*arguments, pretrained):
-        asked.append(pretrained)
+        calls.append(pretrained)
         return plain(*arguments, pretrained=pretrained)
 
     monkeypatch.setattr(models, "build_model", build_model)
     unlearn_in(original, ["retrain"], "--num_epochs", 1)
-    assert asked == [False, True]  # for the original's weights, for Retrain
+    assert calls == [False, True]  # for the original's weights, for Retrain
 
 
-def test_a_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
-    status, said = unlearn_in(
-        original, ["ga_plus", "GA", "scrub"], "--retain_ratio", 0.05, "--num_epochs", 1
-    )
+def test_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
+    names = ["ga_plus", "GA", "scrub"]
+    status, said = unlearn_in(original, names, "--retain_ratio", 0.05, "--num_epochs", 1)
     assert status == 0 and "nan" not in said.lower()
-    for name in ("ga_plus", "GA", "scrub"):
+    for name in names:
         actual = results(original / "resnet18w8_few_seed1/random_0.05" / name)
-        assert actual["num_forget"] == 57 and all(
-            0 <= value <= 1 for value in actual["accuracies"].values()
-        )
+        assert actual["num_forget"] == 57
+        assert all(0 <= value <= 1 for value in actual["accuracies"].values())
 
 
 def test_original_of_other_data_or_with_infinite_outputs_is_refused(original, few):
@@ -343,11 +318,10 @@ def test_original_of_other_data_or_with_infinite_outputs_is_refused(original, fe
 # ---------------------------------------------------------------- failures
 
 
-def entry(run, name="broken", **given):
+def entry(run, name="broken", **fields):
     """A method for a test."""
-    return unlearn.Method(
-        name=name, run=run, training={"num_epochs": 3, "learning_rate": 0.1}, **given
-    )
+    training = {"num_epochs": 3, "learning_rate": 0.1}
+    return unlearn.Method(name=name, run=run, training=training, **fields)
 
 
 def diverging(job):
@@ -358,24 +332,18 @@ def diverging(job):
 BROKEN = unlearn.METHODS | {"broken": entry(diverging)}
 
 
-def test_a_failure_is_a_row_and_the_other_methods_still_run(original):
+def test_failed_method_is_a_row_and_the_other_methods_still_run(original):
     status, said = unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=BROKEN)
     root = original / "resnet18w8_few_seed1/random_0.7"
     assert status == 2 and "broken (seed 1) failed: too fast" in said
-    assert (root / "finetune/unlearning_model.pth").exists() and not (
-        root / "broken/unlearning_model.pth"
-    ).exists()
+    assert (root / "finetune/unlearning_model.pth").exists()
+    assert not (root / "broken/unlearning_model.pth").exists()
     failure = json.loads((root / "broken/failure.json").read_text())
-    assert (
-        failure["error"] == "too fast"
-        and failure["forget_set"] == results(root / "finetune")["forget_set"]
-    )
-    rows = [line.split() for line in said.splitlines()[-2:]]
-    assert (
-        [row[0] for row in rows] == ["broken", "finetune"]
-        and rows[0][-2:] == ["too", "fast"]
-        and rows[1][-1] == "–"
-    )
+    assert failure["error"] == "too fast"
+    assert failure["forget_set"] == results(root / "finetune")["forget_set"]
+    broken, finetune = (line.split() for line in said.splitlines()[-2:])
+    assert (broken[0], broken[-2:]) == ("broken", ["too", "fast"])
+    assert (finetune[0], finetune[-1]) == ("finetune", "–")
 
     working = BROKEN | {"broken": unlearn.METHODS["finetune"]}
     assert unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=working)[0] == 0
@@ -387,22 +355,20 @@ def wrong_file(job):
     raise utils.UserError("wrong file")
 
 
-def test_an_error_of_one_of_several_methods_is_a_row(original):
+def test_error_in_each_of_several_methods_is_a_row(original):
     methods = {"wrong": entry(wrong_file), "other": entry(wrong_file)}
     status, said = unlearn_in(original, methods, methods=methods)
-    assert status == 2 and [line.split()[0] for line in said.splitlines()[-2:]] == [
-        "wrong",
-        "other",
-    ]
+    assert status == 2
+    assert [line.split()[0] for line in said.splitlines()[-2:]] == ["wrong", "other"]
 
 
 @pytest.mark.parametrize(
     ("error", "ends"), [(utils.UserError("wrong file"), True), (unlearn.Diverged("fast"), False)]
 )
-def test_on_several_processes_only_divergence_lets_the_other_methods_run(
+def test_on_several_processes_only_divergence_continues_with_other_methods(
     error, ends, original, few, monkeypatch
 ):
-    """Another error may have reached one process only, and the others would wait for it."""
+    """Other errors may occur on one process only, and the other processes would wait forever."""
 
     def unlearn_and_save(run, data, device):
         run.files.folder.mkdir(parents=True)
@@ -426,28 +392,28 @@ def test_on_several_processes_only_divergence_lets_the_other_methods_run(
         assert [line.split()[0] for line in said.splitlines()[-2:]] == ["finetune", "RL"]
 
 
-def test_one_method_that_fails_alone_is_an_error(original):
+def test_failure_of_the_only_method_is_an_error(original):
     with pytest.raises(unlearn.Diverged, match="too fast"):
         unlearn_in(original, ["broken"], methods=BROKEN)
 
 
-def test_failures_over_seeds_name_the_seed(trained):
+def test_failures_over_seeds_name_their_seeds(trained):
     status, said = unlearn_in(trained, ["broken"], "--seeds", "1,2", methods=BROKEN)
     assert status == 2 and "broken (seed 2) failed" in said
     assert "seed 1: too fast; seed 2: too fast" in said.splitlines()[-1]
 
 
-def test_seeds_share_one_row_of_means(trained):
+def test_several_seeds_share_one_row_of_means(trained):
     status, said = unlearn_in(trained, ["teacher"], "--seeds", "1,2", "--num_epochs", 1)
     assert status == 0
     actual = [
         results(trained / f"resnet18w8_few_seed{seed}/random_0.7/teacher")["accuracies"]["test"]
         for seed in (1, 2)
     ]
+    spread = Spread(sum(actual) / 2, abs(actual[0] - actual[1]) / math.sqrt(2))
     row = said.splitlines()[-1].split()
-    assert row[0] == "teacher" and row[5] == tables.format_cell(
-        Spread(sum(actual) / 2, abs(actual[0] - actual[1]) / math.sqrt(2)), "percent"
-    )
+    assert row[0] == "teacher"
+    assert row[5] == tables.format_cell(spread, "percent")
 
 
 def test_method_without_a_return_is_an_error_that_names_it(original):
@@ -459,7 +425,7 @@ def test_method_without_a_return_is_an_error_that_names_it(original):
         unlearn_in(original, ["forgetful"], "--num_epochs", 1, methods={"forgetful": method})
 
 
-def test_weights_that_are_not_finite_are_not_saved(original):
+def test_infinite_weights_are_not_saved(original):
     def infinite(job):
         with torch.no_grad():
             job.model.fc.bias[0] = math.inf
@@ -475,17 +441,16 @@ def test_weights_that_are_not_finite_are_not_saved(original):
 
 
 def stops(kind, after=2):
-    """Fine-tuning that ``kind`` ends after so many epochs, once."""
-    left = [1]
+    """Fine-tuning that raises ``kind`` once, after so many saved epochs."""
+    pending = [kind("stopped")]
 
     def method(job):
         plain = job.epoch_done
 
         def epoch_done(record):
             plain(record)
-            if record["epoch"] == after + 1 and left:
-                left.clear()
-                raise kind("stopped")
+            if record["epoch"] == after + 1 and pending:
+                raise pending.pop()
 
         return unlearn.train(replace(job, epoch_done=epoch_done), unlearn.retain_cross_entropy)
 
@@ -494,7 +459,7 @@ def stops(kind, after=2):
 
 @pytest.fixture(scope="module")
 def whole(trained, few):
-    """The hash of the weights that four epochs of fine-tuning give without an interruption."""
+    """The hash of the weights after four uninterrupted epochs of fine-tuning."""
     split = utils.make_split(few, flags_in("unused", *SCENARIO))
     model = model_of(trained / "resnet18w8_few_seed1/original_model.pth")
     job = unlearn.Job(
@@ -512,121 +477,108 @@ def whole(trained, few):
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_is_resumed_with_the_same_result(kind, original, whole):
+def test_interrupted_run_resumes_to_same_weights(kind, original, whole):
     methods = stops(kind)
-    given = ["--num_epochs", 4, "--save_every", 1000]
+    flags = ["--num_epochs", 4, "--save_every", 1000]
     with pytest.raises(utils.Interrupted if kind is KeyboardInterrupt else kind) as caught:
-        unlearn_in(original, ["finetune"], *given, methods=methods)
+        unlearn_in(original, ["finetune"], *flags, methods=methods)
     assert kind is not KeyboardInterrupt or "pass --resume to continue" in str(caught.value)
     folder = original / "resnet18w8_few_seed1/random_0.7/finetune"
-    assert (
-        checkpoint.read_state(folder / ".unfinished" / "resume.pth")["epoch"] == 2
-        and not (folder / "unlearning_model.pth").exists()
-    )
-    status, said = unlearn_in(original, ["finetune"], *given, "--resume", methods=methods)
-    assert (
-        status == 0 and "after epoch 2" in said and "epoch 2/4" not in said and "epoch 3/4" in said
-    )
+    assert checkpoint.read_state(folder / ".unfinished" / "resume.pth")["epoch"] == 2
+    assert not (folder / "unlearning_model.pth").exists()
+    status, said = unlearn_in(original, ["finetune"], *flags, "--resume", methods=methods)
+    assert status == 0 and "after epoch 2" in said
+    assert "epoch 2/4" not in said and "epoch 3/4" in said
     resumed = checkpoint.read(folder / "unlearning_model.pth")[0]
-    assert (
-        len((folder / "history.jsonl").read_text().splitlines()) == 4
-        and not (folder / ".unfinished").exists()
-    )
+    assert len((folder / "history.jsonl").read_text().splitlines()) == 4
+    assert not (folder / ".unfinished").exists()
     assert checkpoint.weights_hash(resumed) == whole
 
 
-def test_an_interruption_before_the_first_epoch_has_nothing_to_resume(original):
+def test_interruption_before_first_epoch_leaves_nothing_to_resume(original):
     with pytest.raises(KeyboardInterrupt) as caught:
         unlearn_in(original, ["finetune"], methods=stops(KeyboardInterrupt, after=0))
-    assert not isinstance(caught.value, utils.Interrupted) and not list(
-        original.rglob("resume.pth")
-    )
+    assert not isinstance(caught.value, utils.Interrupted)
+    assert not list(original.rglob("resume.pth"))
 
 
-def test_divergence_keeps_no_state_to_resume(original):
+def test_divergence_leaves_no_state_to_resume(original):
     with pytest.raises(unlearn.Diverged):
         unlearn_in(original, ["finetune"], "--save_every", 1000, methods=stops(unlearn.Diverged))
     assert not list(original.rglob("resume.pth"))
 
 
-def test_time_and_accuracies_are_a_table_in_the_log(original, monkeypatch):
-    tables = []
-    monkeypatch.setattr(
-        utils.WandbRun, "log_table", lambda log, title, rows: tables.append((title, rows))
-    )
+def test_wandb_log_has_a_table_of_time_and_accuracies(original, monkeypatch):
+    logged = []
+
+    def log_table(log, title, rows):
+        logged.append((title, rows))
+
+    monkeypatch.setattr(utils.WandbRun, "log_table", log_table)
     unlearn_in(original, ["finetune"], "--num_epochs", 1)
     actual = results(original / "resnet18w8_few_seed1/random_0.7/finetune")
-    assert tables == [
-        ("run", [{"method": "finetune", "seconds": actual["seconds"]} | actual["accuracies"]])
-    ]
+    row = {"method": "finetune", "seconds": actual["seconds"]} | actual["accuracies"]
+    assert logged == [("run", [row])]
 
 
-def test_the_settings_for_compiling_and_saving_reach_the_job(original):
-    seen = []
+def test_flags_for_compiling_and_saving_reach_the_job(original):
+    fields = []
 
     def method(job):
-        seen.append((job.compile, job.progress.save_every, job.seed))
-        seen.append((job.name, job.label, job.quiet))
+        fields.append((job.compile, job.progress.save_every, job.seed))
+        fields.append((job.name, job.label, job.quiet))
         return job.model
 
     methods = {"cpu_finetune": entry(method, "finetune")}
     unlearn_in(original, methods, "--compile", "--save_every", 7, methods=methods)
-    assert seen == [(True, 7.0, 1), ("finetune", "cpu_finetune", False)]
+    assert fields == [(True, 7.0, 1), ("finetune", "cpu_finetune", False)]
 
 
-# ---------------------------------------------------------------- results that are there already
+# ---------------------------------------------------------------- existing results
 
 
-def test_only_an_equal_run_is_already_done(tmp_path):
+def test_run_with_other_settings_is_not_already_done(tmp_path):
     path, identity = tmp_path / "model.pth", {"num_epochs": 3, "precision": "fp32"}
     checkpoint.save(path, {"w": torch.zeros(1)}, {"identity": identity, "seconds": 2.5})
 
-    def actual(given, **flags):
-        return unlearn.already_done(
-            path, given, SimpleNamespace(**{"overwrite": False, "precision": "auto"} | flags)
-        )
+    def existing(identity, path=path, **flags):
+        args = SimpleNamespace(**{"overwrite": False, "precision": "auto"} | flags)
+        return unlearn.already_done(path, identity, args)
 
-    assert actual(identity)["seconds"] == 2.5
-    assert actual(identity, overwrite=True) is None
-    assert actual(identity | {"precision": "bf16"})["seconds"] == 2.5  # another device's auto
-    for other, given in [
+    assert existing(identity)["seconds"] == 2.5
+    assert existing(identity, overwrite=True) is None
+    assert existing(identity | {"precision": "bf16"})["seconds"] == 2.5  # another device's auto
+    for other, flags in [
         (identity | {"precision": "bf16"}, {"precision": "bf16"}),
         (identity | {"num_epochs": 4}, {}),
         (identity | {"beta": 1}, {}),
         ({"precision": "fp32"}, {}),
     ]:
         with pytest.raises(utils.UserError, match="model.pth.*--overwrite"):
-            actual(other, **given)
-    absent = tmp_path / "absent.pth"
-    assert (
-        unlearn.already_done(absent, identity, SimpleNamespace(overwrite=False, precision="auto"))
-        is None
-    )
+            existing(other, **flags)
+    assert existing(identity, path=tmp_path / "absent.pth") is None
     path.write_text("torn")
     with pytest.raises(utils.UserError, match="--overwrite"):
-        actual(identity)
-    assert actual(identity, overwrite=True) is None
+        existing(identity)
+    assert existing(identity, overwrite=True) is None
 
 
-def test_a_mask_of_another_network_or_no_mask_is_refused(tmp_path):
+def test_mask_of_another_network_or_malformed_mask_is_refused(tmp_path):
     model = torch.nn.Linear(2, 3)
     path = tmp_path / "mask.pth"
-    good = {
-        "weight": torch.tensor([[1, 0], [0, 0], [1, 1]]),
-        "bias": torch.tensor([True, False, True]),
-    }
+    weight, bias = torch.tensor([[1, 0], [0, 0], [1, 1]]), torch.tensor([True, False, True])
+    good = {"weight": weight, "bias": bias}
     checkpoint.save(path, good, {})
     masks = unlearn.read_mask(path, model)
-    assert {name: mask.tolist() for name, mask in masks.items()} == {
-        "weight": [[True, False], [False, False], [True, True]],
-        "bias": [True, False, True],
-    }
-    for odd, words in [
+    assert masks["weight"].tolist() == [[True, False], [False, False], [True, True]]
+    assert masks["bias"].tolist() == [True, False, True]
+    assert masks.keys() == good.keys()
+    for wrong, words in [
         (good | {"weight": torch.ones(3, 3)}, "weight differs or is missing"),
-        ({"weight": good["weight"]}, "bias differs or is missing"),
+        ({"weight": weight}, "bias differs or is missing"),
         (good | {"extra": torch.ones(1)}, "extra differs or is missing"),
         (good | {"weight": torch.full((3, 2), 0.5)}, "values other than 0 and 1"),
     ]:
-        checkpoint.save(path, odd, {})
+        checkpoint.save(path, wrong, {})
         with pytest.raises(utils.UserError, match=f"--mask_path .*{words}"):
             unlearn.read_mask(path, model)
