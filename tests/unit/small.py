@@ -94,14 +94,14 @@ def small_job(
     recipe_fields = (*recipe, "milestones", "precision", "schedule", "optimizer")
     recipe |= {key: settings.pop(key) for key in recipe_fields if key in settings}
     order = torch.randperm(retain + forget, generator=torch.Generator().manual_seed(3))
-    parts = torch.arange(40).split([train_calibration, 32 - train_calibration, 8])
+    held_out_sets = torch.arange(40).split([train_calibration, 32 - train_calibration, 8])
     nothing = torch.empty(0, dtype=torch.int64)
     split = utils.Split(
         retain=order[:retain].sort().values,
         forget=order[retain:].sort().values,
-        train_calibration=parts[0],
-        test=parts[1],
-        calibration=parts[2],
+        train_calibration=held_out_sets[0],
+        test=held_out_sets[1],
+        calibration=held_out_sets[2],
         forget_test=nothing,
         is_forgotten=nothing,
         forget_class=forget_class,

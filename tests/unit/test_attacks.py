@@ -17,7 +17,7 @@ from metrics import CR, MIA, MIACR, accuracy, attack, probe, scores
 
 
 def report(module, outputs, settings):
-    """What a metric's file reports: (scalars, rows)."""
+    """The report of a metric's module: (scalars, rows)."""
     return module.report(outputs, metrics.ConformalScores(outputs, settings), settings)
 
 
@@ -69,7 +69,7 @@ def test_attack_on_feature_of_any_range_decides_as_svm_on_all_images(kind):
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e3, -1e5])
-def test_attack_does_not_depend_on_where_the_feature_is(shift):
+def test_attack_on_shifted_feature_gives_same_decisions(shift):
     rng = np.random.default_rng(1)
     members, non_members = rng.random((40, 1)), 1.5 * rng.random((40, 1))
     points = 2 * rng.random((60, 1))
@@ -78,7 +78,7 @@ def test_attack_does_not_depend_on_where_the_feature_is(shift):
     assert np.abs(trained.decide(points + shift) - expected).max() < 5e-3
 
 
-def test_attack_on_infinite_features_takes_them_as_far_away():
+def test_attack_on_infinite_features_equals_svm_on_far_features():
     rng = np.random.default_rng(0)
     members, non_members = rng.random((50, 1)), 3 * rng.random((50, 1))
     members[0], non_members[:3, 0] = -math.inf, [math.inf, math.inf, 1e300]
@@ -97,7 +97,7 @@ def test_infinite_features_without_a_histogram_are_clipped(monkeypatch):
 
 
 @pytest.mark.parametrize("width", [1, 2])
-def test_attack_that_no_histogram_replaces_trains_on_first_images(monkeypatch, width):
+def test_attack_without_a_histogram_trains_on_first_images(monkeypatch, width):
     monkeypatch.setattr(attack, "MOST_NODES" if width == 1 else "MOST_POINTS", 40)
     rng = np.random.default_rng(0)
     members, non_members = rng.normal(0, 9, (60, width)), rng.normal(2, 9, (60, width))
@@ -106,7 +106,7 @@ def test_attack_that_no_histogram_replaces_trains_on_first_images(monkeypatch, w
     assert np.abs(attack.Attack(members, non_members).decide(points) - expected).max() < 5e-3
 
 
-def test_grid_is_the_finest_that_has_few_nodes(monkeypatch):
+def test_grid_is_the_finest_with_few_nodes(monkeypatch):
     points = np.array([0.0, 0.01, 0.02, 0.5])
     assert attack.choose_grid(points).step == 1 / 1024
     monkeypatch.setattr(attack, "MOST_NODES", 6)  # 0, 0.01 and 0.02 share nodes at 1/64
@@ -145,7 +145,7 @@ def test_attack_on_several_features_decides_as_svm_on_all_images(width):
     assert np.abs(attack.Attack(members, non_members).decide(points) - expected).max() < 5e-3
 
 
-# ---------------------------------------------------------------- features that say little
+# ---------------------------------------------------------------- uninformative features
 
 
 SMALL_SETS = strategies.integers(5, 20).flatmap(
@@ -182,14 +182,14 @@ CONSTANT = {
 
 
 @pytest.mark.parametrize("kind", CONSTANT)
-def test_attack_on_feature_that_does_not_differ_is_not_a_number(kind):
-    members, non_members = (part.reshape(20, -1) for part in CONSTANT[kind])
+def test_attack_on_constant_feature_has_shares_of_nan(kind):
+    members, non_members = (features.reshape(20, -1) for features in CONSTANT[kind])
     assert not attack.Attack(members, non_members).tells_apart
     features = MIA.AttackImages(members, non_members, members, non_members)
     assert all(math.isnan(share) for share in MIA.attack_shares(features, members[:3]))
 
 
-def test_decision_of_zero_is_no_member_and_no_image_has_no_decision():
+def test_decision_of_zero_is_non_member_and_no_image_gives_no_decision():
     trained = attack.Attack(column([0, 1, 2, 3, 4]), column([5, 6, 7, 8, 9]))
     trained.decide = lambda points: np.array([-1.0, 0.0, 1.0])
     assert trained.says_member(column([0, 0, 0])).tolist() == [False, False, True]
@@ -197,15 +197,15 @@ def test_decision_of_zero_is_no_member_and_no_image_has_no_decision():
     assert trained.decide(column([])).shape == (0,)
 
 
-def test_attack_with_one_value_on_one_side_is_a_number():
-    """Members all right, 15 of 20 non-members right: right says member, wrong non-member."""
+def test_attack_with_constant_member_feature_gives_shares_by_hand():
+    """All members and 15 of 20 non-members are correct, so "correct" means "member"."""
     members, non_members = column(np.ones(20)), column([1] * 15 + [0] * 5)
     features = MIA.AttackImages(members, non_members, members, non_members)
     efficacy, privacy = MIA.attack_shares(features, column([1, 0, 0, 0, 1]))
     assert efficacy == pytest.approx(3 / 5) and privacy == pytest.approx((1 + 5 / 20) / 2)
 
 
-def test_shares_without_enough_images_are_not_numbers():
+def test_shares_without_enough_images_are_nan():
     some, none = column([0, 1, 2, 3, 4]), column([])
 
     def shares(*features, targets):
@@ -257,7 +257,7 @@ def test_attack_features_by_hand():
 
 
 @pytest.mark.parametrize("sure", [30.0, 800.0, 1e5, 1e30])
-def test_features_of_sure_answers_are_numbers(sure):
+def test_features_of_confident_answers_are_finite(sure):
     actual = MIA.attack_features(torch.tensor([[sure, 0.0, 0.0]] * 2), torch.tensor([0, 1]))
     assert all(np.isfinite(values).all() for values in actual.values())
     right, wrong = actual["modified entropy"].ravel()
@@ -273,7 +273,7 @@ def test_modified_entropy_of_impossible_answers_is_infinite():
     assert MIA.modified_entropy(logits, torch.tensor([0, 1])).tolist() == [0, math.inf]
 
 
-# ---------------------------------------------------------------- which images an attack sees
+# ---------------------------------------------------------------- images of an attack
 
 
 def output(n, generator, margin=0.0):
@@ -287,14 +287,14 @@ def make_outputs(
     retain=160, held_out=150, forget=40, cal_sizes=(20, 50), num_draws=1, forgotten=False
 ):
     generator = torch.Generator().manual_seed(0)
-    parts = [
+    answers = [
         output(forget, generator, 1.5),
         output(retain, generator, 3.0),
         output(held_out, generator, 1.0),
     ]
-    of_class = parts[2].labels == 2 if forgotten else None
+    of_class = answers[2].labels == 2 if forgotten else None
     return metrics.Outputs(
-        *parts, list(cal_sizes), metrics.draw_splits(held_out, num_draws, seed=3), of_class
+        *answers, list(cal_sizes), metrics.draw_splits(held_out, num_draws, seed=3), of_class
     )
 
 
@@ -306,7 +306,7 @@ def test_images_of_attacks_are_disjoint_and_as_many_as_documented(retain, forgot
     calibration, test = outputs.draws[0, :50], outputs.draws[0, 50:]
     if forgotten:
         labels = outputs.held_out.labels
-        calibration, test = (part[labels[part] != 2] for part in (calibration, test))
+        calibration, test = (indices[labels[indices] != 2] for indices in (calibration, test))
     assert images.held_non_members.tolist() == calibration.tolist()
     assert set(images.non_members.tolist()) <= set(test.tolist())
     members = [*images.members.tolist(), *images.held_members.tolist()]
@@ -330,8 +330,8 @@ def test_images_of_attacks_are_drawn_by_the_seed():
 def expected_shares(members, non_members, held_members, held_non_members, targets):
     machine = plain_svm(members, non_members)
     right = [
-        (machine.predict(part) == wanted).mean()
-        for part, wanted in ((held_members, 1), (held_non_members, 0))
+        (machine.predict(features) == wanted).mean()
+        for features, wanted in ((held_members, 1), (held_non_members, 0))
     ]
     return (machine.predict(targets) == 0).mean(), np.mean(right)
 
@@ -341,15 +341,14 @@ def test_report_of_attacks_is_that_of_scikit_learn_on_the_same_images(forgotten)
     outputs = make_outputs(num_draws=2, forgotten=forgotten)
     actual, rows = report(MIA, outputs, metrics.Settings((0.1,), seed=5))
     images = MIA.attack_images(outputs, 5)
-    parts = [
-        MIA.attack_features(*part) for part in (outputs.retain, outputs.held_out, outputs.forget)
-    ]
+    attacked = (outputs.retain, outputs.held_out, outputs.forget)
+    features_of_sets = [MIA.attack_features(*output) for output in attacked]
     expected = {}
     for name, key in {
         "correctness": "MIA_correctness", "confidence": "MIA", "entropy": "MIA_entropy",
         "modified entropy": "MIA_modified_entropy", "probabilities": "MIA_probabilities",
     }.items():  # fmt: skip
-        retain, held_out, forget = (part[name] for part in parts)
+        retain, held_out, forget = (features[name] for features in features_of_sets)
         expected[key], expected[f"{key}_privacy"] = expected_shares(
             retain[images.members],
             held_out[images.non_members],
@@ -359,19 +358,17 @@ def test_report_of_attacks_is_that_of_scikit_learn_on_the_same_images(forgotten)
         )
     test = outputs.held_out.select(outputs.test())
     confidence = np.concatenate(
-        [-scores.true_label_log_odds(*part).numpy() for part in (outputs.forget, test)]
+        [-scores.true_label_log_odds(*output).numpy() for output in (outputs.forget, test)]
     )
     membership = np.repeat([1, 0], [40, len(test.labels)])
     expected["AUC"] = roc_auc_score(membership, confidence)
     false_positives, true_positives, _ = roc_curve(membership, confidence, drop_intermediate=False)
     expected["TPR@1%"] = true_positives[false_positives <= 0.01].max()
     expected["TPR@0.1%"] = true_positives[false_positives <= 0.001].max()
-    assert rows == {} and actual == {
-        key: pytest.approx(value, abs=1e-9) for key, value in expected.items()
-    }
-    assert (
-        len({actual[key] for key in actual if key.startswith("MIA")}) > 7
-    )  # they differ, so that none is another's
+    assert rows == {}
+    assert actual == {key: pytest.approx(value, abs=1e-9) for key, value in expected.items()}
+    # The numbers differ, so a swapped pair would be noticed.
+    assert len({actual[key] for key in actual if key.startswith("MIA")}) > 7
 
 
 def test_report_without_test_images_has_no_attacks():
@@ -379,37 +376,34 @@ def test_report_without_test_images_has_no_attacks():
     assert all(
         math.isnan(value) for value in report(MIA, outputs, metrics.Settings((0.1,)))[0].values()
     )
-    outputs = make_outputs(
-        held_out=54
-    )  # four test images: enough for a ranking, too few for an attack
+    # Four test images are enough for a ranking but too few for an attack.
+    outputs = make_outputs(held_out=54)
     actual = report(MIA, outputs, metrics.Settings((0.1,)))[0]
-    assert (
-        math.isnan(actual["MIA"])
-        and math.isnan(actual["MIA_entropy_privacy"])
-        and 0 < actual["AUC"] <= 1
-    )
+    assert math.isnan(actual["MIA"])
+    assert math.isnan(actual["MIA_entropy_privacy"])
+    assert 0 < actual["AUC"] <= 1
 
 
 def test_report_where_all_answers_are_right_has_no_correctness_attack():
     outputs = make_outputs()
-    for part in (outputs.retain, outputs.held_out):
-        part.labels[:] = part.logits.argmax(dim=1)
+    for output in (outputs.retain, outputs.held_out):
+        output.labels[:] = output.logits.argmax(dim=1)
     actual = report(MIA, outputs, metrics.Settings((0.1,)))[0]
     assert math.isnan(actual["MIA_correctness"]) and math.isnan(actual["MIA_correctness_privacy"])
     assert 0 <= actual["MIA"] <= 1 and 0 <= actual["MIA_privacy"] <= 1
 
 
 def test_rates_at_few_false_positives_by_hand():
-    """Of 200 non-members two score below 0.1. Members below these are found."""
+    """Two of 200 non-members score below 0.1. Members with lower scores are detected."""
     non_members = torch.cat([torch.tensor([0.02, 0.06]), 0.5 + torch.arange(198) / 1000]).double()
     members = torch.tensor([0.01, 0.015, 0.04, 0.05, 0.055, 0.3, 0.9, 0.95]).double()
     area, rates = MIA.ranking_attack(members, non_members)
-    assert rates == [6 / 8, 2 / 8]  # two of 200 false positives are 1 %; none is allowed at 0.1 %
+    assert rates == [6 / 8, 2 / 8]  # 1 % allows two of 200 false positives, 0.1 % none
     assert area == pytest.approx((2 * 200 + 3 * 199 + 198 + 0 + 0) / (8 * 200))
 
 
-def test_rates_take_every_point_of_a_straight_part_of_the_curve():
-    """Three scores of one member and one non-member each: the second is between the others."""
+def test_rates_take_every_point_of_a_straight_curve_segment():
+    """Each of three scores has one member and one non-member. The second score is in the middle."""
     tied = torch.tensor([0.01, 0.02, 0.03]).double()
     non_members = torch.cat([tied, 0.5 + torch.arange(197) / 1000])
     _, rates = MIA.ranking_attack(torch.cat([tied, torch.ones(1)]), non_members)
@@ -431,13 +425,13 @@ def test_probabilities_are_those_of_scikit_learn_on_all_images(n, b):
     assert np.abs(actual - model.predict_proba(column(points))[:, 1]).max() < 6e-3
 
 
-def test_probabilities_of_constant_confidences_are_not_numbers():
+def test_probabilities_of_constant_confidences_are_nan():
     actual = attack.membership_probabilities(np.full(9, 0.5), np.full(9, 0.5), np.ones(3))
     assert np.isnan(actual).all()
 
 
 def test_attack_that_only_one_fold_can_train_has_an_answer():
-    """Members and non-members differ in one fold: the SVM trained without it has no answer."""
+    """Members and non-members differ in one fold only. The SVM trained without it has no answer."""
     members, non_members = np.full(10, 0.5), np.full(10, 0.5)
     members[2:4] = 0.9
     actual = attack.membership_probabilities(members, non_members, np.array([0.4, 0.9]))
@@ -446,11 +440,11 @@ def test_attack_that_only_one_fold_can_train_has_an_answer():
 
 @pytest.mark.parametrize("forgotten", [False, True])
 @pytest.mark.parametrize("retain", [12, 90, 400])
-def test_miacr_trains_on_half_of_the_test_images_and_as_many_retain_images(retain, forgotten):
+def test_miacr_trains_on_half_of_test_images_and_as_many_retain_images(retain, forgotten):
     outputs = make_outputs(retain=retain, num_draws=3, forgotten=forgotten)
     training = MIACR.training_images(outputs, 7)
     test = set(outputs.test().tolist())
-    members, non_members = (part.tolist() for part in training)
+    members, non_members = (indices.tolist() for indices in training)
     calibrating = min(retain // 2, len(outputs.calibration(50)))
     assert len(members) == len(non_members) == min(retain - calibrating, len(test) // 2)
     assert len(set(members)) == len(members) and max(members) < retain
@@ -464,7 +458,7 @@ def test_miacr_trains_on_half_of_the_test_images_and_as_many_retain_images(retai
 
 @pytest.mark.parametrize("forgotten", [False, True])
 @pytest.mark.parametrize("retain", [31, 400])
-def test_miacr_calibrates_each_draw_on_images_that_trained_nothing(retain, forgotten):
+def test_miacr_calibrates_each_draw_on_unused_images(retain, forgotten):
     outputs = make_outputs(retain=retain, num_draws=4, forgotten=forgotten)
     training = MIACR.training_images(outputs, 7)
     retained = set(outputs.retained().tolist())
@@ -483,7 +477,7 @@ def test_miacr_calibrates_each_draw_on_images_that_trained_nothing(retain, forgo
         assert len({tuple(draw.members.tolist()) for draw in draws}) == 4
 
 
-def test_miacr_redraws_from_all_held_out_images_that_trained_nothing():
+def test_miacr_redraws_from_all_unused_held_out_images():
     outputs = make_outputs(num_draws=40)
     training = MIACR.training_images(outputs, 7)
     drawn = [MIACR.calibration_images(outputs, training, 20, 7, draw) for draw in range(40)]
@@ -494,20 +488,20 @@ def test_miacr_redraws_from_all_held_out_images_that_trained_nothing():
 
 
 @pytest.mark.parametrize(("held_out", "known"), [(59, False), (60, True)])
-def test_miacr_needs_ten_test_images(held_out, known):
+def test_miacr_with_fewer_than_ten_test_images_is_nan(held_out, known):
     rows = report(MIACR, make_outputs(held_out=held_out), metrics.Settings((0.3,)))[1]
     assert math.isfinite(rows["thr", 20, 0.3]["MIACR"]) == known
 
 
-def test_miacr_without_an_answer_is_not_a_number():
+def test_miacr_without_an_answer_is_nan():
     unknown = MIACR.membership_scores(torch.full((9,), math.nan).double())
     known = torch.rand(9, 2).double()
     assert math.isnan(MIACR.miacr(unknown, unknown, unknown, 0.3))
     assert math.isnan(MIACR.miacr(known, known[:2], known[:2], 0.1))
     assert MIACR.miacr(known, known, known, 0.3) >= 0
     outputs = make_outputs()
-    for part in (outputs.retain, outputs.held_out):
-        part.logits[:] = 0
+    for output in (outputs.retain, outputs.held_out):
+        output.logits[:] = 0
     rows = report(MIACR, outputs, metrics.Settings((0.3,)))[1]
     assert math.isnan(rows["thr", 20, 0.3]["MIACR"])
 
@@ -520,10 +514,10 @@ def test_membership_scores_are_one_minus_the_probability_of_each_answer():
 def test_miacr_of_confidence_as_probability_is_what_each_draw_gives(
     monkeypatch, num_draws, forgotten
 ):
-    """The attack's probability is replaced by the confidence, so that MIACR can be worked out."""
+    """Confidence replaces the attack probability, so that MIACR can be computed by hand."""
     outputs = make_outputs(num_draws=num_draws, forgotten=forgotten)
-    parts = ("retain", "held_out", "forget")
-    retain, held_out, forget = (MIA.confidences(*getattr(outputs, part)) for part in parts)
+    answers = (outputs.retain, outputs.held_out, outputs.forget)
+    retain, held_out, forget = (MIA.confidences(*output) for output in answers)
     training = MIACR.training_images(outputs, 5)
     trained = []
 
@@ -535,7 +529,8 @@ def test_miacr_of_confidence_as_probability_is_what_each_draw_gives(
     chosen = metrics.Settings((0.1, 0.4), (scores.Score(), scores.Score("aps")), seed=5)
     scalars, rows = report(MIACR, outputs, chosen)
     assert trained == [(retain[training.members].tolist(), held_out[training.non_members].tolist())]
-    assert scalars == {} and set(rows) == {
+    assert scalars == {}
+    assert set(rows) == {
         (name, n, a) for name in ("thr", "aps") for n in (20, 50) for a in (0.1, 0.4)
     }
     differ = False
@@ -561,12 +556,12 @@ def test_miacr_of_confidence_as_probability_is_what_each_draw_gives(
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_accuracies_are_of_the_right_images(forgotten):
+def test_accuracies_of_a_report_are_measured_on_their_images(forgotten):
     outputs = make_outputs(num_draws=2, forgotten=forgotten)
     actual, rows = report(accuracy, outputs, metrics.Settings((0.1,)))
     right = [
-        (part.logits.argmax(dim=1) == part.labels).double()
-        for part in (outputs.forget, outputs.retain, outputs.held_out)
+        (output.logits.argmax(dim=1) == output.labels).double()
+        for output in (outputs.forget, outputs.retain, outputs.held_out)
     ]
     tested = [
         number
@@ -577,19 +572,18 @@ def test_accuracies_are_of_the_right_images(forgotten):
     if forgotten:
         of_class = [number for number in range(50, 150) if outputs.held_out.labels[number] == 2]
         expected["UA_test"] = 1 - right[2][of_class].mean()
-    assert rows == {} and actual == {
-        key: pytest.approx(value.item()) for key, value in expected.items()
-    }
+    assert rows == {}
+    assert actual == {key: pytest.approx(value.item()) for key, value in expected.items()}
     assert len(set(actual.values())) == len(actual)
 
 
-def test_accuracy_of_forgotten_class_without_test_images_is_left_out():
+def test_accuracy_of_forgotten_class_without_test_images_is_omitted():
     outputs = make_outputs(forgotten=True)
     outputs.forgotten[outputs.draws[0, 50:]] = False
     assert "UA_test" not in report(accuracy, outputs, metrics.Settings((0.1,)))[0]
 
 
-def test_probe_takes_a_random_part_of_many_images(monkeypatch):
+def test_probe_on_many_images_trains_on_a_random_sample(monkeypatch):
     rng = np.random.default_rng(0)
     labels = np.repeat([0, 1], 100)
     features = rng.normal(0, 1, (200, 2)) + 30 * labels[:, None]
@@ -613,6 +607,5 @@ def test_probe_takes_a_random_part_of_many_images(monkeypatch):
     assert all(len(seen) == 20 and set(seen) == {0, 1} for _, seen in fitted)
     first, again, other = (seen.tolist() for seen, _ in fitted)
     assert first == again != other
-    assert np.abs(np.mean(first, axis=0)).max() < 1e-9 and np.std(first, axis=0) == pytest.approx(
-        [1, 1]
-    )
+    assert np.abs(np.mean(first, axis=0)).max() < 1e-9
+    assert np.std(first, axis=0) == pytest.approx([1, 1])

@@ -39,7 +39,7 @@ def shares(actual, count):
     return [actual.count(value) / len(actual) for value in range(count)]
 
 
-def test_crops_are_shifts_of_the_zero_padded_image_each_as_often():
+def test_crops_are_uniform_shifts_of_the_zero_padded_image():
     image, made = augmented(PLAIN)
     padded = transforms.pad(image, [2])
     crops = {
@@ -51,7 +51,7 @@ def test_crops_are_shifts_of_the_zero_padded_image_each_as_often():
     for axis in (0, 1):
         for share in shares([place[axis] for place in places], 5):
             assert abs(share - 1 / 5) < 0.035
-    # Rows and columns are drawn apart from each other.
+    # Rows and columns are drawn independently.
     for share in shares([5 * top + left for top, left in places], 25):
         assert abs(share - 1 / 25) < 0.015
 
@@ -68,7 +68,7 @@ def test_half_of_the_images_are_flipped():
     assert abs(shares(actual, 2)[1] - 0.5) < 0.04
 
 
-def test_the_given_share_of_the_images_is_gray():
+def test_grayscale_share_of_the_images_is_gray():
     image, made = augmented(replace(PLAIN, crop_padding=0, grayscale=0.3))
     gray = transforms.rgb_to_grayscale(image, num_output_channels=3).float()
     actual = [int(crop.equal(gray)) for crop in made]
@@ -78,8 +78,8 @@ def test_the_given_share_of_the_images_is_gray():
     assert abs(shares(actual, 2)[1] - 0.3) < 0.04
 
 
-def test_a_draw_equal_to_the_share_leaves_the_image_as_it_is(monkeypatch):
-    """Draws lie in [0, 1): those below a share p have probability p, those at most p more."""
+def test_draw_equal_to_the_share_leaves_image_unchanged(monkeypatch):
+    """Draws are in [0, 1): draws < p have probability p, but draws <= p have more."""
     pixels, still = random_pixels(2), replace(PLAIN, crop_padding=0)
     for spec, share in ((replace(still, flip=True), 0.5), (replace(still, grayscale=0.25), 0.25)):
         for below in (0.0, 2.0**-20):
@@ -92,20 +92,20 @@ def test_a_draw_equal_to_the_share_leaves_the_image_as_it_is(monkeypatch):
             assert made.equal(pixels.float()) == (below == 0)
 
 
-def test_nothing_is_drawn_that_the_data_set_does_not_ask_for():
+def test_augmentation_draws_only_what_the_data_set_needs():
     image, made = augmented(replace(PLAIN, crop_padding=0), count=5)
     assert made.equal(image.float().expand(5, -1, -1, -1)) and made.dtype == torch.float32
 
 
-def test_numbers_are_drawn_on_the_device_of_the_images(monkeypatch):
+def test_augmentation_is_drawn_on_the_device_of_the_images(monkeypatch):
     pixels, asked = random_pixels(2), []
     for name in ("rand", "randint"):
         plain = getattr(torch, name)
         monkeypatch.setattr(
             torch,
             name,
-            lambda *given, plain=plain, **options: (
-                asked.append(options["device"]) or plain(*given, **options)
+            lambda *arguments, plain=plain, **options: (
+                asked.append(options["device"]) or plain(*arguments, **options)
             ),
         )
     utils.random_augment(
@@ -114,46 +114,46 @@ def test_numbers_are_drawn_on_the_device_of_the_images(monkeypatch):
     assert asked == [torch.device("cpu")] * 4
 
 
-def test_two_processes_draw_together_what_one_draws(monkeypatch):
+def test_augmentation_on_two_processes_equals_that_on_one(monkeypatch):
     spec = replace(PLAIN, flip=True, grayscale=0.3)
     pixels = random_pixels(17)
     whole = utils.random_augment(pixels, spec, utils.generator(1, "test"), [8, 9])
     assert whole.equal(utils.random_augment(pixels, spec, utils.generator(1, "test")))
-    parts = [pixels[:8], pixels[8:]]
+    batches = [pixels[:8], pixels[8:]]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        mine = torch.cat([distributed.local_rows(part) for part in parts])
+        mine = torch.cat([distributed.local_rows(batch) for batch in batches])
         made = utils.random_augment(mine, spec, utils.generator(1, "test"), [8, 9])
-        assert made.equal(torch.cat([part[rank::2] for part in whole.split([8, 9])]))
+        assert made.equal(torch.cat([batch[rank::2] for batch in whole.split([8, 9])]))
 
 
 # ---------------------------------------------------------------- batches
 
 
-def test_batches_are_the_normalised_images_of_each_part():
+def test_batches_are_normalised_images_of_their_indices():
     data = images()
-    parts = [torch.tensor([3, 1]), torch.tensor([], dtype=torch.int64), torch.tensor([7, 7, 0])]
-    actual = list(data.batches(iter(parts)))
+    index_batches = [torch.tensor(batch, dtype=torch.int64) for batch in ([3, 1], [], [7, 7, 0])]
+    actual = list(data.batches(iter(index_batches)))
     assert [len(batch) for batch in actual] == [2, 0, 3]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PLAIN.mean, PLAIN.std))
-    for part, batch in zip(parts, actual, strict=True):
-        torch.testing.assert_close(batch, (data.pixels[part] / 255 - mean) / std)
+    for indices, batch in zip(index_batches, actual, strict=True):
+        torch.testing.assert_close(batch, (data.pixels[indices] / 255 - mean) / std)
         assert batch.dtype == torch.float32
-    assert data.batch(parts[2]).equal(actual[2])
+    assert data.batch(index_batches[2]).equal(actual[2])
 
 
-def test_a_batch_is_augmented_only_with_a_generator():
-    data, part = images(), torch.arange(6)
+def test_batch_without_a_generator_is_not_augmented():
+    data, indices = images(), torch.arange(6)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (PLAIN.mean, PLAIN.std))
-    made = data.batch(part, utils.generator(3, "test"))
-    expected = utils.random_augment(data.pixels[part], PLAIN, utils.generator(3, "test"))
+    made = data.batch(indices, utils.generator(3, "test"))
+    expected = utils.random_augment(data.pixels[indices], PLAIN, utils.generator(3, "test"))
     torch.testing.assert_close(made, (expected / 255 - mean) / std)
-    assert not made.equal(data.batch(part))
+    assert not made.equal(data.batch(indices))
 
 
 @pytest.mark.parametrize("size", [4, 8, 13])
-def test_images_have_the_models_size(size):
+def test_images_are_resized_to_the_input_size_of_the_model(size):
     data = images(size=size)
     expected = (
         data.pixels[:3]
@@ -165,7 +165,7 @@ def test_images_have_the_models_size(size):
     assert data.batch(torch.arange(3), utils.generator(1, "test")).shape == (3, 3, size, size)
 
 
-def test_images_that_are_not_square_are_resized_to_a_square():
+def test_rectangular_images_are_resized_to_a_square():
     data = utils.Images(random_pixels(2)[:, :, :6], torch.zeros(2), PLAIN, 8)
     assert data.batch(torch.arange(2)).shape == (2, 3, 8, 8)
 
@@ -174,8 +174,8 @@ def test_images_that_are_not_square_are_resized_to_a_square():
     ("sizes", "expected"),
     [([2] * 5, [2, 2, 1]), ([1, 1, 1], [3]), ([16, 16], [1, 1]), ([0, 3], [2])],
 )
-def test_a_gpu_augments_small_batches_together(sizes, expected, monkeypatch):
-    """4 million pixels at a time: here 4 images of 1024×1024. The GPU is only a name."""
+def test_small_batches_on_gpu_are_augmented_together(sizes, expected, monkeypatch):
+    """A GPU augments 4 million pixels at a time, here 4 images of 1024×1024. It is simulated."""
     data = images(1, side=2, size=1024)
     data.labels = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     constants, groups = utils._constants(PLAIN, torch.device("cpu")), []
@@ -192,41 +192,40 @@ def test_a_gpu_augments_small_batches_together(sizes, expected, monkeypatch):
             groups.append(batch_sizes) or torch.zeros(len(pixels), 3, 1, 1)
         ),
     )
-    parts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
-    actual = list(data.batches(parts, utils.generator(1, "test")))
-    assert [len(group) for group in groups] == expected and [
-        len(batch) for batch in actual
-    ] == sizes
+    index_batches = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+    actual = list(data.batches(index_batches, utils.generator(1, "test")))
+    assert [len(group) for group in groups] == expected
+    assert [len(batch) for batch in actual] == sizes
     groups.clear()
     data.labels = torch.zeros(1)
-    list(data.batches(parts, utils.generator(1, "test")))
+    list(data.batches(index_batches, utils.generator(1, "test")))
     assert groups == [[size] for size in sizes]
 
 
-def test_two_processes_get_every_second_image_of_each_part(monkeypatch):
+def test_two_processes_get_every_second_image_of_each_batch(monkeypatch):
     data = images()
-    parts = [torch.tensor([3, 1, 9]), torch.tensor([5]), torch.tensor([7, 6, 0, 2])]
-    whole = list(data.batches(parts, utils.generator(1, "test")))
+    index_batches = [torch.tensor([3, 1, 9]), torch.tensor([5]), torch.tensor([7, 6, 0, 2])]
+    whole = list(data.batches(index_batches, utils.generator(1, "test")))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        mine = list(data.batches(parts, utils.generator(1, "test")))
+        mine = list(data.batches(index_batches, utils.generator(1, "test")))
         assert all(batch.equal(full[rank::2]) for batch, full in zip(mine, whole, strict=True))
 
 
-# ---------------------------------------------------------------- several processes, without any
+# ---------------------------------------------------------------- simulated processes
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 7])
-def test_gather_brings_the_rows_of_all_processes_into_order(count, monkeypatch):
+def test_gathered_rows_of_all_processes_are_in_order(count, monkeypatch):
     world, rows = 3, torch.arange(2.0 * count, requires_grad=True).reshape(count, 2)
     padded = {}
 
-    def all_gather(parts, mine):
-        assert len(mine) == math.ceil(count / world)  # no more is sent than the longest share
+    def all_gather(all_rows, mine):
+        assert len(mine) == math.ceil(count / world)  # at most the longest share is sent
         padded[distributed.rank()] = mine.clone()
-        for number, part in enumerate(parts):
-            part.copy_(padded.get(number, torch.full_like(mine, math.nan)))
+        for number, rows_of_rank in enumerate(all_rows):
+            rows_of_rank.copy_(padded.get(number, torch.full_like(mine, math.nan)))
 
     monkeypatch.setattr(distributed, "world_size", lambda: world)
     monkeypatch.setattr(utils.dist, "all_gather", all_gather)
@@ -238,7 +237,7 @@ def test_gather_brings_the_rows_of_all_processes_into_order(count, monkeypatch):
             assert attempt == 1 or (actual.equal(rows) and not actual.requires_grad)
 
 
-def test_one_process_keeps_its_rows_and_their_gradient(monkeypatch):
+def test_gathered_rows_of_one_process_keep_their_gradient(monkeypatch):
     rows = torch.ones(3, 2, requires_grad=True)
     assert distributed.gather_rows(rows, 3) is rows and distributed.local_rows(rows).equal(rows)
     monkeypatch.setattr(utils.dist, "all_reduce", lambda tensor: tensor.mul_(2))
@@ -253,13 +252,13 @@ def test_one_process_keeps_its_rows_and_their_gradient(monkeypatch):
 # ---------------------------------------------------------------- random numbers
 
 
-def test_the_numbers_of_a_seed_and_purpose_are_pinned():
-    """A change of these changes every published result."""
+def test_random_numbers_of_a_seed_and_purpose_are_pinned():
+    """Changing these numbers changes every published result."""
     assert utils.permutation(1, "forget", 8).tolist() == [7, 4, 0, 5, 2, 6, 3, 1]
     assert utils.generator(1, "order", "retain", 2).initial_seed() == 7433692491322154092
 
 
-def test_a_generator_lies_on_the_device_it_is_asked_for(monkeypatch):
+def test_generator_is_on_the_requested_device(monkeypatch):
     class Asked:
         def __init__(self, device):
             self.device = device
@@ -272,7 +271,7 @@ def test_a_generator_lies_on_the_device_it_is_asked_for(monkeypatch):
     assert utils.generator(1, "a", 2, device="cuda:1") == ("cuda:1", seed)
 
 
-def test_every_seed_and_purpose_has_numbers_of_its_own():
+def test_another_seed_or_purpose_gives_other_random_numbers():
     seeds = {
         utils._derive(seed, purpose)
         for seed in (1, 2, 12)

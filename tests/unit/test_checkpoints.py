@@ -1,4 +1,4 @@
-"""Checkpoints of this and other training code: weights are loaded, or one line says why not."""
+"""Checkpoints of this and other training code are loaded, or refused with one line."""
 
 import argparse
 import collections
@@ -49,7 +49,7 @@ EXTRAS = {
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "net", "model"])
 @pytest.mark.parametrize("extras", [{}, EXTRAS])
-def test_a_state_dict_under_a_usual_key_is_loaded(key, extras, network, tmp_path):
+def test_state_dict_under_a_usual_key_is_loaded(key, extras, network, tmp_path):
     torch.save({key: network.state_dict()} | extras, tmp_path / "model.pth")
     state, meta = load(tmp_path / "model.pth")
     assert same(state, network.state_dict()) and meta == {}
@@ -80,7 +80,7 @@ def test_prefixes_of_wrappers_are_removed_in_any_order(prefix, network, tmp_path
     assert same(load(tmp_path / "model.pth")[0], network.state_dict())
 
 
-def test_a_prefix_that_belongs_to_the_network_is_kept():
+def test_prefix_of_the_network_is_kept():
     names = ["model.weight", "model.module.bias"]
     state = {name: torch.zeros(1) for name in ("module.model.weight", "model.module.bias")}
     assert list(checkpoint.match_names(state, names, "file")) == names
@@ -93,9 +93,7 @@ def test_one_tensor_under_two_names_is_refused(network, tmp_path):
         load(tmp_path / "model.pth")
 
 
-def test_missing_counters_of_batch_norm_and_extra_counters_of_profilers_are_accepted(
-    network, tmp_path
-):
+def test_missing_batch_norm_counters_and_extra_profiler_counters_are_accepted(network, tmp_path):
     state = network.state_dict()
     kept = {
         name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
@@ -108,7 +106,7 @@ def test_missing_counters_of_batch_norm_and_extra_counters_of_profilers_are_acce
     assert same(load(tmp_path / "model.pth")[0], state)
 
 
-def test_a_normalize_layer_with_the_constants_of_the_data_is_left_out(network, tmp_path):
+def test_normalize_layer_with_constants_of_the_data_is_ignored(network, tmp_path):
     mean, std = torch.tensor(SPEC.mean).view(3, 1, 1), torch.tensor(SPEC.std)
     constants = {"module.normalize.mean": mean, "module.normalize.std": std}
     torch.save(
@@ -143,7 +141,7 @@ def test_safetensors_are_loaded(network, tmp_path):
         load(tmp_path / "model.safetensors")
 
 
-def test_an_unknown_or_missing_tensor_is_named(network, tmp_path):
+def test_unknown_or_missing_tensor_is_named(network, tmp_path):
     state = network.state_dict()
     torch.save(
         {name: tensor for name, tensor in state.items() if name != "fc.bias"}, tmp_path / "less.pth"
@@ -199,20 +197,18 @@ class Code:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("words", FOREIGN)
-def test_a_foreign_file_is_named_in_one_line(words, tmp_path):
+def test_foreign_file_is_named_in_one_line(words, tmp_path):
     path = tmp_path / "model.pth"
     FOREIGN[words](path)
     with pytest.raises(utils.UserError) as caught:
         checkpoint.read(path)
     line = str(caught.value)
-    assert (
-        line.startswith(f"{path}: not a checkpoint: ")
-        and words.replace("os.", "") in line
-        and "\n" not in line
-    )
+    assert line.startswith(f"{path}: not a checkpoint: ")
+    assert words.replace("os.", "") in line
+    assert "\n" not in line
 
 
-def test_a_folder_a_missing_file_and_an_unreadable_name_give_different_errors(tmp_path):
+def test_folder_missing_file_and_unreadable_name_give_different_errors(tmp_path):
     with pytest.raises(utils.UserError, match="a folder or device"):
         checkpoint.read(tmp_path)
     with pytest.raises(utils.UserError, match="no such file; train it"):
@@ -224,7 +220,7 @@ def test_a_folder_a_missing_file_and_an_unreadable_name_give_different_errors(tm
 # ---------------------------------------------------------------- writing and hashing
 
 
-def test_a_saved_checkpoint_is_read_with_its_meta(network, tmp_path):
+def test_saved_checkpoint_is_read_with_its_meta(network, tmp_path):
     state = network.state_dict()
     checkpoint.save(tmp_path / "model.pth", state, {"epoch": 3})
     loaded, meta = load(tmp_path / "model.pth")
@@ -240,13 +236,13 @@ def test_tensors_of_a_checkpoint_are_saved_contiguous_and_without_gradient(tmp_p
     assert tensor.equal(weight.T) and tensor.is_contiguous() and not tensor.requires_grad
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
+def test_state_on_second_process_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "rank", lambda: 1)
     checkpoint.save_state(tmp_path / "state.pth", {"epoch": 3})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_fails_keeps_the_previous_file(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "state.pth"
     checkpoint.save_state(path, {"epoch": 1})
 
@@ -259,26 +255,26 @@ def test_a_write_that_fails_keeps_the_previous_file(tmp_path, monkeypatch):
     assert checkpoint.read_state(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_size_of_a_run_is_three_times_its_weights_and_a_mebibyte():
+def test_size_of_a_run_is_three_times_its_weights_and_a_mebibyte():
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     numbers = 8 * 8 + 8 + 4 * 8
     assert checkpoint.size(model) == 3 * (4 * numbers + 8) + 1_048_576
 
 
-def test_a_copy_on_the_cpu_has_the_same_structure():
+def test_copy_on_the_cpu_has_the_same_structure():
     weight = nn.Parameter(torch.ones(2))
     copied = checkpoint.on_cpu({"state": [weight, {"step": 3}], "name": "sgd"})
     assert copied["name"] == "sgd" and copied["state"][1] == {"step": 3}
     assert copied["state"][0].equal(weight) and not copied["state"][0].requires_grad
 
 
-def test_the_hash_is_sha256_of_names_shapes_and_bytes():
+def test_hash_is_sha256_of_names_shapes_and_bytes():
     state = {"b": torch.tensor(7), "a": torch.tensor([[1.0], [2.0]])}
     content = b"a(2, 1)" + np.array([1, 2], dtype="<f4").tobytes() + b"b()7"
     assert checkpoint.weights_hash(state) == hashlib.sha256(content).hexdigest()[:16]
 
 
-def test_the_hash_depends_on_values_names_and_shapes_but_not_on_strides_or_order():
+def test_hash_depends_on_values_names_and_shapes_only():
     weight = torch.arange(6.0).view(2, 3)
     state = {"w": weight, "b": torch.zeros(2)}
     expected = checkpoint.weights_hash(state)
@@ -331,13 +327,13 @@ def test_content_without_a_state_dict_is_refused(content, tmp_path):
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
-def test_a_tensor_that_is_not_dense_is_named(change, tmp_path):
+def test_sparse_or_meta_tensor_is_named(change, tmp_path):
     torch.save({"a": torch.ones(2), "b": change(torch.ones(2))}, tmp_path / "model.pth")
     with pytest.raises(utils.UserError, match="b is not a dense tensor"):
         checkpoint.read(tmp_path / "model.pth")
 
 
-def test_a_changed_byte_is_found_by_its_checksum(tmp_path):
+def test_state_with_a_changed_byte_is_refused(tmp_path):
     path = tmp_path / "state.pth"
     checkpoint.save_state(path, {"weights": torch.full((64,), 3.0)})
     content = path.read_bytes()
@@ -348,7 +344,7 @@ def test_a_changed_byte_is_found_by_its_checksum(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["stat", "open"])
-def test_a_file_without_permission_is_named(method, tmp_path, monkeypatch):
+def test_file_without_permission_is_named(method, tmp_path, monkeypatch):
     def refuse(*positional, **options):
         raise PermissionError(13, "Permission denied")
 
@@ -358,7 +354,7 @@ def test_a_file_without_permission_is_named(method, tmp_path, monkeypatch):
         checkpoint.read(tmp_path / "state.pth")
 
 
-def test_an_error_of_the_system_names_its_reason(tmp_path, monkeypatch):
+def test_system_error_is_named_with_its_reason(tmp_path, monkeypatch):
     def fail(*positional, **options):
         raise OSError(5, "Input/output error")
 
@@ -368,7 +364,7 @@ def test_an_error_of_the_system_names_its_reason(tmp_path, monkeypatch):
         checkpoint.read(tmp_path / "state.pth")
 
 
-# ---------------------------------------------------------------- fit to the flags and the network
+# ---------------------------------------------------------------- agreement with flags and network
 
 
 def data_like():
@@ -389,7 +385,7 @@ META = {
 ARGS = argparse.Namespace(model_name="resnet18", width=8, data_name="cifar10", data_dir="d\n")
 
 
-def test_a_checkpoint_of_the_same_model_and_data_is_accepted(capsys):
+def test_checkpoint_of_same_model_and_data_is_accepted(capsys):
     for meta in ({}, META, META | {"data_fingerprint": "same-0"}, dict.fromkeys(META)):
         checkpoint.check_meta("model.pth", meta, ARGS, data_like())
     assert not capsys.readouterr().out
@@ -405,18 +401,18 @@ def test_a_checkpoint_of_the_same_model_and_data_is_accepted(capsys):
         ("data_name", "digits", "cifar10"),
     ],
 )
-def test_a_flag_that_differs_from_the_checkpoint_is_named(key, value, requested):
+def test_flag_that_differs_from_the_checkpoint_is_named(key, value, requested):
     message = f"model.pth: made with --{key} {value}, but the flags ask for {requested}$"
     with pytest.raises(utils.UserError, match=message):
         checkpoint.check_meta("model.pth", META | {key: value}, ARGS, data_like())
 
 
-def test_other_images_are_named():
+def test_checkpoint_of_other_images_is_refused():
     with pytest.raises(utils.UserError, match=r"made on other training images than .* d\\x0a$"):
         checkpoint.check_meta("model.pth", {"data_fingerprint": "other-0"}, ARGS, data_like())
 
 
-def test_a_fingerprint_of_an_earlier_version_is_accepted_and_mentioned(capsys):
+def test_fingerprint_of_an_earlier_version_is_accepted_and_mentioned(capsys):
     checkpoint.check_meta("model.pth", {"data_fingerprint": "1234"}, ARGS, data_like())
     assert capsys.readouterr().out.startswith("model.pth: saved by an earlier version")
 
@@ -434,14 +430,14 @@ def test_each_constant_of_a_normalize_layer_is_compared(constants, network, tmp_
         load(tmp_path / "model.pth")
 
 
-def test_a_normalize_layer_of_the_network_itself_is_loaded():
+def test_normalize_layer_of_the_network_is_loaded():
     model = nn.ModuleDict({"normalize": nn.Module()})
     model["normalize"].register_buffer("mean", torch.zeros(3))
     checkpoint.load_weights(model, {"normalize.mean": torch.ones(3)}, "model.pth", SPEC)
     assert model["normalize"].mean.tolist() == [1, 1, 1]
 
 
-def test_a_counter_of_the_network_itself_is_loaded():
+def test_counter_of_the_network_is_loaded():
     model = nn.Module()
     model.register_buffer("total_ops", torch.zeros(1))
     checkpoint.load_weights(model, {"total_ops": torch.ones(1)}, "model.pth")
@@ -459,7 +455,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("words", REFUSED)
-def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_loaded(words, network):
+def test_tensor_of_wrong_shape_or_type_is_named_and_nothing_is_loaded(words, network):
     state = network.state_dict() | {"fc.bias": REFUSED[words](network.fc.bias.detach())}
     model = models.create_model("resnet18", 10, width=8)
     before = copy.deepcopy(model.state_dict())
@@ -490,5 +486,5 @@ def test_missing_and_unknown_tensors_are_counted_in_one_message(network):
         (b"", None),
     ],
 )
-def test_binary_files_are_known_by_their_first_bytes(content, kind):
+def test_binary_files_are_recognised_by_their_first_bytes(content, kind):
     assert errors.binary_kind(content) == kind

@@ -1,4 +1,4 @@
-"""Every number is described once: columns of the metrics, tables of metrics/README.md."""
+"""The columns of the metrics and the tables of metrics/README.md describe every number once."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ def outputs_of_class_forgetting():
     return metrics.Outputs(forget, retain, held_out, [40], draws, held_out.labels == 1)
 
 
-def test_readme_has_the_tables_of_the_columns():
+def test_readme_contains_the_tables_of_all_columns():
     text = README.read_text(encoding="utf-8")
     assert text.partition("<!-- columns -->\n")[2] == metrics.readme_tables() + "\n"
 
@@ -58,7 +58,7 @@ def test_every_number_of_an_evaluation_is_described():
     assert [key for key in numbers if not described(key, keys)] == []
 
 
-def test_numbers_of_a_model_and_of_a_row_are_described_in_their_own_dictionary():
+def test_numbers_of_a_model_and_of_a_row_are_in_separate_dictionaries():
     settings = metrics.Settings((0.2,))
     outputs = outputs_of_class_forgetting()
     scalars, rows = metrics.evaluate(metrics.ConformalScores(outputs, settings))

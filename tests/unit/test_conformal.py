@@ -16,7 +16,7 @@ from metrics import CR, Spread, classwise, comparison, conformal, probe, samples
 
 
 def report(module, outputs, settings):
-    """What a metric's file reports: (scalars, rows)."""
+    """The report of a metric's module: (scalars, rows)."""
     return module.report(outputs, metrics.ConformalScores(outputs, settings), settings)
 
 
@@ -37,9 +37,8 @@ def exact_log_odds(name, logits, u, penalty=0.01, k_reg=2, weight=0.2):
     with mpmath.workdps(700):
         powers = [mpmath.exp(mpmath.mpf(float(logit))) for logit in logits]
         p, u = [power / sum(powers) for power in powers], mpmath.mpf(float(u))
-        order = sorted(
-            range(len(p)), key=lambda label: -p[label]
-        )  # sorted() is stable: ties by number
+        # sorted() is stable, so ties are in the order of the labels.
+        order = sorted(range(len(p)), key=lambda label: -p[label])
         actual = [None] * len(p)
         for rank, label in enumerate(order, 1):
             adaptive = sum(p[other] for other in order[: rank - 1]) + u * p[label]
@@ -61,7 +60,7 @@ def exact_log_odds(name, logits, u, penalty=0.01, k_reg=2, weight=0.2):
 
 @pytest.mark.parametrize("name", scores.NAMES)
 @pytest.mark.parametrize("spread", [1, 30, 300])
-def test_log_odds_are_exact_however_sure_the_model_is(name, spread):
+def test_log_odds_are_exact_for_any_confidence(name, spread):
     rng = np.random.default_rng(spread)
     logits = torch.from_numpy(spread * rng.standard_normal((8, 5)))
     score = scores.Score(name, penalty=0.01, k_reg=2, weight=0.2, seed=3)
@@ -75,7 +74,7 @@ def test_log_odds_are_exact_however_sure_the_model_is(name, spread):
 
 
 @pytest.mark.parametrize("name", ["aps", "raps", "saps"])
-def test_scores_without_randomisation_take_u_one(name):
+def test_scores_without_randomisation_use_u_of_one(name):
     logits = torch.tensor([[2.0, 45.0, 0.0], [0.0, 0.0, 0.0]]).double()
     actual = scores.Score(name, randomized=False, penalty=0.01, k_reg=2, weight=0.2).log_odds(
         logits, "test"
@@ -86,16 +85,14 @@ def test_scores_without_randomisation_take_u_one(name):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_raps_is_aps_to_the_last_digit_within_k_reg():
-    logits, u = (
-        torch.tensor([[900.0, 0.0, -1.0], [0.0, -900.0, -1000.0]]),
-        torch.tensor([0.5, 0.25]).double(),
-    )
+def test_raps_within_k_reg_equals_aps_exactly():
+    logits = torch.tensor([[900.0, 0.0, -1.0], [0.0, -900.0, -1000.0]])
+    u = torch.tensor([0.5, 0.25]).double()
     raps, aps = scores.raps_log_odds(logits, u, 0.1, 2), scores.aps_log_odds(logits, u)
     assert torch.equal(raps[:, :2], aps[:, :2]) and not (raps[:, 2] == aps[:, 2]).any()
 
 
-def test_scores_are_reported_as_S():
+def test_scores_by_hand_are_reported_as_S():
     logits = torch.tensor([[0.7, 0.2, 0.1]]).double().log()
     assert scores.thr(logits)[0].tolist() == pytest.approx([0.3, 0.8, 0.9])
     assert scores.Score()(logits)[0].tolist() == pytest.approx([0.3, 0.8, 0.9])
@@ -106,9 +103,8 @@ def test_scores_are_reported_as_S():
     assert scores.Score("raps", False, penalty=0.25, k_reg=1)(logits)[0].tolist() == pytest.approx(
         [0.7, 1.15, 1.5]
     )
-    assert scores.Score("saps", False, weight=0.5)(torch.zeros(1, 2)).tolist() == [
-        [0.5, 1.0]
-    ]  # 0.5 + 0.5, exactly 1
+    # 0.5 + 0.5 is exactly 1.
+    assert scores.Score("saps", False, weight=0.5)(torch.zeros(1, 2)).tolist() == [[0.5, 1.0]]
     adaptive = scores.Score("aps", seed=4)
     assert torch.equal(adaptive(logits), scores.from_log_odds(adaptive.log_odds(logits, "forget")))
     assert torch.equal(
@@ -117,19 +113,19 @@ def test_scores_are_reported_as_S():
     assert math.isnan(scores.from_log_odds(torch.tensor(math.nan).double()))
 
 
-def test_labels_that_1_minus_p_ties_are_ordered_by_log_odds():
+def test_labels_with_tied_1_minus_p_are_ordered_by_log_odds():
     """p of 1e-22 to 1e-30: 1 − p is 1 for all, and q̂ = 1 would put every label into every set."""
     margins = torch.arange(50.0, 70.0)
     logits = torch.stack([torch.zeros(20), -margins, torch.full((20,), -60.5)], dim=1)
     output = metrics.Output(logits, torch.ones(20, dtype=torch.int64))
     assert (scores.true_label_scores(*output) == 1).all()
     assert scores.true_label_log_odds(*output).tolist() == pytest.approx(margins.tolist())
-    part = conformal.score_images(output, scores.Score(), "forget")
-    q_hat = CR.finite_quantile(part.true_label, 0.5)  # the 11th of 20
+    image_scores = conformal.score_images(output, scores.Score(), "forget")
+    q_hat = CR.finite_quantile(image_scores.true_label, 0.5)  # the 11th of 20
     assert q_hat == pytest.approx(60)
     q_hats = torch.tensor([q_hat]).double()
-    assert part.in_set(q_hats).sum() == 11
-    assert part.set_sizes(q_hats).sum() == 20 + 11  # label 2 at 60.5 stays out
+    assert image_scores.in_set(q_hats).sum() == 11
+    assert image_scores.set_sizes(q_hats).sum() == 20 + 11  # label 2 at 60.5 is outside
 
 
 def test_labels_of_equal_logits_have_equal_scores():
@@ -137,13 +133,12 @@ def test_labels_of_equal_logits_have_equal_scores():
     actual = scores.thr_log_odds(logits)
     assert actual[0].unique().numel() == 1 and actual[1].unique().numel() == 2
     aps = scores.aps_log_odds(logits, torch.ones(2).double())
-    assert scores.from_log_odds(aps)[0].tolist() == pytest.approx(
-        [0.25, 0.5, 0.75, 1]
-    )  # ranked by number
+    # Tied labels are ranked by number.
+    assert scores.from_log_odds(aps)[0].tolist() == pytest.approx([0.25, 0.5, 0.75, 1])
 
 
 def test_two_labels_of_one_half_each_have_equal_scores():
-    """The third has about e⁻³⁶: p of the others rounds to ½, its sum with one of them does not."""
+    """The third label has p ≈ e⁻³⁶: the other p round to ½, but 1 − p of one of them does not."""
     rest = torch.linspace(-36.7, -36.1, 50)
     actual = scores.thr_log_odds(torch.stack([torch.zeros(50), torch.zeros(50), rest], dim=1))
     assert torch.equal(actual[:, 0], actual[:, 1])
@@ -170,15 +165,13 @@ def test_q_hat_is_finite_exactly_where_enough_images_calibrate(n, thousandths):
         least for least in range(1000) if (least + 1) * exact >= 1
     )
     if k > n:
-        assert (
-            math.isnan(CR.finite_quantile(values, alpha))
-            and CR.conformal_quantile(values, alpha) == math.inf
-        )
+        assert math.isnan(CR.finite_quantile(values, alpha))
+        assert CR.conformal_quantile(values, alpha) == math.inf
     else:
         assert CR.finite_quantile(values, alpha) == CR.conformal_quantile(values, alpha) == k - 1
 
 
-def test_mean_over_draws_leaves_out_those_without_a_number():
+def test_mean_over_draws_omits_draws_without_a_number():
     nan = math.nan
     values = {
         "coverage": [0.2, nan, 0.4],
@@ -202,7 +195,7 @@ def test_number_of_one_draw_has_no_spread():
     assert isinstance(unknown, float) and math.isnan(unknown)
 
 
-def test_counts_over_draws_are_integers_where_no_draw_changes_them():
+def test_equal_counts_over_draws_stay_integers():
     def reported(key, *values):
         return CR._reported(key, torch.tensor(values).double())
 
@@ -216,7 +209,7 @@ def test_counts_over_draws_are_integers_where_no_draw_changes_them():
     assert repr(reported("forget_fake_ratio", 1)) == "1.0"
 
 
-# ---------------------------------------------------------------- reports, recomputed
+# ---------------------------------------------------------------- recomputed reports
 
 
 def some_outputs(num_draws, forgotten_class=None, counts=(40, 50, 90), cal_sizes=(20, 45), seed=0):
@@ -316,13 +309,12 @@ def mean_of(values):
     [(1, None), (4, None), (1, 3), (4, 3)],
     ids=["one", "four", "class", "classes"],
 )
-def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_class):
+def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
     outputs = some_outputs(num_draws, forgotten_class)
     score, alphas, set_sizes = scores.Score(), (0.04, 0.2, 0.25), (0, 1, 2)
     scalars, rows = report(CR, outputs, metrics.Settings(alphas, (score,), set_sizes))
-    assert scalars == {} and set(rows) == {
-        ("thr", size, alpha) for size in (20, 45) for alpha in alphas
-    }
+    assert scalars == {}
+    assert set(rows) == {("thr", size, alpha) for size in (20, 45) for alpha in alphas}
     held_out = outputs.held_out
     label_scores = [
         row[label]
@@ -334,7 +326,7 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
         forgotten_class is not None and int(label) == forgotten_class for label in held_out.labels
     ]
     for (_, size, alpha), row in rows.items():
-        parts, q_hats, own_q_hats, sizes = {}, [], [], []
+        values_of, q_hats, own_q_hats, sizes = {}, [], [], []
         for draw in outputs.draws.tolist():
             calibration = [image for image in draw[:size] if not is_forgotten[image]]
             forget_calibration = [image for image in draw[:size] if is_forgotten[image]]
@@ -361,13 +353,13 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
                 for key, value in plain_numbers(
                     output, chosen, threshold, set_sizes, score
                 ).items():
-                    parts.setdefault(f"{name}_{key}", []).append(value)
-        parts["q_hat"] = [None if q is None else 1 / (1 + math.exp(-q)) for q in q_hats]
+                    values_of.setdefault(f"{name}_{key}", []).append(value)
+        values_of["q_hat"] = [None if q is None else 1 / (1 + math.exp(-q)) for q in q_hats]
         if forgotten_class is not None:
-            parts["q_hat_forget"] = [
+            values_of["q_hat_forget"] = [
                 None if q is None else 1 / (1 + math.exp(-q)) for q in own_q_hats
             ]
-        for key, values in parts.items():
+        for key, values in values_of.items():
             assert mean(row[key]) == pytest.approx(mean_of(values), nan_ok=True), (key, values)
             known = [value for value in values if value is not None]
             has_spread = not key.endswith("misclassified") and num_draws > 1
@@ -399,25 +391,23 @@ def test_report_is_what_loops_over_draws_and_images_give(num_draws, forgotten_cl
             assert row["theory_coverage"].mean == pytest.approx(np.mean(means), rel=1e-12)
             assert row["theory_coverage"].std == pytest.approx(math.sqrt(variance))
         assert row["coverage_outside"] is False
-        assert set(row) == {*parts, *facts, "theory_coverage", "coverage_outside"}
+        assert set(row) == {*values_of, *facts, "theory_coverage", "coverage_outside"}
 
 
-def test_some_draws_have_no_finite_q_hat():
-    """Draws have few images of the forgotten class among the first 20: some miss the alpha."""
+def test_report_omits_draws_without_a_finite_q_hat():
+    """Some draws have too few calibration images of the forgotten class for this alpha."""
     outputs = some_outputs(30, 3, cal_sizes=(20,))
     counts = [len(outputs.forget_calibration(20, draw)) for draw in range(30)]
     alpha = math.ceil(1000 / (counts[0] + 1)) / 1000
     row = report(CR, outputs, metrics.Settings((alpha,)))[1]["thr", 20, alpha]
     fewer = sum(count < counts[0] for count in counts)
     assert 0 < fewer == row["forget_draws_left_out"] < 29 and row["draws_left_out"] == 0
-    assert (
-        row["forget_calibration_images"] == counts[0]
-        and row["calibration_images"] == 20 - counts[0]
-    )
+    assert row["forget_calibration_images"] == counts[0]
+    assert row["calibration_images"] == 20 - counts[0]
     assert 0 <= row["forget_coverage"].mean <= 1 and 0 < row["q_hat_forget"].mean < 1
 
 
-def test_theory_with_draws_left_out_is_that_of_the_others():
+def test_theory_with_omitted_draws_is_that_of_the_other_draws():
     outputs = some_outputs(12, 3, cal_sizes=(20,))
     counts = [len(outputs.calibration(20, draw)) for draw in range(12)]
     alpha = math.ceil(1000 / (counts[0] + 1)) / 1000
@@ -433,7 +423,7 @@ def test_theory_with_draws_left_out_is_that_of_the_others():
 @pytest.mark.parametrize("num_draws", [1, 40])
 @pytest.mark.parametrize("covered", ["none", "as it should", "all"])
 def test_coverage_outside_the_theory_is_flagged_on_both_sides(num_draws, covered):
-    """Test images with scores all above, like, or all below those of calibration images."""
+    """All test scores are above, equal to, or below those of calibration images."""
     outputs = some_outputs(num_draws, counts=(10, 10, 200), cal_sizes=(100,))
     generator, labels = torch.Generator().manual_seed(0), torch.zeros(200, dtype=torch.int64)
     margins = torch.rand(200, generator=generator)
@@ -447,7 +437,7 @@ def test_coverage_outside_the_theory_is_flagged_on_both_sides(num_draws, covered
     assert row["coverage_outside"] is (covered != "as it should")
 
 
-def test_bounds_of_one_draws_coverage_are_the_central_999_in_1000():
+def test_coverage_bounds_of_one_draw_are_the_central_999_in_1000():
     outputs = some_outputs(1, counts=(10, 10, 60), cal_sizes=(30,))
     law = stats.betabinom(30, 25, 6)  # k = ⌈31 · 0.8⌉ of 30 + 1
     low, high = law.ppf(0.0005), law.ppf(0.9995)
@@ -461,7 +451,7 @@ def test_bounds_of_one_draws_coverage_are_the_central_999_in_1000():
     assert flags == [not low <= count <= high for count in range(31)]
 
 
-def test_bounds_of_the_mean_over_draws_are_four_standard_errors():
+def test_coverage_bounds_of_mean_over_draws_are_four_standard_errors():
     outputs = some_outputs(9, counts=(10, 10, 60), cal_sizes=(30,))
     law = stats.betabinom(30, 25, 6)
     error = law.std() / 30 / 3
@@ -471,18 +461,16 @@ def test_bounds_of_the_mean_over_draws_are_four_standard_errors():
 
 
 def test_q_hat_below_one_half_means_at_most_one_label():
-    assert (
-        CR.at_most_one_label(0.49)
-        and not CR.at_most_one_label(0.5)
-        and not CR.at_most_one_label(math.nan)
-    )
+    assert CR.at_most_one_label(0.49)
+    assert not CR.at_most_one_label(0.5)
+    assert not CR.at_most_one_label(math.nan)
 
 
-def test_coverage_law_is_none_where_too_few_calibrate():
+def test_coverage_law_of_too_few_calibration_images_is_none():
     assert CR.coverage_law(8, 5, 0.1) is None and CR.coverage_law(9, 5, 0.1) is not None
 
 
-def test_metrics_of_many_thresholds_are_those_of_each():
+def test_metrics_of_many_thresholds_equal_those_of_each_threshold():
     outputs = some_outputs(1)
     scored = conformal.score_images(outputs.retain, scores.Score(), "retain")
     q_hats = torch.linspace(-3, 3, 2 * CR.THRESHOLDS_PER_CHUNK + 5).double()
@@ -494,7 +482,7 @@ def test_metrics_of_many_thresholds_are_those_of_each():
             ), key
 
 
-# ---------------------------------------------------------------- which q̂ judges which images
+# ---------------------------------------------------------------- q̂ of each image set
 
 
 def test_judgements_of_random_forgetting_share_one_q_hat():
@@ -541,19 +529,21 @@ def test_conformal_scores_default_to_first_score_and_largest_size():
         assert torch.equal(actual, expected)
     other = [conformal_scores.q_hats(second), conformal_scores.q_hats(size=20)]
     assert not any(torch.equal(conformal_scores.q_hats(), q_hats) for q_hats in other)
-    part = conformal_scores.part("forget")
-    assert torch.equal(part.ranked, first.log_odds(outputs.forget.logits, "forget").sort().values)
-    assert not torch.equal(part.ranked, conformal_scores.part("forget", second).ranked)
+    forget_scores = conformal_scores.part("forget")
+    expected = first.log_odds(outputs.forget.logits, "forget").sort().values
+    assert torch.equal(forget_scores.ranked, expected)
+    assert not torch.equal(forget_scores.ranked, conformal_scores.part("forget", second).ranked)
 
 
 def test_conformal_scores_are_computed_once(monkeypatch):
     calls = []
-    log_odds = scores.Score.log_odds
-    monkeypatch.setattr(
-        scores.Score,
-        "log_odds",
-        lambda self, logits, part: calls.append((self.name, part)) or log_odds(self, logits, part),
-    )
+    plain = scores.Score.log_odds
+
+    def log_odds(self, logits, image_set):
+        calls.append((self.name, image_set))
+        return plain(self, logits, image_set)
+
+    monkeypatch.setattr(scores.Score, "log_odds", log_odds)
     outputs = some_outputs(2, forgotten_class=3)
     chosen = metrics.Settings((0.1, 0.3), (scores.Score(), scores.Score("aps")))
     conformal_scores = metrics.ConformalScores(outputs, chosen)
@@ -561,8 +551,8 @@ def test_conformal_scores_are_computed_once(monkeypatch):
     classwise.class_rows(conformal_scores, [*"abcd"])
     samples.sample_rows(conformal_scores, torch.arange(len(outputs.forget.labels)))
     samples.most_fake(conformal_scores, 3)
-    parts = ("forget", "retain", "held_out")
-    assert sorted(calls) == sorted((name, part) for name in ("thr", "aps") for part in parts)
+    image_sets = ("forget", "held_out", "retain")
+    assert sorted(calls) == [(name, images) for name in ("aps", "thr") for images in image_sets]
 
 
 def test_class_q_hats_are_those_of_each_class_alone():
@@ -581,7 +571,7 @@ def test_class_q_hats_are_those_of_each_class_alone():
 
 
 @pytest.mark.parametrize("name", ["thr", "aps"])
-def test_accuracy_and_coverage_of_images_are_those_of_loops(name):
+def test_accuracy_and_coverage_of_images_equal_loops(name):
     outputs = some_outputs(1)
     score = scores.Score(name, seed=3)
     chosen = metrics.Settings((0.2, 0.1), (score, scores.Score("saps")))
@@ -601,7 +591,7 @@ def test_accuracy_and_coverage_of_images_are_those_of_loops(name):
 
 
 @pytest.mark.parametrize(("forgotten_class", "name"), [(None, "thr"), (3, "thr"), (3, "aps")])
-def test_class_rows_are_what_loops_give(forgotten_class, name):
+def test_class_rows_equal_loops(forgotten_class, name):
     outputs = some_outputs(3, forgotten_class)
     score, alphas = scores.Score(name, seed=5), (0.04, 0.2)
     rows = classwise.class_rows(
@@ -626,7 +616,7 @@ def test_class_rows_are_what_loops_give(forgotten_class, name):
         )
         calibration = [image for image in range(45) if labels[image] == number]
         mine = plain_q_hat([label_scores[image] for image in calibration], row["alpha"])
-        parts = {
+        groups = {
             "test": (
                 held_out,
                 "held_out",
@@ -646,12 +636,12 @@ def test_class_rows_are_what_loops_give(forgotten_class, name):
         }
         for key, q_hat in (("q_hat", common), ("own_q_hat", mine)):
             expected[key] = math.nan if q_hat is None else 1 / (1 + math.exp(-q_hat))
-        for part, (output, drawn, chosen) in parts.items():
-            expected[f"{part}_images"] = len(chosen)
+        for group, (output, drawn, chosen) in groups.items():
+            expected[f"{group}_images"] = len(chosen)
             for prefix, q_hat in (("", common), ("own_", mine)):
                 numbers = plain_numbers(output, chosen, q_hat, (), score, drawn)
                 for key in ("coverage", "set_size"):
-                    expected[f"{prefix}{part}_{key}"] = (
+                    expected[f"{prefix}{group}_{key}"] = (
                         math.nan if numbers[key] is None else numbers[key]
                     )
         texts = {key: expected.pop(key) for key in ("score", "class")}
@@ -660,10 +650,10 @@ def test_class_rows_are_what_loops_give(forgotten_class, name):
 
 
 @pytest.mark.parametrize(("forgotten_class", "kind"), [(None, "thr"), (3, "thr"), (None, "aps")])
-def test_sample_rows_are_what_loops_give(forgotten_class, kind):
+def test_sample_rows_equal_loops(forgotten_class, kind):
     outputs = some_outputs(5, forgotten_class, cal_sizes=(10, 20))
     score, alphas = scores.Score(kind, seed=5), (0.01, 0.2)
-    if forgotten_class is None:  # some forget images have the very scores of calibration images
+    if forgotten_class is None:  # some forget images tie with calibration images
         outputs.forget = outputs.held_out.select(torch.arange(40))
     count = len(outputs.forget.labels)
     indices, names = torch.arange(count) + 100, [f"{number}.png" for number in range(count)]
@@ -687,10 +677,8 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
     log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     p = torch.softmax(outputs.forget.logits, dim=1)
     for number, row in enumerate(rows):
-        label, prediction = (
-            int(outputs.forget.labels[number]),
-            int(outputs.forget.logits[number].argmax()),
-        )
+        label = int(outputs.forget.labels[number])
+        prediction = int(outputs.forget.logits[number].argmax())
         inside = log_odds[number][label] <= q_hats[0]
         assert row == pytest.approx(
             {
@@ -716,13 +704,11 @@ def test_sample_rows_are_what_loops_give(forgotten_class, kind):
 def test_share_of_draws_counts_those_with_a_finite_q_hat():
     outputs = some_outputs(12, 3, cal_sizes=(20,))
     order = sorted(range(12), key=lambda draw: len(outputs.calibration(20, draw)))
-    outputs.draws = outputs.draws[
-        [*order[4:], *order[:4]]
-    ]  # draws with fewer and with more than the first
+    # Some draws have fewer calibration images than the first draw and some have more.
+    outputs.draws = outputs.draws[[*order[4:], *order[:4]]]
     counts = [len(outputs.calibration(20, draw)) for draw in range(12)]
-    alpha = (
-        math.ceil(1000 / (counts[0] + 1)) / 1000
-    )  # finite with as many calibration images as the split has
+    # q̂ is finite with as many calibration images as the first draw has.
+    alpha = math.ceil(1000 / (counts[0] + 1)) / 1000
     rows = samples.sample_rows(
         metrics.ConformalScores(outputs, metrics.Settings((alpha,))),
         torch.arange(len(outputs.forget.labels)),
@@ -748,7 +734,7 @@ def test_share_of_draws_counts_those_with_a_finite_q_hat():
 
 
 @pytest.mark.parametrize(("forgotten_class", "kind"), [(None, "thr"), (3, "thr"), (None, "aps")])
-def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class, kind):
+def test_most_fake_images_are_in_the_order_of_their_scores(forgotten_class, kind):
     outputs = some_outputs(2, forgotten_class, cal_sizes=(10, 20))
     if forgotten_class is None:  # one label's score is q̂ itself
         outputs.forget = outputs.held_out.select(torch.arange(40))
@@ -778,7 +764,7 @@ def test_most_fake_images_come_in_the_order_of_their_scores(forgotten_class, kin
     assert samples.most_fake(too_few, 3) is None
 
 
-def test_labels_of_a_most_fake_image_that_tie_are_listed_by_number():
+def test_tied_labels_of_a_most_fake_image_are_listed_by_number():
     same = metrics.Output(torch.zeros(30, 100), torch.full((30,), 7))
     outputs = metrics.Outputs(same.select([0]), same, same, [20], metrics.draw_splits(30, 1))
     assert samples.most_fake(metrics.ConformalScores(outputs, metrics.Settings((0.2,))), 1) == [
@@ -795,16 +781,14 @@ def test_draws_are_the_split_then_random_orders():
     assert draws[0].tolist() == list(range(50))
     assert all(sorted(draw.tolist()) == list(range(50)) for draw in draws)
     assert len({tuple(draw.tolist()) for draw in draws}) == 4
-    assert torch.equal(draws, metrics.draw_splits(50, 4, seed=7)) and torch.equal(
-        draws[:2], metrics.draw_splits(50, 2, 7)
-    )
-    assert not torch.equal(draws, metrics.draw_splits(50, 4, seed=8)) and metrics.draw_splits(
-        50, 1
-    ).shape == (1, 50)
+    assert torch.equal(draws, metrics.draw_splits(50, 4, seed=7))
+    assert torch.equal(draws[:2], metrics.draw_splits(50, 2, 7))
+    assert not torch.equal(draws, metrics.draw_splits(50, 4, seed=8))
+    assert metrics.draw_splits(50, 1).shape == (1, 50)
     assert torch.equal(metrics.draw_splits(50, 3), metrics.draw_splits(50, 3, seed=0))
 
 
-def test_parts_of_a_draw_are_disjoint_and_divided_by_class():
+def test_image_sets_of_a_draw_are_disjoint_and_divided_by_class():
     outputs = some_outputs(3, 3)
     for draw in range(3):
         order, rare = outputs.draws[draw].tolist(), (outputs.held_out.labels == 3).tolist()
@@ -816,12 +800,10 @@ def test_parts_of_a_draw_are_disjoint_and_divided_by_class():
         ]
         assert outputs.test(draw).tolist() == [image for image in order[45:] if not rare[image]]
         assert outputs.forget_test(draw).tolist() == [image for image in order[45:] if rare[image]]
-    assert (
-        torch.equal(outputs.calibration(20), outputs.calibration(20, 0)) and outputs.num_draws == 3
-    )
-    assert torch.equal(outputs.test(), outputs.test(0)) and torch.equal(
-        outputs.forget_test(), outputs.forget_test(0)
-    )
+    assert torch.equal(outputs.calibration(20), outputs.calibration(20, 0))
+    assert outputs.num_draws == 3
+    assert torch.equal(outputs.test(), outputs.test(0))
+    assert torch.equal(outputs.forget_test(), outputs.forget_test(0))
     assert torch.equal(outputs.forget_calibration(20), outputs.forget_calibration(20, 0))
 
 
@@ -849,7 +831,7 @@ def test_evaluate_joins_the_numbers_of_all_modules(monkeypatch):
 # ---------------------------------------------------------------- comparison
 
 
-def test_gap_is_over_what_both_know():
+def test_gap_is_the_mean_over_numbers_that_both_models_have():
     reference = {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4}
     actual = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": math.nan, "AUC": 0.0}
     assert comparison.gap(actual, reference) == pytest.approx((0.4 + 0.1 + 0.1) / 3)
@@ -860,7 +842,7 @@ def test_gap_is_over_what_both_know():
     assert math.isnan(comparison.gap({}, reference)) and comparison.gap(reference, reference) == 0
 
 
-def test_differences_are_of_finite_numbers_that_both_have():
+def test_differences_are_between_finite_numbers_that_both_models_have():
     actual = {
         "a": 1,
         "b": 0.5,
@@ -887,30 +869,24 @@ def test_differences_are_of_finite_numbers_that_both_have():
     assert comparison.differences(actual, other) == {"a_minus_retrain": -2, "b_minus_retrain": 0.25}
 
 
-def test_verdicts_have_one_image_as_the_least_difference():
+def test_verdict_of_difference_within_tolerance_is_matches():
     assert comparison.verdict(0.1, 0.1) == comparison.verdict(-0.1, 0.1) == "matches"
-    assert (
-        comparison.verdict(0.11, 0.1) == "over-forgets"
-        and comparison.verdict(-0.11, 0.1) == "under-forgets"
-    )
+    assert comparison.verdict(0.11, 0.1) == "over-forgets"
+    assert comparison.verdict(-0.11, 0.1) == "under-forgets"
     assert comparison.verdict(math.nan, 0.1) is None and comparison.verdict(0.1, math.nan) is None
-    assert (
-        comparison.at_least_one_image(0, 80) == 1 / 80
-        and comparison.at_least_one_image(0.5, 80) == 0.5
-    )
+    assert comparison.at_least_one_image(0, 80) == 1 / 80
+    assert comparison.at_least_one_image(0.5, 80) == 0.5
     assert comparison.share_tolerance(0.25, 300) == pytest.approx(
         2 * math.sqrt(2 * 0.25 * 0.75 / 300)
     )
     assert comparison.share_tolerance(1, 10) == 0.1
 
 
-def test_sets_of_one_and_of_several_thresholds_by_hand():
+def test_sets_of_one_and_several_thresholds_by_hand():
     sets, labels = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]]).bool(), torch.tensor([1, 0, 1])
     inside, sizes = CR.in_set(sets, labels), sets.sum(dim=1)
-    assert (
-        inside.tolist() == [True, False, False]
-        and CR.prediction_sets(torch.tensor([0.1, 0.2]), 0.2).all()
-    )
+    assert inside.tolist() == [True, False, False]
+    assert CR.prediction_sets(torch.tensor([0.1, 0.2]), 0.2).all()
     assert CR.fake_forgetting(inside, torch.tensor([True, True, False])) == 1
     assert CR.fake_forgetting(
         torch.stack([inside, ~inside]), torch.tensor([True, True, False])
@@ -930,7 +906,7 @@ def test_alpha_of_zero_or_one_is_refused(alpha):
         CR.quantile_rank(5, alpha)
 
 
-def test_thresholds_given_as_plain_numbers_keep_their_digits():
+def test_plain_number_thresholds_keep_their_digits():
     outputs = some_outputs(1)
     scored = conformal.score_images(outputs.forget, scores.Score(), "forget")
     q_hats = scored.true_label.sort().values.tolist()

@@ -1,4 +1,4 @@
-"""CIFAR and Tiny ImageNet are read as they are published, from small archives in their formats."""
+"""CIFAR and Tiny ImageNet are read from small archives in their published formats."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ import utils
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
-    """The files below are not those with the published checksums."""
+    """Accept files with other checksums than the published ones."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
 
 
@@ -35,7 +35,7 @@ def test_cifar10_images_and_labels_are_read_as_published(tmp_path):
 
 
 def write_cifar100(folder, fine, coarse, names):
-    """The same images and labels as training and as test images. Returns the pixels."""
+    """Write identical training and test images. Returns the pixels."""
     folder = folder / "cifar-100-python"
     folder.mkdir()
     pixels = np.arange(len(fine) * 3072).reshape(len(fine), 3072).astype(np.uint8)
@@ -109,15 +109,15 @@ def tiny_imagenet(tmp_path, monkeypatch):
         archive.writestr(f"{root}/words.txt", words)
         rows = []
         for index in range(90):
-            wnid, part = wnids[index % 3], "train" if index < 60 else "val"
+            wnid, subset = wnids[index % 3], "train" if index < 60 else "val"
             picture = io.BytesIO()
             pixels = rng.integers(0, 99, size=(64, 64, 3)) + 70 * int(wnid[-1]) - 70
             image = Image.fromarray(pixels.astype(np.uint8))
             image.convert("L" if index == 3 else "RGB").save(picture, "JPEG")
-            name = f"{wnid}_{index}.JPEG" if part == "train" else f"val_{index}.JPEG"
-            folder = f"train/{wnid}" if part == "train" else "val"
+            name = f"{wnid}_{index}.JPEG" if subset == "train" else f"val_{index}.JPEG"
+            folder = f"train/{wnid}" if subset == "train" else "val"
             archive.writestr(f"{root}/{folder}/images/{name}", picture.getvalue())
-            if part == "val":
+            if subset == "val":
                 rows.append(f"{name}\t{wnid}\t0\t0\t62\t62")
         archive.writestr(f"{root}/val/val_annotations.txt", "\n".join(rows))
     monkeypatch.setattr(utils, "TINY_IMAGENET_URL", "http://127.0.0.1:9/tiny-imagenet-200.zip")
@@ -151,8 +151,8 @@ def test_tiny_imagenet_beyond_memory_is_read_from_disk(tiny_imagenet):
     assert not torch.is_tensor(on_disk.train.pixels)
     assert on_disk.fingerprint == in_memory.fingerprint
     assert on_disk.train.names == in_memory.train.names
-    for part in ("train", "held_out"):
-        from_disk, kept = getattr(on_disk, part), getattr(in_memory, part)
+    for subset in ("train", "held_out"):
+        from_disk, kept = getattr(on_disk, subset), getattr(in_memory, subset)
         orders = torch.randperm(len(kept), generator=utils.generator(1, "order")).split(16)
         augmented = (
             images.batches(orders, utils.generator(1, "augmentation"))

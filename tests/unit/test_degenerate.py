@@ -104,7 +104,7 @@ def test_adaptive_weights_are_finite_for_any_exponent(adaptivity):
     assert loss.isfinite() and logits.grad.isfinite().all()
 
 
-# ---------------------------------------------------------------- numbers that are not finite
+# ---------------------------------------------------------------- infinite numbers
 
 
 def test_result_with_infinite_outputs_or_weights_is_divergence():

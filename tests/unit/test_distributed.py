@@ -1,4 +1,4 @@
-"""Rows, sums and BatchNorm of several processes are those of one process."""
+"""Rows, sums and BatchNorm on several processes equal those on one process."""
 
 import itertools
 
@@ -27,7 +27,7 @@ SHAPES = {
 
 
 def network(make_layer):
-    """A normalisation and an activation with statistics and weights unlike those at the start."""
+    """A normalisation and an activation with random statistics and weights."""
     model = nn.Sequential(make_layer(), nn.PReLU(8)).double()
     rng = torch.Generator().manual_seed(1)
     for tensor in model.state_dict().values():
@@ -54,7 +54,7 @@ def float_is_double(monkeypatch):
 @pytest.mark.usefixtures("float_is_double")
 @pytest.mark.parametrize(("world", "count"), [(2, 7), (3, 8), (3, 2)])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_batch_norm_of_several_processes_is_that_of_one(kind, world, count, monkeypatch):
+def test_batch_norm_on_several_processes_equals_that_on_one(kind, world, count, monkeypatch):
     make_layer, shape = SHAPES[kind]
     rng = torch.Generator().manual_seed(0)
     images = 3 + 2 * torch.randn(count, *shape, generator=rng, dtype=torch.float64)
@@ -101,7 +101,7 @@ class Plain(nn.BatchNorm2d):
 
 @pytest.mark.usefixtures("float_is_double")
 @pytest.mark.parametrize("layer", [Frozen, Plain])
-def test_synchronised_layers_may_leave_arguments_of_batch_norm_out(layer, monkeypatch):
+def test_synchronised_layer_without_some_batch_norm_arguments_works(layer, monkeypatch):
     images = 0.01 * torch.randn(6, 8, 2, 2, dtype=torch.float64)
     expected = network(lambda: layer(8))
     outputs = expected(images)
@@ -117,7 +117,7 @@ def test_synchronised_layers_may_leave_arguments_of_batch_norm_out(layer, monkey
 
 
 class Shared(nn.Module):
-    """One BatchNorm layer under two names, and one of timm with an activation inside."""
+    """A BatchNorm layer under two names, and a BatchNorm with activation from timm."""
 
     def __init__(self):
         super().__init__()
@@ -150,14 +150,14 @@ def test_conversion_keeps_names_tensors_settings_and_outputs(convert):
     assert layers and all(isinstance(layer, kind) for layer in layers)
 
 
-def test_a_layer_under_two_names_stays_one_layer():
+def test_layer_under_two_names_stays_one_layer():
     model = Shared()
     distributed.synchronise_batch_norm(model)
     assert model.first is model.inner["again"] and isinstance(model.first, distributed.SyncOnCPU)
 
 
 @pytest.mark.parametrize("convert", ["cpu", "gpu"])
-def test_a_second_conversion_changes_nothing(convert):
+def test_second_conversion_changes_nothing(convert):
     model = Shared()
     if convert == "gpu":
         distributed._convert_on_gpu(model)
@@ -167,7 +167,7 @@ def test_a_second_conversion_changes_nothing(convert):
     assert all(a is b for a, b in zip(layers, model.modules(), strict=True))
 
 
-def test_networks_without_batch_norm_are_left_alone():
+def test_network_without_batch_norm_is_unchanged():
     model = stem_and(nn.ReLU())
     layers = list(model)
     distributed.synchronise_batch_norm(model)
@@ -186,7 +186,7 @@ def test_empty_input_of_sync_batch_norm_is_float32():
     assert seen[0] == torch.float32 and seen[-1] == torch.bfloat16
 
 
-def test_a_model_on_a_gpu_gets_torchs_layers(monkeypatch):
+def test_model_on_gpu_gets_layers_of_torch(monkeypatch):
     class OnGPU(nn.Parameter):
         is_cuda = True
 
@@ -239,7 +239,7 @@ def test_processes_join_once_with_the_backend_of_the_device(
 @pytest.mark.parametrize(
     ("rank", "local_rank", "turn"), [("0", "0", 0), ("4", "0", 1), ("1", "1", 2), ("5", "1", 2)]
 )
-def test_the_first_process_of_a_machine_calls_before_the_others(
+def test_first_process_of_a_machine_calls_before_the_others(
     rank, local_rank, turn, torchrun, monkeypatch
 ):
     torchrun(TORCHELASTIC_RUN_ID="none", RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE="8")
@@ -255,7 +255,7 @@ def test_one_process_calls_without_waiting(torchrun, monkeypatch):
     assert distributed.first_process_first(itertools.count(7).__next__) == 7
 
 
-def test_only_the_first_process_shows_progress(torchrun, monkeypatch):
+def test_progress_bar_on_second_process_is_disabled(torchrun, monkeypatch):
     assert distributed.progress_bar(total=1).disable in (True, False)
     shown = []
     monkeypatch.setattr(distributed, "tqdm", lambda **options: shown.append(options))
@@ -274,7 +274,7 @@ def test_gathered_rows_are_all_rows_in_order(world, count, monkeypatch):
     assert all(result.equal(rows) and not result.requires_grad for result in results)
 
 
-def test_sums_replace_the_tensors_of_every_process(monkeypatch):
+def test_sums_replace_tensors_on_every_process(monkeypatch):
     processes = Processes(monkeypatch, 3)
 
     def total():

@@ -1,4 +1,4 @@
-"""A user's mistake is one line that names the flag or file, exit status 2, and nothing lost.
+"""A mistake gives one line that names the flag or file, exit status 2, and no lost results.
 
 The scripts run in this process. tests/scripts/test_error_messages.py starts interpreters.
 """
@@ -36,8 +36,9 @@ RUN_FOLDER = "runs/resnet18w8_digits_seed1"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with an original, a Retrain and a fine-tuned model of one epoch. Tests leave it as
-    it is.
+    """A folder with an original, a Retrain and a fine-tuned model of one epoch.
+
+    Tests do not change it.
     """
     folder = tmp_path_factory.mktemp("trained")
     check(run_in_process(*ORIGINAL, "--num_epochs", 1, cwd=folder))
@@ -49,7 +50,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """The same in a folder that a test may change."""
+    """A copy of ``trained`` that a test may change."""
     shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
     root = tmp_path / RUN_FOLDER
     return SimpleNamespace(folder=tmp_path, root=root, original=root / "original_model.pth")
@@ -105,7 +106,7 @@ FLAG_MISTAKES = [
 
 
 @pytest.mark.parametrize(("command", "words"), FLAG_MISTAKES)
-def test_mistake_in_a_flag_is_one_line_and_changes_nothing(command, words, trained):
+def test_mistake_in_a_flag_is_reported_in_one_line_and_changes_nothing(command, words, trained):
     before = sorted(trained.folder.rglob("*"))
     fails_in_one_line(run_in_process(*command, cwd=trained.folder), *words)
     assert sorted(trained.folder.rglob("*")) == before
@@ -133,7 +134,7 @@ def test_help_shows_groups_and_defaults(script, tmp_path):
 
 
 class Trap:
-    """Unpickling this would make a folder."""
+    """Unpickling an object of this class creates a folder."""
 
     def __reduce__(self):
         return os.mkdir, ("trapped",)
@@ -251,7 +252,7 @@ def test_diverging_run_leaves_earlier_files(trained):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_half_written_records_are_replaced_or_left_out(copy):
+def test_half_written_records_are_replaced_or_omitted(copy):
     results = copy.root / "random_0.9/finetune/results.json"
     results.write_text(results.read_text()[:100])
     damaged = {"GA": '{"forget_set": "5', "RL": "[]", "ssd": '{"error": 1}'}
@@ -264,8 +265,8 @@ def test_half_written_records_are_replaced_or_left_out(copy):
     assert "conformal" in read_json(results)["metrics"]
 
 
-def test_folder_that_cannot_be_written_to_is_named(tmp_path):
-    """Root may write anywhere but to /proc. A folder's mode holds off the others."""
+def test_read_only_folder_is_named(tmp_path):
+    """Root can write everywhere except to /proc. A folder's mode keeps other users out."""
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     where = "/proc/runs" if os.access(closed, os.W_OK) else closed / "runs"
@@ -282,19 +283,19 @@ def write_picture(path):
 
 
 def test_validation_folder_in_place_of_test_folder_is_explained(tmp_path):
-    for part in ("train", "val"):
-        write_picture(tmp_path / "pictures" / part / "ant/1.png")
+    for subfolder in ("train", "val"):
+        write_picture(tmp_path / "pictures" / subfolder / "ant/1.png")
     arguments = ["--data_name", "image_folder", "--data_dir", "pictures"]
     done = run_in_process(*ORIGINAL, *arguments, cwd=tmp_path)
     fails_in_one_line(done, "--data_dir pictures", "val/", "test/")
 
 
-def test_changed_training_images_are_noticed(tmp_path):
+def test_changed_training_images_are_refused(tmp_path):
     arguments = ["--data_name", "image_folder", "--data_dir", "pictures", "--num_epochs", 1]
-    for part in ("train", "test"):
+    for subfolder in ("train", "test"):
         for name in ("ant", "bee"):
             for index in range(20):
-                write_picture(tmp_path / f"pictures/{part}/{name}/{index}.png")
+                write_picture(tmp_path / f"pictures/{subfolder}/{name}/{index}.png")
     check(run_in_process(*ORIGINAL, *arguments, cwd=tmp_path))
     Image.new("RGB", (8, 8), "red").save(tmp_path / "pictures/train/ant/3.png")
     done = run_in_process(*ORIGINAL, *arguments, cwd=tmp_path)
@@ -307,7 +308,7 @@ def test_changed_training_images_are_noticed(tmp_path):
 
 
 class BreaksOff(http.server.BaseHTTPRequestHandler):
-    """Promises a million bytes and sends a thousand."""
+    """Announces a million bytes and sends a thousand."""
 
     def do_GET(self):
         self.send_response(200)
@@ -324,7 +325,7 @@ class BreaksOff(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def broken_server(monkeypatch):
-    """All downloads come from a local server that breaks off in the middle of every file."""
+    """All downloads come from a local server that interrupts every file."""
     import torchvision.datasets
 
     import utils
@@ -340,8 +341,8 @@ def broken_server(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "tiny_imagenet"])
-def test_broken_download_is_one_line_and_is_tried_again(name, broken_server, tmp_path):
-    """Nothing that looks complete is left."""
+def test_broken_download_is_reported_in_one_line_and_tried_again(name, broken_server, tmp_path):
+    """No file that looks complete remains."""
     command = [*ORIGINAL, "--data_name", name, "--data_dir", "data"]
     for _ in range(2):
         done = run_in_process(*command, cwd=tmp_path)

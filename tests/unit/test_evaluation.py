@@ -32,19 +32,19 @@ COMMON = ["--wandb_mode", "disabled", "--device", "cpu", "--resplits", "3", "--c
 
 
 class Bench:
-    """Tiny data, a linear network, and a run folder with models of it."""
+    """Tiny data, a linear network, and a run folder with its models."""
 
     def __init__(self, monkeypatch, root, counts=((20, 20, 20), (40, 40, 40))):
         self._patch, self.root = monkeypatch, root
         rng = np.random.default_rng(0)
-        parts = []
+        image_sets = []
         for numbers in counts:
             labels = rng.permutation(np.repeat(np.arange(3), numbers))
             pixels = rng.integers(0, 230, (len(labels), 3, 4, 4))
             pixels[np.arange(len(labels)), labels] += 25
             pixels, labels = torch.from_numpy(pixels.astype(np.uint8)), torch.from_numpy(labels)
-            parts.append(utils.Images(pixels, labels, utils.SPECS["cifar10"], 4))
-        self.data = utils.Data(*parts, ["ant", "bee", "cat"], "tiny")
+            image_sets.append(utils.Images(pixels, labels, utils.SPECS["cifar10"], 4))
+        self.data = utils.Data(*image_sets, ["ant", "bee", "cat"], "tiny")
         monkeypatch.setattr(utils, "load_data", lambda args, device, model_side=None: self.data)
         monkeypatch.setattr(models, "build_model", lambda *_, **__: self.network())
         monkeypatch.chdir(root)
@@ -57,7 +57,7 @@ class Bench:
         return self.root / f"runs/resnet18_tiny_seed{seed}/{scenario}"
 
     def save(self, name, number, seed=1, scenario="random_0.9", state=None, **meta):
-        """A model whose weights ``number`` determines: the higher, the surer."""
+        """Save a model whose weights depend on ``number``: a higher number is more confident."""
         network = self.network()
         torch.manual_seed(number)
         with torch.no_grad():
@@ -73,7 +73,7 @@ class Bench:
         return path
 
     def evaluate(self, *arguments, pictures=False):
-        """What the script prints."""
+        """Run the script and return its output."""
         command = [
             "main_evaluate.py",
             *COMMON,
@@ -81,10 +81,10 @@ class Bench:
             *map(str, arguments),
         ]
         self._patch.setattr(sys, "argv", command)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
             assert main_evaluate.main() == 0
-        return said.getvalue()
+        return output.getvalue()
 
     def table(self, file="results.csv", **where):
         return table_of(self.folder(**where) / file)
@@ -101,9 +101,9 @@ def evaluation_of(data, *arguments, runs_dir="runs"):
     return main_evaluate.start_evaluation(args, data, torch.device("cpu"))
 
 
-def printed_sets(said, alpha):
+def printed_sets(output, alpha):
     """{method: {heading: text}} of the short table of prediction sets at an α."""
-    block = said.split(f"\nalpha {alpha:g} (")[1].split("\n\n")[0].splitlines()[1:]
+    block = output.split(f"\nalpha {alpha:g} (")[1].split("\n\n")[0].splitlines()[1:]
     headings, *lines = (re.split(r"\s{2,}", line.strip()) for line in block)
     rows = [dict(zip(headings, line, strict=True)) for line in lines]
     return {row["method"]: row for row in rows}
@@ -125,7 +125,7 @@ def bench(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """Where these models were evaluated at α = 0.01 and 0.2, and what was printed."""
+    """The folder after an evaluation at α = 0.01 and 0.2, and the printed output."""
     root = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as monkeypatch:
         bench = Bench(monkeypatch, root)
@@ -136,7 +136,7 @@ def evaluated(tmp_path_factory):
 
 @pytest.fixture
 def scored(bench, evaluated):
-    """The bench after that evaluation."""
+    """The bench after the evaluation in ``evaluated``."""
     shutil.copytree(evaluated[0] / "runs", bench.root / "runs", dirs_exist_ok=True)
     return bench
 
@@ -148,7 +148,7 @@ ALPHAS = ["--alphas", "0.01,0.2"]
 
 
 def test_numbers_under_an_infinite_q_hat_are_empty_in_every_file(scored, evaluated):
-    bench, said = scored, evaluated[1]
+    bench, output = scored, evaluated[1]
     judged = (
         "forget_coverage",
         "test_set_size",
@@ -163,14 +163,12 @@ def test_numbers_under_an_infinite_q_hat_are_empty_in_every_file(scored, evaluat
         assert {key: row[key] != "" for key in judged} == dict.fromkeys(judged, known)
         assert (row["CR_word"] != "") == known and row["UA_word"] != "" and row["gap"] != ""
         assert row["forget_misclassified"] != "" and row["coverage_outside"] == "False"
-    assert "\nalpha 0.01 (score thr, 24 calibration images): no finite q̂\n" in said
-    assert len(printed_sets(said, 0.2)) == 4
+    assert "\nalpha 0.01 (score thr, 24 calibration images): no finite q̂\n" in output
+    assert len(printed_sets(output, 0.2)) == 4
     actual = json.loads((bench.folder() / "GA/results.json").read_text())["metrics"]["conformal"]
-    assert (
-        actual[0]["forget_coverage"] is None
-        and actual[0]["CR_word"] is None
-        and actual[1]["forget_coverage"] > 0
-    )
+    assert actual[0]["forget_coverage"] is None
+    assert actual[0]["CR_word"] is None
+    assert actual[1]["forget_coverage"] > 0
     sample = bench.table("GA/samples.csv")[0]
     assert [sample[f"{key}@0.01"] for key in ("set_size", "in_set", "fake", "in_set_share")] == [
         ""
@@ -185,8 +183,8 @@ def test_numbers_under_an_infinite_q_hat_are_empty_in_every_file(scored, evaluat
 
 
 def test_infinite_q_hats_are_reported_in_one_line_per_kind(bench):
-    said = bench.evaluate("--unlearn_name", "GA", "--alphas", "0.01,0.02,0.2").splitlines()
-    lines = [line for line in said if line.startswith("no finite ")]
+    output = bench.evaluate("--unlearn_name", "GA", "--alphas", "0.01,0.02,0.2").splitlines()
+    lines = [line for line in output if line.startswith("no finite ")]
     assert len(lines) == 3
     need = "(shown as –): alpha 0.01 needs 99, alpha 0.02 needs 49, and --cal_sizes 24 gives "
     members = "members and non-members (MIACR)"
@@ -212,13 +210,14 @@ def test_forgotten_class_without_a_finite_q_hat_is_named(bench):
         "--alphas",
         "0.06,0.3",
     ]
-    said = bench.evaluate(*arguments, "--resplits", 1)
+    output = bench.evaluate(*arguments, "--resplits", 1)
     split = utils.make_split(bench.data, flags(unlearn_type="class", forget_class="bee"), 24)
     count = int(split.is_forgotten.sum())
     assert 3 <= count < 12
-    line = next(line for line in said.splitlines() if line.startswith("no finite q̂ for class bee"))
+    lines = output.splitlines()
+    line = next(line for line in lines if line.startswith("no finite q̂ for class bee"))
     assert f"alpha 0.06 needs 16, and --cal_sizes 24 gives {count} calibration images" in line
-    assert "no finite q̂ for all retained classes" not in said or 24 - count < 16
+    assert "no finite q̂ for all retained classes" not in output or 24 - count < 16
     for row in table_of(bench.folder(scenario="class_1") / "results.csv"):
         known = row["alpha"] == "0.3"
         assert (row["forget_coverage"] != "") == known and row["forget_class"] == "bee"
@@ -226,7 +225,7 @@ def test_forgotten_class_without_a_finite_q_hat_is_named(bench):
 
 
 def test_resplits_without_a_finite_q_hat_are_counted(bench):
-    """The class with most calibration images in the split: in other draws it has fewer."""
+    """The class with most calibration images in the split has fewer in other draws."""
 
     def count(number):
         split = utils.make_split(
@@ -247,25 +246,25 @@ def test_resplits_without_a_finite_q_hat_are_counted(bench):
         "--alphas",
         alpha,
     ]
-    said = bench.evaluate(*arguments, "--resplits", 40)
+    output = bench.evaluate(*arguments, "--resplits", 40)
     row = table_of(bench.folder(scenario=f"class_{number}") / "results.csv")[0]
     left_out, name = int(row["forget_draws_left_out"]), bench.data.classes[number]
     assert 0 < left_out < 39 and row["forget_coverage"] != ""
     line = f"resplits without a finite q̂ for class {name}, left out of the means"
-    assert f"{line}: {left_out} at alpha {alpha:g}" in said
+    assert f"{line}: {left_out} at alpha {alpha:g}" in output
 
 
 def test_class_with_few_calibration_images_is_reported(monkeypatch, tmp_path):
     bench = Bench(monkeypatch, tmp_path, counts=((20, 20, 20), (40, 1, 40)))
     bench.save("retrain", 1, scenario="class_1")
-    said = bench.evaluate(
+    output = bench.evaluate(
         "--unlearn_type", "class", "--forget_class", "1", "--unlearn_name", "all", "--alphas", "0.3"
     )
     split = utils.make_split(bench.data, flags(unlearn_type="class", forget_class="1"), 24)
     count = int(split.is_forgotten.sum())
     actual = "1 calibration image;" if count else "0 calibration images;"
     line = "no finite q̂ for class bee (shown as –): alpha 0.3 needs 3, and --cal_sizes 24 gives"
-    assert f"{line} {actual}" in said
+    assert f"{line} {actual}" in output
 
 
 # ---------------------------------------------------------------- rows of other methods
@@ -275,11 +274,11 @@ def test_partial_evaluation_keeps_the_other_methods_rows(scored):
     bench = scored
     files = [bench.folder() / name for name in ("results.csv", "classes.csv")]
     before = [path.read_bytes() for path in files]
-    said = bench.evaluate("--unlearn_name", "finetune", *ALPHAS)
+    output = bench.evaluate("--unlearn_name", "finetune", *ALPHAS)
     assert [path.read_bytes() for path in files] == before
-    assert "2 models and 2 from earlier evaluations" in said
-    assert list(printed_sets(said, 0.2)) == ["original", "finetune"]
-    # Compared with the Retrain that was scored before.
+    assert "2 models and 2 from earlier evaluations" in output
+    assert list(printed_sets(output, 0.2)) == ["original", "finetune"]
+    # Compared with the Retrain of the earlier evaluation.
     assert json.loads((bench.folder() / "finetune/results.json").read_text())["metrics"]["gap"] > 0
     bench.save("finetune", 9)
     bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.01,0.2,0.3")
@@ -311,25 +310,26 @@ def test_rows_of_a_changed_or_deleted_model_are_dropped(scored, change):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-100])
-    said = bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.2")
+    output = bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.2")
     assert {row["method"] for row in bench.table()} == {"original", "retrain", "finetune"}
     assert {row["method"] for row in bench.table("classes.csv")} == {
         "original",
         "retrain",
         "finetune",
     }
-    assert "dropped the rows of GA: the model was deleted or changed" in said
+    assert "dropped the rows of GA: the model was deleted or changed" in output
 
 
 def test_rows_of_another_forget_set_are_dropped(scored):
     bench = scored
     path = bench.folder() / "results.csv"
     path.write_text(path.read_text().replace(bench.table()[0]["forget_set"], "0123456789abcdef"))
-    said = bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.2")
+    output = bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.2")
     assert {row["method"] for row in bench.table()} == {
         "original",
         "finetune",
-    } and "dropped the rows of retrain, GA:" in said
+    }
+    assert "dropped the rows of retrain, GA:" in output
 
 
 def test_kept_rows_are_compared_with_a_new_retrain(scored):
@@ -340,14 +340,11 @@ def test_kept_rows_are_compared_with_a_new_retrain(scored):
     bench.evaluate("--unlearn_name", "all", *ALPHAS)
     assert (bench.folder() / "results.csv").read_bytes() == partial
     bench.save("retrain", 6)
-    bench.evaluate(
-        "--unlearn_name", "retrain", "--alphas", "0.2", "--resplits", 2
-    )  # other settings: no comparison
+    # Results with other settings are not compared.
+    bench.evaluate("--unlearn_name", "retrain", "--alphas", "0.2", "--resplits", 2)
     rows = {row["method"]: row for row in bench.table()}
-    assert (
-        rows["GA"]["gap"] == rows["GA"]["CR_word"] == rows["GA"]["TA_minus_retrain"] == ""
-        and rows["GA"]["UA"] != ""
-    )
+    assert rows["GA"]["gap"] == rows["GA"]["CR_word"] == rows["GA"]["TA_minus_retrain"] == ""
+    assert rows["GA"]["UA"] != ""
     assert float(rows["retrain"]["gap"]) == 0
 
 
@@ -360,16 +357,14 @@ def test_failed_method_keeps_its_row_while_it_fails(bench):
     failure = bench.folder() / "sfron" / main_evaluate.unlearn.FAILURE_FILE
     failure.write_text(json.dumps(record))
     for _ in range(2):
-        said = bench.evaluate("--unlearn_name", "all", "--alphas", "0.2")
-        assert "\nsfron: sfron diverged\n" in said
+        output = bench.evaluate("--unlearn_name", "all", "--alphas", "0.2")
+        assert "\nsfron: sfron diverged\n" in output
         assert [row["method"] for row in bench.table()].count("sfron") == 1
-    said = bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2")
+    output = bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2")
     rows = {row["method"]: row for row in bench.table()}
-    assert (
-        list(rows) == ["original", "retrain", "finetune", "GA", "sfron"]
-        and rows["sfron"]["note"] == "sfron diverged"
-    )
-    assert "sfron" not in said
+    assert list(rows) == ["original", "retrain", "finetune", "GA", "sfron"]
+    assert rows["sfron"]["note"] == "sfron diverged"
+    assert "sfron" not in output
     failure.unlink()
     bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2")
     assert "sfron" not in {row["method"] for row in bench.table()}
@@ -386,7 +381,7 @@ FOREIGN = {
 
 
 def add_earlier_results(bench, *scored):
-    """An evaluation with ``scored`` as the methods that are scored now."""
+    """Add earlier results to an evaluation that has just scored the methods ``scored``."""
     evaluation = evaluation_of(bench.data, runs_dir=bench.root / "runs")
     evaluation.models = dict.fromkeys(scored)
     main_evaluate.add_earlier_results(evaluation)
@@ -411,9 +406,8 @@ def test_file_that_is_not_a_table_is_renamed(scored, capsys, kind, file):
     assert (folder / f"{file}.old2").read_bytes() == (FOREIGN[kind] or content)
     assert (folder / f"{file}.old").read_text() == "another" and not path.exists()
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{path}: not a table of this version") and line.endswith(
-        f"renamed to {file}.old2"
-    )
+    assert line.startswith(f"{path}: not a table of this version")
+    assert line.endswith(f"renamed to {file}.old2")
 
 
 def test_older_table_whose_methods_are_all_scored_is_replaced(bench, capsys):
@@ -430,7 +424,7 @@ def test_folder_with_the_name_of_the_table_is_renamed(bench):
     assert len(bench.table()) == 2
 
 
-def test_rows_of_a_model_elsewhere_are_kept_while_it_is_there(bench, tmp_path):
+def test_rows_of_a_model_elsewhere_are_kept_while_it_exists(bench, tmp_path):
     path = bench.save("retrain", 5)
     os.makedirs(tmp_path / "elsewhere")
     path.rename(tmp_path / "elsewhere/mine.pth")
@@ -449,7 +443,7 @@ def test_rows_of_a_model_elsewhere_are_kept_while_it_is_there(bench, tmp_path):
     assert [row["method"] for row in bench.table()] == ["original", "GA"]
 
 
-def test_pictures_of_all_methods_outlive_a_partial_evaluation(bench):
+def test_pictures_after_partial_evaluation_show_all_methods(bench):
     bench.evaluate("--unlearn_name", "all", "--alphas", "0.01,0.2", "--relearn", 1, pictures=True)
     folder = bench.folder()
     names = {
@@ -470,9 +464,8 @@ def test_pictures_of_all_methods_outlive_a_partial_evaluation(bench):
     }
     assert all((folder / name).read_bytes() == content for name, content in before.items())
     report = (folder / "report.html").read_text()
-    assert (
-        report.count("data:image/png;base64,") == 5 + 4 + 2
-    )  # pictures, fake sheets, and the earlier two
+    # Five pictures, four fake sheets, and two pictures of the earlier evaluation.
+    assert report.count("data:image/png;base64,") == 5 + 4 + 2
     assert '<td class=text data-value="GA">' in report.replace("'", '"')
 
 
@@ -517,11 +510,11 @@ def test_summary_over_seeds_keeps_the_other_methods(bench):
         return [{key: value for key, value in row.items() if value} for row in table_of(summary)]
 
     before = filled()
-    said = bench.evaluate("--unlearn_name", "GA", *arguments)
+    output = bench.evaluate("--unlearn_name", "GA", *arguments)
     assert filled() == before
     rows = table_of(summary)
     assert [row["method"] for row in rows if row["alpha"] == "0.2"] == ["original", "retrain", "GA"]
-    assert list(printed_sets(said, 0.2)) == ["original", "GA"]
+    assert list(printed_sets(output, 0.2)) == ["original", "GA"]
     seeds = [bench.table(seed=seed) for seed in (1, 2)]
     for row, first, second in zip(rows, *seeds, strict=True):
         for key in ("UA", "TA", "forget_CR", "gap"):
@@ -535,15 +528,15 @@ def test_summary_over_seeds_keeps_the_other_methods(bench):
                 )
 
 
-# ---------------------------------------------------------------- what is printed and written
+# ---------------------------------------------------------------- printed and written output
 
 
 def test_columns_all_prints_every_column_with_deviations(scored):
-    said = scored.evaluate("--unlearn_name", "all", *ALPHAS, "--columns", "all")
-    headings = [line for line in said.splitlines() if " method " in f" {line} "]
+    output = scored.evaluate("--unlearn_name", "all", *ALPHAS, "--columns", "all")
+    headings = [line for line in output.splitlines() if " method " in f" {line} "]
     assert len(headings) == 2 and "privacy %" in headings[0] and "RTE" in headings[0]
     assert headings[1].split()[:2] == ["alpha", "method"] and "MIACR %" in headings[1]
-    assert said.count("±") > 10
+    assert output.count("±") > 10
 
 
 def test_printed_tables_are_means_in_at_most_100_characters(evaluated):
@@ -584,7 +577,7 @@ def test_interrupted_saving_leaves_the_earlier_files(scored, monkeypatch):
 # ---------------------------------------------------------------- models
 
 
-def test_outputs_that_are_not_finite_end_the_evaluation_before_anything_is_written(scored):
+def test_infinite_outputs_end_the_evaluation_before_anything_is_written(scored):
     bench = scored
     files = {path: path.read_bytes() for path in bench.folder().rglob("*") if path.is_file()}
     state = bench.network().state_dict()
@@ -601,7 +594,7 @@ def test_outputs_that_are_not_finite_end_the_evaluation_before_anything_is_writt
     } == files
 
 
-def test_models_are_found_in_the_order_of_the_table(bench):
+def test_models_are_read_in_the_order_of_the_table(bench):
     (bench.folder() / "mine").mkdir()
     bench.save("mine", 3)
     root, folder = bench.folder().parent, bench.folder()
@@ -675,7 +668,9 @@ def test_files_of_a_model_elsewhere_are_written_next_to_it(bench, tmp_path):
 @pytest.mark.parametrize(
     "scenario", [["--retain_ratio", "0.5"], ["--unlearn_type", "class", "--forget_class", "ant"]]
 )
-def test_few_images_are_scored(monkeypatch, tmp_path, scenario, cal_sizes):
+def test_evaluation_of_few_images_has_accuracies_and_no_attack(
+    monkeypatch, tmp_path, scenario, cal_sizes
+):
     bench = Bench(monkeypatch, tmp_path, counts=((2, 2, 2), (1, 3, 4)))
     folder = "class_0" if "class" in scenario else "random_0.5"
     bench.save("retrain", 2, scenario=folder)
@@ -692,22 +687,20 @@ def test_few_images_are_scored(monkeypatch, tmp_path, scenario, cal_sizes):
 # ---------------------------------------------------------------- decisions and arithmetic
 
 
-def comparable(**given):
+def comparable(**numbers):
     scalars = {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "seconds": 10.0, "num_forget": 100}
-    return scalars | given
+    return scalars | numbers
 
 
-def test_model_is_compared_with_retrain():
+def test_comparison_of_a_model_with_retrain_has_gap_and_verdict():
     actual = main_evaluate.compare_model(
         "GA", comparable(UA=0.3, TA=0.7, seconds=2.5), comparable()
     )
     assert actual["gap"] == pytest.approx((0.2 + 0 + 0.1 + 0) / 4)
-    assert actual["UA_minus_retrain"] == pytest.approx(-0.2) and actual[
-        "TA_minus_retrain"
-    ] == pytest.approx(-0.1)
-    assert (
-        actual["RTE"] == 0.25 and actual["UA_word"] == "under-forgets"
-    )  # beyond 2·√(2 · 0.25 / 100) = 0.141
+    assert actual["UA_minus_retrain"] == pytest.approx(-0.2)
+    assert actual["TA_minus_retrain"] == pytest.approx(-0.1)
+    assert actual["RTE"] == 0.25
+    assert actual["UA_word"] == "under-forgets"  # beyond 2·√(2 · 0.25 / 100) = 0.141
     words = [
         main_evaluate.compare_model("GA", comparable(UA=ua), comparable())["UA_word"]
         for ua in (0.37, 0.63, 0.65)
@@ -726,16 +719,16 @@ def test_model_is_compared_with_retrain():
 
 
 @pytest.mark.parametrize("key", ["forget_CR", "forget_by_retain_CR"])
-def test_sets_are_compared_with_retrain_and_a_higher_CR_is_less_forgetting(key):
+def test_sets_with_higher_CR_than_retrain_under_forget(key):
     reference = {"forget_CR": 0.9, "test_CR": 0.6, key: 0.5, f"{key}_error": 0.03}
 
     def compare(value, error=0.04, num_forget=100):
         row = {"forget_CR": 0.1, "test_CR": 0.7, key: value, f"{key}_error": error}
         return main_evaluate.compare_sets(row, reference, num_forget)
 
-    assert (
-        compare(0.61)["CR_word"] == "under-forgets" and compare(0.39)["CR_word"] == "over-forgets"
-    )  # beyond 2 · 0.05
+    # The tolerance is 2 · 0.05.
+    assert compare(0.61)["CR_word"] == "under-forgets"
+    assert compare(0.39)["CR_word"] == "over-forgets"
     assert compare(0.59)["CR_word"] == compare(0.41)["CR_word"] == "matches"
     assert compare(0.61, num_forget=5)["CR_word"] == "matches"  # one image is 0.2
     assert compare(math.nan)["CR_word"] is None and compare(0.5, math.nan)["CR_word"] is None
@@ -743,36 +736,32 @@ def test_sets_are_compared_with_retrain_and_a_higher_CR_is_less_forgetting(key):
     assert compare(0.6)[f"{key}_minus_retrain"] == pytest.approx(0.1)
 
 
-def seeds_of(method, UA, CR_f, num_forget=50, **given):
-    at = {"score": "thr", "cal_size": 20, "alpha": 0.1, "method": method}
+def seeds_of(method, UA, CR_f, num_forget=50, **numbers):
+    columns = {"score": "thr", "cal_size": 20, "alpha": 0.1, "method": method}
     pairs = zip(UA, CR_f, strict=True)
     return [
-        at | {"UA": ua, "forget_CR": cr, "num_forget": num_forget, "q_hat": 0.9} | given
+        columns | {"UA": ua, "forget_CR": cr, "num_forget": num_forget, "q_hat": 0.9} | numbers
         for ua, cr in pairs
     ]
 
 
 def test_verdicts_over_seeds_tolerate_one_image():
     reference = seeds_of("retrain", [1.0, 1.0], [0.1, 0.1])
-    near, far = (
-        seeds_of("GA", [1 - 1e-10] * 2, [0.119] * 2),
-        seeds_of("finetune", [0.97] * 2, [0.0, 0.15]),
-    )
+    near = seeds_of("GA", [1 - 1e-10] * 2, [0.119] * 2)
+    far = seeds_of("finetune", [0.97] * 2, [0.0, 0.15])
     high = seeds_of("salun", [0.97] * 2, [0.12, 0.13])
     actual = {
         row["method"]: row for row in main_evaluate.summarise_seeds(reference + near + far + high)
     }
+    # The tolerance is one image: 0.02.
     assert (actual["GA"]["UA_word"], actual["GA"]["CR_word"]) == (
         "matches",
         "matches",
-    )  # one image is 0.02
-    assert (
-        actual["finetune"]["UA_word"] == "under-forgets"
-        and actual["finetune"]["CR_word"] == "over-forgets"
     )
-    assert (
-        actual["salun"]["CR_word"] == "under-forgets" and actual["retrain"]["UA_word"] == "matches"
-    )
+    assert actual["finetune"]["UA_word"] == "under-forgets"
+    assert actual["finetune"]["CR_word"] == "over-forgets"
+    assert actual["salun"]["CR_word"] == "under-forgets"
+    assert actual["retrain"]["UA_word"] == "matches"
     # The smallest forget set of all rows counts.
     few = [row | {"num_forget": 10} for row in far[:1]] + far[1:]
     actual = {row["method"]: row for row in main_evaluate.summarise_seeds(reference + few)}
@@ -819,29 +808,27 @@ def test_rows_are_one_per_key_and_model_and_failures_come_last(bench):
     rows = {key: {"forget_CR": 2 * key[2]} for key in keys}
     evaluation.models["GA"] = scored_model("GA", {"UA": 0.4}, rows, weights="b")
     evaluation.failed["salun"] = "diverged"
-    at = {"score": "thr", "cal_size": 20}
-    retrain, GA = at | {"method": "retrain", "UA": 0.5}, at | {"method": "GA", "UA": 0.4}
+    columns = {"score": "thr", "cal_size": 20}
+    retrain, GA = columns | {"method": "retrain", "UA": 0.5}, columns | {"method": "GA", "UA": 0.4}
     assert evaluation.rows() == [
         retrain | {"alpha": 0.1, "forget_CR": Spread(0.1, 0.3), "weights": "a"},
         GA | {"alpha": 0.1, "forget_CR": 0.2, "weights": "b"},
-        at | {"alpha": 0.1, "method": "salun", "note": "diverged"},
+        columns | {"alpha": 0.1, "method": "salun", "note": "diverged"},
         retrain | {"alpha": 0.2, "forget_CR": Spread(0.2, 0.3), "weights": "a"},
         GA | {"alpha": 0.2, "forget_CR": 0.4, "weights": "b"},
-        at | {"alpha": 0.2, "method": "salun", "note": "diverged"},
+        columns | {"alpha": 0.2, "method": "salun", "note": "diverged"},
     ]
 
 
 def test_merged_rows_are_in_the_order_of_the_methods_in_each_block():
-    def rows(names, alpha, **given):
+    def rows(names, alpha, **numbers):
         return [
-            {"score": "thr", "cal_size": 9, "alpha": alpha, "method": name} | given
+            {"score": "thr", "cal_size": 9, "alpha": alpha, "method": name} | numbers
             for name in names
         ]
 
-    scored, kept = (
-        rows(["original", "GA"], 0.1),
-        rows(["retrain", "mine"], 0.1) + rows(["retrain"], 0.2),
-    )
+    scored = rows(["original", "GA"], 0.1)
+    kept = rows(["retrain", "mine"], 0.1) + rows(["retrain"], 0.2)
     failed = rows(["finetune"], 0.1, note="diverged")
     actual = main_evaluate.merge_rows(scored + failed, kept)
     assert [(row["alpha"], row["method"]) for row in actual] == [
@@ -948,7 +935,7 @@ def test_relearning_two_images_trains_on_one_and_one_is_an_error():
 
 @pytest.mark.parametrize("name", ["thr", "aps"])
 def test_relearning_measures_the_other_images_under_each_steps_q_hat(bench, monkeypatch, name):
-    """The forget set is not sorted. The q̂ is that of the retained classes."""
+    """The forget set is not sorted, and q̂ is that of the retained classes."""
     arguments = ["--unlearn_type", "class", "--forget_class", "bee", "--relearn", 2]
     evaluation = evaluation_of(bench.data, *arguments, "--resplits", 1)
     split = replace(evaluation.split, forget=evaluation.split.forget.flip(0))
@@ -990,21 +977,21 @@ def test_relearning_measures_the_other_images_under_each_steps_q_hat(bench, monk
 
 
 @pytest.mark.parametrize("unlearn_type", ["random", "class"])
-def test_outputs_hold_each_part_of_the_split(bench, unlearn_type):
+def test_outputs_have_every_image_set_of_the_split(bench, unlearn_type):
     arguments = ["--unlearn_type", unlearn_type, "--seed", 2, "--cal_sizes", "10,24"]
     arguments += ["--resplits", 4, "--batch_size", 7]
     evaluation, model = evaluation_of(bench.data, *arguments), bench.network()
     split = evaluation.split
     outputs, probe_accuracy = main_evaluate.compute_outputs(model, evaluation)
     held_out = torch.cat([split.calibration, split.test, split.forget_test])
-    for part, images, indices in (
+    for image_set, images, indices in (
         ("retain", bench.data.train, split.retain),
         ("forget", bench.data.train, split.forget),
         ("held_out", bench.data.held_out, held_out),
     ):
         logits, labels = inference.compute_logits(model, images, indices)
-        torch.testing.assert_close(getattr(outputs, part).logits, logits)
-        assert torch.equal(getattr(outputs, part).labels, labels)
+        torch.testing.assert_close(getattr(outputs, image_set).logits, logits)
+        assert torch.equal(getattr(outputs, image_set).labels, labels)
     draws = metrics.draw_splits(len(outputs.held_out.labels), 4, 2)
     assert torch.equal(outputs.draws, draws) and outputs.cal_sizes == [10, 24]
     if unlearn_type == "random":
@@ -1052,7 +1039,7 @@ def test_features_enter_the_last_layer_of_any_network(bench):
     torch.testing.assert_close(features, images.flatten(1))
 
 
-def test_settings_hold_the_flags(bench):
+def test_settings_have_the_values_of_the_flags(bench):
     arguments = ["--alphas", "0.1", "--score", "thr,raps", "--set_sizes", "2", "--not_randomized"]
     arguments += ["--raps_penalty", 0.3, "--raps_k", 4, "--saps_weight", 0.7, "--seed", 9]
     chosen = tuple(scores.Score(name, False, 0.3, 4, 0.7, 9) for name in ("thr", "raps"))

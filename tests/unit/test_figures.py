@@ -162,7 +162,7 @@ def font_of_one_character(tmp_path):
     figures._fallbacks.cache_clear()
 
 
-def test_character_that_matplotlibs_font_lacks_is_drawn_with_a_font_that_has_it(
+def test_character_missing_in_default_font_is_drawn_with_another_font(
     font_of_one_character,
 ):
     assert figures.font_families(["cat", "猫 é α →"]) == ["DejaVu Sans", font_of_one_character]
@@ -222,7 +222,7 @@ def test_drawing_leaves_the_callers_settings():
     assert dict(matplotlib.rcParams) == before
 
 
-# ---------------------------------------------------------------- looks
+# ---------------------------------------------------------------- appearance
 
 
 def test_methods_differ_in_color_marker_or_line():
@@ -294,10 +294,8 @@ def test_curves_against_alpha_show_every_known_number():
             known = [pair for pair in pairs if pair[1] is not None and math.isfinite(pair[1])]
             assert line.get_xydata().tolist() == [list(pair) for pair in known]
             assert_looks(line, name, curves())
-        assert (
-            lines[0].get_linewidth() > lines[1].get_linewidth()
-            and lines[0].zorder > lines[1].zorder
-        )
+        assert lines[0].get_linewidth() > lines[1].get_linewidth()
+        assert lines[0].zorder > lines[1].zorder
     assert all(shares_x(figure.axes[0], axis) for axis in figure.axes)
     assert [axis.get_xlabel() for axis in figure.axes] == ["", "", *["miscoverage level α"] * 2]
     assert legend(figure) == ["retrain", "cpu_ga"]
@@ -315,12 +313,12 @@ def test_coverage_of_test_images_is_shown_with_the_line_that_theory_gives():
     assert guides[1][0].zorder < 2
 
 
-def test_panel_without_any_number_says_so():
+def test_panel_without_any_number_has_a_note():
     nothing = {"ga": curve_numbers([math.nan, None]), "retrain": curve_numbers([None, math.inf])}
     nothing["ga"]["test_CR"] = [0.5, math.nan]
     figure = figures.against_alpha(nothing)
-    said = [[text.get_text() for text in axis.texts] for axis in figure.axes]
-    assert said == [["no finite q̂"]] * 3 + [[]]
+    texts = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert texts == [["no finite q̂"]] * 3 + [[]]
     assert legend(figure) == ["ga", "retrain"]
     text = figure.axes[0].texts[0]
     assert text.get_position() == (0.5, 0.5) and text.get_transform() == figure.axes[0].transAxes
@@ -394,15 +392,11 @@ def test_plane_shows_a_labeled_point_for_every_method_with_numbers():
     }
     low, high = axis.get_ylim()
     for label in labels:  # far apart, so that each is level with its point
-        assert (
-            label.xyann[1] == pytest.approx((label.xy[1] - low) / (high - low))
-            and label.xyann[0] > 1
-        )
-        assert (
-            label.anncoords == "axes fraction"
-            and label.get_va() == "center"
-            and label.arrow_patch is not None
-        )
+        assert label.xyann[1] == pytest.approx((label.xy[1] - low) / (high - low))
+        assert label.xyann[0] > 1
+        assert label.anncoords == "axes fraction"
+        assert label.get_va() == "center"
+        assert label.arrow_patch is not None
     ring = [
         line
         for line in axis.lines
@@ -415,26 +409,22 @@ def test_plane_shows_a_labeled_point_for_every_method_with_numbers():
         axis.get_title()
         == "Forgetting against usefulness (α = 0.05): the dotted lines meet at Retrain"
     )
-    assert axis.get_xlabel().startswith("CR on test") and axis.get_ylabel().startswith(
-        "CR on forget"
-    )
+    assert axis.get_xlabel().startswith("CR on test")
+    assert axis.get_ylabel().startswith("CR on forget")
     assert low + 0.05 * (high - low) < 0.1 < 0.3 < high - 0.05 * (high - low)
     assert axis.get_xlim()[0] < 0.3 < 0.4 < axis.get_xlim()[1]
 
 
 def test_plane_without_retrain_has_no_reference():
     figure = figures.ratio_plane({"ga": (0.3, 0.2)}, 0.1)
-    assert (
-        len(figure.axes[0].lines) == 1
-        and figure.axes[0].get_title() == "Forgetting against usefulness (α = 0.1)"
-    )
+    assert len(figure.axes[0].lines) == 1
+    assert figure.axes[0].get_title() == "Forgetting against usefulness (α = 0.1)"
 
 
-def test_plane_without_any_number_says_so():
+def test_plane_without_any_number_has_a_note():
     figure = figures.ratio_plane({"ga": (math.nan, 0.2), "retrain": (0.3, None)}, 0.1)
-    assert [text.get_text() for text in figure.axes[0].texts] == [
-        "no finite q̂"
-    ] and not figure.axes[0].lines
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no finite q̂"]
+    assert not figure.axes[0].lines
 
 
 def test_labels_of_crowded_plane_do_not_overlap():
@@ -448,14 +438,12 @@ def test_labels_of_crowded_plane_do_not_overlap():
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(strategies.lists(strategies.floats(0, 1), min_size=1, max_size=8))
-def test_spread_heights_are_the_nearest_that_are_apart(heights):
+def test_spread_heights_are_the_nearest_heights_without_overlap(heights):
     actual = figures.spread_heights(heights, 0.1)
     order = np.argsort(heights, kind="stable")
-    assert (
-        (np.diff(np.array(actual)[order]) >= 0.1 - 1e-9).all()
-        and min(actual) >= -1e-9
-        and max(actual) <= 1 + 1e-9
-    )
+    assert (np.diff(np.array(actual)[order]) >= 0.1 - 1e-9).all()
+    assert min(actual) >= -1e-9
+    assert max(actual) <= 1 + 1e-9
     wanted = np.array(heights)[order]
     best = minimize(
         lambda y: ((y - wanted) ** 2).sum(),
@@ -466,7 +454,7 @@ def test_spread_heights_are_the_nearest_that_are_apart(heights):
     assert ((np.array(actual) - heights) ** 2).sum() <= best.fun + 1e-5
 
 
-def test_spread_heights_share_the_room_where_there_is_too_little():
+def test_spread_heights_in_too_little_space_share_it_evenly():
     assert figures.spread_heights([], 0.1) == []
     actual = figures.spread_heights([0.5] * 20, 0.1)
     assert np.diff(actual) == pytest.approx([0.05] * 19) and min(actual) >= 0 and max(actual) <= 1
@@ -498,11 +486,11 @@ def test_bars_show_shares_of_the_forget_images():
         expected += [(place, fake / total, (wrong - fake) / total, rgb(figures.SKY))]
     assert [bar[:3] for bar in bars] == [pytest.approx(bar[:3]) for bar in expected]
     assert [bar[3] for bar in bars] == [bar[3] for bar in expected]
-    said = {
+    texts = {
         text.get_position()[1]: (text.get_position()[0], text.get_text().strip())
         for text in axis.texts
     }
-    assert said == {
+    assert texts == {
         6: (0.5, "10 of 40 (25%)"),
         5: (0.25, "20 of 20 (100%)"),
         4: (0, "0 of 0"),
@@ -522,17 +510,13 @@ def test_bars_show_shares_of_the_forget_images():
         rgb(figures.RED),
         rgb(figures.SKY),
     ]
-    assert (
-        axis.get_title().startswith("Fake forgetting (α = 0.05)")
-        and "share of the forget images" in axis.get_xlabel()
-    )
-    assert (
-        not any(line.get_visible() for line in axis.get_ygridlines())
-        and axis.get_xgridlines()[0].get_visible()
-    )
+    assert axis.get_title().startswith("Fake forgetting (α = 0.05)")
+    assert "share of the forget images" in axis.get_xlabel()
+    assert not any(line.get_visible() for line in axis.get_ygridlines())
+    assert axis.get_xgridlines()[0].get_visible()
 
 
-def test_bars_without_any_number_say_so():
+def test_bars_without_any_number_have_a_note():
     counts = {"ga": (3, math.nan, 8), "retrain": (2, None, 8)}
     counts = {name: figures.FakeCounts(*numbers) for name, numbers in counts.items()}
     figure = figures.fake_bars(counts, 0.1)
@@ -569,47 +553,42 @@ def test_histograms_show_the_share_of_each_part_by_score():
     figure = figures.score_histograms({"ga": sample, "retrain": histogram_numbers(math.nan)}, 0.05)
     axis, other = figure.axes
     assert shares_x(axis, other)
-    colors = {part: rgb(color) for part, (color, _) in figures.PARTS.items()}
+    colors = {image_set: rgb(color) for image_set, (color, _) in figures.PARTS.items()}
     # Solid, dashed and dotted, as matplotlib stores the patterns.
     outlines = {
         rgb(patch.get_edgecolor()): patch
         for patch in axis.patches
         if len(patch.get_path().vertices) > 10
     }
-    dashes = [
-        outlines[colors[part]].get_linestyle()[1] for part in ("forget", "test", "calibration")
-    ]
+    drawn = [outlines[colors[image_set]] for image_set in ("forget", "test", "calibration")]
+    dashes = [outline.get_linestyle()[1] for outline in drawn]
     assert len(outlines) == 3 and dashes[0] is None and dashes[1][0] > 2 * dashes[2][0]
 
-    def heights(part):
-        """{place on the logit axis: height} of the steps of the part's outline."""
-        corners = outlines[colors[part]].get_xy()
+    def heights(image_set):
+        """{position on the logit axis: height} of the steps of the outline."""
+        corners = outlines[colors[image_set]].get_xy()
         pairs = zip(corners, corners[1:], strict=False)
         return {(x0 + x1) / 2: y0 for (x0, y0), (x1, y1) in pairs if y0 == y1 and y0 > 0}
 
     width = figures.LOGIT_EDGES[1] - figures.LOGIT_EDGES[0]
     forget = heights("forget")
     assert sorted(forget.values()) == [0.25, 0.75]
-    assert min(forget, key=lambda place: abs(place)) == pytest.approx(width / 2) and max(
-        forget
-    ) == pytest.approx(14 - width / 2)
+    assert min(forget, key=lambda place: abs(place)) == pytest.approx(width / 2)
+    assert max(forget) == pytest.approx(14 - width / 2)
     test = heights("test")
     assert list(test.values()) == [0.5, 0.5]
     assert min(test) == pytest.approx(-14 + width / 2)
     assert abs(max(test) - math.log(0.25 / 0.75)) <= width / 2
     assert heights("calibration") == {}
     (line,) = axis.lines
-    assert line.get_xdata()[0] == pytest.approx(math.log(3)) and rgb(line.get_color()) == rgb(
-        figures.GREEN
-    )
+    assert line.get_xdata()[0] == pytest.approx(math.log(3))
+    assert rgb(line.get_color()) == rgb(figures.GREEN)
     (area,) = [patch for patch in axis.patches if patch.get_alpha()]
     box = area.get_extents().transformed(axis.transData.inverted())
     assert (box.x0, box.x1) == (pytest.approx(-14), pytest.approx(math.log(3)))
-    assert (
-        axis.get_title() == "ga"
-        and other.get_title() == "retrain (no finite q̂)"
-        and not other.lines
-    )
+    assert axis.get_title() == "ga"
+    assert other.get_title() == "retrain (no finite q̂)"
+    assert not other.lines
     assert legend(figure) == [*figures.PARTS, "q̂: labels to its left are in the set"]
     handles = figure.legends[0].legend_handles
     assert [(rgb(h.get_color()), h.get_linestyle()) for h in handles] == [
@@ -622,9 +601,8 @@ def test_histograms_show_the_share_of_each_part_by_score():
     )
     odds = {"10⁻⁶": 1e-6 / (1 - 1e-6), "10⁻³": 1e-3 / 0.999, "½": 1, ".999": 999}
     assert ticks == {label: pytest.approx(math.log(value)) for label, value in odds.items()}
-    assert not axis.get_yticks().size and not any(
-        line.get_visible() for line in axis.get_xgridlines()
-    )
+    assert not axis.get_yticks().size
+    assert not any(line.get_visible() for line in axis.get_xgridlines())
 
 
 @pytest.mark.parametrize(("q_hat", "place"), [(0.0, -14), (1.0, 14)])
@@ -646,7 +624,7 @@ def test_every_model_has_a_panel_with_tick_labels_below_the_lowest(count):
     assert labels == [number + columns >= count for number in range(count)]
 
 
-def test_histogram_data_are_the_scores_of_the_splits_own_parts():
+def test_histogram_data_are_scores_of_the_image_sets_of_the_split():
     generator = torch.Generator().manual_seed(0)
 
     def output(n):
@@ -661,10 +639,8 @@ def test_histogram_data_are_the_scores_of_the_splits_own_parts():
     actual = figures.histogram_data(metrics.ConformalScores(outputs, settings))
     label_scores = scores.true_label_scores(*held_out)
     assert actual["forget"].tolist() == scores.true_label_scores(*forget).tolist()
-    assert (
-        actual["calibration"].tolist() == label_scores[:20].tolist()
-        and actual["test"].tolist() == label_scores[20:].tolist()
-    )
+    assert actual["calibration"].tolist() == label_scores[:20].tolist()
+    assert actual["test"].tolist() == label_scores[20:].tolist()
     assert actual["q_hat"] == pytest.approx(CR.conformal_quantile(label_scores[:20], 0.1))
     too_few = metrics.ConformalScores(outputs, metrics.Settings((0.01,)))
     assert math.isnan(figures.histogram_data(too_few)["q_hat"])
@@ -686,7 +662,7 @@ def test_sheet_shows_each_image_with_its_answer_and_set():
     assert [axis.images[0].get_array()[0, 0, 0] for axis in figure.axes] == [10, 20, 30]
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[0] == "cat → dog\n{dog, [cat]}" and titles[2] == "dog → eel\n{}"
-    # Eight labels, then an ellipsis; a line holds at most 22 characters before its last name.
+    # Eight labels, then an ellipsis. A line has at most 22 characters before its last name.
     assert titles[1] == (
         "eel → cat\n{cat, dog, [eel],\nclass number 3,\nclass number 4,\nclass number 5,\n"
         "class number 6,\nclass number 7, …}"
@@ -702,14 +678,14 @@ def test_long_title_of_sheet_is_shortened():
     assert figures.fake_sheet([], ["cat"], "t" * 121).get_suptitle() == "t" * 60 + "…" + "t" * 59
 
 
-def test_sheet_without_images_says_why():
-    for entries, said in (
+def test_sheet_without_images_names_the_reason():
+    for entries, texts in (
         ([], "no misclassified image\nkeeps its label in the set"),
         (None, "no finite q̂"),
     ):
         figure = figures.fake_sheet(entries, ["cat"], "title")
         (axis,) = figure.axes
-        assert [text.get_text() for text in axis.texts] == [said]
+        assert [text.get_text() for text in axis.texts] == [texts]
         assert axis.texts[0].get_position() == (0.5, 0.5)
 
 
@@ -786,16 +762,15 @@ def test_overview_draws_the_means_of_numbers_with_a_spread():
         assert page.png(figure) == page.png(figures.overview([plain], "thr", 20)[name][1])
 
 
-def test_overview_of_class_forgetting_judges_by_the_retained_classes():
+def test_overview_of_class_forgetting_uses_retained_class_calibration():
     more = {"forget_by_retain_coverage": 0.2, "forget_by_retain_CR": 0.1}
     more |= {"forget_by_retain_misclassified": 8, "forget_by_retain_fake": 4}
     pictures = figures.overview([row("ga", 0.1, 0.5, **more)], "thr", 20)
     assert pictures["fake_forgetting.png"][1].axes[0].texts[0].get_text() == " 4 of 8 (50%)"
     assert pictures["cr_plane.png"][1].axes[0].texts[0].xy == (0.51, 0.1)
     forget_coverage, _, forget_CR, _ = pictures["against_alpha.png"][1].axes
-    assert method_lines(forget_coverage)[0].get_ydata() == [0.2] and method_lines(forget_CR)[
-        0
-    ].get_ydata() == [0.1]
+    assert method_lines(forget_coverage)[0].get_ydata() == [0.2]
+    assert method_lines(forget_CR)[0].get_ydata() == [0.1]
 
 
 def test_overview_takes_the_smallest_alpha_with_most_numbers():
@@ -816,7 +791,7 @@ def test_overview_takes_the_smallest_alpha_with_most_numbers():
 
 
 @pytest.mark.parametrize("missing", [math.nan, None])
-def test_overview_without_any_finite_q_hat_says_so_in_every_picture(missing):
+def test_overview_without_any_finite_q_hat_has_a_note_in_every_picture(missing):
     keys = ("test_coverage", "test_CR", "forget_coverage", "forget_CR", "forget_fake")
     rows = [row(name, 0.01, 0.5, **dict.fromkeys(keys, missing)) for name in ("retrain", "ga")]
     for _, figure in figures.overview(rows, "thr", 20).values():
@@ -839,9 +814,8 @@ def test_overview_without_rows_has_no_pictures():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_any_characters_are_drawn_as_plain_text_without_warnings(kind):
-    every = {"score_histograms": 4, "fake_sheet": 2}.get(
-        kind, 1
-    )  # a panel for each name takes a while
+    # Figures with a panel for each name are slow.
+    every = {"score_histograms": 4, "fake_sheet": 2}.get(kind, 1)
     names = list(STRANGE.values())[::every]
     figure = figure_of(kind, names)
     figure.set_dpi(20)

@@ -11,7 +11,7 @@ import utils
 @pytest.mark.parametrize(
     "flag", ["--runs_dir", "--data_dir", "--pretrained_path", "--model_dir", "--forget_list"]
 )
-def test_the_home_directory_is_expanded_also_after_an_equals_sign(flag, monkeypatch):
+def test_home_directory_in_a_flag_is_expanded(flag, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     parser = utils.make_parser("")
     utils.add_scenario_flags(parser, "", "original_model.pth")
@@ -28,7 +28,7 @@ def test_the_home_directory_is_expanded_also_after_an_equals_sign(flag, monkeypa
 @pytest.mark.parametrize(
     ("text", "words"), [("", "empty"), ("  ", "empty"), ("~nobody-here/x", "no such user")]
 )
-def test_a_path_that_cannot_be_meant_is_an_error(text, words):
+def test_implausible_path_is_refused(text, words):
     with pytest.raises(utils.UserError, match=f"--runs_dir.*{words}"):
         utils.make_parser("").parse_args([f"--runs_dir={text}"])
 
@@ -36,7 +36,7 @@ def test_a_path_that_cannot_be_meant_is_an_error(text, words):
 @pytest.mark.parametrize(
     "device", ["mps", "xla", "meta", "cuda:99", "CPU", "", "gpu", "vulkan", "cpu:x", "hpu"]
 )
-def test_a_device_that_is_not_there_is_one_short_line(device, monkeypatch):
+def test_missing_device_is_refused_in_one_short_line(device, monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(utils.UserError) as caught:
         utils.pick_device(argparse.Namespace(device=device))

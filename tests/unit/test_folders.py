@@ -1,4 +1,4 @@
-"""Image folders: files that are read or left out, explanations of layouts, and the fingerprint."""
+"""Image folders: files that are read or skipped, explanations of layouts, and the fingerprint."""
 
 import json
 import os
@@ -36,24 +36,24 @@ def save_picture(path, value=0, side=4):
 def root(tmp_path):
     """Two classes with three training and two test images each."""
     folder = tmp_path / "pictures"
-    for part, count in (("train", 3), ("test", 2)):
+    for subfolder, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("ant", "bee")):
             for number in range(count):
                 save_picture(
-                    folder / part / name / f"{number}.png",
-                    100 * label + 10 * number + (part == "test"),
+                    folder / subfolder / name / f"{number}.png",
+                    100 * label + 10 * number + (subfolder == "test"),
                 )
     return folder
 
 
-def load(root, **given):
-    return utils.load_data(flags(data_name="image_folder", data_dir=os.fspath(root), **given), CPU)
+def load(root, **values):
+    return utils.load_data(flags(data_name="image_folder", data_dir=os.fspath(root), **values), CPU)
 
 
-def refusal(root, **given):
-    """The one line with which the folder is refused."""
+def refusal(root, **values):
+    """The error message that refuses the folder. It is one line."""
     with pytest.raises(utils.UserError) as caught:
-        load(root, **given)
+        load(root, **values)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -62,10 +62,10 @@ def grey(images):
     return images.pixels[:, 0, 0, 0].tolist()
 
 
-# ---------------------------------------------------------------- what is read
+# ---------------------------------------------------------------- files that are read
 
 
-def test_a_plain_folder_is_read_as_torchvision_reads_it(root, capsys):
+def test_plain_folder_is_read_like_torchvision(root, capsys):
     save_picture(root / "train/ant/more/0.png", 7)
     save_picture(root / "train/ant/more-0.png", 8)
     save_picture(root / "train/ant/more-/1.png", 9)
@@ -81,7 +81,7 @@ def test_a_plain_folder_is_read_as_torchvision_reads_it(root, capsys):
     "name",
     ["9.gif", "9.jfif", "9.PNG", "9.jp2", "9.qoi", "9.tga", "9.avif", "9", "9.dat", "9.JPeG"],
 )
-def test_every_picture_that_pillow_reads_is_read(name, root):
+def test_picture_of_any_format_of_pillow_is_read(name, root):
     save_picture(root / "train/ant" / name, 200)
     data = load(root)
     assert f"ant/{name}" in data.train.names
@@ -96,7 +96,7 @@ def test_every_picture_that_pillow_reads_is_read(name, root):
         *("more/.hidden/1.png", "more/@eaDir/1.png"),
     ],
 )
-def test_hidden_system_and_backup_files_are_left_out_and_said(name, root, capsys):
+def test_hidden_system_and_backup_files_are_skipped_and_reported(name, root, capsys):
     plain = load(root)
     if "more" in name:
         save_picture(root / "train/ant/more/7.png")
@@ -109,13 +109,13 @@ def test_hidden_system_and_backup_files_are_left_out_and_said(name, root, capsys
 
 
 @pytest.mark.parametrize("name", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git"])
-def test_hidden_and_system_folders_are_no_classes(name, root, capsys):
+def test_hidden_and_system_folders_are_not_classes(name, root, capsys):
     save_picture(root / "train" / name / "1.png")
     assert load(root).classes == ["ant", "bee"]
     assert f"1 hidden, system or backup files or folders (train/{name})" in capsys.readouterr().out
 
 
-def test_files_that_are_no_pictures_are_left_out_in_one_line(root, capsys):
+def test_files_that_are_not_pictures_are_skipped_and_reported_in_one_line(root, capsys):
     (root / "train/ant/labels.csv").write_text("a,b\n")
     (root / "train/ant/notes.txt").write_text("P5 notes\n")
     (root / "test/bee/8.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
@@ -124,14 +124,12 @@ def test_files_that_are_no_pictures_are_left_out_in_one_line(root, capsys):
     save_picture(root / "train/loose.png")
     data = load(root)
     (line,) = capsys.readouterr().out.splitlines()
-    assert (
-        "5 files that are not pictures, or of a format that Pillow cannot read (" in line
-        and ", ...)" in line
-    )
+    assert "5 files that are not pictures, or of a format that Pillow cannot read (" in line
+    assert ", ...)" in line
     assert "1 not in a class folder (train/loose.png)" in line and len(data.train) == 6
 
 
-def test_a_raw_photograph_is_not_read_for_its_thumbnail(root, capsys):
+def test_raw_photograph_is_not_read_for_its_thumbnail(root, capsys):
     save_picture(root / "thumbnail.tif", 5).rename(root / "train/ant/9.dng")
     assert "ant/9.dng" not in load(root).train.names
     assert "train/ant/9.dng" in capsys.readouterr().out
@@ -139,7 +137,7 @@ def test_a_raw_photograph_is_not_read_for_its_thumbnail(root, capsys):
     assert "ant/9" in load(root).train.names
 
 
-def test_other_folders_beside_train_and_test_are_nobodys_concern(root, capsys):
+def test_folders_other_than_train_and_test_are_ignored(root, capsys):
     before = load(root).fingerprint
     save_picture(root / "val/cat/1.png")
     save_picture(root / "Train/cat/1.png")
@@ -149,7 +147,7 @@ def test_other_folders_beside_train_and_test_are_nobodys_concern(root, capsys):
 # ---------------------------------------------------------------- links
 
 
-def test_a_loop_of_links_multiplies_nothing(root, capsys):
+def test_loop_of_links_adds_no_images(root, capsys):
     before = load(root)
     for number, target in enumerate((".", "../ant")):
         (root / "train/ant" / f"loop{number}").symlink_to(target)
@@ -158,7 +156,7 @@ def test_a_loop_of_links_multiplies_nothing(root, capsys):
     assert "2 links to folders that are read already" in capsys.readouterr().out
 
 
-def test_a_link_to_itself_is_left_out(root, capsys):
+def test_link_to_itself_is_skipped(root, capsys):
     (root / "train/ant/me").symlink_to("me")
     assert len(load(root).train) == 6 and "train/ant/me" in capsys.readouterr().out
 
@@ -179,21 +177,21 @@ def test_a_link_to_itself_is_left_out(root, capsys):
         ("train/wasp", "bee", ["two classes"]),
     ],
 )
-def test_a_link_that_puts_an_image_in_two_places_is_refused(link, target, words, root):
+def test_link_that_puts_an_image_in_two_places_is_refused(link, target, words, root):
     (root / link).symlink_to(target)
     if link == "train/wasp":
         save_picture(root / "test/wasp/0.png")
-    said = refusal(root)
-    assert all(word in said for word in words), said
+    message = refusal(root)
+    assert all(word in message for word in words), message
 
 
-def test_the_test_images_as_training_images_are_refused(root):
+def test_test_images_as_training_images_are_refused(root):
     shutil.rmtree(root / "test")
     (root / "test").symlink_to("train")
     assert "training and test image" in refusal(root)
 
 
-def test_a_second_link_to_an_image_of_the_class_counts_once(root, capsys):
+def test_second_link_to_an_image_of_the_class_counts_once(root, capsys):
     (root / "train/ant/again.png").symlink_to("0.png")
     os.link(root / "train/ant/1.png", root / "train/ant/hard.png")
     assert len(load(root).train) == 6
@@ -219,7 +217,7 @@ def test_folders_and_images_that_are_links_to_elsewhere_are_read(root, tmp_path,
 # ---------------------------------------------------------------- files that cannot be read
 
 
-def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out(
+def test_pipes_sockets_and_broken_links_with_picture_names_are_unreadable(
     root, monkeypatch, capsys
 ):
     os.mkfifo(root / "train/ant/pipe.png")
@@ -231,19 +229,17 @@ def test_pipes_sockets_and_broken_links_named_as_pictures_are_errors_or_left_out
         for memory_gb in (8, 0):
             data = load(root, skip_corrupt=True, memory_gb=memory_gb, workers=0)
             assert len(data.train) == 6
-            said = capsys.readouterr().out
-            assert (
-                "skipping 3 unreadable images: ant/pipe.png, ant/socket.png, bee/gone.png" in said
-            )
+            skipped = "ant/pipe.png, ant/socket.png, bee/gone.png"
+            assert f"skipping 3 unreadable images: {skipped}" in capsys.readouterr().out
 
 
-def test_a_pipe_without_extension_is_left_out_at_once(root, capsys):
+def test_pipe_without_extension_is_skipped(root, capsys):
     os.mkfifo(root / "train/ant/pipe")
     assert len(load(root).train) == 6 and "train/ant/pipe" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("refused", ["", "train", "train/ant", "test/bee"])
-def test_a_folder_without_permission_is_named_with_the_reason(refused, root, monkeypatch):
+def test_folder_without_permission_is_named_with_the_reason(refused, root, monkeypatch):
     scandir = os.scandir
 
     def refuse(path):
@@ -257,7 +253,7 @@ def test_a_folder_without_permission_is_named_with_the_reason(refused, root, mon
     assert refusal(root) == f"{root / refused}: cannot be read (Permission denied)"
 
 
-def test_a_file_that_cannot_be_looked_at_is_named(root, monkeypatch):
+def test_file_whose_status_cannot_be_read_is_named(root, monkeypatch):
     plain = os.stat
 
     def refuse(path, *arguments, **options):
@@ -270,7 +266,7 @@ def test_a_file_that_cannot_be_looked_at_is_named(root, monkeypatch):
     assert load(root, skip_corrupt=True).train.names[:2] == ["ant/1.png", "ant/2.png"]
 
 
-def test_a_file_without_permission_is_refused_or_left_out(root, monkeypatch, capsys):
+def test_file_without_permission_is_refused_or_skipped(root, monkeypatch, capsys):
     plain = Image.open
 
     def refuse(path, *arguments, **options):
@@ -285,25 +281,25 @@ def test_a_file_without_permission_is_refused_or_left_out(root, monkeypatch, cap
 
 
 @pytest.mark.parametrize("memory_gb", [8, 0])
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_a_class_whose_images_are_all_unreadable_is_named(part, memory_gb, root):
-    for path in (root / part / "bee").iterdir():
+@pytest.mark.parametrize("subfolder", ["train", "test"])
+def test_class_whose_images_are_all_unreadable_is_named(subfolder, memory_gb, root):
+    for path in (root / subfolder / "bee").iterdir():
         path.write_text("no picture")
-    said = refusal(root, skip_corrupt=True, memory_gb=memory_gb, workers=0)
-    assert "--skip_corrupt: no image of the class of bee/0.png" in said
+    message = refusal(root, skip_corrupt=True, memory_gb=memory_gb, workers=0)
+    assert "--skip_corrupt: no image of the class of bee/0.png" in message
 
 
 @pytest.mark.parametrize("memory_gb", [8, 0])
-def test_too_many_open_files_leave_no_image_out(memory_gb, root, monkeypatch):
+def test_too_many_open_files_skip_no_image(memory_gb, root, monkeypatch):
     def refuse(*_, **__):
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(Image, "open", refuse)
-    said = refusal(root, skip_corrupt=True, memory_gb=memory_gb, workers=0, image_size=4)
-    assert "cannot be opened (Too many open files)" in said
+    message = refusal(root, skip_corrupt=True, memory_gb=memory_gb, workers=0, image_size=4)
+    assert "cannot be opened (Too many open files)" in message
 
 
-def test_an_image_deleted_while_reading_is_named_with_the_reason(root):
+def test_image_deleted_while_reading_is_named_with_the_reason(root):
     data = load(root, memory_gb=0, workers=0)
     (root / "train/ant/2.png").unlink()
     with pytest.raises(
@@ -313,7 +309,7 @@ def test_an_image_deleted_while_reading_is_named_with_the_reason(root):
 
 
 @pytest.mark.parametrize("length", [300, 5000])
-def test_a_path_that_is_too_long_is_one_line(length):
+def test_too_long_path_is_refused_in_one_line(length):
     assert "File name too long" in refusal("x" * length)
 
 
@@ -347,28 +343,28 @@ def test_a_path_that_is_too_long_is_one_line(length):
         ),
     ],
 )  # fmt: skip
-def test_a_wrong_layout_is_explained(moves, words, root):
+def test_wrong_folder_layout_is_explained(moves, words, root):
     for old, new in moves.items():
         if new:
             (root / new).parent.mkdir(exist_ok=True)
             (root / old).rename(root / new)
         else:
             shutil.rmtree(root / old)
-    said = refusal(root)
-    assert all(word in said for word in words), said
+    message = refusal(root)
+    assert all(word in message for word in words), message
 
 
-def test_validation_and_test_folders_that_both_could_be_meant_are_named(root):
+def test_ambiguous_validation_and_test_folders_are_named(root):
     (root / "test").rename(root / "val")
     save_picture(root / "Test/ant/1.png")
     assert "found Test/ and val/: rename one of them to test/" in refusal(root)
 
 
-def test_one_part_as_data_dir_is_explained(root):
+def test_train_folder_as_data_dir_is_explained(root):
     assert f"use --data_dir {root}" in refusal(root / "train")
 
 
-def test_a_folder_called_test_that_is_no_part_is_explained_by_what_is_in_it(root):
+def test_folder_named_test_with_other_contents_is_explained(root):
     (root / "train").rename(root.parent / "test")
     assert "if these are the classes" in refusal(root.parent / "test")
     (root / "test").rename(root / "images")
@@ -376,32 +372,30 @@ def test_a_folder_called_test_that_is_no_part_is_explained_by_what_is_in_it(root
     assert "only images/" in refusal(root)
 
 
-def test_one_class_is_named(root):
-    for part in ("train", "test"):
-        shutil.rmtree(root / part / "bee")
+def test_single_class_is_refused_and_named(root):
+    for subfolder in ("train", "test"):
+        shutil.rmtree(root / subfolder / "bee")
     assert "train/ has one class (ant); a classifier needs at least two" in refusal(root)
 
 
 def test_five_of_many_names_are_shown():
-    assert (
-        utils._some(list("abcde")) == "a, b, c, d, e"
-        and utils._some(list("abcdef")) == "a, b, c, d, e, ..."
-    )
+    assert utils._some(list("abcde")) == "a, b, c, d, e"
+    assert utils._some(list("abcdef")) == "a, b, c, d, e, ..."
 
 
 def test_files_without_class_folders_are_explained(root):
-    for part in ("train", "test"):
-        shutil.rmtree(root / part)
+    for subfolder in ("train", "test"):
+        shutil.rmtree(root / subfolder)
     assert "the folder is empty" in refusal(root)
     save_picture(root / "1.png")
     assert "1 files but no folders" in refusal(root)
     save_picture(root / "train/1.png")
     save_picture(root / "test/1.png")
-    said = refusal(root)
-    assert "no class folders" in said and "at least two classes" in said
+    message = refusal(root)
+    assert "no class folders" in message and "at least two classes" in message
 
 
-def test_a_file_where_a_folder_is_expected_is_named(root, tmp_path):
+def test_file_where_a_folder_is_expected_is_named(root, tmp_path):
     assert "is a file or a broken link, not a folder" in refusal(root / "train/ant/0.png")
     assert "no such folder" in refusal(tmp_path / "nowhere")
     shutil.rmtree(root / "test")
@@ -409,17 +403,17 @@ def test_a_file_where_a_folder_is_expected_is_named(root, tmp_path):
     assert "test is a file or a broken link" in refusal(root)
 
 
-def test_an_empty_test_folder_is_one_line(root):
+def test_empty_test_folder_is_refused_in_one_line(root):
     shutil.rmtree(root / "test")
     (root / "test").mkdir()
     assert "only train/ has ant, bee" in refusal(root)
 
 
-def test_a_class_without_pictures_is_named_with_what_was_left_out(root):
+def test_class_without_pictures_is_named_with_its_skipped_files(root):
     (root / "train/cat").mkdir()
     (root / "train/cat/1.txt").write_text("no picture")
-    said = refusal(root)
-    assert "no pictures in train/cat" in said and "train/cat/1.txt" in said
+    message = refusal(root)
+    assert "no pictures in train/cat" in message and "train/cat/1.txt" in message
 
 
 @pytest.mark.parametrize(
@@ -430,25 +424,23 @@ def test_a_class_without_pictures_is_named_with_what_was_left_out(root):
         ("wasp", ["only train/ has ant", "only test/ has wasp"]),
     ],
 )
-def test_classes_that_differ_between_the_parts_are_named_with_the_likely_cause(
-    renamed, words, root
-):
+def test_classes_that_differ_between_train_and_test_are_named_with_a_cause(renamed, words, root):
     (root / "test/ant").rename(root / "test" / renamed)
-    said = refusal(root)
-    assert "different classes" in said and all(word in said for word in words), said
+    message = refusal(root)
+    assert "different classes" in message and all(word in message for word in words), message
 
 
 def test_classes_that_differ_in_unicode_form_are_named(root):
-    for part, form in (("train", "NFC"), ("test", "NFD")):
-        (root / part / "ant").rename(root / part / unicodedata.normalize(form, "café"))
-    said = refusal(root)
-    assert "Unicode form" in said and "café" in unicodedata.normalize("NFC", said)
+    for subfolder, form in (("train", "NFC"), ("test", "NFD")):
+        (root / subfolder / "ant").rename(root / subfolder / unicodedata.normalize(form, "café"))
+    message = refusal(root)
+    assert "Unicode form" in message and "café" in unicodedata.normalize("NFC", message)
 
 
 # ---------------------------------------------------------------- fingerprint
 
 
-def test_the_fingerprint_is_the_same_in_memory_and_on_disk(root):
+def test_fingerprint_in_memory_equals_that_on_disk(root):
     prints = {
         load(root, memory_gb=size, image_size=side).fingerprint
         for size in (8, 0)
@@ -486,27 +478,25 @@ def test_changed_images_change_the_fingerprint_and_are_named(change, what, memor
     before = load(root, memory_gb=memory_gb, workers=0)
     change(root)
     after = load(root, memory_gb=memory_gb, workers=0)
-    assert (
-        after.difference(before.fingerprint) == what
-        and before.difference(after.fingerprint) == what
-    )
+    assert after.difference(before.fingerprint) == what
+    assert before.difference(after.fingerprint) == what
     assert after.difference(after.fingerprint) is None
 
 
-def test_two_images_that_change_places_change_the_fingerprint(root):
+def test_two_swapped_images_change_the_fingerprint(root):
     before = load(root).fingerprint
     for old, new in (("0.png", "spare"), ("1.png", "0.png"), ("spare", "1.png")):
         (root / "train/ant" / old).rename(root / "train/ant" / new)
     assert load(root).fingerprint != before
 
 
-def test_pixels_in_memory_are_in_the_fingerprint(digits):
-    def changed(part):
+def test_changed_pixels_in_memory_change_the_fingerprint(digits):
+    def changed(image_set):
         images = {"train": digits.train, "held_out": digits.held_out}
-        pixels = images[part].pixels.clone()
+        pixels = images[image_set].pixels.clone()
         pixels[5, 0, 3, 3] ^= 1
-        images[part] = utils.Images(
-            pixels, images[part].labels, images[part].spec, images[part].size
+        images[image_set] = utils.Images(
+            pixels, images[image_set].labels, images[image_set].spec, images[image_set].size
         )
         return utils.Data(**images, classes=digits.classes, tag="digits")
 
@@ -516,7 +506,7 @@ def test_pixels_in_memory_are_in_the_fingerprint(digits):
     assert same.fingerprint == digits.fingerprint
 
 
-def test_held_out_labels_are_in_the_fingerprint(digits):
+def test_changed_held_out_labels_change_the_fingerprint(digits):
     held_out = digits.held_out
     labels = held_out.labels.roll(1)
     other = utils.Data(
@@ -529,7 +519,7 @@ def test_held_out_labels_are_in_the_fingerprint(digits):
 
 
 @pytest.mark.parametrize("size", [0, 1, 32_767, 32_768, 32_769, 50_001, 1_000_000])
-def test_size_and_both_ends_of_every_file_are_hashed(size, tmp_path):
+def test_changed_byte_or_size_of_a_file_changes_its_hash(size, tmp_path):
     path = tmp_path / "file"
     content = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
     path.write_bytes(content.tobytes())
@@ -544,7 +534,7 @@ def test_size_and_both_ends_of_every_file_are_hashed(size, tmp_path):
     assert len(set(hashes)) == len(hashes)
 
 
-def test_the_hash_of_many_files_is_that_of_their_order(tmp_path):
+def test_hash_of_many_files_depends_on_their_order(tmp_path):
     paths = []
     for number in range(300):
         paths.append(tmp_path / str(number))
@@ -558,7 +548,7 @@ def test_the_hash_of_many_files_is_that_of_their_order(tmp_path):
 
 
 def old_fingerprint(data):
-    """As earlier versions computed it: labels and names of the training images alone."""
+    """The fingerprint of earlier versions: labels and names of the training images only."""
     import hashlib
 
     digest = hashlib.sha256(data.train.labels.numpy().astype("<i8").tobytes())
@@ -566,7 +556,7 @@ def old_fingerprint(data):
     return digest.hexdigest()[:16]
 
 
-def test_a_checkpoint_of_an_earlier_version_is_compared_by_labels_and_names(root, capsys):
+def test_checkpoint_of_an_earlier_version_is_compared_by_labels_and_names(root, capsys):
     data = load(root)
     args = flags(data_name="image_folder", data_dir=str(root))
     checkpoint.check_meta("model.pth", {"data_fingerprint": old_fingerprint(data)}, args, data)
@@ -579,7 +569,7 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_labels_and_names(root
 
 
 @pytest.mark.parametrize("actual", ["", "a-b", 5, ["x"], {"a": 1}, 2.5, True])
-def test_a_fingerprint_that_is_none_is_another_data_sets(actual, digits):
+def test_malformed_fingerprint_is_that_of_another_data_set(actual, digits):
     assert digits.difference(actual) == "other training images"
 
 
@@ -588,23 +578,19 @@ def test_a_fingerprint_that_is_none_is_another_data_sets(actual, digits):
 
 def test_names_that_are_not_utf8_are_read_and_written_as_escapes(tmp_path, capsys):
     root = os.fsencode(tmp_path) + b"/pictur\xe9s"
-    for part in (b"train", b"test"):
+    for subfolder in (b"train", b"test"):
         for name in (b"ant", b"caf\xe9"):
             for number in range(3):
-                save_picture(os.path.join(root, part, name, b"\xfc%d.png" % number), number)
+                save_picture(os.path.join(root, subfolder, name, b"\xfc%d.png" % number), number)
     (Path(os.fsdecode(root)) / "train/ant/n\udcf6te.txt").write_text("")
     data = load(os.fsdecode(root))
     assert data.classes == ["ant", "caf\\xe9"] and data.train.names[-1] == "caf\\xe9/\\xfc2.png"
-    assert (
-        data.tag == "image_folder-pictur-xe9s"
-        and "train/ant/n\\xf6te.txt" in capsys.readouterr().out
-    )
+    assert data.tag == "image_folder-pictur-xe9s"
+    assert "train/ant/n\\xf6te.txt" in capsys.readouterr().out
     for memory_gb in (8, 0):
         again = load(os.fsdecode(root), memory_gb=memory_gb, workers=0)
-        assert (
-            again.fingerprint == data.fingerprint
-            and len(list(again.train.batches([torch.tensor([5, 0])]))[0]) == 2
-        )
+        assert again.fingerprint == data.fingerprint
+        assert len(list(again.train.batches([torch.tensor([5, 0])]))[0]) == 2
     args = flags(
         data_name="image_folder",
         data_dir=os.fsdecode(root),
@@ -618,11 +604,11 @@ def test_names_that_are_not_utf8_are_read_and_written_as_escapes(tmp_path, capsy
     assert text.encode("utf-8").decode() == text
 
 
-def test_an_unreadable_image_with_such_a_name_is_one_line_that_can_be_encoded(tmp_path):
+def test_unreadable_image_whose_name_is_not_utf8_is_one_encodable_line(tmp_path):
     root = os.fsencode(tmp_path) + b"/p"
-    for part in (b"train", b"test"):
+    for subfolder in (b"train", b"test"):
         for name in (b"ant", b"b\xe9e"):
-            save_picture(os.path.join(root, part, name, b"1.png"))
+            save_picture(os.path.join(root, subfolder, name, b"1.png"))
     (Path(os.fsdecode(root)) / "train/b\udce9e/1.png").write_bytes(b"no picture")
     assert (
         "train/b\\xe9e/1.png: cannot read image"
@@ -630,7 +616,7 @@ def test_an_unreadable_image_with_such_a_name_is_one_line_that_can_be_encoded(tm
     )
 
 
-def test_a_missing_folder_with_such_a_name_is_one_line_that_can_be_encoded():
+def test_missing_folder_whose_name_is_not_utf8_is_one_encodable_line():
     assert "--data_dir n\\xe9: no such folder" in refusal("n\udce9").encode("utf-8").decode()
 
 
@@ -652,8 +638,9 @@ def test_too_many_pixels_for_the_machine_name_both_remedies(root, monkeypatch):
         raise RuntimeError("can't allocate memory: you tried to allocate 10 bytes")
 
     monkeypatch.setattr(torch, "zeros", refuse)
-    said = refusal(root)
-    assert "--memory_gb 8" in said and "lower it, or --image_size" in said and "4×4" in said
+    message = refusal(root)
+    words = ["--memory_gb 8", "lower it, or --image_size", "4×4"]
+    assert all(word in message for word in words), message
 
 
 def test_pixels_beyond_memory_gb_are_read_from_disk(root, capsys):
@@ -667,7 +654,7 @@ def test_pixels_beyond_memory_gb_are_read_from_disk(root, capsys):
     )
 
 
-def test_pictures_of_several_sizes_are_said_and_resized(root, capsys):
+def test_pictures_of_several_sizes_are_reported_and_resized(root, capsys):
     save_picture(root / "train/ant/0.png", 50, side=9)
     data = load(root)
     assert data.train.pixels.shape == (6, 3, 64, 64)
@@ -678,12 +665,12 @@ def test_pictures_of_several_sizes_are_said_and_resized(root, capsys):
     assert load(root, image_size=7).train.pixels.shape == (6, 3, 7, 7)
 
 
-def test_a_turned_photograph_counts_with_its_upright_size(tmp_path):
+def test_rotated_photograph_counts_with_its_upright_size(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    for part in ("train", "test"):
+    for subfolder in ("train", "test"):
         for name in ("ant", "bee"):
-            path = save_picture(tmp_path / part / name / "1.png", 9)
+            path = save_picture(tmp_path / subfolder / name / "1.png", 9)
             Image.new("RGB", (4, 8)).save(path.with_name("2.png"))
             Image.new("RGB", (8, 4)).save(path.with_name("3.jpg"), exif=exif)
             path.unlink()
@@ -691,7 +678,7 @@ def test_a_turned_photograph_counts_with_its_upright_size(tmp_path):
     assert {utils._upright_size(path) for path in paths} == {(4, 8)}
 
 
-# ---------------------------------------------------------------- published data sets, incomplete
+# ---------------------------------------------------------------- incomplete published data sets
 
 
 @pytest.fixture
@@ -713,16 +700,17 @@ def tiny_imagenet(tmp_path):
     return folder
 
 
-def load_tiny(folder, **given):
+def load_tiny(folder, **values):
     return utils.load_data(
-        flags(data_name="tiny_imagenet", data_dir=str(folder.parent), **given), CPU
+        flags(data_name="tiny_imagenet", data_dir=str(folder.parent), **values), CPU
     )
 
 
-def test_tiny_imagenet_ignores_hidden_files_and_has_the_fingerprint_of_its_files(tiny_imagenet):
+def test_tiny_imagenet_ignores_hidden_files_in_names_and_fingerprint(tiny_imagenet):
     data = load_tiny(tiny_imagenet)
     (tiny_imagenet / "train/n01/images/._n01_0.JPEG").write_bytes(b"x")
-    assert load_tiny(tiny_imagenet).fingerprint == data.fingerprint and data.classes == [
+    assert load_tiny(tiny_imagenet).fingerprint == data.fingerprint
+    assert data.classes == [
         "ant",
         "bee",
     ]
@@ -756,7 +744,7 @@ def test_tiny_imagenet_ignores_hidden_files_and_has_the_fingerprint_of_its_files
         (lambda root: (root / "val/images/n02_1.JPEG").unlink(), ["n02_1.JPEG", "No such file"]),
     ],
 )
-def test_an_incomplete_tiny_imagenet_is_named(damage, words, tiny_imagenet):
+def test_incomplete_tiny_imagenet_is_named(damage, words, tiny_imagenet):
     damage(tiny_imagenet)
     with pytest.raises(utils.UserError) as caught:
         load_tiny(tiny_imagenet)
@@ -806,7 +794,7 @@ def test_cifar_that_is_missing_or_damaged_is_named(present, error, words, tmp_pa
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-# ---------------------------------------------------------------- any other file
+# ---------------------------------------------------------------- other files
 
 
 def ends_with(main, capsys):
@@ -824,19 +812,20 @@ def ends_with(main, capsys):
         lambda: os.listdir("caf\udce9"),
     ],
 )
-def test_a_path_that_the_system_refuses_anywhere_is_one_line(call, capsys):
-    status, said = ends_with(call, capsys)
-    assert (
-        status == 2 and said.count("\n") == 1 and ": error: " in said and "cannot be used (" in said
-    )
+def test_path_that_the_system_refuses_is_reported_in_one_line(call, capsys):
+    status, output = ends_with(call, capsys)
+    assert status == 2
+    assert output.count("\n") == 1
+    assert ": error: " in output
+    assert "cannot be used (" in output
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+def test_bug_in_the_program_keeps_its_traceback(capsys):
     with pytest.raises(OSError, match="no file"):
         utils.run_script(lambda: (_ for _ in ()).throw(OSError("no file in it")))
 
 
-def test_a_checkpoint_that_cannot_be_opened_is_named_with_the_reason(tmp_path, monkeypatch):
+def test_checkpoint_that_cannot_be_opened_is_named_with_the_reason(tmp_path, monkeypatch):
     path = tmp_path / "model.pth"
     path.write_bytes(b"x")
     with pytest.raises(utils.UserError, match="not a file"):
@@ -859,7 +848,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_named_with_the_reason(tmp_path, m
         checkpoint.read(path)
 
 
-def test_files_that_are_written_hold_any_name_as_utf8(tmp_path):
+def test_written_files_contain_any_name_as_utf8(tmp_path):
     name = "caf\udce9 é 漢"
     utils.save_json(tmp_path / "record.json", {"data_dir": name})
     utils.save_text(tmp_path / "rows.csv", f"{name},1\n")
@@ -897,7 +886,7 @@ def test_all_images_are_read_in_order_by_any_number_of_workers(workers, many):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_unreadable_images_are_found_in_the_same_pass(workers, in_memory, many, tmp_path):
+def test_unreadable_images_are_skipped_in_a_single_pass(workers, in_memory, many, tmp_path):
     paths = list(many)
     paths[3], paths[100] = tmp_path / "a.png", tmp_path / "b.png"
     paths[3].write_bytes(b"no picture")
@@ -916,7 +905,7 @@ def test_unreadable_images_are_found_in_the_same_pass(workers, in_memory, many, 
         list(files.batches([torch.tensor([0, 100])]))
 
 
-def test_error_that_is_not_the_images_fault_is_raised_also_with_skip_corrupt(many, monkeypatch):
+def test_error_not_caused_by_an_image_is_raised_despite_skip_corrupt(many, monkeypatch):
     def refuse(path, side):
         raise utils.UserError("too many open files")
 
@@ -926,7 +915,7 @@ def test_error_that_is_not_the_images_fault_is_raised_also_with_skip_corrupt(man
 
 
 @pytest.mark.parametrize(("side", "largest"), [(4, 64), (295, 64), (297, 63), (1024, 5), (4096, 1)])
-def test_batches_that_wait_in_a_worker_have_at_most_16_mb(side, largest, monkeypatch):
+def test_waiting_batches_of_a_worker_have_at_most_16_mb(side, largest, monkeypatch):
     sizes = []
 
     def read(files, index_batches):
@@ -944,7 +933,7 @@ def test_batches_that_wait_in_a_worker_have_at_most_16_mb(side, largest, monkeyp
 def test_several_batches_are_read_by_worker_processes(
     workers, batches, in_this_process, many, monkeypatch
 ):
-    """The stand-in for an image says whether the process that reads it is this one."""
+    """Each image is replaced by a flag: whether this process has read it."""
     parent = os.getpid()
     monkeypatch.setattr(utils, "_read_image", lambda path, side: os.getpid() == parent)
     files = utils.ImageFiles(many, 1, workers)
@@ -953,7 +942,7 @@ def test_several_batches_are_read_by_worker_processes(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reading_images_draws_nothing_from_the_global_generator(workers, many):
+def test_reading_images_leaves_the_global_generator_unchanged(workers, many):
     before = torch.get_rng_state()
     utils.ImageFiles(many, 4, workers).read_all()
     assert torch.get_rng_state().equal(before)

@@ -1,4 +1,4 @@
-"""--forget_list and --forget_class: clear names in any spelling are read, others are errors."""
+"""--forget_list and --forget_class: clear names in any spelling are read; others are errors."""
 
 import codecs
 import json
@@ -57,14 +57,14 @@ def read(tmp_path):
 
 @pytest.fixture
 def refusal(read):
-    """A function that returns the one line with which a list is refused."""
+    """A function that returns the one-line error message that refuses a list."""
 
     def call(content, data=None, name="list.txt"):
         with pytest.raises(utils.UserError) as caught:
             read(content, data, name)
-        said = str(caught.value)
-        assert "\n" not in said and said.startswith("--forget_list ") and said.encode()
-        return said
+        message = str(caught.value)
+        assert "\n" not in message and message.startswith("--forget_list ") and message.encode()
+        return message
 
     return call
 
@@ -106,22 +106,22 @@ def refusal(read):
         ("0", 0),
     ],
 )
-def test_a_name_is_read_in_every_spelling(line, index, read):
+def test_name_is_read_in_every_spelling(line, index, read):
     assert read(line + "\n") == [index]
 
 
-def test_names_in_nfd_on_disk_are_found_by_nfc_and_exact_names_come_first(read):
+def test_nfd_names_on_disk_match_nfc_and_exact_names_come_first(read):
     forms = [f"ant/{unicodedata.normalize(form, 'é')}.png" for form in ("NFC", "NFD")]
     assert read(forms[0], make_data(forms[1:] + ["bee/1.png"])) == [0]
     assert [read(form, make_data(forms)) for form in forms] == [[0], [1]]
 
 
-def test_names_with_blanks_at_the_ends_are_found(read):
+def test_names_with_leading_and_trailing_blanks_are_matched(read):
     data = make_data(["ant/ 1.png ", " bee/1.png", "bee/2.png"])
     assert read("ant/ 1.png \n bee/1.png\n  bee/2.png  \n", data) == [0, 1, 2]
 
 
-def test_a_name_with_odd_line_separators_is_one_line(read):
+def test_name_with_odd_line_separators_is_read_as_one_line(read):
     data = make_data(["ant/a\u2028b.png", "ant/c\x85d.png"])
     assert read("ant/a\u2028b.png\nant/c\x85d.png\n", data) == [0, 1]
 
@@ -152,7 +152,7 @@ def test_every_encoding_is_read(encoding, mark, lines, read):
     assert read(mark + lines.encode(encoding)) == [5, 0]
 
 
-def test_names_that_are_not_utf8_are_found(read):
+def test_names_that_are_not_utf8_are_matched(read):
     data = make_data(
         [utils.printable(name) for name in ("caf\udce9/1.png", "ant/\udcfc.png", "ant/1.png")]
     )
@@ -163,7 +163,7 @@ def test_names_that_are_not_utf8_are_found(read):
 # ---------------------------------------------------------------- paths
 
 
-def test_paths_from_anywhere_are_found_by_the_file_they_lead_to(read, tmp_path, monkeypatch):
+def test_paths_from_anywhere_are_matched_by_their_file(read, tmp_path, monkeypatch):
     folder = tmp_path / "data/pictures/train"
     names = ["ant/1.png", "bee/1.png", "bee/2.png"]
     for name in names:
@@ -181,45 +181,44 @@ def test_paths_from_anywhere_are_found_by_the_file_they_lead_to(read, tmp_path, 
         assert read(f"{tmp_path}/bee.png", data) == [2]
 
 
-def test_a_path_outside_of_the_training_images_is_refused(refusal, tmp_path):
+def test_path_outside_of_the_training_images_is_refused(refusal, tmp_path):
     (tmp_path / "pictures/train/ant").mkdir(parents=True)
     (tmp_path / "1.png").write_text("")
     data = make_data(NAMES, tmp_path / "pictures/train")
     for line in (f"{tmp_path}/1.png", "/somewhere/train/ant/1.png"):
-        said = refusal(line, data)
-        assert "line 1" in said and f"no such file in {tmp_path}/pictures/train" in said
+        message = refusal(line, data)
+        assert "line 1" in message and f"no such file in {tmp_path}/pictures/train" in message
 
 
-def test_test_images_cannot_be_forgotten(refusal):
+def test_test_image_in_a_list_is_refused(refusal):
     assert "a test image: only training images can be forgotten" in refusal("test/ant/1.png")
 
 
-# ---------------------------------------------------------------- what could mean two things
+# ---------------------------------------------------------------- ambiguous names
 
 
-def test_a_file_name_in_two_classes_needs_its_class(refusal):
-    said = refusal("1.png")
-    assert (
-        "could mean ant/1.png or ant/deep/1.png or bee/1.png" in said and "class/image.png" in said
-    )
+def test_file_name_in_two_classes_needs_its_class(refusal):
+    message = refusal("1.png")
+    assert "could mean ant/1.png or ant/deep/1.png or bee/1.png" in message
+    assert "class/image.png" in message
 
 
-def test_a_number_that_is_a_file_and_an_index_is_refused(refusal, read):
+def test_number_that_is_a_file_and_an_index_is_refused(refusal, read):
     names = [f"ant/{number}" for number in range(20, 0, -1)]
-    said = refusal("12", make_data(names))
-    assert "ant/12" in said and "training image number 12 (ant/8)" in said
+    message = refusal("12", make_data(names))
+    assert "ant/12" in message and "training image number 12 (ant/8)" in message
     assert read("ant/12\n20\n", make_data(names)) == [8, 0]
     assert read("10\n", make_data(["ant/x"] * 10 + ["ant/10"])) == [10]
 
 
-def test_a_class_called_train(read, refusal):
+def test_path_in_a_class_named_train_is_matched_or_ambiguous(read, refusal):
     assert read("train/1.png", make_data(["ant/1.png", "train/1.png"])) == [1]
     assert read("train/train/1.png", make_data(["ant/1.png", "train/1.png"])) == [1]
-    said = refusal("train/ant/1.png", make_data(["ant/1.png", "train/ant/1.png"]))
-    assert "could mean ant/1.png or train/ant/1.png" in said
+    message = refusal("train/ant/1.png", make_data(["ant/1.png", "train/ant/1.png"]))
+    assert "could mean ant/1.png or train/ant/1.png" in message
 
 
-def test_a_class_that_begins_with_a_number_sign(read, refusal):
+def test_class_that_begins_with_a_number_sign_is_matched(read, refusal):
     data = make_data(["#tag/1.png", "ant/1.png"])
     assert read("# a comment\n#tag/1.png\n#note/2\n#tag\n", data) == [0]
     assert read("#tag\\1.png\n", data) == [0]
@@ -254,22 +253,22 @@ def test_tables_with_one_column_of_names_and_json_lists_are_read(text, read):
 @pytest.mark.parametrize(
     "text", ["filename\nbee/1.png\n", "file,label\nbee/1.png,bee\n", "index,label\n4,1\n"]
 )
-def test_a_heading_above_a_single_image_is_left_out(text, read):
+def test_heading_above_a_single_image_is_skipped(text, read):
     assert read(text) == [4]
 
 
 @pytest.mark.parametrize("text", ["x,ant/1.png\nbee/1.png,y,z\n", "x,y,ant/1.png\nx,bee/1.png\n"])
-def test_rows_of_different_lengths_are_no_table(text, refusal):
-    said = refusal(text)
-    assert "line 1" in said and "no such file in train/" in said
+def test_rows_of_different_lengths_are_not_a_table(text, refusal):
+    message = refusal(text)
+    assert "line 1" in message and "no such file in train/" in message
 
 
-def test_quotes_inside_quotes_are_doubled(read):
+def test_doubled_quotes_inside_quotes_are_one_quote(read):
     names = ['ant/a"b.png', "ant/a'b.png"]
     assert read("\"ant/a\"\"b.png\"\n'ant/a''b.png'\n", make_data(names)) == [0, 1]
 
 
-def test_a_table_with_a_file_name_that_holds_a_comma(read):
+def test_table_with_a_comma_in_a_file_name_is_read(read):
     assert read('0, "ant/a,b.png"\n1, bee/1.png\n') == [2, 4]
     assert read('path,label\n"ant/a,b.png",0\nbee/1.png,1\n') == [2, 4]
 
@@ -307,9 +306,9 @@ def test_a_table_with_a_file_name_that_holds_a_comma(read):
         (codecs.BOM_UTF8, ["names no image"]),
     ],
 )
-def test_what_cannot_be_read_names_the_line_and_the_reason(text, words, refusal):
-    said = refusal(text)
-    assert all(word in said for word in words), said
+def test_unreadable_list_is_refused_with_line_and_reason(text, words, refusal):
+    message = refusal(text)
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(
@@ -328,12 +327,12 @@ def test_what_cannot_be_read_names_the_line_and_the_reason(text, words, refusal)
         (bytes(range(256)), "a binary file"),
     ],
 )
-def test_a_binary_file_is_called_what_it_looks_like(content, kind, refusal):
-    said = refusal(content)
-    assert f"looks like {kind}" in said and "text file" in said
+def test_binary_file_is_refused_with_its_kind(content, kind, refusal):
+    message = refusal(content)
+    assert f"looks like {kind}" in message and "text file" in message
 
 
-def test_lists_for_data_without_file_names(read, refusal):
+def test_list_for_data_without_file_names_takes_indices_only(read, refusal):
     data = make_data(None, count=30)
     assert read("5\n 29 \n0\n", data) == [5, 29, 0]
     assert read("index\n5\n6\n", data) == [5, 6] and read("[5, 6]", data) == [5, 6]
@@ -342,7 +341,7 @@ def test_lists_for_data_without_file_names(read, refusal):
     assert "several" in refusal("5, 6, 7", data)
 
 
-def test_a_list_that_cannot_be_opened_is_one_line(tmp_path):
+def test_list_that_cannot_be_opened_is_refused_in_one_line(tmp_path):
     for path, reason in [
         (tmp_path / "none.txt", "No such file"),
         (tmp_path, "Is a directory"),
@@ -363,7 +362,7 @@ TOKENS = [*NAMES, "train/", "./", "\\", ",", "\n", "\r\n", '"', "#", "0", "1", "
         st.lists(st.sampled_from(TOKENS), max_size=6).map(lambda items: "".join(items).encode()),
     )
 )
-def test_any_bytes_are_a_list_or_one_line(tmp_path_factory, content):
+def test_random_bytes_are_a_list_or_refused_in_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
     try:
@@ -380,14 +379,14 @@ def test_any_bytes_are_a_list_or_one_line(tmp_path_factory, content):
     st.booleans(),
     st.sampled_from(["utf-8-sig", "utf-16"]),
 )
-def test_any_selection_is_read_back(tmp_path_factory, chosen, as_json, encoding):
+def test_random_selection_is_read_back(tmp_path_factory, chosen, as_json, encoding):
     names = [NAMES[index] for index in chosen]
     path = tmp_path_factory.getbasetemp() / "chosen.txt"
     path.write_text(json.dumps(names) if as_json else "\n".join(names), encoding=encoding)
     assert set(utils.read_forget_list(path, make_data())) == chosen
 
 
-def test_the_folder_of_a_list_has_a_name_that_every_file_system_takes(tmp_path):
+def test_folder_of_a_list_has_a_portable_name(tmp_path):
     for stem in ("x" * 240, "caf\udce9"):
         path = tmp_path / f"{stem}.txt"
         path.write_text("3\n")
@@ -424,7 +423,7 @@ PADDED = [f"{number:02}" for number in range(1, 11)]
         ("caf\udce9", ["ant", "caf\\xe9"], 1),
     ],
 )
-def test_a_class_is_found_by_its_name_first(text, classes, number):
+def test_class_name_takes_precedence_over_class_number(text, classes, number):
     assert class_number(text, classes) == number
 
 
@@ -445,15 +444,16 @@ def test_a_class_is_found_by_its_name_first(text, classes, number):
         ("", ["ant", "cat"], ["not one of"]),
     ],
 )
-def test_a_class_that_is_none_or_could_be_two_is_refused(text, classes, words):
+def test_unknown_or_ambiguous_class_is_refused(text, classes, words):
     with pytest.raises(utils.UserError) as caught:
         class_number(text, classes)
-    said = str(caught.value)
-    assert said.startswith(f"--forget_class {text}") and all(word in said for word in words), said
+    message = str(caught.value)
+    assert message.startswith(f"--forget_class {text}"), message
+    assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(
-    ("given_flags", "start"),
+    ("scenario", "start"),
     [
         (
             {"unlearn_type": "class", "forget_class": "bee"},
@@ -466,39 +466,39 @@ def test_a_class_that_is_none_or_could_be_two_is_refused(text, classes, words):
         ),
     ],
 )
-def test_what_is_forgotten_is_described_by_name_and_count(given_flags, start):
+def test_forget_set_is_described_by_name_and_count(scenario, start):
     names = [name for name in NAMES if name != "ant/12"] + ["ant/12"]
     data = make_data(names)
     data.classes = ["ant", "bee", "x", "y"]
     data.train.labels = torch.tensor([0 if name.startswith("ant") else 1 for name in names])
-    if given_flags.get("seed"):
+    if scenario.get("seed"):
         drawn = int(utils.permutation(1, "forget class", 4)[0])
         data.train.labels = (data.train.labels + drawn) % 4
         start += f"{data.classes[drawn]} (drawn from seed 1): 4 of 7"
-    said = utils.make_split(
-        data, flags(data_name="image_folder", **given_flags), cal_size=1
+    description = utils.make_split(
+        data, flags(data_name="image_folder", **scenario), cal_size=1
     ).describe()
-    assert said.startswith(start), said
+    assert description.startswith(start), description
 
 
-def test_a_subclass_is_described_with_its_class():
+def test_subclass_is_described_with_its_class():
     data = make_data(None, count=6)
     data.classes, data.subclass_names = ["insect", "bird"], ["ant", "bee", "owl"]
-    data.train.labels, data.train.subclasses = (
-        torch.tensor([0, 0, 0, 0, 1, 1]),
-        torch.tensor([0, 1, 0, 1, 2, 2]),
-    )
+    data.train.labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    data.train.subclasses = torch.tensor([0, 1, 0, 1, 2, 2])
     data.held_out.subclasses = torch.arange(9) % 3
     args = flags(data_name="cifar20", unlearn_type="subclass", forget_class="bee")
-    said = utils.make_split(data, args).describe()
-    assert said.startswith("subclass bee of class insect: 2 of 6 training images (subclass_1, ")
+    description = utils.make_split(data, args).describe()
+    assert description.startswith(
+        "subclass bee of class insect: 2 of 6 training images (subclass_1, "
+    )
 
 
 # ---------------------------------------------------------------- few held-out images
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_too_few_held_out_images_are_one_line(count):
+def test_too_few_held_out_images_are_refused_in_one_line(count):
     data = make_data()
     data.held_out.pixels, data.held_out.labels = (
         data.held_out.pixels[:count],
@@ -509,7 +509,7 @@ def test_too_few_held_out_images_are_one_line(count):
 
 
 @pytest.mark.parametrize("count", range(3, 10))
-def test_every_part_gets_one_of_a_handful_of_held_out_images(count):
+def test_every_held_out_set_gets_one_of_few_images(count):
     data = make_data()
     data.held_out.pixels, data.held_out.labels = (
         data.held_out.pixels[:count],
@@ -520,7 +520,7 @@ def test_every_part_gets_one_of_a_handful_of_held_out_images(count):
     assert min(sizes) >= 1 and sum(sizes) == count
 
 
-def test_a_class_scenario_without_retained_test_images_is_one_line():
+def test_class_forgetting_without_retained_test_images_is_refused():
     data = make_data()
     data.held_out.labels = torch.zeros(9, dtype=torch.int64)
     args = flags(data_name="image_folder", unlearn_type="class", forget_class=data.classes[0])
@@ -536,7 +536,7 @@ def test_unlearning_everything_or_nothing_names_the_count():
         utils.make_split(make_data(), args)
 
 
-def test_the_split_does_not_depend_on_the_spelling_of_the_list(tmp_path):
+def test_split_does_not_depend_on_the_spelling_of_the_list(tmp_path):
     prints = set()
     for number, text in enumerate(
         ["bee/1.png\nant/1.png\n", "[4, 0]", "file,x\ntrain/ant/1.png,0\nbee\\1.png,1\n"]

@@ -104,7 +104,7 @@ def test_importances_of_layer_called_twice_or_never_equal_autograd():
 
 @pytest.mark.parametrize("name", ["small", "resnet18"])
 def test_known_layers_take_one_backward_pass_for_all_images(name, monkeypatch):
-    """Image by image, the importances of ResNet-18 take several times as long."""
+    """One backward pass per image would take several times as long for ResNet-18."""
 
     def image_by_image(*arguments, **options):
         raise AssertionError("the layers are known")
@@ -177,7 +177,7 @@ def test_importances_of_few_positions_are_squared_sums_of_each_image(positions):
     torch.testing.assert_close(total, 1 + expected)
 
 
-# ---------------------------------------------------------------- two processes, in turns
+# ---------------------------------------------------------------- simulated processes
 
 
 @pytest.mark.parametrize("world", [2, 3])

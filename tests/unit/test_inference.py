@@ -22,7 +22,7 @@ INDICES = torch.tensor([5, 1, 8, 2, 22, 9, 0, 13, 4, 17, 3])
 class FullMemory(nn.Module):
     """A network that runs out of memory for batches of more than ``limit`` images.
 
-    The memory is full behind its classifier, so that every layer has been called.
+    The memory is full after its classifier, so that every layer has been called.
     """
 
     def __init__(self, network, limit):
@@ -63,7 +63,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("calls", NETWORKS)
-def test_features_after_full_memory_are_those_of_one_attempt(calls, data, monkeypatch):
+def test_features_after_full_memory_equal_those_of_one_attempt(calls, data, monkeypatch):
     monkeypatch.setattr(inference, "_default_batch_size", lambda images: 8)
     network = NETWORKS[calls]()
     expected = inference.compute_features(network, data, INDICES, 2)
@@ -78,7 +78,7 @@ def test_features_after_full_memory_are_those_of_one_attempt(calls, data, monkey
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_features_of_several_processes_are_those_of_one(world, data, monkeypatch):
+def test_features_on_several_processes_equal_those_on_one(world, data, monkeypatch):
     network = Calls(2)
     expected = inference.compute_features(network, data, INDICES)
     results = Processes(monkeypatch, world).run(
@@ -103,7 +103,7 @@ def test_logits_are_the_features_of_a_classifier_that_is_never_called(data):
 
 
 @pytest.mark.parametrize(("batch_size", "limit"), [(4, 2), (None, 0)])
-def test_memory_that_is_too_small_is_an_error(batch_size, limit, data, monkeypatch):
+def test_too_small_memory_is_an_error(batch_size, limit, data, monkeypatch):
     monkeypatch.setattr(inference, "_default_batch_size", lambda images: 3)
     model = FullMemory(SmallNet(), limit)
     with pytest.raises(torch.OutOfMemoryError):
@@ -112,7 +112,7 @@ def test_memory_that_is_too_small_is_an_error(batch_size, limit, data, monkeypat
     assert model.training and not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_logits_are_those_of_eval_mode_and_every_mode_is_kept(data):
+def test_logits_are_those_of_eval_mode_and_all_modes_are_restored(data):
     network = SmallNet()
     network.train()
     network[1].eval()
@@ -127,7 +127,7 @@ def test_logits_are_those_of_eval_mode_and_every_mode_is_kept(data):
     ]
 
 
-def test_logits_are_float32_and_on_the_cpu(data):
+def test_logits_of_bf16_network_are_float32_on_the_cpu(data):
     network = SmallNet().bfloat16()
     data.inputs = data.inputs.bfloat16()
     logits, _, features = inference.compute_features(network, data, INDICES)
@@ -138,7 +138,7 @@ def test_logits_are_float32_and_on_the_cpu(data):
     ("side", "cuda", "size"),
     [(32, False, 64), (8, False, 512), (64, False, 16), (224, False, 4), (32, True, 16_384)],
 )
-def test_the_batch_size_fits_the_cache_or_a_gpu(side, cuda, size):
+def test_batch_size_fits_the_cache_or_the_gpu(side, cuda, size):
     stand_in = SimpleNamespace(size=side, labels=SimpleNamespace(is_cuda=cuda))
     assert inference._default_batch_size(stand_in) == size
 
@@ -150,7 +150,7 @@ def test_nan_logits_name_the_number_of_images(data):
         inference.compute_logits(network, data, INDICES)
 
 
-def test_the_classifier_is_timms_or_the_last_linear_layer():
+def test_classifier_is_that_of_timm_or_the_last_linear_layer():
     linear, other = nn.Linear(8, 3), nn.Linear(8, 3)
     network = nn.Sequential(nn.Linear(8, 8), linear, nn.ReLU())
     assert inference.classifier_layers(network) == [linear]

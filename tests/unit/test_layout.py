@@ -1,4 +1,4 @@
-"""Channels-last input reaches only networks whose weight gradients are right with it."""
+"""Only networks with correct channels-last weight gradients receive channels-last input."""
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ def test_layout_on_the_cpu_depends_on_the_narrowest_convolution(network, expecte
     assert input_layout(network, "cpu") == expected
 
 
-def test_layout_on_other_devices():
+def test_layout_on_cuda_is_channels_last_and_on_mps_contiguous():
     narrow = nn.Conv2d(2, 2, 1)
     assert input_layout(narrow, "cuda") == LAST and input_layout(narrow, "mps") == CONTIGUOUS
 
 
 @pytest.mark.parametrize(("width", "last"), [(8, False), (15, False), (16, True), (64, True)])
-def test_resnet18_receives_its_layout_whatever_the_caller_passes(width, last):
+def test_resnet18_receives_its_layout_for_input_of_any_layout(width, last):
     model, seen = models.create_model("resnet18", 10, width=width), []
     model.conv1.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
     for layout in (LAST, CONTIGUOUS):
@@ -45,7 +45,7 @@ def test_resnet18_receives_its_layout_whatever_the_caller_passes(width, last):
     assert [images.is_contiguous() for images in seen] == [not last, not last]
 
 
-def test_narrow_1x1_convolutions_inside_a_permuting_network_receive_contiguous_input():
+def test_narrow_1x1_convolution_in_a_permuting_network_gets_contiguous_input():
     class Permuting(nn.Module):
         def __init__(self):
             super().__init__()

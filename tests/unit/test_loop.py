@@ -297,7 +297,11 @@ def test_divergence_closes_progress_bar_and_names_method_epoch_and_rate(bars):
 def test_missing_batch_is_an_error(name, action):
     job = small_job(name)
     plain = job.data.train.batches
-    job.data.train.batches = lambda parts, augment=None: list(plain(parts, augment))[:-1]
+
+    def all_but_one(index_batches, augment=None):
+        return list(plain(index_batches, augment))[:-1]
+
+    job.data.train.batches = all_but_one
     with pytest.raises(ValueError, match="shorter"):
         action(job)
 
@@ -327,9 +331,9 @@ def resumable(tmp_path, label, resume=False, stop_in=None, identity=None, **sett
     if stop_in:
         plain, count = job.data.train.batches, itertools.count()
 
-        def batches(parts, augment=None):
+        def batches(index_batches, augment=None):
             training = augment is not None and len(records) + 1 == stop_in
-            for number, inputs in enumerate(plain(parts, augment)):
+            for number, inputs in enumerate(plain(index_batches, augment)):
                 if training and number == 1 and next(count) == 0:
                     raise Stop
                 yield inputs
@@ -347,9 +351,7 @@ def without_times(records):
     "label", ["finetune", "scrub", "sfron", "salun", "teacher", "cpu_finetune", "retrain"]
 )
 @pytest.mark.parametrize("stop_in", [2, 4])
-def test_resumed_run_has_weights_and_records_of_uninterrupted_run(
-    label, stop_in, tmp_path
-):
+def test_resumed_run_has_weights_and_records_of_uninterrupted_run(label, stop_in, tmp_path):
     whole, expected_records = resumable(tmp_path / "none", label)
     expected = run(replace(whole, progress=None))
     with pytest.raises(Stop):

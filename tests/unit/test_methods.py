@@ -92,7 +92,7 @@ def batch(job, logits, indices, num_retain):
 ZERO = ((0.0, 0.0), (0.0, 0.0))
 
 
-# ---------------------------------------------------------------- one step of each
+# ---------------------------------------------------------------- one step of each method
 
 
 @pytest.mark.parametrize("name", ["finetune", "retrain"])

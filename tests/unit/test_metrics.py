@@ -29,7 +29,7 @@ from metrics import (
 
 
 def report(module, outputs, settings):
-    """What a metric's file reports: (scalars, rows)."""
+    """The report of a metric's module: (scalars, rows)."""
     return module.report(outputs, metrics.ConformalScores(outputs, settings), settings)
 
 
@@ -48,22 +48,21 @@ def plain(log_odds):
 # ---------------------------------------------------------------- scores
 
 
-def test_scores_are_one_minus_the_probability():
+def test_thr_scores_are_one_minus_the_probability():
     actual = scores.thr(logits_of([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5]]))
     expected = torch.tensor([[0.3, 0.8, 0.9], [0.75, 0.75, 0.5]], dtype=torch.float64)
     torch.testing.assert_close(actual, expected)
 
 
-def test_each_image_is_scored_by_its_own_label():
+def test_true_label_scores_are_those_of_each_true_label():
     logits = logits_of([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1]])
     actual = scores.true_label_scores(logits, torch.tensor([1, 0]))
     torch.testing.assert_close(actual, torch.tensor([0.8, 0.4], dtype=torch.float64))
 
 
-def test_scores_keep_the_order_of_very_confident_images():
-    logits = torch.tensor(
-        [[40.0, 0.0], [50.0, 0.0], [60.0, 0.0]]
-    )  # in float32, 1 − p is 0 for all three
+def test_scores_of_very_confident_images_keep_their_order():
+    # In float32, 1 − p is 0 for all three.
+    logits = torch.tensor([[40.0, 0.0], [50.0, 0.0], [60.0, 0.0]])
     actual = scores.true_label_scores(logits, torch.zeros(3, dtype=torch.int64))
     torch.testing.assert_close(
         actual.log(), torch.tensor([-40.0, -50.0, -60.0], dtype=torch.float64)
@@ -87,17 +86,14 @@ def test_adaptive_scores_by_hand():
     assert plain(scores.saps_log_odds(logits, u, 0.2)) == pytest.approx(sum(expected, []))
 
 
-def test_randomised_scores_are_drawn_from_the_seed_and_the_part():
+def test_randomised_scores_depend_on_seed_and_image_set():
     logits = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
     for name in ("aps", "raps", "saps"):
-        first, again, other = (
-            scores.Score(name, seed=1),
-            scores.Score(name, seed=1),
-            scores.Score(name, seed=2),
-        )
-        assert torch.equal(first(logits), again(logits)) and not torch.equal(
-            first(logits), other(logits)
-        )
+        first = scores.Score(name, seed=1)
+        again = scores.Score(name, seed=1)
+        other = scores.Score(name, seed=2)
+        assert torch.equal(first(logits), again(logits))
+        assert not torch.equal(first(logits), other(logits))
         assert not torch.equal(first(logits, "forget"), first(logits, "held_out"))
         assert torch.equal(
             scores.Score(name, False, seed=1)(logits), scores.Score(name, False, seed=2)(logits)
@@ -155,14 +151,10 @@ def test_sets_coverage_size_and_ratio_by_hand():
     # Images 1, 2 and 3 are misclassified; the labels of 1 and 2 are in their sets.
     wrong = logits.argmax(dim=1) != labels
     assert wrong.sum() == 3 and CR.fake_forgetting(inside, wrong) == 2
-    assert (
-        CR.efficient_coverage(inside, sizes, 1) == 1 / 4
-        and CR.efficient_coverage(inside, sizes, 2) == 2 / 4
-    )
-    assert (
-        CR.efficient_miscoverage(inside, sizes, 0) == 0
-        and CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
-    )
+    assert CR.efficient_coverage(inside, sizes, 1) == 1 / 4
+    assert CR.efficient_coverage(inside, sizes, 2) == 2 / 4
+    assert CR.efficient_miscoverage(inside, sizes, 0) == 0
+    assert CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
     thresholds = [math.log(3), 50.0, math.nan]  # log-odds of 0.75 and of almost 1; no finite q̂
     actual = CR.describe(
         conformal.score_images(metrics.Output(logits, labels), scores.Score(), ""), thresholds, [1]
@@ -171,42 +163,39 @@ def test_sets_coverage_size_and_ratio_by_hand():
     assert all(math.isnan(values[2]) for values in actual.values())
     actual = {key: values[:2] for key, values in actual.items()}
     assert actual["coverage"].tolist() == [3 / 4, 1] and actual["set_size"].tolist() == [7 / 4, 3]
-    assert actual["fake"].tolist() == [2, 3] and actual["fake_ratio"].tolist() == pytest.approx(
-        [2 / 3, 1]
-    )
-    assert actual["wrong_set_size"].tolist() == [2, 3] and actual[
-        "wrong_CR"
-    ].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert actual["fake"].tolist() == [2, 3]
+    assert actual["fake_ratio"].tolist() == pytest.approx([2 / 3, 1])
+    assert actual["wrong_set_size"].tolist() == [2, 3]
+    assert actual["wrong_CR"].tolist() == pytest.approx([1 / 3, 1 / 3])
     assert actual["ECF@1"].tolist() == [1 / 4, 0] and actual["EuCF@1"].tolist() == [1 / 4, 0]
 
 
-def test_thresholds_give_the_same_as_the_sets_themselves():
+def test_coverage_and_sizes_from_thresholds_equal_those_of_the_sets():
     generator = torch.Generator().manual_seed(0)
     output = metrics.Output(
         torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator)
     )
     for name in scores.NAMES:
         score = scores.Score(name, seed=3)
-        part = conformal.score_images(output, score, "test")
-        q_hats = torch.cat([part.true_label[:20], torch.tensor([0.0, math.inf])])  # with ties
-        inside, sizes = part.in_set(q_hats), part.set_sizes(q_hats)
+        image_scores = conformal.score_images(output, score, "test")
+        ties = image_scores.true_label[:20]
+        q_hats = torch.cat([ties, torch.tensor([0.0, math.inf])])
+        inside, sizes = image_scores.in_set(q_hats), image_scores.set_sizes(q_hats)
         for number, q_hat in enumerate(q_hats):
             sets = CR.prediction_sets(score.log_odds(output.logits, "test"), q_hat)
             assert torch.equal(inside[number], CR.in_set(sets, output.labels))
             assert torch.equal(sizes[number], sets.sum(dim=1))
 
 
-def test_the_error_of_CR_is_that_of_many_samples():
+def test_error_of_CR_equals_spread_over_many_samples():
     rng = np.random.default_rng(0)
-    inside, sizes = (
-        torch.from_numpy(rng.random((4000, 200)) < 0.8),
-        torch.from_numpy(rng.integers(1, 4, (4000, 200))),
-    )
+    inside = torch.from_numpy(rng.random((4000, 200)) < 0.8)
+    sizes = torch.from_numpy(rng.integers(1, 4, (4000, 200)))
     spread = CR.conformal_ratio(inside, sizes).std()
     assert CR.ratio_error(inside, sizes).mean().item() == pytest.approx(spread.item(), rel=0.05)
 
 
-def test_empty_sets():
+def test_empty_sets_have_zero_coverage_size_and_CR():
     logits, labels = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     actual = CR.describe(
         conformal.score_images(metrics.Output(logits, labels), scores.Score(), ""), [-2.0]
@@ -246,10 +235,8 @@ def test_coverage_over_random_splits_follows_the_theory():
 
 def test_sets_grow_as_alpha_falls():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = (
-        torch.randn(500, 10, generator=generator),
-        torch.randint(10, (500,), generator=generator),
-    )
+    logits = torch.randn(500, 10, generator=generator)
+    labels = torch.randint(10, (500,), generator=generator)
     alphas = [0.4, 0.2, 0.1, 0.05, 0.01]
     for name in scores.NAMES:
         actual = scores.Score(name)(logits)
@@ -275,7 +262,7 @@ def column(values):
 
 
 def test_membership_attack_on_separable_confidences():
-    """Members above 0.9, non-members below 0.5: the SVM separates them."""
+    """The SVM separates members above 0.9 from non-members below 0.5."""
     rng = np.random.default_rng(0)
     members, non_members = 0.9 + 0.1 * rng.random(200), 0.5 * rng.random(200)
     targets = np.array([0.95, 0.97, 0.2, 0.3, 0.1])
@@ -284,7 +271,7 @@ def test_membership_attack_on_separable_confidences():
     points = np.concatenate([targets, members[100:], non_members[100:]])
     actual = attack.membership_probabilities(members[:100], non_members[:100], points)
     split = torch.from_numpy(actual).split([5, 100, 100])
-    scored = [MIACR.membership_scores(part) for part in split]
+    scored = [MIACR.membership_scores(probabilities) for probabilities in split]
     assert MIACR.miacr(*scored, 0.05) == 3 / 5
 
 
@@ -299,9 +286,9 @@ CONFIDENCES = {
 
 
 @pytest.mark.parametrize("kind", CONFIDENCES)
-def test_the_attack_decides_as_scikit_learns(kind):
+def test_attack_decides_like_scikit_learn(kind):
     members, non_members, targets = (
-        column(part) for part in CONFIDENCES[kind](np.random.default_rng(1), 2000)
+        column(confidences) for confidences in CONFIDENCES[kind](np.random.default_rng(1), 2000)
     )
     points = np.concatenate([members, non_members])
     membership = np.repeat([1, 0], [len(members), len(non_members)])
@@ -309,7 +296,7 @@ def test_the_attack_decides_as_scikit_learns(kind):
     assert np.mean(attack.Attack(members, non_members).says_member(targets) == expected) >= 0.999
 
 
-def test_the_attack_on_several_features_decides_as_scikit_learns():
+def test_attack_on_several_features_decides_like_scikit_learn():
     rng = np.random.default_rng(2)
     members, non_members, targets = (rng.dirichlet(np.full(10, a), 1000) for a in (0.1, 0.14, 0.12))
     points, membership = np.concatenate([members, non_members]), np.repeat([1, 0], 1000)
@@ -318,7 +305,7 @@ def test_the_attack_on_several_features_decides_as_scikit_learns():
 
 
 @pytest.mark.parametrize("b", [2, 3])
-def test_probabilities_of_an_attack_are_those_of_scikit_learn_on_all_images(b):
+def test_attack_probabilities_equal_those_of_scikit_learn(b):
     rng = np.random.default_rng(3)
     members, non_members, targets = rng.beta(5, 1, 500), rng.beta(b, 1, 500), rng.beta(3, 1, 1000)
     actual = attack.membership_probabilities(members, non_members, targets)
@@ -345,12 +332,10 @@ def test_entropies_by_hand():
     )
 
 
-def test_the_ranking_attack_by_hand():
+def test_ranking_attack_by_hand():
     # Scores 1 − p: members .1 .2 .6, non-members .3 .5 .7 .9: of 12 pairs 10 are in order.
-    members, non_members = (
-        torch.tensor([0.1, 0.2, 0.6]).double(),
-        torch.tensor([0.3, 0.5, 0.7, 0.9]).double(),
-    )
+    members = torch.tensor([0.1, 0.2, 0.6]).double()
+    non_members = torch.tensor([0.3, 0.5, 0.7, 0.9]).double()
     area, rates = MIA.ranking_attack(members, non_members)
     assert area == pytest.approx(10 / 12) and rates == pytest.approx([2 / 3, 2 / 3])
     sure = torch.tensor([1e-30, 1e-25]).double()  # p rounds to 1 for both: the order is still known
@@ -364,9 +349,8 @@ def test_miacr_counts_sets_that_are_exactly_non_member():
     non_members = torch.tensor([[0.3, 0.7], [0.4, 0.6]], dtype=torch.float64)
     targets = torch.tensor([[0.1, 0.9], [0.3, 0.7], [0.35, 0.65], [0.9, 0.1]], dtype=torch.float64)
     assert MIACR.miacr(targets, members, non_members, 0.4) == 2 / 4  # {non}, {non}, {}, {member}
-    assert math.isnan(
-        MIACR.miacr(targets, members, non_members, 0.1)
-    )  # q̂ = ∞: every set is {non, member}
+    # q̂ = ∞: every set is {non-member, member}.
+    assert math.isnan(MIACR.miacr(targets, members, non_members, 0.1))
 
 
 # ---------------------------------------------------------------- whole reports
@@ -391,12 +375,12 @@ def random_outputs(generator, forget_class=None, num_draws=1, cal_sizes=(50, 100
     )
 
 
-def settings(*alphas, **given):
-    return metrics.Settings(alphas, **given)
+def settings(*alphas, **values):
+    return metrics.Settings(alphas, **values)
 
 
-def test_the_attack_is_judged_on_the_forget_images_alone():
-    """Confident retain images, unconfident rest: with the forget images unconfident, MIA is 1."""
+def test_attack_is_evaluated_on_forget_images_only():
+    """Retain images are confident and all others are not. MIA is 1 if forget images are not."""
     generator = torch.Generator().manual_seed(0)
 
     def output(n, margin):
@@ -408,11 +392,9 @@ def test_the_attack_is_judged_on_the_forget_images_alone():
         output(30, 0), output(300, 12), output(250, 0), [50], metrics.draw_splits(250, 1)
     )
     actual = report(MIA, outputs, settings(0.2))[0]
-    assert (
-        actual["MIA"] == 1
-        and actual["MIA_privacy"] > 0.95
-        and actual["AUC"] == pytest.approx(0.5, abs=0.15)
-    )
+    assert actual["MIA"] == 1
+    assert actual["MIA_privacy"] > 0.95
+    assert actual["AUC"] == pytest.approx(0.5, abs=0.15)
     outputs.forget = output(30, 12)
     actual = report(MIA, outputs, settings(0.2))[0]
     assert actual["MIA"] == 0 and actual["AUC"] > 0.95 and actual["TPR@1%"] > 0.9
@@ -426,7 +408,7 @@ def test_the_attack_is_judged_on_the_forget_images_alone():
     assert actual["AUC"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_report_is_pure_and_complete():
+def test_report_is_reproducible_and_complete():
     outputs = random_outputs(torch.Generator().manual_seed(0))
     chosen = settings(0.1, 0.2, scores=tuple(scores.Score(name) for name in ("thr", "aps")))
     scalars, rows = evaluate(outputs, chosen)
@@ -440,27 +422,22 @@ def test_report_is_pure_and_complete():
     row = rows["thr", 50, 0.2]
     assert row["q_hat"] == q_hat
     assert row["forget_coverage"] == CR.coverage(CR.in_set(sets, outputs.forget.labels))
-    test = outputs.held_out.select(torch.arange(100, 300))  # what no calibration size uses
+    test = outputs.held_out.select(torch.arange(100, 300))  # images outside every calibration set
     sets = CR.prediction_sets(scores.thr(test.logits), q_hat)
     assert row["test_coverage"] == CR.coverage(CR.in_set(sets, test.labels))
-    assert {"UA", "RA", "TA", "MIA", "AUC"} <= set(scalars) and all(
-        "MIACR" in row for row in rows.values()
-    )
+    assert {"UA", "RA", "TA", "MIA", "AUC"} <= set(scalars)
+    assert all("MIACR" in row for row in rows.values())
     assert row != rows["aps", 50, 0.2] and row["MIACR"] == rows["aps", 50, 0.2]["MIACR"]
 
 
 def test_resplits_give_the_mean_and_spread_over_draws():
     outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=30, cal_sizes=(100,))
-    assert (
-        outputs.draws[0].tolist() == list(range(300))
-        and len({tuple(draw.tolist()) for draw in outputs.draws}) == 30
-    )
+    assert outputs.draws[0].tolist() == list(range(300))
+    assert len({tuple(draw.tolist()) for draw in outputs.draws}) == 30
     scalars, rows = evaluate(outputs, settings(0.1))
     row = rows["thr", 100, 0.1]
-    label_scores, actual = (
-        scores.true_label_scores(*outputs.held_out),
-        {"test": [], "forget": [], "q_hat": []},
-    )
+    label_scores = scores.true_label_scores(*outputs.held_out)
+    actual = {"test": [], "forget": [], "q_hat": []}
     for draw in outputs.draws:
         q_hat = CR.conformal_quantile(label_scores[draw[:100]], 0.1)
         actual["q_hat"].append(q_hat)
@@ -469,9 +446,9 @@ def test_resplits_give_the_mean_and_spread_over_draws():
             (scores.true_label_scores(*outputs.forget) <= q_hat).double().mean().item()
         )
     assert row["q_hat"].mean == pytest.approx(np.mean(actual["q_hat"]))
-    for part in ("test", "forget"):
-        assert row[f"{part}_coverage"].mean == pytest.approx(np.mean(actual[part]))
-        assert row[f"{part}_coverage"].std == pytest.approx(np.std(actual[part], ddof=1))
+    for image_set in ("test", "forget"):
+        assert row[f"{image_set}_coverage"].mean == pytest.approx(np.mean(actual[image_set]))
+        assert row[f"{image_set}_coverage"].std == pytest.approx(np.std(actual[image_set], ddof=1))
     law = CR.coverage_law(100, 200, 0.1)
     assert row["theory_coverage"].mean == pytest.approx(law.mean() / 200)
     assert row["theory_coverage"].mean == pytest.approx(91 / 101)
@@ -485,7 +462,7 @@ def test_resplits_give_the_mean_and_spread_over_draws():
 
 
 @pytest.mark.parametrize("forget_class", [None, 2])
-def test_coverage_over_a_thousand_random_splits_has_the_theorys_mean_and_spread(forget_class):
+def test_coverage_over_1000_random_splits_has_mean_and_spread_of_theory(forget_class):
     outputs = random_outputs(
         torch.Generator().manual_seed(1), forget_class, num_draws=1000, cal_sizes=(100,)
     )
@@ -497,8 +474,8 @@ def test_coverage_over_a_thousand_random_splits_has_the_theorys_mean_and_spread(
 
 
 @pytest.mark.parametrize("num_draws", [1, 50])
-def test_coverage_that_the_theory_excludes_is_told(num_draws):
-    """A model that answers all images alike ties all scores: all sets hold the label or none."""
+def test_coverage_outside_the_theory_is_reported(num_draws):
+    """A constant model ties all scores: either all sets contain the label or none does."""
     outputs = random_outputs(torch.Generator().manual_seed(0), num_draws=num_draws)
     outputs.held_out.logits[:] = 0
     assert report(CR, outputs, settings(0.1))[1]["thr", 100, 0.1]["coverage_outside"]
@@ -522,12 +499,11 @@ def test_class_forgetting_reports_both_calibrations():
         CR.prediction_sets(actual, retained).sum(dim=1)
     )
     assert row["forget_test_coverage"] >= 0 and "UA_test" in scalars
-    assert (outputs.held_out.labels[outputs.test()] != 2).all() and (
-        outputs.held_out.labels[outputs.forget_test()] == 2
-    ).all()
+    assert (outputs.held_out.labels[outputs.test()] != 2).all()
+    assert (outputs.held_out.labels[outputs.forget_test()] == 2).all()
 
 
-def test_class_rows_give_coverage_under_the_common_and_the_own_calibration():
+def test_class_rows_have_coverage_under_common_and_class_calibration():
     outputs = random_outputs(torch.Generator().manual_seed(0), cal_sizes=(200,))
     rows = classwise.class_rows(metrics.ConformalScores(outputs, settings(0.1)), [*"abcd"])
     assert [row["class"] for row in rows] == ["a", "b", "c", "d"]
@@ -568,23 +544,19 @@ def test_sample_rows_add_up_to_the_metrics():
         assert len(inside) == rows[place]["set_size@0.1"] and rows[place]["label"] in inside
 
 
-def test_a_linear_probe_finds_a_class_that_the_features_separate():
+def test_linear_probe_on_separable_features_detects_the_class():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 600)
     features = rng.standard_normal((600, 5)) + 8 * np.eye(5)[labels]
     mixed = np.where((labels == 2)[:, None], rng.standard_normal((600, 5)), features)
-    mixed[labels == 1] -= 8 * np.eye(5)[1]  # classes 1 and 2 look alike now
+    mixed[labels == 1] -= 8 * np.eye(5)[1]  # classes 1 and 2 are now identical
     masks = {"probe_forget": labels > 0, "probe_retain": labels == 0}
-    for seen, expected in (
-        (features, 1.0),
-        (mixed, 0.5),
-    ):  # between two that look alike, half is chance
+    # Between two identical classes, chance is one half.
+    for seen, expected in ((features, 1.0), (mixed, 0.5)):
         tests = {key: (seen[mask], labels[mask]) for key, mask in masks.items()}
         actual = probe.linear_probe(seen, labels, tests)
-        assert (
-            actual["probe_forget"] == pytest.approx(expected, abs=0.1)
-            and actual["probe_retain"] > 0.95
-        )
+        assert actual["probe_forget"] == pytest.approx(expected, abs=0.1)
+        assert actual["probe_retain"] > 0.95
 
 
 def test_comparison_with_retrain_by_hand():
@@ -619,10 +591,10 @@ def conformal_data():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["thr", "aps", "raps"])
-def test_q_hat_and_sets_are_those_of_mapie(name):
-    """Image by image, with the same random numbers (MAPIE takes 1 − u where we take u).
+def test_q_hat_and_sets_equal_those_of_mapie(name):
+    """Compared image by image with equal random numbers (MAPIE uses 1 − u for our u).
 
-    MAPIE chooses raps' parameters from some calibration images, so these are used here as well.
+    MAPIE chooses the parameters of raps from calibration images. Our score uses these parameters.
     """
     from mapie.classification import SplitConformalClassifier
 
@@ -653,30 +625,27 @@ def test_q_hat_and_sets_are_those_of_mapie(name):
     u = 1 - torch.from_numpy(np.random.RandomState(7).uniform(size=300))
     if name == "raps":
         chosen = other._mapie_classifier.conformity_score_function_
-        actual, q_hat = (
-            scores.from_log_odds(
-                scores.raps_log_odds(
-                    logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0])
-                )
-            ),
-            chosen.quantiles_[0],
+        actual = scores.from_log_odds(
+            scores.raps_log_odds(logits[300:], u, float(chosen.lambda_star), int(chosen.k_star[0]))
         )
+        q_hat = chosen.quantiles_[0]
     else:
-        score = scores.thr_log_odds if name == "thr" else lambda part: scores.aps_log_odds(part, u)
+
+        def score(logits):
+            return scores.thr_log_odds(logits) if name == "thr" else scores.aps_log_odds(logits, u)
+
         label_scores = score(logits[:300]).gather(1, labels[:300, None]).squeeze(1)
         actual, q_hat = score(logits[300:]), CR.conformal_quantile(label_scores, 0.1)
     sets = CR.prediction_sets(actual, q_hat)
     assert (sets.numpy() == expected).all() and 0 < expected.mean() < 1
     label_scores = sets.gather(1, labels[300:, None]).double().mean().item()
-    assert (
-        CR.coverage(CR.in_set(sets, labels[300:])) == label_scores
-        and abs(label_scores - 0.9) < 0.08
-    )
+    assert CR.coverage(CR.in_set(sets, labels[300:])) == label_scores
+    assert abs(label_scores - 0.9) < 0.08
 
 
 @pytest.mark.parametrize("name", scores.NAMES)
-def test_scores_and_sets_are_those_of_torchcp(name):
-    """Without the random part, where torchcp takes u = 1. torchcp is not a requirement."""
+def test_scores_and_sets_equal_those_of_torchcp(name):
+    """Without randomisation, where torchcp uses u = 1. torchcp is not a requirement."""
     pytest.importorskip("torchcp")
     from torchcp.classification import score as theirs
     from torchcp.classification.predictor import SplitPredictor

@@ -1,4 +1,4 @@
-"""Networks by name: what they are, how they are built, and which names are refused."""
+"""Networks by name: their properties, construction, and refused names."""
 
 from types import SimpleNamespace
 
@@ -69,16 +69,16 @@ def test_timm_that_cannot_build_without_memory_draws_no_random_numbers(monkeypat
 @pytest.mark.parametrize(
     ("name", "side"), [("test_vit.r160_in1k", 160), ("inception_v3", 299), ("vit", 224)]
 )
-def test_the_native_side_is_that_of_the_weights(name, side):
+def test_native_side_is_that_of_the_weights(name, side):
     assert models.describe(name).native_side == side == models.input_size(name)
 
 
-def test_the_native_side_is_224_where_timm_records_none(monkeypatch):
+def test_native_side_is_224_where_timm_records_none(monkeypatch):
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
     assert vit.native_side("resnet50") == 224
 
 
-def test_an_unknown_name_is_refused():
+def test_unknown_name_is_refused():
     for function in (models.describe, lambda name: models.create_model(name, 10)):
         with pytest.raises(UserError, match="--model_name resnet19: not resnet18, vit or a timm"):
             function("resnet19")
@@ -104,7 +104,7 @@ def arguments(**changes):
         ({"pretrained_path": "file"}, False, (False, None)),
     ],
 )
-def test_weights_are_loaded_only_if_the_flags_and_the_caller_agree(
+def test_weights_are_loaded_only_if_flags_and_caller_agree(
     changes, pretrained, expected, monkeypatch
 ):
     calls = []
@@ -122,7 +122,7 @@ def test_weights_are_loaded_only_if_the_flags_and_the_caller_agree(
     assert options == sizes | {"pretrained": loads, "pretrained_path": path}
 
 
-def test_a_timm_model_gets_classes_size_and_weights_from_a_file(tmp_path):
+def test_timm_model_gets_classes_size_and_weights_from_a_file(tmp_path):
     torch.manual_seed(0)
     source = timm.create_model("test_vit", num_classes=1000)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
@@ -137,7 +137,7 @@ def test_a_timm_model_gets_classes_size_and_weights_from_a_file(tmp_path):
     assert convolutional(torch.zeros(2, 3, 40, 40)).shape == (2, 7)
 
 
-def test_files_that_hold_no_weights_are_refused(tmp_path):
+def test_files_without_weights_are_refused(tmp_path):
     path = tmp_path / "weights.pth"
     with pytest.raises(UserError, match=f"--pretrained_path {path}: no such file"):
         models.create_model("test_vit", 7, pretrained_path=path)
@@ -146,7 +146,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
         models.create_model("test_vit", 7, pretrained_path=path)
 
 
-def test_an_image_size_that_does_not_fit_the_network_is_named():
+def test_image_size_that_does_not_fit_the_network_is_named():
     with pytest.raises(UserError, match="--model_name pit_ti_224 --image_size 3: "):
         models.create_model("pit_ti_224", 7, image_size=3, pretrained=False)
 

@@ -1,4 +1,4 @@
-"""Notes below the tables: what the numbers cannot say, and what helps."""
+"""Notes below the tables: limits of the numbers and remedies."""
 
 import math
 
@@ -6,14 +6,14 @@ from metrics import Spread
 from metrics.report import notes
 
 
-def advised(**given):
+def advised(**values):
     row = {"score": "thr", "alpha": 0.1, "method": "GA", "q_hat": 0.9, "coverage_outside": False}
-    row |= {"test_coverage": 0.9, "theory_coverage": 0.95} | given
+    row |= {"test_coverage": 0.9, "theory_coverage": 0.95} | values
     varied = ("q_hat", "test_coverage", "theory_coverage")
     return row | {key: Spread(row[key], 0.1) for key in varied}
 
 
-def test_an_alpha_above_the_error_rate_is_said():
+def test_alpha_above_the_error_rate_is_reported():
     tables = [
         [advised(q_hat=0.3), advised(method="salun"), advised(method="salun", alpha=0.2, q_hat=0.1)]
     ]
@@ -29,7 +29,7 @@ def test_an_alpha_above_the_error_rate_is_said():
     assert notes.advice([[advised(), {"method": "sfron", "note": "diverged"}]]) == []
 
 
-def test_coverage_outside_the_theory_is_said():
+def test_coverage_outside_the_theory_is_reported():
     tables = [[advised(coverage_outside=True, test_coverage=0.99, alpha=0.05), advised()]]
     (line,) = notes.advice(tables)
     assert "GA at 0.05 (thr: 0.990, 0.950)" in line and "GA at 0.1" not in line
@@ -39,7 +39,7 @@ def missing(rows, class_rows=()):
     return notes.missing_q_hats(rows, class_rows)
 
 
-def q_hat_row(alpha, **given):
+def q_hat_row(alpha, **values):
     row = {
         "alpha": alpha,
         "cal_size": 30,
@@ -47,10 +47,10 @@ def q_hat_row(alpha, **given):
         "calibration_images": 30,
         "draws_left_out": 0,
     }
-    return row | {"MIACR_calibration_images": 1000} | given
+    return row | {"MIACR_calibration_images": 1000} | values
 
 
-def test_lines_on_infinite_q_hats_join_what_is_of_one_kind():
+def test_infinite_q_hats_of_one_kind_share_one_line():
     nan = math.nan
     of_class = {
         "q_hat_forget": nan,

@@ -354,7 +354,7 @@ def test_conformal_term_adds_forget_images_to_steps_without_any():
         assert [len(f) for f in joined] == [4, 4, 3]
 
 
-# ---------------------------------------------------------------- where gradient ascent ends
+# ---------------------------------------------------------------- end of gradient ascent
 
 
 def ascent_job(stop_accuracy, **settings):

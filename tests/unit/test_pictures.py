@@ -115,13 +115,14 @@ def written(picture, path, **options):
     return path
 
 
+# Image.registered_extensions loads all plugins.
 EXTENSIONS = {
     name: extension for extension, name in reversed(Image.registered_extensions().items())
-}  # loads all
+}
 FORMATS = [name for name in sorted(Image.SAVE) if name not in WRITE_ONLY]
 
 
-def test_formats_that_are_not_tested_are_those_that_pillow_cannot_read():
+def test_untested_formats_are_those_that_pillow_cannot_read():
     Image.init()
     for name in WRITE_ONLY:
         assert name not in Image.OPEN or name in utils.UNREADABLE_FORMATS
@@ -129,7 +130,7 @@ def test_formats_that_are_not_tested_are_those_that_pillow_cannot_read():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_mode_that_a_format_takes_is_read_as_it_looks_or_is_an_error(name, tmp_path):
+def test_picture_of_any_mode_is_read_as_it_looks_or_is_an_error(name, tmp_path):
     num_read, num_refused = 0, 0
     for mode in MODES:
         picture, wanted = make(mode)
@@ -154,13 +155,11 @@ def test_every_mode_that_a_format_takes_is_read_as_it_looks_or_is_an_error(name,
         try:
             actual = read(path, SIDE)
         except utils.UnreadableImage as error:
-            # Values without a known range, never a picture of 8 bits.
+            # Only values without a known range are refused, never an 8-bit picture.
             assert mode in ("I", "F") or name == "SPIDER", f"{name} {mode}: {error}"
-            assert (
-                str(path) in str(error)
-                and "which value is white" in str(error)
-                and "PNG" in str(error)
-            )
+            assert str(path) in str(error)
+            assert "which value is white" in str(error)
+            assert "PNG" in str(error)
             num_refused += 1
             continue
         tolerance = max(12 if name in LOSSY else 1, TOLERANCES.get(mode, 1))
@@ -191,8 +190,9 @@ def png(path, width, depth, colour_type, rows, *chunks):
 
     header = struct.pack(">IIBBBBB", width, len(rows), depth, colour_type, 0, 0, 0)
     body = zlib.compress(b"".join(b"\0" + row for row in rows))
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", body), (b"IEND", b"")]
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    chunks = [(b"IHDR", header), *chunks, (b"IDAT", body), (b"IEND", b"")]
+    encoded = [chunk(name, content) for name, content in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(encoded))
     return path
 
 
@@ -232,7 +232,7 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
         ),
     ],
 )
-def test_png_of_any_depth_with_and_without_a_transparent_colour(
+def test_png_of_any_depth_and_transparency_is_read_as_it_looks(
     depth, colour_type, row, chunks, wanted, tmp_path
 ):
     rows = [row] * 4
@@ -279,7 +279,7 @@ def test_tiff_whose_zero_is_white_is_inverted(dtype, tmp_path):
     assert np.array_equal(read(path), grey_as_rgb(255 - grey))
 
 
-def test_12_bit_tiff_is_scaled_by_its_own_white(tmp_path):
+def test_12_bit_tiff_is_scaled_by_its_white_level(tmp_path):
     """Two values in three bytes: 0x000 and 0xfff, 0x800 and 0x100."""
     rows = np.frombuffer(b"\x00\x0f\xff\x80\x01\x00" * 4, np.uint8).reshape(4, 6)
     path = tiff(tmp_path / "picture.tif", rows, bits=12, t256=4)
@@ -287,7 +287,7 @@ def test_12_bit_tiff_is_scaled_by_its_own_white(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint32, np.int32, np.float32])
-def test_tiff_without_a_known_white_is_an_error_that_says_what_to_do(dtype, tmp_path):
+def test_tiff_without_a_known_white_is_refused_with_a_remedy(dtype, tmp_path):
     path = tiff(tmp_path / "picture.tif", gradient_with_glyph().astype(dtype))
     with pytest.raises(
         utils.UnreadableImage, match=r"picture\.tif.*mode [IF].*8-bit or 16-bit PNG"
@@ -296,7 +296,7 @@ def test_tiff_without_a_known_white_is_an_error_that_says_what_to_do(dtype, tmp_
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
-def test_compressed_16_bit_tiff(compression, tmp_path):
+def test_compressed_16_bit_tiff_is_scaled(compression, tmp_path):
     picture, wanted = make("I;16")
     assert np.array_equal(
         read(written(picture, tmp_path / "picture.tif", compression=compression)), wanted
@@ -330,7 +330,7 @@ def test_16_bit_values_are_divided_by_257_and_rounded(tmp_path):
 
 
 def test_16_bit_pictures_of_two_classes_stay_apart(tmp_path):
-    """Clipped at 255 both would be white."""
+    """Clipped at 255, both pictures would be white."""
     actual = []
     for number, value in enumerate((20_000, 40_000)):
         picture = Image.fromarray(np.full((4, 4), value, np.uint16))
@@ -338,7 +338,7 @@ def test_16_bit_pictures_of_two_classes_stay_apart(tmp_path):
     assert actual[0].max() == 78 and actual[1].min() == 156
 
 
-def test_cmyk_jpeg_of_adobe_is_not_a_negative(tmp_path):
+def test_cmyk_jpeg_of_adobe_is_not_inverted(tmp_path):
     picture, wanted = make("CMYK")
     path = written(picture, tmp_path / "picture.jpg", quality=100)
     assert b"Adobe" in path.read_bytes() and np.abs(read(path) - wanted).max() < 12
@@ -354,11 +354,9 @@ def test_32_bit_bmp_whose_fourth_channel_is_constant_is_opaque(opacity, tmp_path
 @pytest.mark.parametrize(
     "name", ["picture.gif", "picture.webp", "picture.png", "picture.tif", "picture.avif"]
 )
-def test_the_first_frame_is_read(name, tmp_path):
-    first, others = (
-        make("P")[0],
-        [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")],
-    )
+def test_first_frame_of_an_animation_is_read(name, tmp_path):
+    first = make("P")[0]
+    others = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
     options = (
         {"lossless": True}
         if name.endswith("webp")
@@ -381,9 +379,9 @@ def rectangle():
     "name", ["picture.jpg", "picture.png", "picture.webp", "picture.tif", "picture.avif"]
 )
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(orientation, name, tmp_path):
+def test_rotated_pictures_are_read_upright(orientation, name, tmp_path):
     upright = Image.fromarray(rectangle()).resize((32, 8), Image.Resampling.NEAREST)
-    # The picture as the camera stores it: what ImageOps.exif_transpose turns into the upright one.
+    # The picture as stored by a camera: ImageOps.exif_transpose turns it upright.
     inverse = {6: 8, 8: 6}.get(orientation, orientation)
     exif = Image.Exif()
     exif[0x0112] = inverse
@@ -407,13 +405,13 @@ def test_pictures_are_turned_upright(orientation, name, tmp_path):
     "block",
     [b"", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0" + bytes(40), b"junk"],
 )
-def test_a_damaged_exif_block_leaves_the_picture_as_it_is(block, tmp_path):
+def test_picture_with_damaged_exif_is_read_unrotated(block, tmp_path):
     path = written(Image.fromarray(colours()), tmp_path / "picture.png", exif=block)
     assert np.array_equal(read(path), colours()) and utils._upright_size(path) == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 77])
-def test_an_unknown_orientation_leaves_the_picture_as_it_is(orientation, tmp_path):
+def test_picture_of_unknown_orientation_is_read_unrotated(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = written(Image.fromarray(rectangle()), tmp_path / "picture.png", exif=exif)
@@ -422,7 +420,7 @@ def test_an_unknown_orientation_leaves_the_picture_as_it_is(orientation, tmp_pat
     assert utils._upright_size(path) == (32, 8)
 
 
-def test_a_long_narrow_picture_needs_little_memory_and_keeps_its_centre(tmp_path):
+def test_long_narrow_picture_needs_little_memory_and_keeps_its_centre(tmp_path):
     values = np.zeros((1, 60_001), np.uint8)
     values[0, 30_000] = 255
     path = written(Image.fromarray(values), tmp_path / "picture.png")
@@ -449,7 +447,7 @@ def unreadable(path):
     return str(caught.value)
 
 
-def test_files_that_are_no_pictures_are_named_with_the_reason(tmp_path):
+def test_files_that_are_not_pictures_are_named_with_the_reason(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"")
     assert "empty" in unreadable(path)
@@ -470,7 +468,7 @@ def test_files_that_are_no_pictures_are_named_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     "name", ["picture.png", "picture.gif", "picture.bmp", "picture.tif", "picture.webp"]
 )
-def test_a_picture_cut_off_anywhere_is_an_error_unless_all_pixels_are_there(name, tmp_path):
+def test_truncated_picture_is_an_error_unless_all_pixels_are_present(name, tmp_path):
     options = {"lossless": True} if name.endswith("webp") else {}
     path = written(make("P")[0], tmp_path / name, **options)
     content, num_refused = path.read_bytes(), 0
@@ -483,12 +481,12 @@ def test_a_picture_cut_off_anywhere_is_an_error_unless_all_pixels_are_there(name
     assert num_refused > 0.7 * len(content) / 9
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+def test_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "picture.png")
     assert "not a regular file" in unreadable(tmp_path / "picture.png")
 
 
-def test_a_file_without_permission_is_named_with_the_reason(tmp_path, monkeypatch):
+def test_file_without_permission_is_named_with_the_reason(tmp_path, monkeypatch):
     path = written(Image.fromarray(colours()), tmp_path / "picture.png")
 
     def refuse(*_, **__):
@@ -498,8 +496,8 @@ def test_a_file_without_permission_is_named_with_the_reason(tmp_path, monkeypatc
     assert "(Permission denied)" in unreadable(path)
 
 
-def test_too_many_open_files_are_not_the_images_fault(tmp_path, monkeypatch):
-    """Else --skip_corrupt would leave sound images out."""
+def test_too_many_open_files_are_not_an_unreadable_image(tmp_path, monkeypatch):
+    """Otherwise --skip_corrupt would skip readable images."""
     path = written(Image.fromarray(colours()), tmp_path / "picture.png")
 
     def refuse(*_, **__):
@@ -511,17 +509,16 @@ def test_too_many_open_files_are_not_the_images_fault(tmp_path, monkeypatch):
     assert not isinstance(caught.value, utils.UnreadableImage)
 
 
-def test_a_picture_too_large_for_pillow_is_one_line(tmp_path, monkeypatch):
+def test_picture_too_large_for_pillow_is_refused_in_one_line(tmp_path, monkeypatch):
     path = written(Image.fromarray(colours()), tmp_path / "picture.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "exceeds limit" in unreadable(path)
 
 
-def test_pillow_prints_no_warnings(tmp_path, monkeypatch):
+def test_picture_with_pillow_warnings_prints_none(tmp_path, monkeypatch):
     path = written(Image.fromarray(colours()), tmp_path / "picture.png")
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1
-    )  # it warns, and refuses twice as many
+    # Pillow warns above this limit and refuses twice as many pixels.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)
     utils._pillow.cache_clear()  # pytest restores the filters before each test
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""The HTML report: what a browser shows is what was given, for any text."""
+"""The HTML report: a browser shows its input unchanged, for any text."""
 
 import base64
 import io
@@ -73,7 +73,7 @@ def make_page(title="title", facts=None, rows=ROWS, pictures=None, details=None)
     )
 
 
-def test_page_shows_everything_that_it_is_given():
+def test_page_shows_all_tables_facts_and_pictures():
     png = b"\x89PNG not a picture"
     details = {"Flags": {"alpha": 0.1, "path": io}, "Versions": {"torch": "猫"}}
     facts = {"data": "digits", "images": 5}
@@ -97,7 +97,7 @@ def test_page_shows_everything_that_it_is_given():
     assert made.startswith("<!DOCTYPE html>\n<html")
 
 
-def test_page_holds_its_style_and_its_script():
+def test_page_contains_its_style_and_script():
     parsed, folder = Page(make_page()), Path(page.__file__).parent
     assert parsed.texts("style")[0].strip() == (folder / "page.css").read_text().strip()
     assert parsed.texts("script")[0].strip() == (folder / "page.js").read_text().strip()
@@ -139,7 +139,7 @@ def test_text_of_any_characters_is_shown_and_nothing_else(text):
     tags = [element["tag"] for element in parsed.elements]
     assert tags == [element["tag"] for element in ordinary.elements]
 
-    # A parser of HTML makes one character of each line end. The rest is as it was given.
+    # An HTML parser turns each line end into one character and keeps the rest.
     def one_line_end(text):
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -167,7 +167,7 @@ def one_figure(text=""):
     return figure
 
 
-def test_png_is_the_figure_and_the_same_each_time():
+def test_png_shows_the_figure_and_is_reproducible():
     first, again = (page.png(one_figure("a")) for _ in range(2))
     assert first == again and first != page.png(one_figure("b"))
     image = Image.open(io.BytesIO(first))

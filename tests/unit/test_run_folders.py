@@ -1,4 +1,4 @@
-"""Run folders: files appear when all are complete, and interrupted runs do no harm."""
+"""Run folders: files appear when all are complete, and interrupted runs damage nothing."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ MB = 2**20
 
 
 class Killed(BaseException):
-    """Ends a run at once. Nothing in the program catches it."""
+    """Ends a run immediately. No handler of the program catches it."""
 
 
 def files(folder):
@@ -114,7 +114,7 @@ def test_failed_run_leaves_earlier_files_and_its_resume_checkpoint(error, tmp_pa
     assert files(tmp_path) == {"model.pth": "old", ".unfinished/resume.pth": "new"}
 
 
-def test_files_of_a_killed_run_are_removed_and_its_resume_checkpoint_is_found(tmp_path):
+def test_files_of_a_killed_run_are_removed_except_its_resume_checkpoint(tmp_path):
     write(tmp_path / ".unfinished", "killed", names=["model.pth", "masks/mask.pth"])
     write(tmp_path / ".unfinished", "killed", names=["resume.pth", "resume.pth.7.part"])
     with utils.unfinished_folder(tmp_path, MB) as unfinished:
@@ -170,7 +170,7 @@ def test_file_that_cannot_be_replaced_is_named(tmp_path):
     assert not files(tmp_path / "model.pth") and not (tmp_path / ".unfinished").exists()
 
 
-def test_error_of_the_run_is_not_hidden_by_one_of_the_clean_up(tmp_path, monkeypatch):
+def test_error_of_the_run_is_not_hidden_by_an_error_of_the_clean_up(tmp_path, monkeypatch):
     def refuse(path):
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -227,9 +227,9 @@ def test_full_disk_is_noticed_before_the_run_and_leaves_no_file(is_created, tmp_
     with pytest.raises(utils.UserError, match=r"cannot hold 3 MB of results \(No space left"):
         with utils.unfinished_folder(tmp_path, 3_000_000):
             pytest.fail("the run has begun")
-    assert (
-        written == [3_000_000] and not files(tmp_path) and not (tmp_path / ".unfinished").exists()
-    )
+    assert written == [3_000_000]
+    assert not files(tmp_path)
+    assert not (tmp_path / ".unfinished").exists()
 
 
 def test_space_for_the_files_is_free_again_when_the_run_begins(tmp_path):
@@ -244,7 +244,7 @@ def test_folder_that_cannot_be_created_is_named(tmp_path):
 
 
 def test_folder_without_write_permission_is_named(tmp_path, monkeypatch):
-    """As mkdir and the lock would report it. Root may write anywhere, so that both are replaced."""
+    """Both mkdir and the lock are replaced, because root can write everywhere."""
 
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -299,7 +299,7 @@ def test_history_that_cannot_be_written_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "tag"),
+    ("values", "tag"),
     [
         ({"width": 64}, "resnet18"),
         ({"width": 8}, "resnet18w8"),
@@ -310,8 +310,8 @@ def test_history_that_cannot_be_written_is_named(tmp_path):
         ({"model_name": "test_resnet.r160_in1k", "image_size": 96}, "test-resnet.r160-in1ki96"),
     ],
 )
-def test_folder_names_the_flags_that_change_the_original_model(given, tag):
-    assert utils.model_tag(flags(**given)) == tag
+def test_folder_names_the_flags_that_change_the_original_model(values, tag):
+    assert utils.model_tag(flags(**values)) == tag
 
 
 def test_folder_names_model_data_and_seed(digits):

@@ -30,11 +30,11 @@ SCENARIO = ["--retain_ratio", 0.7]
 @pytest.fixture(scope="module")
 def few(digits):
     """60 training and 60 held-out digits."""
-    parts = [
+    image_sets = [
         utils.Images(images.pixels[:60], images.labels[:60], images.spec, images.size)
         for images in (digits.train, digits.held_out)
     ]
-    return utils.Data(*parts, digits.classes, "few")
+    return utils.Data(*image_sets, digits.classes, "few")
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +101,14 @@ def everything(trained, few):
     """All methods and variants, one epoch each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "load_data", lambda args, device, model_side=None: few)
-        status, said = unlearn_in(trained, unlearn.METHODS, "--num_epochs", 1)
+        status, output = unlearn_in(trained, unlearn.METHODS, "--num_epochs", 1)
         flags = ["--num_epochs", 2, "--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02]
-        cpu_status, cpu_said = unlearn_cpu_in(trained, ["cpu_finetune", "cpu_scrub"], *flags)
+        cpu_status, cpu_output = unlearn_cpu_in(trained, ["cpu_finetune", "cpu_scrub"], *flags)
     return SimpleNamespace(
         root=trained / "resnet18w8_few_seed1/random_0.7",
         status=(status, cpu_status),
-        said=said,
-        cpu_said=cpu_said,
+        output=output,
+        cpu_output=cpu_output,
     )
 
 
@@ -128,7 +128,7 @@ def model_of(path):
     return model
 
 
-# ---------------------------------------------------------------- what a run leaves
+# ---------------------------------------------------------------- results of a run
 
 
 def test_original_is_trained_on_all_images_and_recorded(trained, few):
@@ -171,7 +171,7 @@ def test_finished_method_leaves_its_model_and_accuracies_of_that_model(everythin
         assert len(lines) == (0 if not method.trained else 2 if name.startswith("cpu_") else 1)
         assert not (folder / ".unfinished").exists() and not (folder / "failure.json").exists()
         hashes.add(checkpoint.weights_hash(model.state_dict()))
-        assert f"{name} epoch 1" in everything.said + everything.cpu_said or not method.trained
+        assert f"{name} epoch 1" in everything.output + everything.cpu_output or not method.trained
     unchanged = "ssd" in unlearn.METHODS and ssd_did_nothing(everything)
     assert len(hashes) == len(unlearn.METHODS) + 3 - unchanged
     assert len(list(everything.root.glob("*/saliency_mask.pth"))) == 1
@@ -196,15 +196,15 @@ def test_advice_of_conformal_term_is_printed_with_name_of_variant(original, monk
     for advice in ("a smaller alpha", None):
         monkeypatch.setattr(unlearn_cpu.ConformalTerm, "advice", lambda term, advice=advice: advice)
         flags = ["--num_epochs", 1, "--alpha", 0.3, "--overwrite"]
-        status, said = unlearn_cpu_in(original, ["cpu_finetune"], *flags)
+        status, output = unlearn_cpu_in(original, ["cpu_finetune"], *flags)
         assert status == 0
-        is_printed = "cpu_finetune: a smaller alpha" in said.splitlines()
+        is_printed = "cpu_finetune: a smaller alpha" in output.splitlines()
         assert is_printed == (advice is not None)
-        assert "cpu_finetune: None" not in said
+        assert "cpu_finetune: None" not in output
 
 
 def test_printed_table_has_a_row_for_every_method(everything):
-    lines = everything.said.splitlines()
+    lines = everything.output.splitlines()
     heading = next(n for n, line in enumerate(lines) if line.split()[:2] == ["method", "epochs"])
     rows = {line.split()[0]: line.split() for line in lines[heading + 1 :]}
     assert list(rows) == list(unlearn.METHODS)
@@ -218,9 +218,9 @@ def test_printed_table_has_a_row_for_every_method(everything):
 
 def test_finished_run_is_not_repeated(everything, trained):
     before = (everything.root / "salun/unlearning_model.pth").stat().st_mtime_ns
-    status, said = unlearn_in(trained, ["salun"], "--num_epochs", 1)
-    assert status == 0 and "already done" in said and "salun epoch 1" not in said
-    assert said.splitlines()[-1].split()[:3] == ["salun", "1", "0.013"]
+    status, output = unlearn_in(trained, ["salun"], "--num_epochs", 1)
+    assert status == 0 and "already done" in output and "salun epoch 1" not in output
+    assert output.splitlines()[-1].split()[:3] == ["salun", "1", "0.013"]
     assert (everything.root / "salun/unlearning_model.pth").stat().st_mtime_ns == before
 
 
@@ -243,8 +243,8 @@ def test_overwrite_replaces_run_and_same_seed_gives_same_weights(everything, ori
     sparse = checkpoint.read(folder / "saliency_mask.pth")[0]
     num_weights = sum(mask.numel() for mask in sparse.values())
     assert sum(mask.sum() for mask in sparse.values()) == round(0.2 * num_weights)
-    status, said = unlearn_in(original, ["salun"], "--num_epochs", 1, "--overwrite")
-    assert status == 0 and "salun epoch 1" in said
+    status, output = unlearn_in(original, ["salun"], "--num_epochs", 1, "--overwrite")
+    assert status == 0 and "salun epoch 1" in output
     again, first = (
         checkpoint.read(path / "salun/unlearning_model.pth")[0]
         for path in (folder.parent, everything.root)
@@ -295,8 +295,8 @@ def test_retrain_starts_from_pretrained_network_and_original_loads_into_plain(
 
 def test_run_that_retains_three_of_sixty_images_has_finite_numbers(original):
     names = ["ga_plus", "GA", "scrub"]
-    status, said = unlearn_in(original, names, "--retain_ratio", 0.05, "--num_epochs", 1)
-    assert status == 0 and "nan" not in said.lower()
+    status, output = unlearn_in(original, names, "--retain_ratio", 0.05, "--num_epochs", 1)
+    assert status == 0 and "nan" not in output.lower()
     for name in names:
         actual = results(original / "resnet18w8_few_seed1/random_0.05" / name)
         assert actual["num_forget"] == 57
@@ -333,15 +333,15 @@ BROKEN = unlearn.METHODS | {"broken": entry(diverging)}
 
 
 def test_failed_method_is_a_row_and_the_other_methods_still_run(original):
-    status, said = unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=BROKEN)
+    status, output = unlearn_in(original, ["broken", "finetune"], "--num_epochs", 1, methods=BROKEN)
     root = original / "resnet18w8_few_seed1/random_0.7"
-    assert status == 2 and "broken (seed 1) failed: too fast" in said
+    assert status == 2 and "broken (seed 1) failed: too fast" in output
     assert (root / "finetune/unlearning_model.pth").exists()
     assert not (root / "broken/unlearning_model.pth").exists()
     failure = json.loads((root / "broken/failure.json").read_text())
     assert failure["error"] == "too fast"
     assert failure["forget_set"] == results(root / "finetune")["forget_set"]
-    broken, finetune = (line.split() for line in said.splitlines()[-2:])
+    broken, finetune = (line.split() for line in output.splitlines()[-2:])
     assert (broken[0], broken[-2:]) == ("broken", ["too", "fast"])
     assert (finetune[0], finetune[-1]) == ("finetune", "–")
 
@@ -357,9 +357,9 @@ def wrong_file(job):
 
 def test_error_in_each_of_several_methods_is_a_row(original):
     methods = {"wrong": entry(wrong_file), "other": entry(wrong_file)}
-    status, said = unlearn_in(original, methods, methods=methods)
+    status, output = unlearn_in(original, methods, methods=methods)
     assert status == 2
-    assert [line.split()[0] for line in said.splitlines()[-2:]] == ["wrong", "other"]
+    assert [line.split()[0] for line in output.splitlines()[-2:]] == ["wrong", "other"]
 
 
 @pytest.mark.parametrize(
@@ -387,9 +387,9 @@ def test_on_several_processes_only_divergence_continues_with_other_methods(
         with pytest.raises(utils.UserError, match="wrong file"):
             unlearn_in(original, ["finetune", "RL"])
     else:
-        status, said = unlearn_in(original, ["finetune", "RL"])
+        status, output = unlearn_in(original, ["finetune", "RL"])
         assert status == 2
-        assert [line.split()[0] for line in said.splitlines()[-2:]] == ["finetune", "RL"]
+        assert [line.split()[0] for line in output.splitlines()[-2:]] == ["finetune", "RL"]
 
 
 def test_failure_of_the_only_method_is_an_error(original):
@@ -398,20 +398,20 @@ def test_failure_of_the_only_method_is_an_error(original):
 
 
 def test_failures_over_seeds_name_their_seeds(trained):
-    status, said = unlearn_in(trained, ["broken"], "--seeds", "1,2", methods=BROKEN)
-    assert status == 2 and "broken (seed 2) failed" in said
-    assert "seed 1: too fast; seed 2: too fast" in said.splitlines()[-1]
+    status, output = unlearn_in(trained, ["broken"], "--seeds", "1,2", methods=BROKEN)
+    assert status == 2 and "broken (seed 2) failed" in output
+    assert "seed 1: too fast; seed 2: too fast" in output.splitlines()[-1]
 
 
 def test_several_seeds_share_one_row_of_means(trained):
-    status, said = unlearn_in(trained, ["teacher"], "--seeds", "1,2", "--num_epochs", 1)
+    status, output = unlearn_in(trained, ["teacher"], "--seeds", "1,2", "--num_epochs", 1)
     assert status == 0
     actual = [
         results(trained / f"resnet18w8_few_seed{seed}/random_0.7/teacher")["accuracies"]["test"]
         for seed in (1, 2)
     ]
     spread = Spread(sum(actual) / 2, abs(actual[0] - actual[1]) / math.sqrt(2))
-    row = said.splitlines()[-1].split()
+    row = output.splitlines()[-1].split()
     assert row[0] == "teacher"
     assert row[5] == tables.format_cell(spread, "percent")
 
@@ -441,7 +441,7 @@ def test_infinite_weights_are_not_saved(original):
 
 
 def stops(kind, after=2):
-    """Fine-tuning that raises ``kind`` once, after so many saved epochs."""
+    """Fine-tuning that raises ``kind`` once, after ``after`` saved epochs."""
     pending = [kind("stopped")]
 
     def method(job):
@@ -486,9 +486,9 @@ def test_interrupted_run_resumes_to_same_weights(kind, original, whole):
     folder = original / "resnet18w8_few_seed1/random_0.7/finetune"
     assert checkpoint.read_state(folder / ".unfinished" / "resume.pth")["epoch"] == 2
     assert not (folder / "unlearning_model.pth").exists()
-    status, said = unlearn_in(original, ["finetune"], *flags, "--resume", methods=methods)
-    assert status == 0 and "after epoch 2" in said
-    assert "epoch 2/4" not in said and "epoch 3/4" in said
+    status, message = unlearn_in(original, ["finetune"], *flags, "--resume", methods=methods)
+    assert status == 0 and "after epoch 2" in message
+    assert "epoch 2/4" not in message and "epoch 3/4" in message
     resumed = checkpoint.read(folder / "unlearning_model.pth")[0]
     assert len((folder / "history.jsonl").read_text().splitlines()) == 4
     assert not (folder / ".unfinished").exists()

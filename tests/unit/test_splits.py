@@ -1,4 +1,4 @@
-"""Splits are pure functions of data, seed and scenario; their parts never overlap."""
+"""Splits are pure functions of data, seed and scenario, and their image sets are disjoint."""
 
 from dataclasses import fields, replace
 
@@ -11,12 +11,12 @@ import utils
 
 def held_out_parts(split):
     return [
-        part.tolist()
-        for part in (split.train_calibration, split.calibration, split.test, split.forget_test)
+        indices.tolist()
+        for indices in (split.train_calibration, split.calibration, split.test, split.forget_test)
     ]
 
 
-def test_the_forget_set_ignores_the_global_random_state(digits):
+def test_forget_set_ignores_the_global_random_state(digits):
     torch.manual_seed(0)
     first = utils.make_split(digits, flags())
     torch.manual_seed(99)
@@ -26,8 +26,8 @@ def test_the_forget_set_ignores_the_global_random_state(digits):
     assert first.forget.equal(second.forget) and first.test.equal(second.test)
 
 
-def test_the_split_of_seed_1_is_pinned(digits):
-    """A change of this number breaks every published result: a seed promises its forget set."""
+def test_split_of_seed_1_is_pinned(digits):
+    """Changing this number breaks every published result, because a seed defines its forget set."""
     assert utils.make_split(digits, flags()).fingerprint == "56d878fd8c3a6704"
 
 
@@ -48,14 +48,14 @@ def test_retain_and_forget_divide_the_training_images(digits, ratio):
 
 
 @pytest.mark.parametrize("scenario", [{}, {"unlearn_type": "class", "forget_class": "3"}])
-def test_held_out_parts_are_disjoint(digits, scenario):
-    parts = held_out_parts(utils.make_split(digits, flags(**scenario), cal_size=200))
-    together = [index for part in parts for index in part]
+def test_held_out_sets_are_disjoint(digits, scenario):
+    image_sets = held_out_parts(utils.make_split(digits, flags(**scenario), cal_size=200))
+    together = [index for indices in image_sets for index in indices]
     assert len(together) == len(set(together)) and set(together) <= set(range(1000))
 
 
-def test_training_calibration_does_not_depend_on_the_evaluation(digits):
-    """Else images that q̂ was trained on would be scored as test images."""
+def test_training_calibration_for_any_cal_size_is_the_same(digits):
+    """Otherwise images used to train with q̂ would be scored as test images."""
     splits = [utils.make_split(digits, flags(), cal_size=size) for size in (50, 200, 500)]
     trained_on = splits[0].train_calibration.tolist()
     assert all(split.train_calibration.tolist() == trained_on for split in splits)
@@ -67,19 +67,17 @@ def test_training_calibration_does_not_depend_on_the_evaluation(digits):
 
 def test_sizes_scale_with_the_held_out_images(digits):
     split = utils.make_split(digits, flags())
-    assert [len(part) for part in held_out_parts(split)] == [100, 200, 700, 0]
+    assert [len(indices) for indices in held_out_parts(split)] == [100, 200, 700, 0]
 
 
-def test_class_forgetting(digits):
+def test_class_forgetting_takes_all_images_of_the_class(digits):
     split = utils.make_split(digits, flags(unlearn_type="class", forget_class="3"))
     assert split.folder == "class_3" and split.forget_class == 3
-    assert (
-        digits.train.labels[split.forget].eq(3).all()
-        and digits.train.labels[split.retain].ne(3).all()
-    )
+    assert digits.train.labels[split.forget].eq(3).all()
+    assert digits.train.labels[split.retain].ne(3).all()
     assert digits.held_out.labels[split.forget_test].eq(3).all() and len(split.forget_test)
-    for part in (split.test, split.train_calibration):
-        assert digits.held_out.labels[part].ne(3).all()
+    for indices in (split.test, split.train_calibration):
+        assert digits.held_out.labels[indices].ne(3).all()
     drawn = {
         utils.make_split(digits, flags(unlearn_type="class", seed=seed)).forget_class
         for seed in range(1, 9)
@@ -87,7 +85,7 @@ def test_class_forgetting(digits):
     assert len(drawn) > 1
 
 
-def test_list_forgetting_takes_exactly_the_named_images(digits, tmp_path):
+def test_list_forgetting_takes_exactly_the_listed_images(digits, tmp_path):
     path = tmp_path / "request.txt"
     path.write_text("# to delete\n5\n\n700\n 12 \n")
     split = utils.make_split(digits, flags(unlearn_type="list", forget_list=str(path)))
@@ -99,20 +97,20 @@ def test_list_forgetting_takes_exactly_the_named_images(digits, tmp_path):
     )
 
 
-def test_derived_generators_are_independent():
+def test_generators_of_other_purposes_are_independent():
     draws = {
         utils.generator(1, *purpose).initial_seed() for purpose in (("a", 1), ("a", 2), ("b", 1))
     }
     assert len(draws) == 3 and utils.generator(1, "a", 1).initial_seed() in draws
 
 
-# ---------------------------------------------------------------- data of other sizes than digits
+# ---------------------------------------------------------------- data sets of other sizes
 
 
 def labelled(train, held_out, *, classes=4, subclasses=None):
     """A data set without pixels: image i has class i % ``classes``, subclass i % ``subclasses``."""
 
-    def part(count):
+    def images(count):
         fine = torch.arange(count) % subclasses if subclasses else None
         return utils.Images(
             torch.empty(count, 0), torch.arange(count) % classes, None, 0, subclasses=fine
@@ -120,7 +118,7 @@ def labelled(train, held_out, *, classes=4, subclasses=None):
 
     names = [f"class {number}" for number in range(classes)]
     fine_names = [f"fine {number}" for number in range(subclasses)] if subclasses else None
-    return utils.Data(part(train), part(held_out), names, "labels", fine_names)
+    return utils.Data(images(train), images(held_out), names, "labels", fine_names)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +132,11 @@ def labelled(train, held_out, *, classes=4, subclasses=None):
         (3, (1, 1, 1)),
     ],
 )
-def test_calibration_takes_a_fifth_and_training_calibration_a_tenth_up_to_a_limit(
-    held_out, expected
-):
+def test_calibration_sets_are_a_fifth_and_a_tenth_up_to_a_limit(held_out, expected):
     data = labelled(8, held_out)
     split = utils.make_split(data, flags(retain_ratio=0.5))
     assert (
-        tuple(len(part) for part in (split.train_calibration, split.calibration, split.test))
+        tuple(len(indices) for indices in (split.train_calibration, split.calibration, split.test))
         == expected
     )
     assert utils.default_cal_size(data) == expected[1]
@@ -148,7 +144,7 @@ def test_calibration_takes_a_fifth_and_training_calibration_a_tenth_up_to_a_limi
     assert torch.cat([split.train_calibration, split.calibration, split.test]).equal(order)
 
 
-def test_a_calibration_size_leaves_at_least_one_test_image():
+def test_calibration_size_leaves_at_least_one_test_image():
     data = labelled(8, 30)
     split = utils.make_split(data, flags(retain_ratio=0.5), 26)
     assert (len(split.train_calibration), len(split.calibration), len(split.test)) == (3, 26, 1)
@@ -159,11 +155,10 @@ def test_a_calibration_size_leaves_at_least_one_test_image():
         utils.make_split(data, flags(retain_ratio=0.5), 27)
 
 
-def test_without_a_scenario_nothing_is_forgotten():
+def test_split_without_a_scenario_forgets_nothing():
     split = utils.make_split(labelled(8, 30), flags(unlearn_type="class"), scenario=False)
-    assert (
-        split.retain.tolist() == list(range(8)) and len(split.forget) == len(split.forget_test) == 0
-    )
+    assert split.retain.tolist() == list(range(8))
+    assert len(split.forget) == len(split.forget_test) == 0
     assert split.folder == "" and split.forget_class is None and not split.is_forgotten.any()
     fine = utils.make_split(
         labelled(8, 30, subclasses=8), flags(unlearn_type="subclass"), scenario=False
@@ -175,15 +170,13 @@ def test_without_a_scenario_nothing_is_forgotten():
 @pytest.mark.parametrize(
     ("kind", "number"), [("class", 2), ("class", 0), ("subclass", 5), ("subclass", 0)]
 )
-def test_forgetting_a_class_takes_its_held_out_images_from_test_and_training_calibration(
-    kind, number, seed
-):
+def test_class_forgetting_excludes_its_held_out_images_from_test_set(kind, number, seed):
     data = labelled(40, 120, subclasses=8)
     name = f"{'class' if kind == 'class' else 'fine'} {number}"
     split = utils.make_split(data, flags(unlearn_type=kind, forget_class=name, seed=seed))
     groups = {
-        key: part.labels if kind == "class" else part.subclasses
-        for key, part in vars(data).items()
+        key: images.labels if kind == "class" else images.subclasses
+        for key, images in vars(data).items()
         if key in ("train", "held_out")
     }
     assert split.forget.equal((groups["train"] == number).nonzero().flatten())
@@ -192,13 +185,12 @@ def test_forgetting_a_class_takes_its_held_out_images_from_test_and_training_cal
     of_class = groups["held_out"][order] == number
     assert split.train_calibration.equal(order[:12][~of_class[:12]])
     assert split.calibration.equal(order[12:36]) and split.is_forgotten.equal(of_class[12:36])
-    assert split.test.equal(order[36:][~of_class[36:]]) and split.forget_test.equal(
-        order[36:][of_class[36:]]
-    )
+    assert split.test.equal(order[36:][~of_class[36:]])
+    assert split.forget_test.equal(order[36:][of_class[36:]])
     assert split.folder == f"{kind}_{number}" and split.forget_class == number
 
 
-def test_a_class_without_a_name_is_drawn_from_the_seed_alone():
+def test_unnamed_class_is_drawn_from_the_seed_only():
     data = labelled(40, 120, subclasses=8)
     for kind, count in (("class", 4), ("subclass", 8)):
         drawn = [
@@ -210,11 +202,11 @@ def test_a_class_without_a_name_is_drawn_from_the_seed_alone():
 
 
 @pytest.mark.parametrize("kind", ["random", "class", "subclass"])
-def test_split_seed_replaces_the_seed_in_the_split_and_is_in_the_folder(kind):
-    data, given = labelled(40, 120, subclasses=8), {"unlearn_type": kind}
-    expected = utils.make_split(data, flags(seed=3, **given))
+def test_split_seed_replaces_seed_in_the_split_and_is_in_the_folder_name(kind):
+    data, scenario = labelled(40, 120, subclasses=8), {"unlearn_type": kind}
+    expected = utils.make_split(data, flags(seed=3, **scenario))
     for seed in (1, 2, 3):
-        split = utils.make_split(data, flags(seed=seed, split_seed=3, **given))
+        split = utils.make_split(data, flags(seed=seed, split_seed=3, **scenario))
         for field in fields(split):
             value, wanted = getattr(split, field.name), getattr(expected, field.name)
             if isinstance(value, torch.Tensor):
@@ -223,25 +215,22 @@ def test_split_seed_replaces_the_seed_in_the_split_and_is_in_the_folder(kind):
                 assert value == wanted
         assert split.folder == expected.folder + ("" if seed == 3 else "_split3")
     assert utils.make_split(data, flags(seed=1, split_seed=3), scenario=False).folder == ""
-    summary = utils.scenario_folder(flags(split_seed=3, seeds=[1, 2], **given), data)
+    summary = utils.scenario_folder(flags(split_seed=3, seeds=[1, 2], **scenario), data)
     assert summary == f"{expected.folder}_split3"
-    zero = utils.make_split(data, flags(seed=3, split_seed=0, **given))
+    zero = utils.make_split(data, flags(seed=3, split_seed=0, **scenario))
     assert zero.folder.endswith("_split0") and not zero.test.equal(expected.test)
 
 
-def test_a_random_forget_set_is_the_end_of_a_permutation():
+def test_random_forget_set_is_the_end_of_a_permutation():
     data = labelled(41, 120)
     split = utils.make_split(data, flags(retain_ratio=0.7, seed=3))
     order = torch.from_numpy(utils.permutation(3, "forget", 41))
-    assert split.forget.equal(order[29:].sort().values) and split.retain.equal(
-        order[:29].sort().values
-    )
+    assert split.forget.equal(order[29:].sort().values)
+    assert split.retain.equal(order[:29].sort().values)
     assert split.folder == "random_0.7" and split.forget_class is None
-    assert (
-        len(split.forget_test) == 0
-        and not split.is_forgotten.any()
-        and len(split.is_forgotten) == 24
-    )
+    assert len(split.forget_test) == 0
+    assert not split.is_forgotten.any()
+    assert len(split.is_forgotten) == 24
 
 
 @pytest.mark.parametrize(
@@ -268,18 +257,18 @@ def test_a_random_forget_set_is_the_end_of_a_permutation():
         ({"unlearn_type": "class", "forget_class": "-1"}, "--forget_class -1"),
     ],
 )
-def test_scenarios_that_cannot_be_are_errors(scenario, words):
+def test_impossible_scenario_is_refused(scenario, words):
     with pytest.raises(utils.UserError, match=words):
         utils.make_split(labelled(40, 120), flags(**scenario))
 
 
 @pytest.mark.parametrize(("ratio", "forgotten"), [(0.975, 1), (0.025, 39)])
-def test_one_image_to_forget_or_to_retain_is_enough(ratio, forgotten):
+def test_one_image_to_forget_or_to_retain_is_accepted(ratio, forgotten):
     split = utils.make_split(labelled(40, 120), flags(retain_ratio=ratio))
     assert (len(split.retain), len(split.forget)) == (40 - forgotten, forgotten)
 
 
-def test_a_class_of_all_or_no_training_images_is_an_error():
+def test_class_of_all_or_no_training_images_is_an_error():
     data = labelled(40, 120)
     data.train.labels = torch.ones(40, dtype=torch.int64)
     for number, count in ((1, 40), (2, 0)):
@@ -287,7 +276,7 @@ def test_a_class_of_all_or_no_training_images_is_an_error():
             utils.make_split(data, flags(unlearn_type="class", forget_class=f"class {number}"))
 
 
-def test_folders_name_what_is_forgotten_and_lists_by_their_content(tmp_path):
+def test_folder_names_the_scenario_and_the_content_of_a_list(tmp_path):
     data, folders = labelled(40, 120, subclasses=8), []
     for name, text in (("a", "1\n2\n"), ("b", "2\n1\n"), ("a", "1\n3\n")):
         path = tmp_path / f"{name}.txt"
@@ -295,9 +284,8 @@ def test_folders_name_what_is_forgotten_and_lists_by_their_content(tmp_path):
         folders.append(
             utils.make_split(data, flags(unlearn_type="list", forget_list=str(path))).folder
         )
-    assert (
-        all(len(folder) == len("list_a_") + 8 for folder in folders) and folders[0][:7] == "list_a_"
-    )
+    assert all(len(folder) == len("list_a_") + 8 for folder in folders)
+    assert folders[0][:7] == "list_a_"
     assert folders[0][7:] == folders[1][7:] != folders[2][7:]
     assert (
         utils.scenario_folder(flags(unlearn_type="list", forget_list=str(path)), data) == folders[2]
@@ -312,14 +300,14 @@ def test_folders_name_what_is_forgotten_and_lists_by_their_content(tmp_path):
 
 
 @pytest.mark.parametrize("length", [100, 101, 150])
-def test_a_lists_folder_has_at_most_a_hundred_characters_of_its_name(length, tmp_path):
+def test_folder_of_a_list_has_at_most_100_characters_of_its_name(length, tmp_path):
     path = tmp_path / f"{'n' * length}.txt"
     path.write_text("1\n2\n")
     split = utils.make_split(labelled(40, 120), flags(unlearn_type="list", forget_list=str(path)))
     assert split.folder[:-9] == "list_" + "n" * 100 and split.folder[-9] == "_"
 
 
-def test_the_fingerprint_is_of_the_forget_set_in_any_order():
+def test_fingerprint_of_the_forget_set_ignores_its_order():
     split = utils.make_split(labelled(40, 120), flags(retain_ratio=0.7))
     shuffled = replace(split, forget=split.forget.flip(0))
     assert shuffled.fingerprint == split.fingerprint and len(split.fingerprint) == 16

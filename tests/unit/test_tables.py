@@ -95,21 +95,22 @@ def test_summary_of_unknown_numbers_keeps_the_first_value():
 # ---------------------------------------------------------------- full tables
 
 
-def set_row(alpha, method, **given):
+def set_row(alpha, method, **numbers):
     row = {"score": "thr", "cal_size": 20, "alpha": alpha, "method": method, "q_hat": 0.9}
     row |= {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "gap": 0.1, "UA_word": "under-forgets"}
     row |= {"seconds": 3.0, "forget_coverage": Spread(0.7, 0.1), "forget_set_size": 2.5}
     row |= {"forget_CR": 0.28, "test_coverage": 0.9, "test_CR": 0.6, "CR_word": "over-forgets"}
-    return row | {"forget_misclassified": 10, "forget_fake": Spread(4, 1.0)} | given
+    return row | {"forget_misclassified": 10, "forget_fake": Spread(4, 1.0)} | numbers
 
 
 def failed_row(method="sfron", reason="sfron diverged"):
     return {"score": "thr", "cal_size": 20, "alpha": 0.1, "method": method, "note": reason}
 
 
-def test_full_tables_leave_out_empty_and_constant_columns():
-    at = {"score": "thr", "cal_size": 20, "UA": 0.5, "q_hat": 0.9, "forget_CR": Spread(0.4, 0.1)}
-    row, other = ({"alpha": 0.1, "method": name} | at for name in ("GA", "salun"))
+def test_full_tables_omit_empty_and_constant_columns():
+    numbers = {"score": "thr", "cal_size": 20, "UA": 0.5, "q_hat": 0.9}
+    numbers |= {"forget_CR": Spread(0.4, 0.1)}
+    row, other = ({"alpha": 0.1, "method": name} | numbers for name in ("GA", "salun"))
     models, sets = tables.full_tables([row, other | {"alpha": 0.2}, failed_row()])
     assert (models.heading, sets.heading) == ("Models", "Prediction sets")
     assert list(models.columns) == ["method", "UA", "note"]
@@ -122,7 +123,7 @@ def test_full_tables_leave_out_empty_and_constant_columns():
 
 
 @pytest.mark.parametrize("rows", [[], [failed_row()], [{"method": "GA", "UA": NAN}]])
-def test_a_table_without_numbers_is_not_shown(rows):
+def test_table_without_numbers_is_not_shown(rows):
     assert tables.full_tables(rows) == []
     numbers = {"method": "GA", "UA": Spread(0.0, NAN)}
     assert [table.heading for table in tables.full_tables([*rows, numbers])] == ["Models"]
@@ -163,7 +164,7 @@ def test_short_lines_are_models_failures_and_a_block_per_alpha():
     ]
 
 
-def test_short_tables_of_class_forgetting_judge_by_the_retained_classes():
+def test_short_tables_of_class_forgetting_use_retained_class_calibration():
     judged = {"coverage": 0.1, "set_size": 3.0, "CR": 0.033, "misclassified": 9, "fake": 2.25}
     row = set_row(0.1, "GA", **{f"forget_by_retain_{key}": value for key, value in judged.items()})
     lines = tables.short_lines([row])
@@ -219,7 +220,7 @@ def test_short_tables_without_finite_q_hat_show_no_sets():
     assert lines[5].split() == ["mine", *"–––––", *"–", "of", "10", "over-forgets"]
 
 
-def test_deviations_are_dropped_from_all_columns_but_the_deciding_ones():
+def test_deviations_in_a_narrow_table_are_kept_for_deciding_columns_only():
     row = {"method": "GA", "UA": Spread(0.5, 0.1), "wrong": Spread(2.0, 1.0)}
     table = tables.Table("", COLUMNS, [row])
     kept = {}
@@ -261,7 +262,7 @@ def test_csv_is_read_back_as_it_was_written(tmp_path):
     assert tables.as_csv([read, read_failed]).encode() == path.read_bytes()
 
 
-def test_empty_cell_of_a_number_is_nan_and_of_a_text_left_out(tmp_path):
+def test_empty_cell_of_a_number_is_nan_and_of_a_text_is_omitted(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text("method,note,UA,CR,CR_resplit_std\nGA,,,,\n")
     _, (row,) = tables.read_csv(path, texts=("method", "note"))
@@ -270,7 +271,7 @@ def test_empty_cell_of_a_number_is_nan_and_of_a_text_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a,b\n1\n", 'a\n"open\n', "a\nx1\n"])
-def test_text_that_is_no_table_raises_an_error(tmp_path, text):
+def test_text_that_is_not_a_table_raises_an_error(tmp_path, text):
     (tmp_path / "results.csv").write_text(text)
     with pytest.raises((ValueError, tables.csv.Error)):
         tables.read_csv(tmp_path / "results.csv", texts=())

@@ -22,12 +22,11 @@ from models.resnet import ResNet18
 @pytest.fixture(scope="module")
 def digits(digits):
     """200 training and 200 held-out digits."""
-    parts = (digits.train, digits.held_out)
-    return utils.Data(
-        *[replace(part, pixels=part.pixels[:200], labels=part.labels[:200]) for part in parts],
-        digits.classes,
-        "few",
+    train, held_out = (
+        replace(images, pixels=images.pixels[:200], labels=images.labels[:200])
+        for images in (digits.train, digits.held_out)
     )
+    return utils.Data(train, held_out, digits.classes, "few")
 
 
 def job(digits, term=None, *, name="finetune", new_model=None, quiet=False, **recipe):
@@ -57,7 +56,7 @@ def conformal_term(digits, lamda=0.5):
 
 
 def term_of(num_calibration, alpha):
-    """A conformal term with so many calibration images."""
+    """A conformal term with ``num_calibration`` calibration images."""
     calibration = torch.arange(num_calibration)
     return unlearn_cpu.ConformalTerm(None, calibration, alpha=alpha, delta=0.01, lamda=0.5)
 
@@ -73,18 +72,17 @@ def test_evaluation_images_are_never_augmented(digits):
     torch.testing.assert_close(first, expected)
 
 
-def test_augmentation_is_drawn_anew_and_per_image(digits):
+def test_augmentation_differs_between_images_and_batches(digits):
     rng = utils.generator(1, "test")
     same = torch.zeros(64, dtype=torch.int64)
     first, second = digits.train.batch(same, rng), digits.train.batch(same, rng)
     assert not first.equal(second)
-    assert (
-        len({image.numpy().tobytes() for image in first}) == 9
-    )  # 3 × 3 crops of padding 1; digits are never flipped
+    # 3 × 3 crops with padding 1. Digits are never flipped.
+    assert len({image.numpy().tobytes() for image in first}) == 9
     assert digits.train.batch(same, utils.generator(1, "test")).equal(first)
 
 
-def test_crop_flip_and_grayscale_give_what_torchvision_gives():
+def test_crop_flip_and_grayscale_equal_torchvision():
     from torchvision.transforms.v2 import functional as transforms
 
     image = torch.randint(
@@ -108,7 +106,7 @@ def test_crop_flip_and_grayscale_give_what_torchvision_gives():
     assert len({made.contiguous().numpy().tobytes() for made in augmented}) > 150
 
 
-def test_images_are_resized_to_what_the_model_takes(digits):
+def test_images_are_resized_to_the_input_size_of_the_model(digits):
     images = utils.Images(digits.train.pixels, digits.train.labels, digits.train.spec, 16)
     assert images.batch(torch.arange(4)).shape == (4, 3, 16, 16)
 
@@ -116,7 +114,7 @@ def test_images_are_resized_to_what_the_model_takes(digits):
 # ---------------------------------------------------------------- evaluation
 
 
-def test_evaluation_leaves_every_modules_mode_as_it_was(digits):
+def test_evaluation_leaves_modes_and_statistics_unchanged(digits):
     model = ResNet18(10, 8).train()
     model.bn1.eval()  # a method may freeze one layer
     modes = [module.training for module in model.modules()]
@@ -126,7 +124,7 @@ def test_evaluation_leaves_every_modules_mode_as_it_was(digits):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-def test_batch_norm_keeps_learning_after_the_first_epoch(digits):
+def test_batch_norm_statistics_change_in_every_epoch(digits):
     seen = []
     run = job(digits, conformal_term(digits), num_epochs=3)
 
@@ -149,7 +147,7 @@ def test_logits_do_not_depend_on_the_batch_size(digits):
 # ---------------------------------------------------------------- the loop
 
 
-def test_an_epoch_visits_every_image_once_in_a_new_order(digits):
+def test_epoch_visits_every_image_once_in_a_new_order(digits):
     run = job(digits)
     epochs = [unlearn.index_batches(run, ("retain",), epoch) for epoch in (1, 2)]
     orders = [torch.cat([indices for indices, _ in steps]).tolist() for steps in epochs]
@@ -158,13 +156,13 @@ def test_an_epoch_visits_every_image_once_in_a_new_order(digits):
     assert all(2 < len(indices) <= 64 and count == len(indices) for indices, count in epochs[0])
 
 
-def test_joined_forget_images_are_spread_over_the_same_steps(digits):
+def test_joined_forget_images_are_spread_over_unchanged_steps(digits):
     run = job(digits)
     plain = unlearn.index_batches(run, ("retain",), 1)
     joined = unlearn.join_forget(run, plain, 1)
     assert len(plain) == len(joined)
     for (alone, _), (together, num_retain) in zip(plain, joined, strict=True):
-        assert together[:num_retain].equal(alone)  # the base method's batches are untouched
+        assert together[:num_retain].equal(alone)  # the batches of the base method are unchanged
         assert 6 <= len(together) - num_retain <= 7  # 20 forget images over 3 steps
     forgotten = torch.cat([indices[count:] for indices, count in joined]).sort().values
     assert forgotten.equal(run.split.forget)
@@ -207,7 +205,7 @@ def test_loss_flag_selects_the_loss_and_its_default_weight(form, function, lamda
     assert term.loss(logits, labels).equal(function(logits, labels, 0.9, 0.01))
 
 
-def test_conformal_loss_of_an_image_depends_on_its_own_label_only():
+def test_conformal_loss_of_an_image_depends_on_its_label_only():
     """A B×B matrix of probabilities would spread the gradient over other images' labels."""
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = torch.tensor([0, 1, 2, 3])
@@ -218,7 +216,7 @@ def test_conformal_loss_of_an_image_depends_on_its_own_label_only():
     assert together.item() == pytest.approx(torch.stack(alone).mean().item())
 
 
-def test_conformal_loss_pushes_the_own_label_down_until_it_is_out():
+def test_conformal_loss_lowers_the_label_until_it_is_outside_the_set():
     logits = torch.zeros(1, 3, requires_grad=True)
     unlearn_cpu.conformal_loss(logits, torch.tensor([1]), 0.9, 0.01).backward()
     assert logits.grad[0, 1] > 0 and logits.grad[0, 0] < 0
@@ -227,7 +225,7 @@ def test_conformal_loss_pushes_the_own_label_down_until_it_is_out():
     assert not out.grad.any()
 
 
-def test_conformal_loss_of_no_image_is_zero():
+def test_conformal_loss_without_images_is_zero():
     loss = unlearn_cpu.conformal_loss(
         torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.int64), 0.9, 0.1
     )
@@ -235,7 +233,7 @@ def test_conformal_loss_of_no_image_is_zero():
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 0.25, 0.1, 0.07, 0.05, 0.021])
-def test_a_term_needs_as_many_calibration_images_as_make_q_hat_finite(alpha):
+def test_conformal_term_with_too_few_images_for_finite_q_hat_is_refused(alpha):
     least = next(n for n in range(100) if CR.quantile_rank(n, alpha) <= n)
     term_of(least, alpha)
     with pytest.raises(
@@ -245,7 +243,7 @@ def test_a_term_needs_as_many_calibration_images_as_make_q_hat_finite(alpha):
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 18, 98, 600])
-def test_the_suggested_alpha_is_large_enough_and_little_larger(count):
+def test_suggested_alpha_is_large_enough_and_little_larger(count):
     with pytest.raises(utils.UserError) as caught:
         term_of(count, 0.001)
     suggested = float(str(caught.value).split("choose --alpha ")[1].split()[0])
@@ -253,14 +251,14 @@ def test_the_suggested_alpha_is_large_enough_and_little_larger(count):
     assert suggested < 1 / (count + 1) + 0.001
 
 
-def test_without_calibration_images_no_alpha_is_suggested():
+def test_conformal_term_without_calibration_images_suggests_no_alpha():
     with pytest.raises(
         utils.UserError, match="gives 0 .* add held-out images of the retained classes$"
     ):
         term_of(0, 0.9)
 
 
-def test_a_finished_run_whose_sets_held_one_label_gets_advice():
+def test_finished_run_with_sets_of_one_label_gets_advice():
     term = term_of(9, 0.1)
     term.q_hats[:] = [0.9, 0.9, 0.2]
     assert term.advice() is None
@@ -268,7 +266,7 @@ def test_a_finished_run_whose_sets_held_one_label_gets_advice():
     assert "--alpha 0.1 is above" in term.advice() and "0.310" in term.advice()
 
 
-def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
+def test_q_hat_has_no_gradient_and_is_recomputed_every_epoch(digits):
     term, records = conformal_term(digits), []
     run = job(digits, term, num_epochs=3)
     expected = [inference.compute_logits(run.model, digits.held_out, term.calibration)]
@@ -285,8 +283,8 @@ def test_q_hat_has_no_gradient_and_is_taken_anew_each_epoch(digits):
     assert type(term.q_hat) is float
 
 
-def test_the_loop_adds_lamda_times_the_term_to_the_method(digits):
-    """One step by hand: cross-entropy of retain images plus λ · conformal loss of the others."""
+def test_loop_adds_lamda_times_conformal_loss_to_the_loss(digits):
+    """One step by hand: cross-entropy of retain images plus λ · conformal loss of forget images."""
     term = conformal_term(digits, lamda=0.7)
     run = job(digits, term, num_epochs=1, batch_size=1000, learning_rate=0.1)
     reference = job(digits).model
@@ -295,10 +293,8 @@ def test_the_loop_adds_lamda_times_the_term_to_the_method(digits):
     term.start_epoch(reference)
     reference.train()
     augmentation = utils.generator(run.seed, run.name, "augmentation", 1)
-    logits, labels = (
-        reference(digits.train.batch(indices, augmentation)),
-        digits.train.labels[indices],
-    )
+    logits = reference(digits.train.batch(indices, augmentation))
+    labels = digits.train.labels[indices]
     loss = F.cross_entropy(logits[:num_retain], labels[:num_retain])
     loss = loss + 0.7 * unlearn_cpu.conformal_loss(
         logits[num_retain:], labels[num_retain:], term.q_hat, 0.01
@@ -332,8 +328,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     "name", ["finetune", "RL", "ga_plus", "teacher", "scrub", "salun", "sfron", "cpu_finetune"]
 )
-def test_no_step_waits_for_the_device(name, digits):
-    """However many steps an epoch has, nothing in them asks for a number."""
+def test_training_step_does_not_wait_for_the_device(name, digits):
+    """The number of waits does not depend on the number of steps."""
 
     def waits(batch_size):
         run = job(

@@ -1,4 +1,4 @@
-"""wandb is optional: whatever it does, a run continues, and one line says what happened."""
+"""wandb is optional: when it fails, a run continues and prints one line."""
 
 import sys
 import threading
@@ -51,7 +51,7 @@ class Wandb:
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
-    """Nothing is known about wandb yet, and no variable of it is set."""
+    """Reset the state of wandb and unset its environment variables."""
     monkeypatch.setattr(utils, "wandb_state", utils.WandbState())
     monkeypatch.setattr(utils.WandbRun, "patience", 0.3)
     for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_DIR"):
@@ -75,7 +75,7 @@ def run(folder, args=ARGS):
         wandb_run.log_pictures({"caption": "a.png"})
 
 
-def test_numbers_tables_and_pictures_arrive_in_this_order(install, tmp_path, capsys):
+def test_numbers_tables_and_pictures_are_logged_in_this_order(install, tmp_path, capsys):
     wandb = install()
     run(tmp_path / "seed1/finetune")
     assert wandb.names() == ["init offline", "log", "log", "log", "finish"]
@@ -88,7 +88,7 @@ def test_numbers_tables_and_pictures_arrive_in_this_order(install, tmp_path, cap
     assert logged[0] == {"loss": 1.0} and logged[2] == {"caption": "picture a.png"}
     assert logged[1] == {"run": table | {"allow_mixed_types": True}}
     run(tmp_path)
-    assert capsys.readouterr().out.count("wandb sync") == 1  # said once per process
+    assert capsys.readouterr().out.count("wandb sync") == 1  # printed once per process
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_numbers_tables_and_pictures_arrive_in_this_order(install, tmp_path, cap
         (None, None, None, True, "online"),
     ],
 )
-def test_mode_is_the_flags_then_the_variables_then_the_settings_then_the_logins(
+def test_wandb_mode_comes_from_flag_then_variable_then_settings_then_login(
     flag, variable, saved, logged_in, expected, install, tmp_path, monkeypatch
 ):
     wandb = install(saved_mode=saved, logged_in=logged_in)
@@ -124,7 +124,7 @@ def test_disabled_wandb_is_not_called(way, install, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("value", ["", "0", "false", "no", "off"])
-def test_variable_that_does_not_disable_wandb(value, install, tmp_path, monkeypatch):
+def test_variable_other_than_disabled_leaves_wandb_enabled(value, install, tmp_path, monkeypatch):
     wandb = install()
     monkeypatch.setenv("WANDB_DISABLED", value)
     run(tmp_path)

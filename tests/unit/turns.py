@@ -1,4 +1,4 @@
-"""Several processes simulated in one: each takes its turn, until every exchange is complete."""
+"""Several simulated processes take turns until every exchange is complete."""
 
 import itertools
 
