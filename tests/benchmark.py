@@ -76,17 +76,17 @@ def random_data(args, count=None):
     channel.
     """
     rng = torch.Generator().manual_seed(0)
-    parts = []
+    image_sets = []
     for size in (count or args.images, (count or args.images) // 5):
         labels = torch.randint(10, (size,), generator=rng)
         pixels = torch.randint(0, 160, (size, 3, 32, 32), generator=rng, dtype=torch.uint8)
         pixels[torch.arange(size), labels % 3] += (9 * labels[:, None, None]).to(torch.uint8)
-        parts.append(
+        image_sets.append(
             utils.Images(
                 pixels.to(args.device), labels.to(args.device), utils.SPECS["cifar10"], 32, None
             )
         )
-    return utils.Data(*parts, [str(number) for number in range(10)], "random")
+    return utils.Data(*image_sets, [str(number) for number in range(10)], "random")
 
 
 class PlainImages(torch.utils.data.Dataset):
@@ -208,14 +208,13 @@ def epoch(args):
     rates = []
 
     def epoch_done(record):  # the three sides take turns
-        bare_rate, plain_rate = (
-            steps * args.batch_size / seconds(bare)[0],
-            len(few) / seconds(plain)[0],
-        )
+        bare_rate = steps * args.batch_size / seconds(bare)[0]
+        plain_rate = len(few) / seconds(plain)[0]
         rates.append((record["images_per_second"], bare_rate, plain_rate))
 
-    part, nothing = everything[: len(few)] if args.device == "cpu" else everything, everything[:0]
-    split = utils.Split(part, nothing, nothing, nothing, nothing, nothing, nothing)
+    retain = everything[: len(few)] if args.device == "cpu" else everything
+    nothing = everything[:0]
+    split = utils.Split(retain, nothing, nothing, nothing, nothing, nothing, nothing)
     recipe = unlearn.Recipe(1 + args.repeats, 0.01, args.batch_size, precision=precision)
     job = unlearn.Job(
         name="original",
@@ -230,7 +229,7 @@ def epoch(args):
         compile=args.compile,
     )
     unlearn.train(job, unlearn.retain_cross_entropy)
-    # The first epoch warms up, and compiles.
+    # The first epoch is a warm-up and includes compilation.
     ours_speed, bare_speed, plain_speed = (
         statistics.median(side) for side in zip(*rates[1:], strict=True)
     )
@@ -453,29 +452,32 @@ def evaluation(args):
         model.eval()
         with torch.no_grad():
             for images, indices in sets:
-                for part in indices.split(args.batch_size):
-                    model(images.batch(part)).cpu()
+                for batch in indices.split(args.batch_size):
+                    model(images.batch(batch)).cpu()
 
     def plain_pass(images, indices):
         actual, labels = [], []
         with torch.no_grad():
-            for inputs, own in plain_loader(images, args, augmented=False, indices=indices):
+            for inputs, targets in plain_loader(images, args, augmented=False, indices=indices):
                 actual.append(model(inputs.to(args.device)).softmax(dim=1).cpu().numpy())
-                labels.append(own.numpy())
+                labels.append(targets.numpy())
         return np.concatenate(actual), np.concatenate(labels)
 
     def plain():
         for alpha in settings.alphas:
             passes = [plain_pass(*each) for each in sets]
-            own = [actual[np.arange(len(labels)), labels] for actual, labels in passes]
-            level = min(1.0, np.ceil((len(own[2]) + 1) * (1 - alpha)) / len(own[2]))
-            q_hat = np.quantile(1 - own[2], level)
+            retain, forget, calibration, test = (
+                actual[np.arange(len(labels)), labels] for actual, labels in passes
+            )
+            n = len(calibration)
+            level = min(1.0, np.ceil((n + 1) * (1 - alpha)) / n)
+            q_hat = np.quantile(1 - calibration, level)
             for actual, _ in passes:
                 (1 - actual <= q_hat).sum(axis=1).mean()
-        count = min(len(own[0]), len(own[3]))
-        confidence = np.concatenate([own[0][:count], own[3][:count]])[:, None]
+        count = min(len(retain), len(test))
+        confidence = np.concatenate([retain[:count], test[:count]])[:, None]
         attack = CalibratedClassifierCV(SVC(C=3, gamma="auto"), ensemble=False)
-        return attack.fit(confidence, np.repeat([1, 0], count)).predict_proba(own[1][:, None])
+        return attack.fit(confidence, np.repeat([1, 0], count)).predict_proba(forget[:, None])
 
     def ours():
         outputs, _ = main_evaluate.compute_outputs(model, evaluated)

@@ -181,14 +181,14 @@ def read_json(path):
 
 
 def read_weights(path):
-    """The state_dict of a checkpoint, read without the project's own reader."""
+    """The state_dict of a checkpoint, read by torch.load alone."""
     import torch
 
     return torch.load(path, weights_only=True)["model"]
 
 
 def same_weights(path, other):
-    """Whether two checkpoints hold bit for bit the same tensors."""
+    """Whether two checkpoints have bit-identical tensors."""
     first, second = read_weights(path), read_weights(other)
     return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
 
@@ -214,10 +214,10 @@ def flags(**chosen):
 def write_pictures(root, train, test, side=8):
     """An image folder of two classes, the second one brighter, as PNG files of noise."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("test", test)):
+    for subfolder, count in (("train", train), ("test", test)):
         for number in range(count):
             name = ("ant", "bee")[number % 2]
-            path = root / part / name / f"{number:04}.png"
+            path = root / subfolder / name / f"{number:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             low = 60 * (number % 2)
             pixels = rng.integers(low, low + 150, (side, side, 3)).astype(np.uint8)

@@ -49,7 +49,7 @@ def record(folder, log):
     watch(folder, lambda event, path: os.write(file, f"{event} {path}\n".encode()))
 
 
-def at(number, action):
+def act_at(number, action):
     """An ``act`` for :func:`watch` that calls ``action`` at the ``number``-th moment."""
     count = 0
 
@@ -73,7 +73,7 @@ def kill(folder, number):
             os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    watch(folder, at(number, action))
+    watch(folder, act_at(number, action))
 
 
 def fill(folder, number):
@@ -87,7 +87,7 @@ def fill(folder, number):
         nonlocal full
         full = True
 
-    count = at(number, action)
+    count = act_at(number, action)
 
     def act(event, path):
         count(event, path)

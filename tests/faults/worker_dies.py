@@ -18,4 +18,4 @@ def install():
         return open_image(path, *arguments, **options)
 
     Image.open = dies
-    multiprocessing.set_start_method("fork", force=True)  # or workers would not inherit the fault
+    multiprocessing.set_start_method("fork", force=True)  # workers inherit the fault

@@ -35,14 +35,14 @@ def test_published_command_lines_run_and_use_their_flags(tmp_path):
 def write_insects(root, train=30, test=40):
     """An image folder of three classes. Each is brighter in another channel; two widths."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("test", test)):
+    for subfolder, count in (("train", train), ("test", test)):
         for number, name in enumerate(("ant", "bee", "cat")):
-            (root / part / name).mkdir(parents=True)
+            (root / subfolder / name).mkdir(parents=True)
             for index in range(count):
                 shape = (20, 16 + 4 * (index % 2), 3)
                 pixels = rng.integers(0, 100, size=shape).astype(np.uint8)
                 pixels[..., number] += 100
-                Image.fromarray(pixels).save(root / part / name / f"{index:03}.png")
+                Image.fromarray(pixels).save(root / subfolder / name / f"{index:03}.png")
 
 
 def test_list_of_file_names_of_an_image_folder_is_forgotten(tmp_path):
@@ -60,7 +60,7 @@ def test_list_of_file_names_of_an_image_folder_is_forgotten(tmp_path):
     (folder,) = root.glob("list_request_*/retrain")
     results = read_json(folder / "results.json")
     assert results["num_forget"] == 3
-    assert results["recipe"]["num_epochs"] == 3  # the original's own recipe
+    assert results["recipe"]["num_epochs"] == 3  # the recipe of the original
     assert results["image_size"] == 12 and results["num_classes"] == 3
     files = [row["file"] for row in read_table(folder / "samples.csv")]
     assert files == ["ant/003.png", "bee/007.png", "cat/011.png"]
@@ -79,7 +79,7 @@ def test_vit_is_the_papers_network_with_weights_from_disk(tmp_path):
 
 
 def test_vit_trains_and_is_scored(tmp_path):
-    """timm's test_vit is a ViT of 0.4 million parameters: the same code path as vit, in seconds."""
+    """timm's test_vit has 0.4 million parameters and follows the code path of vit in seconds."""
     common = ["--model_name", "test_vit", "--image_size", 32, "--no_pretrained", *QUIET]
     finetune = [*common, "--unlearn_name", "finetune", "--num_epochs", 1]
     check(run_forked("main_original_model.py", *common, "--num_epochs", 1, cwd=tmp_path))

@@ -172,16 +172,16 @@ def test_disk_that_fills_at_any_moment_leaves_earlier_result_and_resumes(undistu
     assert failures > len(tried) // 2
 
 
-def test_full_disk_is_found_before_training(tmp_path):
-    """A limit on the size of a file is a disk that a test can fill."""
+def test_full_disk_is_reported_before_training(tmp_path):
+    """A limit on the file size simulates a full disk."""
     command = ["main_original_model.py", *TINY, *QUIET]
     done = run_forked(*command, cwd=tmp_path, before=small_disk.install)
     fails_in_one_line(done, "cannot hold", "runs/resnet18w8_digits_seed1")
     assert "epoch" not in done.stdout and not list(tmp_path.rglob("*.p*th"))
 
 
-def test_full_tmpfs_is_found_before_training(tmp_path):
-    """A real disk of 1 MB, where the system lets a test mount one."""
+def test_full_tmpfs_is_reported_before_training(tmp_path):
+    """Uses a 1 MB tmpfs if the system permits mounting one."""
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small]
@@ -210,7 +210,7 @@ def at_work(undisturbed, tmp_path):
     process = fork_script(*command, cwd=tmp_path)
     try:
         wait_until(lambda: resume_states(tmp_path))
-        os.kill(process, signal.SIGSTOP)  # or a fast machine has finished before the test has begun
+        os.kill(process, signal.SIGSTOP)  # otherwise a fast machine could finish first
         yield SimpleNamespace(process=process, command=command)
     finally:
         os.kill(process, signal.SIGKILL)
@@ -256,7 +256,7 @@ def test_interrupted_script_saves_its_state_and_names_resume(sent, undisturbed, 
 
 
 def test_result_that_another_run_finished_meanwhile_is_not_overwritten(undisturbed, tmp_path):
-    """It appears after the flags were checked and before training begins."""
+    """The result appears after the flags were checked and before training begins."""
     model, target = undisturbed.folder / model_path("original"), tmp_path / model_path("original")
     fault = lambda: another_run_finishes.install(model, target)  # noqa: E731
     done = run_forked(*undisturbed.command("original", 3), cwd=tmp_path, before=fault)

@@ -126,7 +126,7 @@ def test_unreadable_image_is_named_or_skipped(more, damaged):
     assert "89 images" in done.stdout
 
 
-def test_folder_without_a_readable_image_is_one_line(damaged):
+def test_folder_without_a_readable_image_is_reported_in_one_line(damaged):
     for path in (damaged / "pictures/test").rglob("*.png"):
         path.write_text("nothing")
     command = [*ORIGINAL, *TINY, "--data_dir", "pictures", "--skip_corrupt"]
@@ -134,8 +134,8 @@ def test_folder_without_a_readable_image_is_one_line(damaged):
 
 
 @pytest.mark.parametrize("more", [[], ["--skip_corrupt"]])
-def test_dead_worker_is_one_line(more, pictures, tmp_path):
-    """The system kills it when memory runs out."""
+def test_dead_worker_is_reported_in_one_line(more, pictures, tmp_path):
+    """The kernel kills a worker when memory runs out."""
     command = [*ORIGINAL, *TINY, "--data_dir", pictures, "--memory_gb", 0, "--num_epochs", 1]
     done = run_forked(*command, *more, cwd=tmp_path, before=worker_dies.install)
     fails_in_one_line(done, "--workers")

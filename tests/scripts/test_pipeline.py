@@ -81,7 +81,7 @@ def test_table_has_a_row_for_every_size_alpha_and_model(pipeline):
 
 
 def test_printed_tables_are_short_and_have_every_model(pipeline):
-    """A table of the models, and one of their sets for each size and α."""
+    """There is a table of the models, and a table of prediction sets for each size and α."""
     lines = pipeline.output["main_evaluate.py"].stdout.splitlines()
     starts = [number for number, line in enumerate(lines) if line.split()[:1] == ["method"]]
     for start in starts:
@@ -118,7 +118,7 @@ def test_numbers_of_the_table_are_consistent(pipeline):
         assert {row["UA_word"], row["CR_word"]} <= set(comparison.WORDS)
 
 
-def test_results_json_holds_the_numbers_of_the_table(pipeline):
+def test_results_json_contains_the_numbers_of_the_table(pipeline):
     results = read_json(pipeline.root / "random_0.9/cpu_finetune/results.json")
     rows = read_table(pipeline.root / "random_0.9/results.csv")
     row = next(row for row in rows if row["method"] == "cpu_finetune")
@@ -233,7 +233,7 @@ def test_repaired_command_runs_only_what_had_failed(two_seeds):
     assert two_seeds.again.count("already done") == 2 * finished
 
 
-def test_summary_holds_mean_and_deviation_over_seeds(two_seeds):
+def test_summary_has_mean_and_deviation_over_seeds(two_seeds):
     folders = [
         two_seeds.folder / f"resnet18w8_image_folder-pictures_seed{seed}/random_0.9"
         for seed in (1, 2)
@@ -273,14 +273,14 @@ def test_saved_mask_gives_same_weights_when_it_is_reused(pipeline, tmp_path):
         folder = tmp_path / runs / pipeline.root.name / "random_0.9/salun"
         shutil.copy(folder / "saliency_mask.pth", tmp_path / "mask.pth")
     mask = read_weights(tmp_path / "mask.pth").values()
-    share = sum(part.sum().item() for part in mask) / sum(part.numel() for part in mask)
+    share = sum(tensor.sum().item() for tensor in mask) / sum(tensor.numel() for tensor in mask)
     assert share == pytest.approx(0.25, abs=1e-4)
     first = tmp_path / "first" / pipeline.root.name / "random_0.9/salun"
     assert same_weights(first / "unlearning_model.pth", folder / "unlearning_model.pth")
 
 
 def test_default_class_forgetting_keeps_the_other_classes(tmp_path):
-    """Accuracy on the class below 5 %, on the others within 3 points of the original's."""
+    """Accuracy is below 5 % on the class and within 3 points of the original on other classes."""
     common = ["--width", 16, "--device", "cpu", *QUIET]
     methods = ["retrain", "GA", "salun", "sfron"]
     forget = [*common, "--unlearn_type", "class", "--unlearn_name", *methods]
@@ -408,7 +408,7 @@ CLICK = """
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser, e.g. chromium of Debian")
-def test_tables_of_the_report_sort(pipeline, tmp_path):
+def test_report_table_is_sorted_by_a_click_on_a_heading(pipeline, tmp_path):
     text = (pipeline.root / "random_0.9/report.html").read_text()
     clicked = tmp_path / "clicked.html"
     clicked.write_text(text.replace("</body>", CLICK))

@@ -40,7 +40,7 @@ LISTS = st.lists(NUMBERS, max_size=3).map(",".join)
 
 
 def counts(least, most):
-    """Numbers that are small enough to compute with, and words."""
+    """Numbers small enough for short runs, and words."""
     return st.one_of(st.integers(least, most).map(str), WORDS)
 
 
@@ -315,9 +315,9 @@ META = st.fixed_dictionaries({}, optional=dict.fromkeys(META_KEYS, PLAIN))
 def test_checkpoint_with_other_contents_is_refused_or_read_as_it_is(
     place, kind, more, meta, trained, digits, tmp_path
 ):
-    """A tensor of another kind, missing and superfluous entries, and any meta."""
+    """Tensors of other types, missing and superfluous entries, and any metadata."""
     state, good = checkpoint.read(trained.original)
-    good.pop("weights")  # the hash, which would find all of these
+    good.pop("weights")  # the hash would detect all of these changes
     name = list(state)[place % len(state)]
     tensor = state.pop(name)
     if TENSORS[kind]:

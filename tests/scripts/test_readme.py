@@ -1,4 +1,4 @@
-"""What the README says is tried as it is written."""
+"""The commands and instructions of the README work as written."""
 
 import re
 import shlex
@@ -32,7 +32,7 @@ def flags_of(words):
 
 
 def test_published_command_lines_are_in_the_readme():
-    """The README breaks them over lines and gives their common flags by variables."""
+    """The README breaks them over lines and defines common flags as variables."""
     written = shell_commands(readme_block("published"))
     for line, words in zip(PUBLISHED, written, strict=True):
         script, *flags = line.split()
@@ -63,8 +63,8 @@ def test_requirements_of_the_scripts_are_not_those_of_the_tests():
 
 def import_from(project):
     """Make the fork of a test import the project's modules from a copy of it."""
-    own = {path.stem for path in project.iterdir()}
-    for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+    modules_of_project = {path.stem for path in project.iterdir()}
+    for name in [name for name in sys.modules if name.partition(".")[0] in modules_of_project]:
         del sys.modules[name]
     sys.path.insert(0, str(project))
 

@@ -1,4 +1,4 @@
-"""Two processes under torchrun (gloo, on the CPU) do what one does. A dead process ends both."""
+"""Two torchrun processes (gloo, CPU) give the results of one. A dead process ends both."""
 
 import json
 import os
@@ -32,7 +32,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def start(script, *arguments, cwd):
-    """Two processes of a script. They find each other through a port of the kernel's choice."""
+    """Run a script on two processes, which connect through a free port."""
     return subprocess.Popen(
         [*TORCHRUN, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
@@ -56,15 +56,16 @@ def test_every_method_gives_same_weights_with_one_process_and_two(tmp_path):
     """In float64 to 1e-12: losses, augmentation, BatchNorm, importances, masks and q̂."""
     succeed("tests/scripts/train_every_method.py", tmp_path / "one.pt", cwd=tmp_path)
     check(run_two("tests/scripts/train_every_method.py", tmp_path / "two.pt", cwd=tmp_path))
-    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
-    assert one.keys() == two.keys()
-    assert {name.split()[0] for name in one} >= {*unlearn.METHODS, *unlearn_cpu.METHODS}
+    alone = torch.load(tmp_path / "one.pt", weights_only=True)
+    together = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert alone.keys() == together.keys()
+    assert {name.split()[0] for name in alone} >= {*unlearn.METHODS, *unlearn_cpu.METHODS}
     differences = {
-        name: (tensor.double() - two[name].double()).abs().max().item()
-        for name, tensor in one.items()
+        name: (tensor.double() - together[name].double()).abs().max().item()
+        for name, tensor in alone.items()
     }
     assert max(differences.values()) < 1e-12, max(differences, key=differences.get)
-    assert two["passed"] == 400  # two passes over 200 images, each image once
+    assert together["passed"] == 400  # two passes over 200 images, each image once
 
 
 @pytest.fixture(scope="module")

@@ -34,19 +34,19 @@ def read_offline_run(path):
     """
     from wandb.proto import wandb_internal_pb2
 
-    data, position, parts = path.read_bytes(), 7, []
+    data, position, fragments = path.read_bytes(), 7, []
     while position + 7 <= len(data):
         left = 32768 - position % 32768
         if left < 7:
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts.append(data[position + 7 : position + 7 + length])
+        fragments.append(data[position + 7 : position + 7 + length])
         position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
+        if kind in (1, 4):  # a complete record or its last fragment
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(b"".join(parts))
-            parts = []
+            record.ParseFromString(b"".join(fragments))
+            fragments = []
             yield record
 
 
@@ -113,7 +113,7 @@ def test_sweep_run_logs_the_gap_to_retrain(pipeline, tmp_path):
         "args"
     ]
     command = sweeps.create_sweep_command(sweep["command"])
-    command = [part for each in command for part in (arguments if each == "${args}" else [each])]
+    command = [word for each in command for word in (arguments if each == "${args}" else [each])]
     command[2] = command[2].replace(
         "--data_name digits", "--data_name digits --width 8 --device cpu"
     )
@@ -134,10 +134,8 @@ def test_sweep_run_logs_the_gap_to_retrain(pipeline, tmp_path):
     ]
     results = read_json(folder / "finetune/results.json")
     assert results["recipe"]["learning_rate"] == 0.004
-    assert (
-        numbers[0]["finetune/gap"] == pytest.approx(results["metrics"]["gap"])
-        and numbers[0]["retrain/gap"] == 0
-    )
+    assert numbers[0]["finetune/gap"] == pytest.approx(results["metrics"]["gap"])
+    assert numbers[0]["retrain/gap"] == 0
 
 
 BROKEN = {
