@@ -30,7 +30,7 @@ import metrics
 import models
 import unlearn
 import unlearn_cpu
-from metrics import CR, classwise, comparison, conformal, probe, samples, scores
+from metrics import CR, classwise, comparison, conformal, ensembles, probe, samples, scores
 from metrics.report import figures, notes, page, tables
 from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
 from models import checkpoint, distributed, inference
@@ -46,6 +46,7 @@ CAPTIONS = {
     Q_HATS: "q̂ of the conformal loss by epoch",
 }
 MOST_FAKE = 18  # images of a fake_forgotten.png
+RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 NUM_BYTES = 2**24  # of free disk space that the results need
 
 
@@ -70,12 +71,15 @@ def main():
         seeds.append(SeedRows(evaluation))
 
     rows = [row for seed in seeds for row in seed.rows]
+    ensemble_rows = []
     if flags.seeds:
         scored_methods = {row["method"] for row in rows}
         summary = summarise_seeds([row for seed in seeds for row in seed.all_rows])
-        save_summary(summary, flags, data=data, device=device)
+        ensemble_rows = compare_trainings(seeds)
+        save_summary(summary, ensemble_rows, flags, data=data, device=device)
         rows = [row for row in summary if row["method"] in scored_methods]
     print_results(rows, seeds, flags)
+    print_trainings(ensemble_rows, flags)
     return 0
 
 
@@ -230,7 +234,8 @@ class ScoredModel:
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α). ``origin`` identifies the weights and the settings.
-    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv.
+    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv. ``training`` is
+    what the comparison over several trainings of one split needs.
     """
 
     saved: SavedModel
@@ -242,6 +247,7 @@ class ScoredModel:
     score_histogram: dict | None = None
     fake_sheet: bytes | None = None
     relearning: dict | None = None
+    training: ensembles.Training | None = None
     seconds: float = math.nan
 
     def row(self, key):
@@ -311,6 +317,7 @@ class SeedRows:
         self.rows = evaluation.rows()
         self.all_rows = evaluation.all_rows()
         self.class_rows = evaluation.class_rows()
+        self.trainings = {name: model.training for name, model in evaluation.models.items()}
 
 
 def start_evaluation(args, data, device):
@@ -504,11 +511,20 @@ def score_outputs(outputs, saved, evaluation, *, probe_accuracy):
         class_rows=[{"method": saved.name} | row for row in class_rows],
         sample_rows=name_samples(conformal_scores, evaluation),
     )
+    if evaluation.args.seeds and evaluation.args.split_seed is not None:
+        scored.training = ensembles.describe(conformal_scores, retain_sample(evaluation))
     if not evaluation.args.no_pictures:
         scored.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
         if conformal_scores.first_score.name == "thr":
             scored.score_histogram = figures.histogram_data(conformal_scores)
     return scored
+
+
+def retain_sample(evaluation):
+    """Positions of the retain images whose margins are compared over trainings of one split."""
+    count = len(evaluation.split.retain)
+    seed = utils.split_seed(evaluation.args)
+    return torch.from_numpy(utils.permutation(seed, "ensembles", count)[:RETAIN_SAMPLE])
 
 
 def name_samples(conformal_scores, evaluation):
@@ -842,6 +858,17 @@ def verdict_over_seeds(row, reference, *, key, fewest):
     return comparison.verdict(difference if key == "UA" else -difference, tolerance)
 
 
+def compare_trainings(seeds):
+    """The rows of :func:`metrics.ensembles.rows` for the models of several seeds with one split."""
+    trainings = {}
+    for seed in seeds:
+        for name, training in seed.trainings.items():
+            if training is not None:
+                trainings.setdefault(name, []).append(training)
+    stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
+    return ensembles.rows(stacked)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -929,11 +956,16 @@ def log_to_wandb(evaluation, *, description, pictures):
         wandb_run.log_pictures({picture.caption: path for path, picture in pictures.items()})
 
 
-def save_summary(rows, flags, *, data, device):
-    """Write results.csv over the seeds, and pictures of the means with report.html."""
+def save_summary(rows, ensemble_rows, flags, *, data, device):
+    """Write results.csv over the seeds, and pictures of the means with report.html.
+
+    ``ensemble_rows`` (:func:`compare_trainings`) become ensembles.csv.
+    """
     scenario = utils.scenario_folder(flags, data)
     folder = utils.run_folder(flags, data, ",".join(map(str, flags.seeds))) / scenario
     files = {folder / "results.csv": tables.as_csv(rows, ending=tables.SEEDS)}
+    if ensemble_rows:
+        files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
     if not flags.no_pictures:
         cal_size = max(row["cal_size"] for row in rows)
         overview = figures.overview(rows, flags.score[0], cal_size)
@@ -944,7 +976,7 @@ def save_summary(rows, flags, *, data, device):
         description = utils.describe_run(flags, data, device)
         description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
         scope = ReportScope(flags, data, scenario, description)
-        files[folder / "report.html"] = report_page(rows, embedded, scope)
+        files[folder / "report.html"] = report_page(rows, embedded, scope, ensemble_rows)
     with utils.unfinished_folder(folder, NUM_BYTES) as unfinished:
         write_files(files, unfinished)
     seeds = ", ".join(map(str, flags.seeds))
@@ -1040,7 +1072,7 @@ class ReportScope(NamedTuple):
     description: dict
 
 
-def report_page(rows, pictures, scope):
+def report_page(rows, pictures, scope, ensemble_rows=()):
     """report.html with all tables and ``pictures`` {caption: PNG bytes}, as text."""
     args, data, description = scope.args, scope.data, scope.description
     facts = {
@@ -1051,10 +1083,14 @@ def report_page(rows, pictures, scope):
         "device": description["device"],
         "date": description["date"],
     }
+    shown_tables = tables.full_tables(rows)
+    if ensemble_rows:
+        heading = tables.ensemble_heading(len(args.seeds), args.split_seed)
+        shown_tables.append(tables.ensemble_table(ensemble_rows, heading))
     return page.page(
         f"Unlearning on {data.tag}: {scope.scenario}",
         facts=facts,
-        shown_tables=tables.full_tables(rows),
+        shown_tables=shown_tables,
         pictures=pictures,
         details={"Flags": description["flags"], "Versions": description["versions"]},
     )
@@ -1078,6 +1114,23 @@ def print_results(rows, seeds, flags):
         print(line)
     for line in notes.advice([seed.rows for seed in seeds]):
         print(line)
+
+
+def print_trainings(ensemble_rows, flags):
+    """Print the comparison over trainings of one forget set, or what it needs."""
+    if ensemble_rows:
+        heading = tables.ensemble_heading(len(flags.seeds), flags.split_seed)
+        for line in ["", *tables.ensemble_lines(ensemble_rows, heading)]:
+            print(line)
+        if len(flags.seeds) < ensembles.FEW:
+            print(f"{len(flags.seeds)} trainings show little about distributions; train more seeds")
+    elif flags.seeds and len(flags.seeds) > 1 and flags.split_seed is None:
+        print(
+            "each seed forgets other images, so distributions over trainings are not compared; "
+            "pass --split_seed to all four scripts"
+        )
+    elif flags.seeds and len(flags.seeds) > 1:
+        print("distributions over trainings are not compared; evaluate retrain too")
 
 
 if __name__ == "__main__":

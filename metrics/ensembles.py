@@ -166,6 +166,35 @@ def _log_quotient(numerator, denominator):
 # ---------------------------------------------------------------- the table
 
 
+class Training(NamedTuple):
+    """One model: its margins {part: M} for ``PARTS``, and which sets hold the label.
+
+    ``in_set`` (booleans, one per forget image) is None where no q̂ is finite.
+    """
+
+    margins: dict[str, torch.Tensor]
+    in_set: torch.Tensor | None
+
+
+def describe(conformal_scores, retain_sample):
+    """The :class:`Training` of one model, under its first score and α and the split's own q̂.
+
+    ``retain_sample`` are the positions of the retain images to compare.
+    """
+    outputs = conformal_scores.outputs
+    images = {
+        "forget": outputs.forget,
+        "retain": outputs.retain.select(retain_sample),
+        "test": outputs.held_out.select(outputs.test()),
+    }
+    q_hat = conformal_scores.q_hats()[:1, 0]
+    inside = conformal_scores.part("forget").in_set(q_hat)[0]
+    return Training(
+        {part: margins(*output) for part, output in images.items()},
+        None if q_hat.isnan() else inside,
+    )
+
+
 class Trainings(NamedTuple):
     """All trainings of a method: margins {part: n×M} for ``PARTS``, and sets that hold the label.
 
@@ -175,7 +204,18 @@ class Trainings(NamedTuple):
     margins: dict[str, torch.Tensor]
     in_set: torch.Tensor | None
 
-    def __len__(self):
+    @classmethod
+    def stack(cls, trainings):
+        """All :class:`Training` of a method."""
+        in_sets = [training.in_set for training in trainings]
+        return cls(
+            {part: torch.stack([each.margins[part] for each in trainings]) for part in PARTS},
+            None if any(inside is None for inside in in_sets) else torch.stack(in_sets),
+        )
+
+    @property
+    def count(self):
+        """The number of trainings n."""
         return len(self.margins["forget"])
 
     def select(self, trainings):
@@ -186,7 +226,7 @@ class Trainings(NamedTuple):
 
 def compare(unlearned, retrained):
     """The numbers of ``COLUMNS`` for two :class:`Trainings`, as far as there are enough of them."""
-    row = {"trainings": len(unlearned)}
+    row = {"trainings": unlearned.count}
     for part in PARTS:
         if unlearned.margins[part].shape[1]:
             divergence = klom(unlearned.margins[part], retrained.margins[part])
@@ -194,7 +234,7 @@ def compare(unlearned, retrained):
             if part == "forget":
                 row["KLOM_forget_95"] = divergence.quantile(0.95).item()
     pair = unlearned.margins["forget"], retrained.margins["forget"]
-    fewest = min(len(unlearned), len(retrained))
+    fewest = min(unlearned.count, retrained.count)
     if fewest >= FEWEST["U-LiRA"]:
         attack = u_lira(*pair)
         row |= {"ULiRA_accuracy": attack.accuracy, "ULiRA_AUC": attack.auc}
@@ -219,15 +259,15 @@ def rows(trainings):
     Empty where there are fewer than two trainings of Retrain.
     """
     retrained = trainings.get("retrain")
-    if retrained is None or len(retrained) < 2:
+    if retrained is None or retrained.count < 2:
         return []
     floor = {}
-    if len(retrained) >= 4:
-        half = len(retrained) // 2
+    if retrained.count >= 4:
+        half = retrained.count // 2
         floor = compare(retrained.select(slice(half)), retrained.select(slice(half, 2 * half)))
     table = [{"method": "retrain (halves)"} | floor] if floor else []
     for name, unlearned in trainings.items():
-        if name != "retrain" and len(unlearned) >= 2:
+        if name != "retrain" and unlearned.count >= 2:
             row = compare(unlearned, retrained)
             table.append({"method": name} | row | {"within_noise": within(row, floor)})
     return table

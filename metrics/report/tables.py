@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import CR, columns_of
+from .. import CR, columns_of, ensembles
 from ..columns import RUN_COLUMNS, Column, Spread
 
 KEYS = ("score", "cal_size", "alpha", "method")  # what one row of results.csv is about
@@ -224,6 +224,39 @@ def _fake_of_wrong(row):
 
 
 # ---------------------------------------------------------------- tables
+
+
+# ---------------------------------------------------------------- distributions over trainings
+
+
+def ensemble_heading(count, seed):
+    """The heading of the table of ``count`` trainings with one split seed."""
+    return f"Over {count} trainings of one forget set (split seed {seed})"
+
+
+def ensemble_table(rows, heading):
+    """The :class:`Table` of the rows of :func:`metrics.ensembles.rows`."""
+    return filled_table(heading, ensembles.COLUMNS, rows)
+
+
+def ensemble_lines(rows, heading):
+    """The printed table of :func:`metrics.ensembles.rows`. Numbers within the noise have a star."""
+    table = ensemble_table(rows, heading)
+    columns = {key: table.columns[key] for key in table.columns if key != "within_noise"}
+    shown = []
+    for row in rows:
+        near = row.get("within_noise", "–").split(", ")
+        cells = {}
+        for key, column in columns.items():
+            star = "*" if near == ["all"] or column.heading in near else ""
+            known = key not in ("method", "trainings") and not is_missing(row.get(key))
+            cells[key] = format_cell(row.get(key), column.kind) + star * known
+        shown.append(cells)
+    texts = {key: Column(heading_of(column), "text") for key, column in columns.items()}
+    lines = [f"{heading}:", *lines_of(Table(heading, texts, shown))]
+    if any("*" in text for cells in shown for text in cells.values()):
+        lines.append("* no farther than the first half of Retrain's trainings from the second")
+    return lines
 
 
 def heading_of(column):
