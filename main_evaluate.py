@@ -36,7 +36,7 @@ from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
 from models import checkpoint, distributed, inference
 from models.errors import NotFinite
 
-COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the columns …_minus_retrain
+COMPARED = (*comparison.COLUMNS, *comparison.ROW_COLUMNS, "compared_to")  # and …_minus_retrain
 TEXT_COLUMNS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights")
 TEXT_COLUMNS += ("model", "settings", "forget_class", "compared_to")
 SCORES, RELEARNING, Q_HATS = "scores.png", "relearn.png", "q_hat.png"
@@ -66,7 +66,7 @@ def main():
             for saved in saved_models:
                 evaluation.models[saved.name] = evaluate_model(model, saved, evaluation)
             add_earlier_results(evaluation)
-            compare_with_retrain(evaluation)
+            compare_with_retrain(evaluation, model)
             save_evaluation(evaluation, unfinished)
         seeds.append(SeedRows(evaluation))
 
@@ -234,8 +234,9 @@ class ScoredModel:
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α). ``origin`` identifies the weights and the settings.
-    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv. ``training`` is
-    what the comparison over several trainings of one split needs.
+    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv. ``answers`` and
+    ``training`` are what the comparisons with Retrain need, on each image and over several
+    trainings of one split.
     """
 
     saved: SavedModel
@@ -247,6 +248,7 @@ class ScoredModel:
     score_histogram: dict | None = None
     fake_sheet: bytes | None = None
     relearning: dict | None = None
+    answers: comparison.Answers | None = None
     training: ensembles.Training | None = None
     seconds: float = math.nan
 
@@ -510,6 +512,7 @@ def score_outputs(outputs, saved, evaluation, *, probe_accuracy):
         set_rows=set_rows,
         class_rows=[{"method": saved.name} | row for row in class_rows],
         sample_rows=name_samples(conformal_scores, evaluation),
+        answers=answers_of(outputs),
     )
     if evaluation.args.seeds and evaluation.args.split_seed is not None:
         scored.training = ensembles.describe(conformal_scores, retain_sample(evaluation))
@@ -745,25 +748,30 @@ class Reference:
     set_rows: dict[tuple, dict]
 
 
-def compare_with_retrain(evaluation):
+def compare_with_retrain(evaluation, model):
     """Add the gap, signed differences, verdicts and RTE to every row that has a Retrain.
 
-    Retrain is the one that is scored now, else the one of an earlier evaluation with the same
-    settings. Earlier rows are compared again if Retrain has changed. The verdicts' tolerance is two
-    standard errors over the images. Several seeds have Retrain's spread (:func:`summarise_seeds`).
+    ``model`` is a network for Retrain's weights. Retrain is the one that is scored now, else the
+    one of an earlier evaluation with the same settings. Earlier rows are compared again if Retrain
+    has changed. The verdicts' tolerance is two standard errors over the images. Several seeds have
+    Retrain's spread (:func:`summarise_seeds`).
     """
     scored = evaluation.models
     reference = find_reference(evaluation)
     if reference is None:
         return
-    for name, model in scored.items():
-        for key, row in model.set_rows.items():
+    answers = reference_answers(evaluation, reference, model)
+    for name, scored_model in scored.items():
+        numbers = scored_model.numbers
+        for key, row in scored_model.set_rows.items():
             if key in reference.set_rows:
-                row |= compare_sets(row, reference.set_rows[key], model.numbers["num_forget"])
-        model.numbers |= compare_model(name, model.numbers, reference.numbers)
-        model.numbers["compared_to"] = reference.weights
+                row |= compare_sets(row, reference.set_rows[key], numbers["num_forget"])
+        numbers |= compare_model(name, numbers, reference.numbers)
+        if answers:
+            numbers |= comparison.answer_distances(scored_model.answers, answers)
+        numbers["compared_to"] = reference.weights
     if "retrain" in scored:
-        compare_earlier_rows(evaluation, reference)
+        compare_earlier_rows(evaluation, reference, model)
 
 
 def find_reference(evaluation):
@@ -781,13 +789,40 @@ def find_reference(evaluation):
     return Reference(rows[0]["weights"], rows[0], {block_of(row): row for row in rows})
 
 
+def reference_answers(evaluation, reference, model):
+    """Retrain's :class:`metrics.comparison.Answers`, from a pass of its model if it is not scored.
+
+    ``model`` is a network for its weights. None if the weights on disk are not the reference's.
+    """
+    if "retrain" in evaluation.models:
+        return evaluation.models["retrain"].answers
+    path = evaluation.folder / "retrain" / unlearn.MODEL_FILE
+    return saved_answers(evaluation, model, path, weights=reference.weights)
+
+
+def saved_answers(evaluation, model, path, *, weights):
+    """The answers of the model saved at ``path``. None if its weights have another hash."""
+    if not path.exists():
+        return None
+    state, _ = checkpoint.read(path)
+    if checkpoint.weights_hash(state) != weights:
+        return None
+    checkpoint.load_weights(model, state, path, evaluation.data.train.spec)
+    return answers_of(compute_outputs(model, evaluation)[0])
+
+
+def answers_of(outputs):
+    return comparison.Answers(outputs.forget, outputs.held_out.select(outputs.test()))
+
+
 def has_settings(row, evaluation):
     """Whether a row was computed with the settings of this evaluation."""
     return any(row["settings"] == model.origin["settings"] for model in evaluation.models.values())
 
 
-def compare_earlier_rows(evaluation, reference):
+def compare_earlier_rows(evaluation, reference, model):
     """Compare the earlier rows with the Retrain that is scored now, where it is another."""
+    retrain, distances = evaluation.models["retrain"], {}
     for row in evaluation.earlier_rows:
         if "UA" not in row or row.get("compared_to") == reference.weights:
             continue
@@ -796,6 +831,13 @@ def compare_earlier_rows(evaluation, reference):
         if not has_settings(row, evaluation):
             continue
         row |= compare_model(row["method"], row, reference.numbers)
+        if row["method"] not in distances:
+            path = evaluation.folder / row["model"]
+            answers = saved_answers(evaluation, model, path, weights=row["weights"])
+            distances[row["method"]] = (
+                comparison.answer_distances(answers, retrain.answers) if answers else {}
+            )
+        row |= distances[row["method"]]
         row["compared_to"] = reference.weights
         key = block_of(row)
         if key in reference.set_rows:
@@ -808,6 +850,7 @@ def compare_model(name, numbers, reference):
     shown = {key: numbers[key] for key in MODEL_COLUMNS if key in numbers}
     compared = comparison.differences(shown, reference)
     compared["gap"] = comparison.gap(numbers, reference)
+    compared["ToW"] = comparison.tug_of_war(numbers, reference)
     compared["UA_word"] = comparison.verdict(numbers["UA"] - reference["UA"], tolerance)
     seconds, reference_seconds = numbers["seconds"] or 0, reference["seconds"] or 0
     if name != "original" and seconds > 0 and reference_seconds > 0:

@@ -764,6 +764,7 @@ def test_model_is_compared_with_retrain():
         "GA", comparable(UA=0.3, TA=0.7, seconds=2.5), comparable()
     )
     assert actual["gap"] == pytest.approx((0.2 + 0 + 0.1 + 0) / 4)
+    assert actual["ToW"] == pytest.approx(0.8 * 0.9)
     assert actual["UA_minus_retrain"] == pytest.approx(-0.2) and actual[
         "TA_minus_retrain"
     ] == pytest.approx(-0.1)
