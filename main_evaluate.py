@@ -4,8 +4,9 @@
 
 compares the methods in the run folder with the original model and with Retrain. Each image passes
 through a model once. Writes results.json and samples.csv for each model, and results.csv,
-classes.csv, figures and report.html for all models together. With --seeds 1,2,3 it also writes the
-means and standard deviations over the seeds.
+results.tex, classes.csv, figures and report.html for all models together. With --seeds 1,2,3 it
+also writes the means and standard deviations over the seeds. With --split_seed as well, it compares
+the distributions over the trainings (ensembles.csv).
 """
 
 import utils  # before torch
@@ -31,7 +32,7 @@ import models
 import unlearn
 import unlearn_cpu
 from metrics import CR, classwise, comparison, conformal, ensembles, probe, samples, scores
-from metrics.report import figures, notes, page, tables
+from metrics.report import figures, latex, notes, page, tables
 from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
 from models import checkpoint, distributed, inference
 from models.errors import NotFinite
@@ -931,6 +932,7 @@ def save_evaluation(evaluation, unfinished):
     pictures = {} if evaluation.args.no_pictures else draw_pictures(evaluation)
     files = {path: picture.png for path, picture in pictures.items()}
     files[folder / "results.csv"] = tables.as_csv(rows)
+    files[folder / "results.tex"] = latex.document(rows)
     files[folder / "classes.csv"] = tables.as_csv(evaluation.all_class_rows())
     for model in scored.values():
         record = result_record(model, description)
@@ -1007,6 +1009,7 @@ def save_summary(rows, ensemble_rows, flags, *, data, device):
     scenario = utils.scenario_folder(flags, data)
     folder = utils.run_folder(flags, data, ",".join(map(str, flags.seeds))) / scenario
     files = {folder / "results.csv": tables.as_csv(rows, ending=tables.SEEDS)}
+    files[folder / "results.tex"] = latex.document(rows)
     if ensemble_rows:
         files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
     if not flags.no_pictures:

@@ -172,8 +172,7 @@ def short_lines(rows, *, over_seeds=False):
     """
     rows = rows if over_seeds else [means_of(row) for row in rows]
     lines = []
-    columns = {key: MODEL_COLUMNS[key] for key in SHORT_MODEL_KEYS}
-    models = filled_table("Models", columns, one_per_method(rows))
+    models = short_model_table(rows)
     if models is not None:
         lines += [*lines_of(fit(models, ("UA", "gap"))), ""]
     lines += failure_lines(rows)
@@ -189,16 +188,13 @@ def failure_lines(rows):
 
 def _short_set_lines(rows):
     """A block of lines for each score, calibration size and α, with common column widths."""
-    rows = [row | {"fake_of_wrong": _fake_of_wrong(row)} for row in rows]
-    judged = CR.judged_forget_images(rows[0]) if rows else "forget"
-    columns = {key: SET_COLUMNS[key] for key in _short_set_keys(judged)}
-    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
-    table = filled_table("Prediction sets", columns, rows)
+    table = short_set_table(rows)
     if table is None:
         return []
+    judged = CR.judged_forget_images(table.rows[0])
     headings, *lines = lines_of(fit(table, (f"{judged}_CR",)))
     blocks, known = {}, set()
-    for row, line in zip(rows, lines, strict=True):
+    for row, line in zip(table.rows, lines, strict=True):
         key = tuple(row[key] for key in KEYS[:-1])
         blocks.setdefault(key, []).append(line)
         if has_number(table.columns, row):
@@ -211,6 +207,21 @@ def _short_set_lines(rows):
     return printed
 
 
+def short_model_table(rows):
+    """The :class:`Table` of the models with the columns that an evaluation prints, or None."""
+    columns = {key: MODEL_COLUMNS[key] for key in SHORT_MODEL_KEYS}
+    return filled_table("Models", columns, one_per_method(rows))
+
+
+def short_set_table(rows):
+    """The same for prediction sets."""
+    rows = [row | {"fake_of_wrong": _fake_of_wrong(row)} for row in rows_of_sets(rows)]
+    judged = CR.judged_forget_images(rows[0]) if rows else "forget"
+    columns = {key: SET_COLUMNS[key] for key in _short_set_keys(judged)}
+    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
+    return filled_table("Prediction sets", columns, rows)
+
+
 def _short_set_keys(judged):
     forget = (f"{judged}_coverage", f"{judged}_set_size", f"{judged}_CR")
     return ("method", *forget, "test_coverage", "test_CR")
@@ -221,9 +232,6 @@ def _fake_of_wrong(row):
     judged = CR.judged_forget_images(row)
     fake, wrong = (mean_of(row.get(f"{judged}_{key}")) for key in ("fake", "misclassified"))
     return f"{short_count(fake)} of {short_count(wrong)}"
-
-
-# ---------------------------------------------------------------- tables
 
 
 # ---------------------------------------------------------------- distributions over trainings
@@ -257,6 +265,9 @@ def ensemble_lines(rows, heading):
     if any("*" in text for cells in shown for text in cells.values()):
         lines.append("* no farther than the first half of Retrain's trainings from the second")
     return lines
+
+
+# ---------------------------------------------------------------- tables
 
 
 def heading_of(column):
