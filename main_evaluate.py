@@ -4,8 +4,9 @@
 
 compares the methods in the run folder with the original model and with Retrain. Each image passes
 through a model once. Writes results.json and samples.csv for each model, and results.csv,
-classes.csv, figures and report.html for all models together. With --seeds 1,2,3 it also writes the
-means and standard deviations over the seeds.
+results.tex, classes.csv, figures and report.html for all models together. With --seeds 1,2,3 it
+also writes the means and standard deviations over the seeds. With --split_seed as well, it compares
+the distributions over the trainings (ensembles.csv).
 """
 
 import utils  # before torch
@@ -30,13 +31,13 @@ import metrics
 import models
 import unlearn
 import unlearn_cpu
-from metrics import CR, classwise, comparison, conformal, probe, samples, scores
-from metrics.report import figures, notes, page, tables
+from metrics import CR, classwise, comparison, conformal, ensembles, probe, samples, scores
+from metrics.report import figures, latex, notes, page, tables
 from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
 from models import checkpoint, distributed, inference
 from models.errors import NotFinite
 
-COMPARED = ("gap", "UA_word", "CR_word", "RTE", "compared_to")  # and the columns …_minus_retrain
+COMPARED = (*comparison.COLUMNS, *comparison.ROW_COLUMNS, "compared_to")  # and …_minus_retrain
 TEXT_COLUMNS = ("method", "score", "class", "note", "UA_word", "CR_word", "forget_set", "weights")
 TEXT_COLUMNS += ("model", "settings", "forget_class", "compared_to")
 SCORES, RELEARNING, Q_HATS = "scores.png", "relearn.png", "q_hat.png"
@@ -46,6 +47,7 @@ CAPTIONS = {
     Q_HATS: "q̂ of the conformal loss by epoch",
 }
 MOST_FAKE = 18  # images of a fake_forgotten.png
+RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 NUM_BYTES = 2**24  # of free disk space that the results need
 
 
@@ -65,17 +67,20 @@ def main():
             for saved in saved_models:
                 evaluation.models[saved.name] = evaluate_model(model, saved, evaluation)
             add_earlier_results(evaluation)
-            compare_with_retrain(evaluation)
+            compare_with_retrain(evaluation, model)
             save_evaluation(evaluation, unfinished)
         seeds.append(SeedRows(evaluation))
 
     rows = [row for seed in seeds for row in seed.rows]
+    ensemble_rows = []
     if flags.seeds:
         scored_methods = {row["method"] for row in rows}
         summary = summarise_seeds([row for seed in seeds for row in seed.all_rows])
-        save_summary(summary, flags, data=data, device=device)
+        ensemble_rows = compare_trainings(seeds)
+        save_summary(summary, ensemble_rows, flags, data=data, device=device)
         rows = [row for row in summary if row["method"] in scored_methods]
     print_results(rows, seeds, flags)
+    print_trainings(ensemble_rows, flags)
     return 0
 
 
@@ -230,7 +235,9 @@ class ScoredModel:
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α). ``origin`` identifies the weights and the settings.
-    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv.
+    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv. ``answers`` and
+    ``training`` are what the comparisons with Retrain need, on each image and over several
+    trainings of one split.
     """
 
     saved: SavedModel
@@ -242,6 +249,8 @@ class ScoredModel:
     score_histogram: dict | None = None
     fake_sheet: bytes | None = None
     relearning: dict | None = None
+    answers: comparison.Answers | None = None
+    training: ensembles.Training | None = None
     seconds: float = math.nan
 
     def row(self, key):
@@ -311,6 +320,7 @@ class SeedRows:
         self.rows = evaluation.rows()
         self.all_rows = evaluation.all_rows()
         self.class_rows = evaluation.class_rows()
+        self.trainings = {name: model.training for name, model in evaluation.models.items()}
 
 
 def start_evaluation(args, data, device):
@@ -503,12 +513,22 @@ def score_outputs(outputs, saved, evaluation, *, probe_accuracy):
         set_rows=set_rows,
         class_rows=[{"method": saved.name} | row for row in class_rows],
         sample_rows=name_samples(conformal_scores, evaluation),
+        answers=answers_of(outputs),
     )
+    if evaluation.args.seeds and evaluation.args.split_seed is not None:
+        scored.training = ensembles.describe(conformal_scores, retain_sample(evaluation))
     if not evaluation.args.no_pictures:
         scored.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
         if conformal_scores.first_score.name == "thr":
             scored.score_histogram = figures.histogram_data(conformal_scores)
     return scored
+
+
+def retain_sample(evaluation):
+    """Positions of the retain images whose margins are compared over trainings of one split."""
+    count = len(evaluation.split.retain)
+    seed = utils.split_seed(evaluation.args)
+    return torch.from_numpy(utils.permutation(seed, "ensembles", count)[:RETAIN_SAMPLE])
 
 
 def name_samples(conformal_scores, evaluation):
@@ -729,25 +749,30 @@ class Reference:
     set_rows: dict[tuple, dict]
 
 
-def compare_with_retrain(evaluation):
+def compare_with_retrain(evaluation, model):
     """Add the gap, signed differences, verdicts and RTE to every row that has a Retrain.
 
-    Retrain is the one that is scored now, else the one of an earlier evaluation with the same
-    settings. Earlier rows are compared again if Retrain has changed. The verdicts' tolerance is two
-    standard errors over the images. Several seeds have Retrain's spread (:func:`summarise_seeds`).
+    ``model`` is a network for Retrain's weights. Retrain is the one that is scored now, else the
+    one of an earlier evaluation with the same settings. Earlier rows are compared again if Retrain
+    has changed. The verdicts' tolerance is two standard errors over the images. Several seeds have
+    Retrain's spread (:func:`summarise_seeds`).
     """
     scored = evaluation.models
     reference = find_reference(evaluation)
     if reference is None:
         return
-    for name, model in scored.items():
-        for key, row in model.set_rows.items():
+    answers = reference_answers(evaluation, reference, model)
+    for name, scored_model in scored.items():
+        numbers = scored_model.numbers
+        for key, row in scored_model.set_rows.items():
             if key in reference.set_rows:
-                row |= compare_sets(row, reference.set_rows[key], model.numbers["num_forget"])
-        model.numbers |= compare_model(name, model.numbers, reference.numbers)
-        model.numbers["compared_to"] = reference.weights
+                row |= compare_sets(row, reference.set_rows[key], numbers["num_forget"])
+        numbers |= compare_model(name, numbers, reference.numbers)
+        if answers:
+            numbers |= comparison.answer_distances(scored_model.answers, answers)
+        numbers["compared_to"] = reference.weights
     if "retrain" in scored:
-        compare_earlier_rows(evaluation, reference)
+        compare_earlier_rows(evaluation, reference, model)
 
 
 def find_reference(evaluation):
@@ -765,13 +790,40 @@ def find_reference(evaluation):
     return Reference(rows[0]["weights"], rows[0], {block_of(row): row for row in rows})
 
 
+def reference_answers(evaluation, reference, model):
+    """Retrain's :class:`metrics.comparison.Answers`, from a pass of its model if it is not scored.
+
+    ``model`` is a network for its weights. None if the weights on disk are not the reference's.
+    """
+    if "retrain" in evaluation.models:
+        return evaluation.models["retrain"].answers
+    path = evaluation.folder / "retrain" / unlearn.MODEL_FILE
+    return saved_answers(evaluation, model, path, weights=reference.weights)
+
+
+def saved_answers(evaluation, model, path, *, weights):
+    """The answers of the model saved at ``path``. None if its weights have another hash."""
+    if not path.exists():
+        return None
+    state, _ = checkpoint.read(path)
+    if checkpoint.weights_hash(state) != weights:
+        return None
+    checkpoint.load_weights(model, state, path, evaluation.data.train.spec)
+    return answers_of(compute_outputs(model, evaluation)[0])
+
+
+def answers_of(outputs):
+    return comparison.Answers(outputs.forget, outputs.held_out.select(outputs.test()))
+
+
 def has_settings(row, evaluation):
     """Whether a row was computed with the settings of this evaluation."""
     return any(row["settings"] == model.origin["settings"] for model in evaluation.models.values())
 
 
-def compare_earlier_rows(evaluation, reference):
+def compare_earlier_rows(evaluation, reference, model):
     """Compare the earlier rows with the Retrain that is scored now, where it is another."""
+    retrain, distances = evaluation.models["retrain"], {}
     for row in evaluation.earlier_rows:
         if "UA" not in row or row.get("compared_to") == reference.weights:
             continue
@@ -780,6 +832,13 @@ def compare_earlier_rows(evaluation, reference):
         if not has_settings(row, evaluation):
             continue
         row |= compare_model(row["method"], row, reference.numbers)
+        if row["method"] not in distances:
+            path = evaluation.folder / row["model"]
+            answers = saved_answers(evaluation, model, path, weights=row["weights"])
+            distances[row["method"]] = (
+                comparison.answer_distances(answers, retrain.answers) if answers else {}
+            )
+        row |= distances[row["method"]]
         row["compared_to"] = reference.weights
         key = block_of(row)
         if key in reference.set_rows:
@@ -792,6 +851,7 @@ def compare_model(name, numbers, reference):
     shown = {key: numbers[key] for key in MODEL_COLUMNS if key in numbers}
     compared = comparison.differences(shown, reference)
     compared["gap"] = comparison.gap(numbers, reference)
+    compared["ToW"] = comparison.tug_of_war(numbers, reference)
     compared["UA_word"] = comparison.verdict(numbers["UA"] - reference["UA"], tolerance)
     seconds, reference_seconds = numbers["seconds"] or 0, reference["seconds"] or 0
     if name != "original" and seconds > 0 and reference_seconds > 0:
@@ -842,6 +902,17 @@ def verdict_over_seeds(row, reference, *, key, fewest):
     return comparison.verdict(difference if key == "UA" else -difference, tolerance)
 
 
+def compare_trainings(seeds):
+    """The rows of :func:`metrics.ensembles.rows` for the models of several seeds with one split."""
+    trainings = {}
+    for seed in seeds:
+        for name, training in seed.trainings.items():
+            if training is not None:
+                trainings.setdefault(name, []).append(training)
+    stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
+    return ensembles.rows(stacked)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -861,6 +932,7 @@ def save_evaluation(evaluation, unfinished):
     pictures = {} if evaluation.args.no_pictures else draw_pictures(evaluation)
     files = {path: picture.png for path, picture in pictures.items()}
     files[folder / "results.csv"] = tables.as_csv(rows)
+    files[folder / "results.tex"] = latex.document(rows)
     files[folder / "classes.csv"] = tables.as_csv(evaluation.all_class_rows())
     for model in scored.values():
         record = result_record(model, description)
@@ -929,11 +1001,17 @@ def log_to_wandb(evaluation, *, description, pictures):
         wandb_run.log_pictures({picture.caption: path for path, picture in pictures.items()})
 
 
-def save_summary(rows, flags, *, data, device):
-    """Write results.csv over the seeds, and pictures of the means with report.html."""
+def save_summary(rows, ensemble_rows, flags, *, data, device):
+    """Write results.csv over the seeds, and pictures of the means with report.html.
+
+    ``ensemble_rows`` (:func:`compare_trainings`) become ensembles.csv.
+    """
     scenario = utils.scenario_folder(flags, data)
     folder = utils.run_folder(flags, data, ",".join(map(str, flags.seeds))) / scenario
     files = {folder / "results.csv": tables.as_csv(rows, ending=tables.SEEDS)}
+    files[folder / "results.tex"] = latex.document(rows)
+    if ensemble_rows:
+        files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
     if not flags.no_pictures:
         cal_size = max(row["cal_size"] for row in rows)
         overview = figures.overview(rows, flags.score[0], cal_size)
@@ -944,7 +1022,7 @@ def save_summary(rows, flags, *, data, device):
         description = utils.describe_run(flags, data, device)
         description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
         scope = ReportScope(flags, data, scenario, description)
-        files[folder / "report.html"] = report_page(rows, embedded, scope)
+        files[folder / "report.html"] = report_page(rows, embedded, scope, ensemble_rows)
     with utils.unfinished_folder(folder, NUM_BYTES) as unfinished:
         write_files(files, unfinished)
     seeds = ", ".join(map(str, flags.seeds))
@@ -1040,7 +1118,7 @@ class ReportScope(NamedTuple):
     description: dict
 
 
-def report_page(rows, pictures, scope):
+def report_page(rows, pictures, scope, ensemble_rows=()):
     """report.html with all tables and ``pictures`` {caption: PNG bytes}, as text."""
     args, data, description = scope.args, scope.data, scope.description
     facts = {
@@ -1051,10 +1129,14 @@ def report_page(rows, pictures, scope):
         "device": description["device"],
         "date": description["date"],
     }
+    shown_tables = tables.full_tables(rows)
+    if ensemble_rows:
+        heading = tables.ensemble_heading(len(args.seeds), args.split_seed)
+        shown_tables.append(tables.ensemble_table(ensemble_rows, heading))
     return page.page(
         f"Unlearning on {data.tag}: {scope.scenario}",
         facts=facts,
-        shown_tables=tables.full_tables(rows),
+        shown_tables=shown_tables,
         pictures=pictures,
         details={"Flags": description["flags"], "Versions": description["versions"]},
     )
@@ -1078,6 +1160,23 @@ def print_results(rows, seeds, flags):
         print(line)
     for line in notes.advice([seed.rows for seed in seeds]):
         print(line)
+
+
+def print_trainings(ensemble_rows, flags):
+    """Print the comparison over trainings of one forget set, or what it needs."""
+    if ensemble_rows:
+        heading = tables.ensemble_heading(len(flags.seeds), flags.split_seed)
+        for line in ["", *tables.ensemble_lines(ensemble_rows, heading)]:
+            print(line)
+        if len(flags.seeds) < ensembles.FEW:
+            print(f"{len(flags.seeds)} trainings show little about distributions; train more seeds")
+    elif flags.seeds and len(flags.seeds) > 1 and flags.split_seed is None:
+        print(
+            "each seed forgets other images, so distributions over trainings are not compared; "
+            "pass --split_seed to all four scripts"
+        )
+    elif flags.seeds and len(flags.seeds) > 1:
+        print("distributions over trainings are not compared; evaluate retrain too")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import CR, MIA, MIACR, accuracy, comparison, probe
+from . import CR, MIA, MIACR, accuracy, comparison, ensembles, probe
 from .columns import RUN_COLUMNS, Column, Spread, markdown
 from .conformal import ConformalScores
 from .scores import Score
@@ -47,6 +47,7 @@ def readme_tables():
         "Numbers of a model": columns_of("COLUMNS"),
         "Numbers per score, calibration size and α": columns_of("ROW_COLUMNS"),
         "Numbers in results.csv only": columns_of("CSV_COLUMNS"),
+        "Numbers over several trainings of one forget set (ensembles.csv)": ensembles.COLUMNS,
         "What a row is about": RUN_COLUMNS,
     }
     return "\n\n".join(

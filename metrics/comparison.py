@@ -5,8 +5,14 @@ Forgetting too little is a fault, and so is forgetting too much.
 """
 
 import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
 
 from .columns import Column
+from .ensembles import margins
 
 COLUMNS = {
     "gap": Column(
@@ -19,6 +25,27 @@ COLUMNS = {
         "whether the model under-forgets, matches or over-forgets Retrain, judged by UA; a match "
         "is within two standard errors over the images, or within two standard deviations of "
         "Retrain over several seeds",
+    ),
+    "ToW": Column(
+        "ToW",
+        "number",
+        "high",
+        "tug of war: product of 1 less the absolute difference to Retrain over UA, RA and TA",
+    ),
+    "JSD_forget": Column(
+        "JSD_f",
+        "number",
+        "low",
+        "mean Jensen-Shannon divergence (in bits, 0 to 1) from Retrain's probabilities on the "
+        "forget images",
+    ),
+    "JSD_test": Column("JSD_t", "number", "low", "the same on the test images"),
+    "calibrated_AUC": Column(
+        "cal. AUC",
+        "number",
+        "near 0.5",
+        "area under the ROC curve of telling forget images from test images by the model's "
+        "confidence less Retrain's on the same image; Retrain saw neither",
     ),
     "RTE": Column(
         "RTE",
@@ -63,6 +90,60 @@ def differences(numbers, reference):
         if _is_number(value) and _is_number(other):
             signed[f"{key}_minus_retrain"] = value - other
     return signed
+
+
+def tug_of_war(numbers, reference):
+    """ToW (Zhao et al. 2024, 2406.01257): Π (1 − |difference to Retrain|) over UA, RA and TA.
+
+    Both are {key: fraction}. NaN where one of them lacks a number.
+    """
+    distances = differences({key: numbers.get(key) for key in ("UA", "RA", "TA")}, reference)
+    if len(distances) < 3:
+        return math.nan
+    return math.prod(1 - abs(distance) for distance in distances.values())
+
+
+class Answers(NamedTuple):
+    """What a model answers for the forget and the test images: logits N×K and labels N of each."""
+
+    forget: tuple[torch.Tensor, torch.Tensor]
+    test: tuple[torch.Tensor, torch.Tensor]
+
+
+def answer_distances(answers, reference):
+    """The columns that compare the :class:`Answers` of a model with Retrain's, image by image."""
+    return {
+        "JSD_forget": jensen_shannon(answers.forget[0], reference.forget[0]),
+        "JSD_test": jensen_shannon(answers.test[0], reference.test[0]),
+        "calibrated_AUC": calibrated_auc(answers, reference),
+    }
+
+
+def jensen_shannon(logits, reference_logits):
+    """Mean over images of the Jensen-Shannon divergence in bits. Twice N×K → a float in [0, 1].
+
+    NaN for N = 0.
+    """
+    log_p, log_q = (x.double().log_softmax(dim=1) for x in (logits, reference_logits))
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    divergences = (log_p.exp() * (log_p - log_mean) + log_q.exp() * (log_q - log_mean)).sum(dim=1)
+    return (divergences.mean() / 2 / math.log(2)).item()
+
+
+def calibrated_auc(answers, reference):
+    """AUC of a membership attack with Retrain as reference model (Watson et al. 2022, 2111.08440).
+
+    The score of an image is the log-odds of its label less Retrain's, which removes the difficulty
+    of the image. Forget images against test images; NaN where there are none of one kind.
+    """
+    forget, test = (
+        margins(*images) - margins(*reference_images)
+        for images, reference_images in zip(answers, reference, strict=True)
+    )
+    if not len(forget) or not len(test):
+        return math.nan
+    is_forget = np.repeat([1, 0], [len(forget), len(test)])
+    return float(roc_auc_score(is_forget, torch.cat([forget, test]).numpy()))
 
 
 def _is_number(value):

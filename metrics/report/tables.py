@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import CR, columns_of
+from .. import CR, columns_of, ensembles
 from ..columns import RUN_COLUMNS, Column, Spread
 
 KEYS = ("score", "cal_size", "alpha", "method")  # what one row of results.csv is about
@@ -172,8 +172,7 @@ def short_lines(rows, *, over_seeds=False):
     """
     rows = rows if over_seeds else [means_of(row) for row in rows]
     lines = []
-    columns = {key: MODEL_COLUMNS[key] for key in SHORT_MODEL_KEYS}
-    models = filled_table("Models", columns, one_per_method(rows))
+    models = short_model_table(rows)
     if models is not None:
         lines += [*lines_of(fit(models, ("UA", "gap"))), ""]
     lines += failure_lines(rows)
@@ -189,16 +188,13 @@ def failure_lines(rows):
 
 def _short_set_lines(rows):
     """A block of lines for each score, calibration size and α, with common column widths."""
-    rows = [row | {"fake_of_wrong": _fake_of_wrong(row)} for row in rows]
-    judged = CR.judged_forget_images(rows[0]) if rows else "forget"
-    columns = {key: SET_COLUMNS[key] for key in _short_set_keys(judged)}
-    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
-    table = filled_table("Prediction sets", columns, rows)
+    table = short_set_table(rows)
     if table is None:
         return []
+    judged = CR.judged_forget_images(table.rows[0])
     headings, *lines = lines_of(fit(table, (f"{judged}_CR",)))
     blocks, known = {}, set()
-    for row, line in zip(rows, lines, strict=True):
+    for row, line in zip(table.rows, lines, strict=True):
         key = tuple(row[key] for key in KEYS[:-1])
         blocks.setdefault(key, []).append(line)
         if has_number(table.columns, row):
@@ -211,6 +207,21 @@ def _short_set_lines(rows):
     return printed
 
 
+def short_model_table(rows):
+    """The :class:`Table` of the models with the columns that an evaluation prints, or None."""
+    columns = {key: MODEL_COLUMNS[key] for key in SHORT_MODEL_KEYS}
+    return filled_table("Models", columns, one_per_method(rows))
+
+
+def short_set_table(rows):
+    """The same for prediction sets."""
+    rows = [row | {"fake_of_wrong": _fake_of_wrong(row)} for row in rows_of_sets(rows)]
+    judged = CR.judged_forget_images(rows[0]) if rows else "forget"
+    columns = {key: SET_COLUMNS[key] for key in _short_set_keys(judged)}
+    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
+    return filled_table("Prediction sets", columns, rows)
+
+
 def _short_set_keys(judged):
     forget = (f"{judged}_coverage", f"{judged}_set_size", f"{judged}_CR")
     return ("method", *forget, "test_coverage", "test_CR")
@@ -221,6 +232,39 @@ def _fake_of_wrong(row):
     judged = CR.judged_forget_images(row)
     fake, wrong = (mean_of(row.get(f"{judged}_{key}")) for key in ("fake", "misclassified"))
     return f"{short_count(fake)} of {short_count(wrong)}"
+
+
+# ---------------------------------------------------------------- distributions over trainings
+
+
+def ensemble_heading(count, seed):
+    """The heading of the table of ``count`` trainings with one split seed."""
+    return f"Over {count} trainings of one forget set (split seed {seed})"
+
+
+def ensemble_table(rows, heading):
+    """The :class:`Table` of the rows of :func:`metrics.ensembles.rows`."""
+    return filled_table(heading, ensembles.COLUMNS, rows)
+
+
+def ensemble_lines(rows, heading):
+    """The printed table of :func:`metrics.ensembles.rows`. Numbers within the noise have a star."""
+    table = ensemble_table(rows, heading)
+    columns = {key: table.columns[key] for key in table.columns if key != "within_noise"}
+    shown = []
+    for row in rows:
+        near = row.get("within_noise", "–").split(", ")
+        cells = {}
+        for key, column in columns.items():
+            star = "*" if near == ["all"] or column.heading in near else ""
+            known = key not in ("method", "trainings") and not is_missing(row.get(key))
+            cells[key] = format_cell(row.get(key), column.kind) + star * known
+        shown.append(cells)
+    texts = {key: Column(heading_of(column), "text") for key, column in columns.items()}
+    lines = [f"{heading}:", *lines_of(Table(heading, texts, shown))]
+    if any("*" in text for cells in shown for text in cells.values()):
+        lines.append("* no farther than the first half of Retrain's trainings from the second")
+    return lines
 
 
 # ---------------------------------------------------------------- tables

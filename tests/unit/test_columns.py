@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import metrics
-from metrics import columns
+from metrics import columns, comparison
 
 README = Path(metrics.__file__).with_name("README.md")
 KINDS = ("percent", "number", "count", "seconds", "text")
@@ -62,7 +62,7 @@ def test_numbers_of_a_model_and_of_a_row_are_in_separate_dictionaries():
     settings = metrics.Settings((0.2,))
     outputs = outputs_of_class_forgetting()
     scalars, rows = metrics.evaluate(metrics.ConformalScores(outputs, settings))
-    elsewhere = {"gap", "UA_word", "RTE", "CR_word", "probe_forget", "probe_retain"}
+    elsewhere = {*comparison.COLUMNS, *comparison.ROW_COLUMNS, "probe_forget", "probe_retain"}
     assert set(metrics.columns_of("COLUMNS")) - elsewhere <= set(scalars)
     assert set(metrics.columns_of("ROW_COLUMNS")) - elsewhere <= set(rows["thr", 40, 0.2])
 

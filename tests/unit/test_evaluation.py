@@ -24,7 +24,7 @@ import main_evaluate
 import metrics
 import models
 import utils
-from metrics import CR, Spread, scores
+from metrics import CR, Spread, ensembles, scores
 from metrics.report import figures
 from models import checkpoint, inference
 
@@ -511,6 +511,7 @@ def test_summary_over_seeds_keeps_the_other_methods(bench):
 
     before = filled()
     output = bench.evaluate("--unlearn_name", "GA", *arguments)
+    assert "pass --split_seed to all four scripts" in output
     assert filled() == before
     rows = table_of(summary)
     assert [row["method"] for row in rows if row["alpha"] == "0.2"] == ["original", "retrain", "GA"]
@@ -526,6 +527,69 @@ def test_summary_over_seeds_keeps_the_other_methods(bench):
                 assert float(row[f"{key}_std"]) == pytest.approx(
                     np.std([float(value) for value in pair], ddof=1)
                 )
+
+
+@pytest.mark.parametrize("flag", [[], ["--no_pictures"]])
+def test_seeds_of_one_split_are_compared_as_distributions(bench, flag):
+    seeds = "1,2,3,4,5"
+    for seed in range(1, 6):
+        scenario = "random_0.9" if seed == 1 else "random_0.9_split1"
+        for number, name in enumerate(["original", "retrain", "GA"], 1):
+            bench.save(name, 10 * seed + number, seed=seed, scenario=scenario)
+    shared = ["--split_seed", 1, "--seeds", seeds, *ALPHAS]
+    output = bench.evaluate("--unlearn_name", "retrain", "GA", *shared, pictures=not flag)
+    block = output.split("Over 5 trainings of one forget set (split seed 1):\n")[1].splitlines()
+    headings = block[0].split()
+    assert headings[:3] == ["method", "n", "KLOM_f"] and max(map(len, block)) <= 100
+    assert [line.split("  ")[0].strip() for line in map(str.strip, block[1:4])] == [
+        "retrain (halves)", "original", "GA",
+    ]  # fmt: skip
+    assert "5 trainings show little about distributions" in block[-1]
+    folder = bench.root / "runs/resnet18_tiny_seeds1,2,3,4,5/random_0.9_split1"
+    rows = table_of(folder / "ensembles.csv")
+    assert [(row["method"], row["trainings"]) for row in rows] == [
+        ("retrain (halves)", "2"), ("original", "5"), ("GA", "5"),
+    ]  # fmt: skip
+    assert float(rows[2]["KLOM_forget"]) > 0 and 0 <= float(rows[2]["ULiRA_accuracy"]) <= 1
+    if not flag:
+        assert "Over 5 trainings of one forget set" in (folder / "report.html").read_text()
+    (folder / "ensembles.csv").unlink()
+    output = bench.evaluate("--unlearn_name", "GA", *shared)
+    assert "are not compared; evaluate retrain too" in output
+    assert not (folder / "ensembles.csv").exists()
+    output = bench.evaluate("--unlearn_name", "GA", "--seeds", "1", *ALPHAS)
+    assert "distributions" not in output
+
+
+def test_trainings_hold_margins_and_sets_of_the_first_alpha():
+    torch.manual_seed(0)
+    counts = {"forget": 4, "retain": 6, "held_out": 40}
+    outputs = {
+        image_set: metrics.Output(torch.randn(count, 3), torch.arange(count) % 3)
+        for image_set, count in counts.items()
+    }
+    draws = metrics.draw_splits(40, 3)
+    outputs = metrics.Outputs(**outputs, cal_sizes=[24], draws=draws)
+    conformal_scores = metrics.ConformalScores(
+        outputs, metrics.Settings((0.2, 0.5), (scores.Score(),))
+    )
+    training = ensembles.describe(conformal_scores, torch.tensor([5, 0]))
+    for image_set, output in (
+        ("forget", outputs.forget),
+        ("retain", outputs.retain.select([5, 0])),
+        ("test", outputs.held_out.select(outputs.test())),
+    ):
+        p = output.logits.double().softmax(1)[range(len(output.labels)), output.labels]
+        torch.testing.assert_close(
+            training.margins[image_set], (p / (1 - p)).log(), rtol=1e-5, atol=1e-6
+        )
+    true_label = [
+        scores.true_label_scores(*answers) for answers in (outputs.held_out, outputs.forget)
+    ]
+    q_hat = CR.conformal_quantile(true_label[0][draws[0, :24]], 0.2)
+    assert training.in_set.equal(true_label[1] <= q_hat)
+    strict = metrics.ConformalScores(outputs, metrics.Settings((0.01,), (scores.Score(),)))
+    assert ensembles.describe(strict, torch.tensor([0])).in_set is None
 
 
 # ---------------------------------------------------------------- printed and written output
@@ -697,10 +761,13 @@ def test_comparison_of_a_model_with_retrain_has_gap_and_verdict():
         "GA", comparable(UA=0.3, TA=0.7, seconds=2.5), comparable()
     )
     assert actual["gap"] == pytest.approx((0.2 + 0 + 0.1 + 0) / 4)
-    assert actual["UA_minus_retrain"] == pytest.approx(-0.2)
-    assert actual["TA_minus_retrain"] == pytest.approx(-0.1)
-    assert actual["RTE"] == 0.25
-    assert actual["UA_word"] == "under-forgets"  # beyond 2·√(2 · 0.25 / 100) = 0.141
+    assert actual["ToW"] == pytest.approx(0.8 * 0.9)
+    assert actual["UA_minus_retrain"] == pytest.approx(-0.2) and actual[
+        "TA_minus_retrain"
+    ] == pytest.approx(-0.1)
+    assert (
+        actual["RTE"] == 0.25 and actual["UA_word"] == "under-forgets"
+    )  # beyond 2·√(2 · 0.25 / 100) = 0.141
     words = [
         main_evaluate.compare_model("GA", comparable(UA=ua), comparable())["UA_word"]
         for ua in (0.37, 0.63, 0.65)

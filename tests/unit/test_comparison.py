@@ -1,0 +1,67 @@
+"""Distances from one model to one Retrain: ToW, Jensen-Shannon divergence, calibrated attack."""
+
+import math
+
+import pytest
+import torch
+from scipy.spatial.distance import jensenshannon
+
+from metrics import comparison
+
+
+def answers(forget, test, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return comparison.Answers(
+        *(
+            (torch.randn(count, 4, generator=generator), torch.arange(count) % 4)
+            for count in (forget, test)
+        )
+    )
+
+
+def test_tug_of_war_is_the_product_of_three_agreements():
+    retrain = {"UA": 0.3, "RA": 0.9, "TA": 0.8, "MIA": 0.5}
+    model = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": 0.0}
+    assert comparison.tug_of_war(model, retrain) == pytest.approx(0.8 * 0.9 * 0.9)
+    assert comparison.tug_of_war(retrain, retrain) == 1
+    for key in ("UA", "RA", "TA"):
+        assert math.isnan(comparison.tug_of_war(model | {key: math.nan}, retrain))
+
+
+def test_jensen_shannon_equals_scipys_and_is_between_zero_and_one():
+    model, retrain = (answers(30, 1, seed).forget[0] for seed in (0, 1))
+    expected = jensenshannon(model.double().softmax(1), retrain.double().softmax(1), 2, axis=1) ** 2
+    assert comparison.jensen_shannon(model, retrain) == pytest.approx(expected.mean())
+    assert comparison.jensen_shannon(model, model) == pytest.approx(0, abs=1e-12)
+    opposite = torch.tensor([[900.0, 0.0]]), torch.tensor([[0.0, 900.0]])
+    assert comparison.jensen_shannon(*opposite) == pytest.approx(1)
+    assert math.isnan(comparison.jensen_shannon(model[:0], model[:0]))
+
+
+def test_calibrated_auc_by_hand():
+    """Log-odds of two classes are differences of logits: 3 and 1 against 2, less 1 each."""
+    labels = torch.tensor([0, 0]), torch.tensor([1])
+    model = comparison.Answers(
+        (torch.tensor([[3.0, 0.0], [1.0, 0.0]]), labels[0]), (torch.tensor([[0.0, 2.0]]), labels[1])
+    )
+    retrain = comparison.Answers(
+        (torch.tensor([[1.0, 0.0], [1.0, 0.0]]), labels[0]), (torch.tensor([[0.0, 1.0]]), labels[1])
+    )
+    assert comparison.calibrated_auc(model, retrain) == 0.5  # 2 and 0 against 1
+    surer = comparison.Answers((model.forget[0] * 3, labels[0]), model.test)
+    assert comparison.calibrated_auc(surer, retrain) == 1  # 8 and 2 against 1
+    assert comparison.calibrated_auc(retrain, retrain) == 0.5
+    assert math.isnan(
+        comparison.calibrated_auc(*[comparison.Answers(model.forget, answers(0, 0).test)] * 2)
+    )
+
+
+def test_answer_distances_name_the_parts():
+    model, retrain = answers(20, 30), answers(20, 30, seed=1)
+    distances = comparison.answer_distances(model, retrain)
+    assert distances == {
+        "JSD_forget": comparison.jensen_shannon(model.forget[0], retrain.forget[0]),
+        "JSD_test": comparison.jensen_shannon(model.test[0], retrain.test[0]),
+        "calibrated_AUC": comparison.calibrated_auc(model, retrain),
+    }
+    assert distances.keys() < comparison.COLUMNS.keys()
