@@ -13,6 +13,8 @@ from dataclasses import asdict
 
 import models
 import unlearn
+from models import distributed
+from models.errors import UserError
 
 DEFAULTS = f"""training defaults: {unlearn.Recipe.batch_size} images per step, and
   ImageNet weights  at most 20 epochs at 0.01
@@ -24,11 +26,26 @@ def main():
     utils.add_training_flags(parser, "default: listed below")
     args = parser.parse_args()
 
+    utils.check_jobs(args)
     device = utils.pick_device(args)
     data = utils.load_data(args, device, models.input_size(args.model_name))
+    if args.jobs > 1:
+        tasks = [(seed_args,) for seed_args in utils.each_seed(args)]
+        for result in distributed.run_jobs(train_original_in_job, tasks, args.jobs):
+            if isinstance(result, UserError):
+                raise result
+        return 0
     for seed_args in utils.each_seed(args):
         train_original(seed_args, data, device)
     return 0
+
+
+def train_original_in_job(args):
+    """:func:`train_original` in a process of ``--jobs``, from its flags."""
+    device = utils.pick_device(args)
+    data = utils.load_data_once(args, device, models.input_size(args.model_name))
+    with distributed.prefixed_output(utils.job_title(args)):
+        train_original(args, data, device)
 
 
 def train_original(args, data, device):

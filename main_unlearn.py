@@ -53,6 +53,7 @@ def unlearn_all(args, methods, make_term=None):
     reported in the table; the remaining methods still run.
     """
     unlearn.check_flags(args, methods)
+    utils.check_jobs(args)
     device = utils.pick_device(args)
     data = utils.load_data(args, device, models.input_size(args.model_name))
 
@@ -60,20 +61,21 @@ def unlearn_all(args, methods, make_term=None):
     runs = []
     for seed_args in utils.each_seed(args):
         original = read_original(seed_args, data, device)
+        print(f"{original.path}: forget {original.split.describe()}")
         for label, method in methods.items():
             term = make_term(seed_args, data, original.split) if make_term else None
             runs.append(plan_run(label, method, original, term=term, device=device))
 
     is_only_run = len(runs) == 1 and not args.seeds
     rows = []
-    for run in runs:
-        try:
-            meta = run.earlier_meta or unlearn_and_save(run, data, device)
-            rows.append(table_row(run, meta))
-        except UserError as error:
-            if is_only_run or not other_runs_can_continue(error):
-                raise
-            rows.append(record_failure(run, error))
+    results = run_all(runs, data, device, make_term=make_term)
+    for run, result in zip(runs, results, strict=True):
+        if not isinstance(result, UserError):
+            rows.append(table_row(run, result))
+        elif is_only_run or not other_runs_can_continue(result):
+            raise result
+        else:
+            rows.append(record_failure(run, result))
 
     failures = [row for row in rows if "note" in row]
     columns = RUN_COLUMNS | {"note": Column("note", "text")} if failures else RUN_COLUMNS
@@ -88,11 +90,12 @@ def unlearn_all(args, methods, make_term=None):
 class Original:
     """The original model of one seed, and what all runs of this seed share.
 
-    ``args`` are the flags with this seed, ``meta`` is that of the checkpoint, ``weights`` the hash
-    of its weights. ``folder`` is where the scenario's results go.
+    ``args`` are the flags with this seed, ``path`` is its file, ``meta`` that of the checkpoint,
+    ``weights`` the hash of its weights. ``folder`` is where the scenario's results go.
     """
 
     args: argparse.Namespace
+    path: Path
     split: utils.Split
     model: nn.Module
     meta: dict
@@ -138,9 +141,15 @@ def read_original(args, data, device):
         inference.compute_logits(model, data.train, split.retain[:64])
     except NotFinite as error:
         raise UserError(f"{path}: {error}") from error
-    print(f"{path}: forget {split.describe()}")
-    weights = checkpoint.weights_hash(state)
-    return Original(args, split, model, meta=meta, weights=weights, folder=root / split.folder)
+    return Original(
+        args,
+        path,
+        split,
+        model=model,
+        meta=meta,
+        weights=checkpoint.weights_hash(state),
+        folder=root / split.folder,
+    )
 
 
 def build_network(args, data, device, *, pretrained):
@@ -187,7 +196,39 @@ def run_identity(original, recipe, options, *, term):
     return identity
 
 
-# ---------------------------------------------------------------- one run
+# ---------------------------------------------------------------- the runs
+
+
+def run_all(runs, data, device, *, make_term):
+    """The meta of every run, or its UserError, in order. Runs that are done are not repeated."""
+    args = runs[0].original.args
+    pending = [run for run in runs if not run.earlier_meta]
+    if args.jobs > 1:
+        tasks = [(run.original.args, run.label, run.method, make_term) for run in pending]
+        results = distributed.run_jobs(unlearn_in_job, tasks, args.jobs)
+    else:
+        results = (unlearn_or_fail(run, data, device) for run in pending)
+    for run in runs:
+        yield run.earlier_meta or next(results)
+
+
+def unlearn_or_fail(run, data, device):
+    """:func:`unlearn_and_save`, or the UserError that ended it."""
+    try:
+        return unlearn_and_save(run, data, device)
+    except UserError as error:
+        return error
+
+
+def unlearn_in_job(args, label, method, make_term):
+    """One run in a process of ``--jobs``, from its flags. Returns its meta."""
+    device = utils.pick_device(args)
+    data = utils.load_data_once(args, device, models.input_size(args.model_name))
+    original = read_original(args, data, device)
+    term = make_term(args, data, original.split) if make_term else None
+    run = plan_run(label, method, original, term=term, device=device)
+    with distributed.prefixed_output(utils.job_title(args)):
+        return run.earlier_meta or unlearn_and_save(run, data, device)
 
 
 def unlearn_and_save(run, data, device):

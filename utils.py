@@ -309,6 +309,8 @@ def add_training_flags(parser, defaults):
     compiled = "compile the network with torch.compile, with CUDA graphs on a GPU"
     add("--compile", action="store_true", help=compiled)
     add("--overwrite", action="store_true", help="replace results that already exist")
+    jobs = "number of runs (methods and seeds) at a time, in processes that share the CPU cores"
+    add("--jobs", type=number(int, 1, 1024), default=1, metavar="N", help=f"{jobs} or GPUs")
     resume = "resume an interrupted run; the result is identical to an uninterrupted one"
     add("--resume", action="store_true", help=resume)
     seconds = "minimum seconds between resume checkpoints"
@@ -381,6 +383,17 @@ def each_seed(args):
     """The flags once per seed of --seeds, or once with --seed."""
     for seed in args.seeds or [args.seed]:
         yield argparse.Namespace(**vars(args) | {"seed": seed})
+
+
+def check_jobs(args):
+    """Raise UserError for --jobs under torchrun, where several processes make one run."""
+    if args.jobs > 1 and distributed.world_size() > 1:
+        raise UserError("--jobs under torchrun: omit one of them; torchrun divides every run")
+
+
+def job_title(args):
+    """How the lines of a run start that shares the output with others: by its seed, if several."""
+    return f"seed {args.seed}: " if args.seeds else ""
 
 
 def split_seed(args):
@@ -524,6 +537,20 @@ def _hash_contents(images):
     if images.contents:
         return images.contents
     return hashlib.sha256(images.pixels.detach().cpu().contiguous().numpy()).hexdigest()
+
+
+_loaded_data = []
+
+
+def load_data_once(args, device, model_side=None):
+    """:func:`load_data` for a process of --jobs, all calls of which have the flags of one command.
+
+    Its messages are those of the process that started it, and are not printed again.
+    """
+    if not _loaded_data:
+        with redirect_stdout(None):
+            _loaded_data.append(load_data(args, device, model_side))
+    return _loaded_data[0]
 
 
 def load_data(args, device, model_side=None):

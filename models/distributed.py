@@ -1,11 +1,18 @@
 """Several processes under torchrun: who holds which rows, sums over all, synchronised BatchNorm.
 
-Without torchrun there is one process, and every function here returns what it was passed.
+Without torchrun there is one process, and every function here returns what it was passed. The last
+section is about other processes: those that ``--jobs`` starts, each for runs of its own.
 """
 
 import copy
 import math
+import multiprocessing
 import os
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -16,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
+
+from .errors import UserError
 
 # ---------------------------------------------------------------- processes
 
@@ -57,8 +66,11 @@ def first_process_first(call):
 
 
 def progress_bar(**options):
-    """A tqdm bar, shown by the first process if its output is a terminal."""
-    return tqdm(disable=True if rank() else None, leave=False, **options)
+    """A tqdm bar, shown by the first process if its output is a terminal.
+
+    Every process of ``--jobs`` has a line of its own.
+    """
+    return tqdm(disable=True if rank() else None, leave=False, position=job_number, **options)
 
 
 # ---------------------------------------------------------------- rows of tensors
@@ -236,3 +248,102 @@ class _Sum(torch.autograd.Function):
         total = gradient.clone()
         dist.all_reduce(total)
         return total
+
+
+# ---------------------------------------------------------------- processes of --jobs
+
+job_number = None  # of this process among those of --jobs
+
+
+def run_jobs(call, tasks, count):
+    """``call(*task)`` for every task, in ``count`` processes. Yields the results in order.
+
+    A UserError of a call is a result. The processes share this one's threads, or take the GPUs in
+    turn. ``call``, tasks and results are pickled. Ctrl-C interrupts the calls in all processes and
+    waits until they have saved their state. Raises UserError if a process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(count):
+        numbers.put(number)
+    threads = max(1, torch.get_num_threads() // count)
+    start = {"initializer": _start_job_process, "initargs": (numbers, threads, context.RLock())}
+    executor = ProcessPoolExecutor(count, mp_context=context, **start)
+    try:
+        futures = [executor.submit(_call_in_job, call, task) for task in tasks]
+        for future in futures:
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process of --jobs died, perhaps for lack of memory; lower --jobs, and pass --resume "
+            "to continue"
+        ) from None
+    except KeyboardInterrupt:
+        for future in futures:
+            future.cancel()
+        for process in multiprocessing.active_children():  # SIGTERM reaches only this process
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+        raise KeyboardInterrupt(
+            "the last complete epochs of all runs are saved; pass --resume to continue"
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_job_process(numbers, threads, lock):
+    """Prepare a process of :func:`run_jobs`: its number, its threads or GPU, and its output."""
+    global job_number
+    job_number = numbers.get()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until a call begins
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tqdm.set_lock(lock)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    torch.set_num_threads(threads)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = gpus.split(",") if gpus else list(map(str, range(torch.cuda.device_count())))
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[job_number % len(gpus)]
+
+
+def _call_in_job(call, task):
+    """``call(*task)`` or its UserError. The first SIGINT interrupts it, later ones do nothing."""
+
+    def interrupt(number, frame):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        return call(*task)
+    except UserError as error:
+        return error
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _Prefixed:
+    """A stream that starts every line of ``stream`` with ``prefix``."""
+
+    def __init__(self, stream, prefix):
+        self.stream, self.prefix, self.line_ended = stream, prefix, True
+
+    def write(self, text):
+        for line in text.splitlines(keepends=True):
+            self.stream.write(self.prefix + line if self.line_ended else line)
+            self.line_ended = line.endswith("\n")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def prefixed_output(prefix):
+    """Start every printed line with ``prefix``."""
+    stream, sys.stdout = sys.stdout, _Prefixed(sys.stdout, prefix)
+    try:
+        yield
+    finally:
+        sys.stdout = stream
