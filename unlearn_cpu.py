@@ -52,7 +52,7 @@ class Loss(NamedTuple):
     lamda: float
 
 
-LOSSES = {"own": Loss(conformal_loss, lamda=0.1), "pairs": Loss(all_pairs_loss, lamda=0.5)}
+LOSSES = {"own": Loss(conformal_loss, lamda=0.05), "pairs": Loss(all_pairs_loss, lamda=0.5)}
 
 
 def add_flags(parser):

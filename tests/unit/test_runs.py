@@ -232,7 +232,7 @@ def test_finished_run_with_other_settings_is_refused_and_names_them(everything, 
     with pytest.raises(utils.UserError, match=message):
         unlearn_in(trained, ["RL", "salun"], "--num_epochs", 2)
     flags = ["--num_epochs", 2, "--alpha", 0.3, "--delta", 0.02]
-    with pytest.raises(utils.UserError, match=r"\(lamda: 0.4 on disk, 0.1 requested\)"):
+    with pytest.raises(utils.UserError, match=r"\(lamda: 0.4 on disk, 0.05 requested\)"):
         unlearn_cpu_in(trained, ["cpu_finetune"], *flags)
 
 

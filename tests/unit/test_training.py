@@ -191,7 +191,7 @@ def test_all_pairs_loss_by_hand():
 
 @pytest.mark.parametrize(
     ("form", "function", "lamda"),
-    [("own", unlearn_cpu.conformal_loss, 0.1), ("pairs", unlearn_cpu.all_pairs_loss, 0.5)],
+    [("own", unlearn_cpu.conformal_loss, 0.05), ("pairs", unlearn_cpu.all_pairs_loss, 0.5)],
 )
 def test_loss_flag_selects_the_loss_and_its_default_weight(form, function, lamda):
     held_out = SimpleNamespace()
