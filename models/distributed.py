@@ -70,7 +70,9 @@ def progress_bar(**options):
 
     Every process of ``--jobs`` has a line of its own.
     """
-    return tqdm(disable=True if rank() else None, leave=False, position=job_number, **options)
+    if job_number is not None:
+        options["position"] = job_number
+    return tqdm(disable=True if rank() else None, leave=False, **options)
 
 
 # ---------------------------------------------------------------- rows of tensors

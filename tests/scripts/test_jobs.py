@@ -15,7 +15,7 @@ from models.errors import UserError
 
 COMMON = [*TINY, *QUIET, "--seeds", "1,2"]
 METHODS = ["--unlearn_name", "RL", "ssd", "ga_plus"]
-LONG = [*TINY, *QUIET, "--seeds", "1,2", "--num_epochs", 10]
+LONG = [*TINY, *QUIET, "--seeds", "1,2", "--num_epochs", 30]
 
 
 def weights(root):
@@ -116,10 +116,12 @@ def test_interrupted_jobs_resume_with_the_same_weights(to_group, tmp_path, unint
 
 
 def test_killed_job_ends_all_with_one_line(tmp_path):
-    process = start(*LONG, cwd=tmp_path)
+    process = start(*LONG, "--num_epochs", 300, cwd=tmp_path)
     wait_for_both(process)
     children = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
+        capture_output=True,
+        text=True,
     )
     worker = next(line for line in children.stdout.splitlines() if "spawn_main" in line)
     os.kill(int(worker.split()[0]), signal.SIGKILL)
