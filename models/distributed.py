@@ -271,6 +271,7 @@ def run_jobs(call, tasks, count):
     threads = max(1, torch.get_num_threads() // count)
     start = {"initializer": _start_job_process, "initargs": (numbers, threads, context.RLock())}
     executor = ProcessPoolExecutor(count, mp_context=context, **start)
+    futures = []
     try:
         futures = [executor.submit(_call_in_job, call, task) for task in tasks]
         for future in futures:
@@ -287,7 +288,7 @@ def run_jobs(call, tasks, count):
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGINT)
         raise KeyboardInterrupt(
-            "the last complete epochs of all runs are saved; pass --resume to continue"
+            "runs that had completed an epoch are saved; pass --resume to continue"
         ) from None
     finally:
         executor.shutdown(wait=True, cancel_futures=True)

@@ -87,7 +87,7 @@ def cell(value, kind):
 
 
 def escape(text):
-    """Text in which every character stands for itself in LaTeX."""
+    """Escape the characters that LaTeX treats specially."""
     text = text.replace("q̂", "\0")  # two characters, of which the second is an accent
     return "".join(ESCAPES.get(character, character) for character in text).replace(
         "\0", ESCAPES["q̂"]

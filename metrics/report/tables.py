@@ -214,7 +214,7 @@ def short_model_table(rows):
 
 
 def short_set_table(rows):
-    """The same for prediction sets."""
+    """The :class:`Table` of the prediction sets with the columns that an evaluation prints."""
     rows = [row | {"fake_of_wrong": _fake_of_wrong(row)} for row in rows_of_sets(rows)]
     judged = CR.judged_forget_images(rows[0]) if rows else "forget"
     columns = {key: SET_COLUMNS[key] for key in _short_set_keys(judged)}
