@@ -34,7 +34,7 @@ import unicodedata
 import warnings
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import metadata
@@ -751,10 +751,11 @@ class ImageFiles(torch.utils.data.Dataset):
 
         Raises UserError for an image that cannot be read.
         """
-        for pixels, errors in self._read([indices.tolist() for indices in index_batches]):
-            for error in errors.values():
-                raise error
-            yield torch.from_numpy(pixels)
+        with closing(self._read([indices.tolist() for indices in index_batches])) as read:
+            for pixels, errors in read:
+                for error in errors.values():
+                    raise error
+                yield torch.from_numpy(pixels)
 
     def read_all(self, *, into=None, skip_corrupt=False):
         """Read every image, and write its pixels to the tensor ``into`` if there is one.
@@ -764,14 +765,14 @@ class ImageFiles(torch.utils.data.Dataset):
         count = max(1, min(64, 2**24 // (3 * self.side**2)))  # at most 16 MB wait in each worker
         batches = torch.arange(len(self.paths)).split(count)
         unreadable = {}
-        read = self._read([indices.tolist() for indices in batches])
-        for indices, (pixels, errors) in zip(batches, read, strict=True):
-            for error in errors.values():
-                if not skip_corrupt or not isinstance(error, UnreadableImage):
-                    raise error
-            unreadable |= errors
-            if into is not None:
-                into[indices] = torch.from_numpy(pixels)
+        with closing(self._read([indices.tolist() for indices in batches])) as read:
+            for indices, (pixels, errors) in zip(batches, read, strict=True):
+                for error in errors.values():
+                    if not skip_corrupt or not isinstance(error, UnreadableImage):
+                        raise error
+                unreadable |= errors
+                if into is not None:
+                    into[indices] = torch.from_numpy(pixels)
         return unreadable
 
     def _read(self, index_batches):

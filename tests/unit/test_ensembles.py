@@ -95,7 +95,7 @@ def test_u_lira_equals_a_plain_loop_over_models_and_images(n, m):
     assert attack.tpr == pytest.approx(np.mean(np.array(positive) > threshold))
 
 
-@pytest.mark.parametrize("shift", [0.5, 1, 2])
+@pytest.mark.parametrize("shift", [0.5, 2])
 def test_u_lira_of_known_gaussians_has_the_auc_of_theory(shift):
     attack = ensembles.u_lira(gaussian((200, 400), shift), gaussian((200, 400), seed=1))
     assert attack.auc == pytest.approx(norm.cdf(shift / math.sqrt(2)), abs=0.005)

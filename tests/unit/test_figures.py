@@ -758,8 +758,11 @@ def test_overview_draws_the_means_of_numbers_with_a_spread():
     plain = row("ga", 0.1, 0.5)
     keys = ("test_coverage", "test_CR", "forget_coverage", "forget_CR", "forget_fake")
     varied = plain | {key: Spread(plain[key], 0.1) for key in keys}
+    expected = figures.overview([plain], "thr", 20)
     for name, (_, figure) in figures.overview([varied], "thr", 20).items():
-        assert page.png(figure) == page.png(figures.overview([plain], "thr", 20)[name][1])
+        for each in (figure, expected[name][1]):
+            each.set_dpi(20)
+        assert page.png(figure) == page.png(expected[name][1])
 
 
 def test_overview_of_class_forgetting_uses_retained_class_calibration():

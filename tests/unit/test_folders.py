@@ -919,8 +919,9 @@ def test_waiting_batches_of_a_worker_have_at_most_16_mb(side, largest, monkeypat
     sizes = []
 
     def read(files, index_batches):
-        sizes.extend(map(len, index_batches))
-        return [utils.ReadBatch(np.zeros(1), {}) for _ in index_batches]
+        for indices in index_batches:
+            sizes.append(len(indices))
+            yield utils.ReadBatch(np.zeros(1), {})
 
     monkeypatch.setattr(utils.ImageFiles, "_read", read)
     utils.ImageFiles(["x"] * 130, side, 2).read_all()

@@ -288,7 +288,7 @@ CONFIDENCES = {
 @pytest.mark.parametrize("kind", CONFIDENCES)
 def test_attack_decides_like_scikit_learn(kind):
     members, non_members, targets = (
-        column(confidences) for confidences in CONFIDENCES[kind](np.random.default_rng(1), 2000)
+        column(confidences) for confidences in CONFIDENCES[kind](np.random.default_rng(1), 1000)
     )
     points = np.concatenate([members, non_members])
     membership = np.repeat([1, 0], [len(members), len(non_members)])
@@ -462,13 +462,13 @@ def test_resplits_give_the_mean_and_spread_over_draws():
 
 
 @pytest.mark.parametrize("forget_class", [None, 2])
-def test_coverage_over_1000_random_splits_has_mean_and_spread_of_theory(forget_class):
+def test_coverage_over_500_random_splits_has_mean_and_spread_of_theory(forget_class):
     outputs = random_outputs(
-        torch.Generator().manual_seed(1), forget_class, num_draws=1000, cal_sizes=(100,)
+        torch.Generator().manual_seed(1), forget_class, num_draws=500, cal_sizes=(100,)
     )
     row = report(CR, outputs, settings(0.1))[1]["thr", 100, 0.1]
     measured, theory = row["test_coverage"], row["theory_coverage"]
-    assert abs(measured.mean - theory.mean) < 4 * theory.std / math.sqrt(1000)
+    assert abs(measured.mean - theory.mean) < 4 * theory.std / math.sqrt(500)
     assert not row["coverage_outside"]
     assert measured.std == pytest.approx(theory.std, rel=0.1)
 
