@@ -47,6 +47,7 @@ CAPTIONS = {
     Q_HATS: "q̂ of the conformal loss by epoch",
 }
 MOST_FAKE = 18  # images of a fake_forgotten.png
+RELEARN_ON = ("forget", "retain")
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 NUM_BYTES = 2**24  # of free disk space that the results need
 
@@ -72,15 +73,16 @@ def main():
         seeds.append(SeedRows(evaluation))
 
     rows = [row for seed in seeds for row in seed.rows]
-    ensemble_rows = []
+    trainings = Trainings()
     if flags.seeds:
-        scored_methods = {row["method"] for row in rows}
-        summary = summarise_seeds([row for seed in seeds for row in seed.all_rows])
-        ensemble_rows = compare_trainings(seeds)
-        save_summary(summary, ensemble_rows, flags, data=data, device=device)
+        scored_methods = {row["method"] for row in rows} | {comparison.SECOND_RETRAIN}
+        trainings = compare_trainings(seeds)
+        seed_rows = [row for seed in seeds for row in seed.all_rows]
+        summary = summarise_seeds(merge_rows(seed_rows, trainings.second_retrain))
+        save_summary(summary, trainings, flags, data=data, device=device)
         rows = [row for row in summary if row["method"] in scored_methods]
     print_results(rows, seeds, flags)
-    print_trainings(ensemble_rows, flags)
+    print_trainings(trainings, flags)
     return 0
 
 
@@ -92,9 +94,10 @@ def evaluate_model(model, saved, evaluation):
     with naming(saved.path):
         outputs, probe_accuracy = compute_outputs(model, evaluation)
     scored = score_outputs(outputs, saved, evaluation, probe_accuracy=probe_accuracy)
-    if args.relearn:
+    for source in args.relearn_on if args.relearn else []:
+        checkpoint.load_weights(model, saved.state, saved.path, evaluation.data.train.spec)
         with naming(f"--relearn {args.relearn} of {saved.path}"):
-            scored.relearning = relearn(model, outputs, evaluation)
+            scored.relearning[source] = relearn(model, outputs, evaluation, source)
     scored.seconds = time.perf_counter() - start
     saved.state.clear()  # all models together may not fit the memory
     return scored
@@ -141,7 +144,14 @@ def add_evaluation_flags(parser):
         type=utils.number(int, 0),
         default=0,
         metavar="K",
-        help="train each model for K steps on a tenth of the forget images and score the rest",
+        help="train each model for K steps, and see whether the forget images come back",
+    )
+    group.add_argument(
+        "--relearn_on",
+        type=utils.list_of(utils.one_of(RELEARN_ON)),
+        default="forget",
+        help="comma-separated images that --relearn trains on: forget (a tenth of the forget "
+        "images; the others are scored), retain (the retain images; all forget images are scored)",
     )
     group.add_argument(
         "--relearn_rate",
@@ -235,9 +245,9 @@ class ScoredModel:
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α). ``origin`` identifies the weights and the settings.
-    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv. ``answers`` and
-    ``training`` are what the comparisons with Retrain need, on each image and over several
-    trainings of one split.
+    ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv, ``relearning``
+    its curve for each of --relearn_on. ``answers`` and ``training`` are what the comparisons with
+    Retrain need, on each image and over several trainings of one split.
     """
 
     saved: SavedModel
@@ -248,7 +258,7 @@ class ScoredModel:
     sample_rows: list[dict]
     score_histogram: dict | None = None
     fake_sheet: bytes | None = None
-    relearning: dict | None = None
+    relearning: dict[str, dict] = field(default_factory=dict)
     answers: comparison.Answers | None = None
     training: ensembles.Training | None = None
     seconds: float = math.nan
@@ -321,6 +331,12 @@ class SeedRows:
         self.all_rows = evaluation.all_rows()
         self.class_rows = evaluation.class_rows()
         self.trainings = {name: model.training for name, model in evaluation.models.items()}
+        self.retrain = evaluation.models.get("retrain")
+        sample_rows = next(iter(evaluation.models.values())).sample_rows
+        self.forget_images = [
+            {key: row[key] for key in ("index", "file", "label") if key in row}
+            for row in sample_rows
+        ]
 
 
 def start_evaluation(args, data, device):
@@ -559,44 +575,44 @@ def draw_fake_sheet(conformal_scores, name, evaluation):
 # ---------------------------------------------------------------- relearning
 
 
-def relearn(model, outputs, evaluation):
-    """Train on a tenth of the forget images, and measure whether the other images come back.
+def relearn(model, outputs, evaluation, source):
+    """Train for a few steps, and measure whether the forget images come back.
 
-    SGD at a constant rate, in batches of at most 64 images with fresh augmentation. Returns
-    {"step", "accuracy", "coverage"}, lists of the same length: the accuracy and coverage of the
-    other nine tenths before the first step and after 1, 2, 4, ... and ``--relearn`` steps. Coverage
-    is that of the first α and score, under the q̂ of the same model from the retained classes'
-    calibration images. It is NaN where these are too few. Raises UserError for fewer than two
-    forget images, and Diverged as :func:`unlearn.train` does.
+    From the ``source`` "forget", a tenth of the forget images are trained on, and the other nine
+    tenths are measured. From "retain", the retain images are trained on, and all forget images are
+    measured (2505.22310: forget images can come back without being seen). SGD at a constant rate,
+    in batches of at most 64 images with fresh augmentation.
+
+    Returns {"step", "accuracy", "coverage"}, lists of the same length: the accuracy and coverage
+    of the measured images before the first step and after 1, 2, 4, ... and ``--relearn`` steps.
+    Coverage is that of the first α and score, under the q̂ of the same model from the retained
+    classes' calibration images. It is NaN where these are too few. Raises UserError for "forget"
+    with fewer than two forget images, and Diverged as :func:`unlearn.train` does.
     """
     args, data, split = evaluation.args, evaluation.data, evaluation.split
-    if len(split.forget) < 2:
-        raise utils.UserError("--relearn: one forget image cannot be divided; forget more images")
-    order = torch.from_numpy(utils.permutation(args.seed, "relearn", len(split.forget)))
-    num_relearned = max(1, len(order) // 10)
-    relearned, others = order[:num_relearned], order[num_relearned:]  # positions in the forget set
+    trained, measured = relearning_images(split, args, source)
     calibration = outputs.calibration(max(args.cal_sizes))  # positions in split.calibration
     stops = relearning_stops(args.relearn)
-    rng = utils.generator(args.seed, "relearn", "order")
-    batches = shuffled_batches(take(split.forget, relearned), rng)
+    purpose = ("order",) if source == "forget" else ("order", source)
+    batches = shuffled_batches(trained, utils.generator(args.seed, "relearn", *purpose))
     curve = {"step": [], "accuracy": [], "coverage": []}
 
     def measure(step, forget, held_out):
-        measured = conformal.accuracy_and_coverage(forget, held_out, evaluation.settings)
+        numbers = conformal.accuracy_and_coverage(forget, held_out, evaluation.settings)
         curve["step"].append(step)
-        curve["accuracy"].append(measured.accuracy)
-        curve["coverage"].append(measured.coverage)
+        curve["accuracy"].append(numbers.accuracy)
+        curve["coverage"].append(numbers.coverage)
 
     def measure_trained(record):
-        forget = compute_output(model, data.train, take(split.forget, others), args)
+        forget = compute_output(model, data.train, take(split.forget, measured), args)
         held_out = compute_output(model, data.held_out, take(split.calibration, calibration), args)
         measure(stops[record["epoch"] - 1], forget, held_out)
 
     def steps_of(epoch):
         num_steps = stops[epoch - 1] - (stops[epoch - 2] if epoch > 1 else 0)
-        return [(next(batches), 0) for _ in range(num_steps)]  # 0 retain images in each
+        return [(next(batches), 0) for _ in range(num_steps)]  # no retain images besides these
 
-    measure(0, outputs.forget.select(others), outputs.held_out.select(calibration))
+    measure(0, outputs.forget.select(measured), outputs.held_out.select(calibration))
     recipe = unlearn.Recipe(len(stops), args.relearn_rate, milestones=[len(stops)])
     job = unlearn.Job(
         name="relearn",
@@ -611,6 +627,17 @@ def relearn(model, outputs, evaluation):
     )
     unlearn.train(job, lambda batch: F.cross_entropy(*batch.forget), schedule=steps_of)
     return curve
+
+
+def relearning_images(split, args, source):
+    """What :func:`relearn` trains on (indices), and which forget images it measures (positions)."""
+    if source == "retain":
+        return split.retain, torch.arange(len(split.forget))
+    if len(split.forget) < 2:
+        raise utils.UserError("--relearn: one forget image cannot be divided; forget more images")
+    order = torch.from_numpy(utils.permutation(args.seed, "relearn", len(split.forget)))
+    count = max(1, len(order) // 10)
+    return take(split.forget, order[:count]), order[count:]
 
 
 def relearning_stops(num_steps):
@@ -732,7 +759,8 @@ def block_of(row):
 
 def table_position(row):
     """Sorts rows by method: the original first, the order of the methods, failed ones last."""
-    known = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
+    known = ["original", "retrain", comparison.SECOND_RETRAIN]
+    known += [name for name in (*unlearn.METHODS, *unlearn_cpu.METHODS) if name != "retrain"]
     name = row["method"]
     return "note" in row, known.index(name) if name in known else len(known), name
 
@@ -882,6 +910,8 @@ def summarise_seeds(rows):
     fewest = min((row["num_forget"] for row in rows if row.get("num_forget")), default=1)
     for row in summary:
         reference = retrain.get(block_of(row), {})
+        if row["method"] == comparison.SECOND_RETRAIN:
+            continue  # it has the verdicts of the pairs of seeds
         if has_spread(row, "UA") and has_spread(reference, "UA"):
             key = f"{CR.judged_forget_images(row)}_CR"
             row["UA_word"] = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
@@ -902,15 +932,62 @@ def verdict_over_seeds(row, reference, *, key, fewest):
     return comparison.verdict(difference if key == "UA" else -difference, tolerance)
 
 
+@dataclass
+class Trainings:
+    """Comparisons of several trainings with one forget set. Empty for seeds of other splits.
+
+    ``distributions`` are the rows of :func:`metrics.ensembles.rows`, ``images`` those of
+    :func:`metrics.ensembles.image_rows`, ``extremes`` what :func:`metrics.ensembles.extreme_images`
+    returns, ``image_names`` the names of the forget images, and ``second_retrain`` the rows of
+    :func:`second_retrain_rows`.
+    """
+
+    distributions: list[dict] = field(default_factory=list)
+    images: list[dict] = field(default_factory=list)
+    extremes: dict[str, list] = field(default_factory=dict)
+    image_names: list[str] = field(default_factory=list)
+    second_retrain: list[dict] = field(default_factory=list)
+
+
 def compare_trainings(seeds):
-    """The rows of :func:`metrics.ensembles.rows` for the models of several seeds with one split."""
+    """The :class:`Trainings` of the models of several seeds with one split."""
     trainings = {}
     for seed in seeds:
         for name, training in seed.trainings.items():
             if training is not None:
                 trainings.setdefault(name, []).append(training)
+    if not trainings:
+        return Trainings()
     stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
-    return ensembles.rows(stacked)
+    images = seeds[0].forget_images
+    return Trainings(
+        distributions=ensembles.rows(stacked),
+        images=ensembles.image_rows(stacked, images),
+        extremes=ensembles.extreme_images(stacked),
+        image_names=[os.path.basename(str(row.get("file", row["index"]))) for row in images],
+        second_retrain=second_retrain_rows(seeds),
+    )
+
+
+def second_retrain_rows(seeds):
+    """Rows of the Retrain of the next seed, compared with the Retrain of each seed.
+
+    They show how far two retrained models are apart in every column. A verdict that does not
+    "match" is wrong.
+    """
+    retrained = [seed.retrain for seed in seeds if seed.retrain is not None]
+    if len(retrained) < 2:
+        return []
+    rows = []
+    for first, second in zip(retrained, [*retrained[1:], retrained[0]], strict=True):
+        name, numbers = comparison.SECOND_RETRAIN, dict(second.numbers)
+        numbers |= compare_model(name, numbers, first.numbers)
+        numbers |= comparison.answer_distances(second.answers, first.answers)
+        for key, row in second.set_rows.items():
+            compared = compare_sets(row, first.set_rows[key], numbers["num_forget"])
+            block = dict(zip(KEYS, key, strict=False)) | {"method": name}
+            rows.append(block | numbers | row | compared | second.origin)
+    return rows
 
 
 # ---------------------------------------------------------------- files
@@ -979,8 +1056,8 @@ def result_record(model, description):
         dict(zip(KEYS, key, strict=False)) | tables.flat(row) for key, row in model.set_rows.items()
     ]
     numbers = model.numbers | {"conformal": conformal_rows}
-    if model.relearning:
-        numbers["relearn"] = model.relearning
+    for source, curve in model.relearning.items():
+        numbers["relearn" if source == "forget" else f"relearn_{source}"] = curve
     record = {"method": model.saved.name, "metrics": numbers}
     return model.saved.meta | record | {"evaluation": description | {"seconds": model.seconds}}
 
@@ -1001,30 +1078,36 @@ def log_to_wandb(evaluation, *, description, pictures):
         wandb_run.log_pictures({picture.caption: path for path, picture in pictures.items()})
 
 
-def save_summary(rows, ensemble_rows, flags, *, data, device):
-    """Write results.csv over the seeds, and pictures of the means with report.html.
+def save_summary(rows, trainings, flags, *, data, device):
+    """Write the files over the seeds, and log the same to wandb.
 
-    ``ensemble_rows`` (:func:`compare_trainings`) become ensembles.csv.
+    ``trainings`` (:class:`Trainings`) become ensembles.csv, samples.csv and pictures.
     """
     scenario = utils.scenario_folder(flags, data)
     folder = utils.run_folder(flags, data, ",".join(map(str, flags.seeds))) / scenario
     files = {folder / "results.csv": tables.as_csv(rows, ending=tables.SEEDS)}
     files[folder / "results.tex"] = latex.document(rows)
-    if ensemble_rows:
-        files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
-    if not flags.no_pictures:
-        cal_size = max(row["cal_size"] for row in rows)
-        overview = figures.overview(rows, flags.score[0], cal_size)
-        pngs = {file: page.png(figure) for file, (_, figure) in overview.items()}
-        files |= {folder / file: png for file, png in pngs.items()}
-        embedded = {caption: pngs[file] for file, (caption, _) in overview.items()}
-        forget_sets = dict.fromkeys(row["forget_set"] for row in rows if row.get("forget_set"))
-        description = utils.describe_run(flags, data, device)
-        description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
+    if trainings.distributions:
+        files[folder / "ensembles.csv"] = tables.as_csv(trainings.distributions)
+        files[folder / "samples.csv"] = tables.as_csv(trainings.images)
+    forget_sets = dict.fromkeys(row["forget_set"] for row in rows if row.get("forget_set"))
+    description = utils.describe_run(flags, data, device)
+    description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
+    pictures = {} if flags.no_pictures else draw_summary(rows, trainings, folder, flags)
+    files |= {path: picture.png for path, picture in pictures.items()}
+    if pictures:
+        embedded = {picture.caption: picture.png for picture in pictures.values()}
         scope = ReportScope(flags, data, scenario, description)
-        files[folder / "report.html"] = report_page(rows, embedded, scope, ensemble_rows)
+        distributions = trainings.distributions
+        files[folder / "report.html"] = report_page(rows, embedded, scope, distributions)
     with utils.unfinished_folder(folder, NUM_BYTES) as unfinished:
         write_files(files, unfinished)
+    with utils.WandbRun(folder, "evaluation", description, flags) as wandb_run:
+        wandb_run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
+        if trainings.distributions:
+            distributions = [tables.without_nan(row) for row in trainings.distributions]
+            wandb_run.log_table("ensembles", distributions)
+        wandb_run.log_pictures({picture.caption: path for path, picture in pictures.items()})
     seeds = ", ".join(map(str, flags.seeds))
     print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {seeds}")
 
@@ -1048,6 +1131,20 @@ def draw_pictures(evaluation):
     return pictures
 
 
+def draw_summary(rows, trainings, folder, flags):
+    """{path: :class:`Picture`} of the means over the seeds and of the trainings of one split."""
+    drawn = figures.overview(rows, flags.score[0], max(row["cal_size"] for row in rows))
+    if trainings.distributions:
+        dots = figures.klom_dots(trainings.distributions)
+        drawn["klom.png"] = ("Distance to retrained models (KLOM)", dots)
+        histograms = figures.margin_histograms(trainings.extremes, trainings.image_names)
+        drawn["margins.png"] = ("Margins over the trainings", histograms)
+    return {
+        folder / file: Picture(caption, page.png(figure))
+        for file, (caption, figure) in drawn.items()
+    }
+
+
 def draw_scored_models(evaluation):
     """{file name: (caption, Figure)} of the scores, of relearning and of q̂ in training.
 
@@ -1060,7 +1157,10 @@ def draw_scored_models(evaluation):
         histograms = {name: model.score_histogram for name, model in scored.items()}
         drawn[SCORES] = figures.score_histograms(histograms, alpha)
     if args.relearn:
-        curves = {name: model.relearning for name, model in scored.items()}
+        curves = {
+            source: {name: model.relearning[source] for name, model in scored.items()}
+            for source in args.relearn_on
+        }
         drawn[RELEARNING] = figures.relearn_curves(curves, alpha)
     q_hats = {name: q_hat_history(model.saved) for name, model in scored.items()}
     if q_hats := {name: values for name, values in q_hats.items() if values}:
@@ -1162,20 +1262,23 @@ def print_results(rows, seeds, flags):
         print(line)
 
 
-def print_trainings(ensemble_rows, flags):
+def print_trainings(trainings, flags):
     """Print the comparison over trainings of one forget set, or what it needs."""
-    if ensemble_rows:
+    several = flags.seeds and len(flags.seeds) > 1
+    if trainings.distributions:
         heading = tables.ensemble_heading(len(flags.seeds), flags.split_seed)
-        for line in ["", *tables.ensemble_lines(ensemble_rows, heading)]:
+        for line in ["", *tables.ensemble_lines(trainings.distributions, heading)]:
             print(line)
         if len(flags.seeds) < ensembles.FEW:
             print(f"{len(flags.seeds)} trainings show little about distributions; train more seeds")
-    elif flags.seeds and len(flags.seeds) > 1 and flags.split_seed is None:
+        for line in notes.wrong_verdicts(trainings.second_retrain):
+            print(line)
+    elif several and flags.split_seed is None:
         print(
             "each seed forgets other images, so distributions over trainings are not compared; "
             "pass --split_seed to all four scripts"
         )
-    elif flags.seeds and len(flags.seeds) > 1:
+    elif several:
         print("distributions over trainings are not compared; evaluate retrain too")
 
 

@@ -69,6 +69,7 @@ CSV_COLUMNS = {
         "", "text", "", "hash of the weights of the Retrain model that the row is compared to"
     ),
 }
+SECOND_RETRAIN = "retrain′"  # Retrain of another seed, scored like any method
 GAP_OVER = ("UA", "RA", "TA", "MIA")
 WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"
 

@@ -22,6 +22,7 @@ DELTA = 1e-5  # of (ε, δ)-unlearning, as in the competition
 FEWEST = {"U-LiRA": 3, "epsilon": 64}  # trainings of each kind that the numbers need
 FEW = 8  # with fewer trainings the numbers show little
 PARTS = ("forget", "retain", "test")
+NOISE_FLOOR = "retrain (halves)"
 
 COLUMNS = {
     "method": RUN_COLUMNS["method"],
@@ -265,12 +266,87 @@ def rows(trainings):
     if retrained.count >= 4:
         half = retrained.count // 2
         floor = compare(retrained.select(slice(half)), retrained.select(slice(half, 2 * half)))
-    table = [{"method": "retrain (halves)"} | floor] if floor else []
-    for name, unlearned in trainings.items():
-        if name != "retrain" and unlearned.count >= 2:
-            row = compare(unlearned, retrained)
-            table.append({"method": name} | row | {"within_noise": within(row, floor)})
+    table = [{"method": NOISE_FLOOR} | floor] if floor else []
+    for name, unlearned in compared_with_retrain(trainings).items():
+        row = compare(unlearned, retrained)
+        table.append({"method": name} | row | {"within_noise": within(row, floor)})
     return table
+
+
+def image_rows(trainings, images):
+    """What the trainings of each method do with each forget image, the farthest from Retrain first.
+
+    ``trainings`` is {method: :class:`Trainings`}, ``images`` one dict per forget image, which names
+    it. Each row has the share of trainings whose set holds the label, that share less Retrain's
+    (both None without a finite q̂), and the image's KLOM. Empty without two trainings of Retrain.
+    """
+    table = []
+    for name, unlearned in compared_with_retrain(trainings).items():
+        retrained = trainings["retrain"]
+        divergences = klom(unlearned.margins["forget"], retrained.margins["forget"]).tolist()
+        shares = differences = [None] * len(divergences)
+        if unlearned.in_set is not None and retrained.in_set is not None:
+            shares = unlearned.in_set.double().mean(dim=0).tolist()
+            differences = in_set_differences(unlearned, retrained).tolist()
+        rows_of_method = [
+            {
+                "method": name,
+                **image,
+                "in_set_trainings": share,
+                "in_set_trainings_minus_retrain": difference,
+                "KLOM": divergence,
+            }
+            for image, share, difference, divergence in zip(
+                images, shares, differences, divergences, strict=True
+            )
+        ]
+        table += sorted(
+            rows_of_method,
+            key=lambda row: (-abs(row["in_set_trainings_minus_retrain"] or 0), -row["KLOM"]),
+        )
+    return table
+
+
+class ImageMargins(NamedTuple):
+    """The margins of one forget image over the trainings of a method and of Retrain.
+
+    ``position`` is that in the forget set, ``klom`` the divergence, the margins are n and m.
+    """
+
+    position: int
+    klom: float
+    unlearned: torch.Tensor
+    retrained: torch.Tensor
+
+
+def extreme_images(trainings, count=2):
+    """{method: :class:`ImageMargins` of the forget images nearest to and farthest from Retrain}.
+
+    By KLOM, ``count`` of each, the nearest first; fewer where the forget set is smaller.
+    """
+    extremes = {}
+    for name, unlearned in compared_with_retrain(trainings).items():
+        own, others = unlearned.margins["forget"], trainings["retrain"].margins["forget"]
+        divergences = klom(own, others)
+        order = divergences.argsort(stable=True).tolist()
+        chosen = order if len(order) <= 2 * count else order[:count] + order[-count:]
+        extremes[name] = [
+            ImageMargins(image, divergences[image].item(), own[:, image], others[:, image])
+            for image in chosen
+        ]
+    return extremes
+
+
+def compared_with_retrain(trainings):
+    """The methods of {method: :class:`Trainings`} that :func:`rows` compares with Retrain."""
+    retrained = trainings.get("retrain")
+    if retrained is None or retrained.count < 2:
+        return {}
+    return {
+        name: unlearned
+        for name, unlearned in trainings.items()
+        if name != "retrain" and unlearned.count >= 2
+    }
 
 
 def within(row, floor):

@@ -377,6 +377,29 @@ def busy(args):
 
 
 @benchmark
+def jobs(args):
+    """Eight trainings on digits: two at a time, and one after the other with all threads."""
+
+    def train(count):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu"]
+            command += ["--seeds", "1,2,3,4,5,6,7,8", "--split_seed", "1", "--jobs", str(count)]
+            command += ["--width", str(args.width), "--runs_dir", folder]
+            command += ["--wandb_mode", "disabled"]
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            return time.perf_counter() - start
+
+    together, alone = train(2), train(1)
+    report(
+        f"eight trainings on digits, width {args.width}",
+        f"--jobs 2 {together:.1f} s",
+        f"--jobs 1 {alone:.1f} s",
+        f"ratio {alone / together:.2f}",
+    )
+
+
+@benchmark
 def mia(args):
     """The membership attack at the paper's size against scikit-learn's SVC with Platt scaling.
 

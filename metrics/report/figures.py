@@ -19,7 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from scipy.special import logit
 from sklearn.isotonic import IsotonicRegression
 
-from .. import CR, scores
+from .. import CR, ensembles, scores
+from ..comparison import SECOND_RETRAIN
 from . import tables
 
 STYLE = {
@@ -80,6 +81,7 @@ SIZES = {  # inches: width and height of the figure, or of each panel and of the
     "sheet": (1.55, 2.0, 0.5),
     "relearn": (8.2, 3.4, 0.19, 0.8),
     "q_hat": (7.2, 3.2),
+    "distances": (8.2, 1.3, 0.25),
 }
 PER_ROW = {"histograms": 4, "sheet": 6}
 MARGIN = 0.16  # around the points of the plane, as a share of its side
@@ -104,6 +106,19 @@ class Look(NamedTuple):
     def face(self):
         """The inside of a marker. The markers of CPU variants are hollow."""
         return "white" if self.line == "--" else self.color
+
+
+class Relearned(NamedTuple):
+    """What a model learns again, and which images are then measured, in words."""
+
+    trained: str
+    measured: str
+
+
+RELEARNED = {
+    "forget": Relearned("a tenth of the forget images", "the others"),
+    "retain": Relearned("retain images", "all forget images"),
+}
 
 
 class FakeCounts(NamedTuple):
@@ -208,6 +223,7 @@ def _has_glyph(path, character):
 def looks(names):
     """{method: :class:`Look`}. A CPU variant has its base's color and marker, hollow and dashed."""
     reserved = {"original": Look(BLACK, "*", ":"), "retrain": Look(BLACK, "o", "-")}
+    reserved[SECOND_RETRAIN] = reserved["retrain"]._replace(line="--")
     bases = [name.removeprefix("cpu_") for name in names if name not in reserved]
     known = dict(reserved)
     for number, base in enumerate(dict.fromkeys(base for base in bases if base != "retrain")):
@@ -415,22 +431,26 @@ def _name_curves(figure, handles, names):
 
 @styled
 def relearn_curves(curves, alpha):
-    """Accuracy and coverage of held-back forget images while the model relearns the others.
+    """Accuracy and coverage of forget images while the model learns other images.
 
-    ``curves`` is {method: {"step": [...], "accuracy": [...], "coverage": [...]}}. Missing numbers
-    (None, NaN) are left out.
+    A row of panels for each kind of these images. ``curves`` is {"forget" or "retain": {method:
+    {"step": [...], "accuracy": [...], "coverage": [...]}}}. Missing numbers (None, NaN) are left
+    out.
     """
+    names = dict.fromkeys(name for methods in curves.values() for name in methods)
     width, least, height, around = SIZES["relearn"]
-    figure = Figure(figsize=(width, max(least, height * len(curves) + around)))
-    axes = figure.subplot_mosaic([["accuracy", "coverage"]], sharex=True)
+    size = width, max(least * len(curves), height * len(names) + around)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(len(curves), 2, sharex="row", squeeze=False)
     titles = {"accuracy": "Accuracy", "coverage": f"Coverage (α = {alpha:g})"}
-    for key, axis in axes.items():
-        lines = {name: (curve["step"], curve[key]) for name, curve in curves.items()}
-        handles = _draw_curves(axis, lines)
-        axis.set_title(titles[key])
-        axis.set_xlabel("training steps on a tenth of the forget images")
-    _name_curves(figure, handles, curves)
-    figure.suptitle("Relearning: nine tenths of the forget images, while the rest is relearned")
+    for row, (source, methods) in zip(axes, curves.items(), strict=True):
+        for axis, (key, title) in zip(row, titles.items(), strict=True):
+            lines = {name: (curve["step"], curve[key]) for name, curve in methods.items()}
+            handles = _draw_curves(axis, lines)
+            axis.set_title(f"{title} of {RELEARNED[source].measured}")
+            axis.set_xlabel(f"training steps on {RELEARNED[source].trained}")
+    _name_curves(figure, handles, names)
+    figure.suptitle("Relearning: do the forget images come back?")
     return figure
 
 
@@ -446,6 +466,77 @@ def q_hat_curves(q_hats):
     axis.set_ylabel("q̂ (score 1 − p)")
     axis.set_title("q̂ of the conformal loss, recomputed at the start of every epoch")
     _name_curves(figure, handles, q_hats)
+    return figure
+
+
+# ---------------------------------------------------------------- several trainings
+
+
+@styled
+def margin_histograms(images, names):
+    """Margins over the trainings of a method and of Retrain: four forget images of each method.
+
+    ``images`` is {method: list of :class:`metrics.ensembles.ImageMargins`}, ``names`` the names of
+    the forget images. A row of panels for each method, from the image nearest to Retrain to the
+    farthest.
+    """
+    figure, axes = _panels("histograms", PER_ROW["histograms"] * len(images))
+    look_of = {"unlearned": (RED, "-"), "retrained": (BLACK, "--")}
+    for row, (method, chosen) in enumerate(images.items()):
+        panels = axes[row * PER_ROW["histograms"] :][: PER_ROW["histograms"]]
+        for axis, image in zip(panels, chosen, strict=False):
+            both = np.concatenate([image.unlearned, image.retrained])
+            edges = np.histogram_bin_edges(both, ensembles.BINS)
+            for kind, (color, line) in look_of.items():
+                values = getattr(image, kind).numpy()
+                style = {"color": color, "linestyle": line} | HISTOGRAM
+                axis.hist(values, edges, weights=np.full(len(values), 1 / len(values)), **style)
+            name = printable(names[image.position], LONGEST_NAME // 2)
+            axis.set_title(f"{printable(method)}: {name}\nKLOM {image.klom:.2f}", **SMALL)
+            axis.set_yticks([])
+            axis.grid(False)
+        for axis in panels[len(chosen) :]:
+            axis.set_visible(False)
+    handles = [Line2D([], [], color=color, linestyle=line) for color, line in look_of.values()]
+    figure.legend(handles, ["trainings of the method", "trainings of Retrain"], **LEGEND_BELOW)
+    figure.suptitle("Margins of the forget images nearest to Retrain (left) and farthest (right)")
+    return figure
+
+
+@styled
+def klom_dots(rows):
+    """KLOM of forget, retain and test images: a dot per method, with the noise floor as a band.
+
+    ``rows`` are those of :func:`metrics.ensembles.rows`. Dots are medians over the images. The
+    line of the forget images ends at the 95th percentile. Missing numbers are left out.
+    """
+    floor = next((row for row in rows if row["method"] == ensembles.NOISE_FLOOR), {})
+    shown = [row for row in rows if row is not floor]
+    look_of = looks([row["method"] for row in shown])
+    width, around, height = SIZES["distances"]
+    figure = Figure(figsize=(width, height * len(shown) + around))
+    axes = figure.subplots(1, len(ensembles.PARTS), sharey=True)
+    for axis, part in zip(axes, ensembles.PARTS, strict=True):
+        noise = floor.get(f"KLOM_{part}")
+        if not _missing(noise):
+            axis.axvspan(0, noise, color=GUIDE["color"], alpha=0.3, linewidth=0)
+        for position, row in enumerate(reversed(shown)):
+            look, median = look_of[row["method"]], row.get(f"KLOM_{part}")
+            if _missing(median):
+                continue
+            style = {"marker": look.marker, "color": look.color, "markerfacecolor": look.face}
+            axis.plot(median, position, **style, **POINT)
+            if part == "forget":
+                end = row["KLOM_forget_95"]
+                axis.plot([median, end], [position] * 2, color=look.color, linewidth=THIN)
+        axis.set_title(f"{part} images")
+        axis.set_xlabel("KLOM (0: like Retrain)")
+        axis.set_xlim(left=0)
+    names = [printable(row["method"]) for row in reversed(shown)]
+    axes[0].set_yticks(range(len(shown)), names)
+    axes[0].set_ylim(-BETWEEN_BARS, len(shown) - 1 + BETWEEN_BARS)
+    band = "; grey: half of Retrain's trainings against the other half" if floor else ""
+    figure.suptitle(f"Distance to retrained models{band}")
     return figure
 
 

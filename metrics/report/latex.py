@@ -3,10 +3,11 @@
 import math
 
 from ..columns import Spread
+from ..comparison import SECOND_RETRAIN
 from .tables import FORMATS, MISSING, heading_of, is_missing, mean_of, short_model_table
 from .tables import short_set_table as set_table
 
-REFERENCES = ("original", "retrain")  # never marked as best
+REFERENCES = ("original", "retrain", SECOND_RETRAIN)  # never marked as best
 ESCAPES = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -14,6 +15,7 @@ ESCAPES = {
     "–": "--",
     "q̂": r"$\hat{q}$",
     "α": r"$\alpha$",
+    "′": "$'$",
     "|": r"\textbar{}",
     **{character: f"\\{character}" for character in "#$%&_{}"},
 }

@@ -5,7 +5,7 @@
 
 import math
 
-from .. import CR
+from .. import CR, comparison
 from .tables import mean_of
 
 REMEDY = "choose a larger --alphas or more --cal_sizes"
@@ -124,4 +124,24 @@ def _coverage_outside(rows):
         "test coverage outside the range for exchangeable images (measured, expected): "
         f"{'; '.join(outside)}; the usual cause are tied scores, e.g. of a model that gives all "
         "images the same output"
+    ]
+
+
+def wrong_verdicts(rows):
+    """A line on the verdicts that call one Retrain different from another.
+
+    ``rows`` compare the Retrain of a seed with that of another seed.
+    """
+    wrong = {}  # {verdict: hashes of the models that got it}
+    for row in rows:
+        for key, name in (("UA_word", "by UA"), ("CR_word", f"by CR at alpha {row['alpha']:g}")):
+            if row.get(key) not in (None, comparison.MATCHES):
+                wrong.setdefault(name, set()).add(row["weights"])
+    if not wrong:
+        return []
+    pairs = len({row["weights"] for row in rows})
+    found = ", ".join(f"{len(models)} {name}" for name, models in wrong.items())
+    return [
+        f"{comparison.SECOND_RETRAIN}: of {pairs} comparisons of one retrained model with another, "
+        f"these do not match: {found}; a verdict on a single seed can be wrong"
     ]

@@ -92,6 +92,7 @@ EVALUATION = {
     "--set_sizes": LISTS,
     "--relearn": counts(-1, 3),
     "--relearn_rate": NUMBERS,
+    "--relearn_on": st.sampled_from(["forget", "retain", "forget,retain", "test"]),
     "--batch_size": counts(-1, 600),
 }
 SCRIPTS = {

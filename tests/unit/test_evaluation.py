@@ -968,7 +968,7 @@ def relearning_steps(job):
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 11])
 def test_relearning_measures_at_powers_of_two_and_trains_a_tenth(num_steps):
     job = small_job("finetune", forget=41)
-    curve = main_evaluate.relearn(job.model, *relearning(job, num_steps))
+    curve = main_evaluate.relearn(job.model, *relearning(job, num_steps), "forget")
     stops = [0, *sorted({1, 2, 4, 8, num_steps} & set(range(num_steps + 1)))]
     assert curve["step"] == stops and len(curve["accuracy"]) == len(curve["coverage"]) == len(stops)
     steps, measured, others = 0, [0], None
@@ -988,7 +988,7 @@ def test_relearning_measures_at_powers_of_two_and_trains_a_tenth(num_steps):
 
 def test_relearning_is_sgd_at_a_constant_rate_on_the_forgotten_labels():
     job = small_job("finetune", forget=41)
-    main_evaluate.relearn(job.model, *relearning(job, 6))
+    main_evaluate.relearn(job.model, *relearning(job, 6), "forget")
     net, train = ByHand(SmallNet()), job.data.train
     assert len(relearning_steps(job)) == 6
     for indices in relearning_steps(job):
@@ -1000,7 +1000,7 @@ def test_relearning_is_sgd_at_a_constant_rate_on_the_forgotten_labels():
 
 def test_relearning_visits_a_large_tenth_in_near_equal_shuffled_batches():
     job = small_job("finetune", forget=655)
-    main_evaluate.relearn(job.model, *relearning(job, 4, rate=0.001))
+    main_evaluate.relearn(job.model, *relearning(job, 4, rate=0.001), "forget")
     steps = relearning_steps(job)
     assert [len(step) for step in steps] == [33, 32, 33, 32]
     assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) and steps[0] != steps[2]
@@ -1009,11 +1009,40 @@ def test_relearning_visits_a_large_tenth_in_near_equal_shuffled_batches():
 
 def test_relearning_two_images_trains_on_one_and_one_is_an_error():
     job = small_job("finetune", forget=2)
-    main_evaluate.relearn(job.model, *relearning(job, 1))
+    main_evaluate.relearn(job.model, *relearning(job, 1), "forget")
     assert [len(indices) for indices, _ in job.data.train.uses] == [1, 1]
     job = small_job("finetune", forget=1)
     with pytest.raises(utils.UserError, match="--relearn"):
-        main_evaluate.relearn(job.model, *relearning(job, 1))
+        main_evaluate.relearn(job.model, *relearning(job, 1), "forget")
+
+
+def test_relearning_on_the_retain_set_never_sees_a_forget_image():
+    job = small_job("finetune", forget=41)
+    curve = main_evaluate.relearn(job.model, *relearning(job, 4, rate=0.5), "retain")
+    steps = relearning_steps(job)
+    assert [len(step) for step in steps] == [len(steps[0])] * 4 and curve["step"] == [0, 1, 2, 4]
+    assert set().union(*steps) <= set(job.split.retain.tolist())
+    measured = [indices for indices, seed in job.data.train.uses if seed is None]
+    assert measured == [job.split.forget.tolist()] * 3
+    again = small_job("finetune", forget=41)
+    main_evaluate.relearn(again.model, *relearning(again, 4, rate=0.5), "forget")
+    assert not set().union(*relearning_steps(again)) & set(job.split.retain.tolist())
+    job = small_job("finetune", forget=1)
+    assert main_evaluate.relearn(job.model, *relearning(job, 1), "retain")["step"] == [0, 1]
+
+
+def test_both_kinds_of_relearning_start_from_the_saved_weights(bench):
+    def curves(*sources):
+        arguments = ["--relearn", 2, "--relearn_rate", 5, "--relearn_on", ",".join(sources)]
+        bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2", *arguments)
+        record = json.loads((bench.folder() / "GA/results.json").read_text())
+        return record["metrics"]
+
+    both = curves("forget", "retain")
+    assert both["relearn"] == curves("forget")["relearn"]
+    assert both["relearn_retain"] == curves("retain")["relearn_retain"]
+    assert "relearn" not in curves("retain") and "relearn_retain" not in curves("forget")
+    assert len(set(both["relearn_retain"]["accuracy"])) > 1
 
 
 @pytest.mark.parametrize("name", ["thr", "aps"])
@@ -1038,7 +1067,7 @@ def test_relearning_measures_the_other_images_under_each_steps_q_hat(bench, monk
             job.epoch_done({"epoch": epoch})
 
     monkeypatch.setattr(main_evaluate.unlearn, "train", train)
-    curve = main_evaluate.relearn(model, outputs, evaluation)
+    curve = main_evaluate.relearn(model, outputs, evaluation, "forget")
     others = split.forget[utils.permutation(1, "relearn", 20)[2:]]
     calibration = split.calibration[~split.is_forgotten]
     assert curve["step"] == [0, 1, 2]
@@ -1052,7 +1081,7 @@ def test_relearning_measures_the_other_images_under_each_steps_q_hat(bench, monk
         inside = score.log_odds(logits, "forget").gather(1, labels[:, None]) <= q_hat
         assert curve["coverage"][number] == inside.double().mean()
     evaluation.settings = metrics.Settings((0.001,))
-    coverage = main_evaluate.relearn(model, outputs, evaluation)["coverage"]
+    coverage = main_evaluate.relearn(model, outputs, evaluation, "forget")["coverage"]
     assert all(map(math.isnan, coverage))
 
 

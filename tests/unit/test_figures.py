@@ -86,7 +86,9 @@ def figure_of(kind, names):
         "q_hat_curves": [0.9, 0.8],
     }[kind]
     arguments = () if kind in ("against_alpha", "q_hat_curves") else (0.1,)
-    return getattr(figures, kind)(dict.fromkeys(names, numbers), *arguments)
+    methods = dict.fromkeys(names, numbers)
+    drawn = {"forget": methods} if kind == "relearn_curves" else methods
+    return getattr(figures, kind)(drawn, *arguments)
 
 
 KINDS = (
@@ -329,10 +331,11 @@ def test_relearning_curves_show_every_known_number():
         "retrain": {"step": [0, 5, 10], "accuracy": [0.1, 0.2, 0.3], "coverage": [math.nan] * 3},
         "ga": {"step": [0, 5, 10], "accuracy": [0.0, 0.5, 0.9], "coverage": [None, 0.7, 0.8]},
     }
-    figure = figures.relearn_curves(actual, 0.05)
+    figure = figures.relearn_curves({"retain": actual}, 0.05)
     accuracy, coverage = figure.axes
     assert shares_x(accuracy, coverage)
-    assert accuracy.get_title() == "Accuracy" and coverage.get_title() == "Coverage (α = 0.05)"
+    assert accuracy.get_title() == "Accuracy of all forget images"
+    assert coverage.get_title() == "Coverage (α = 0.05) of all forget images"
     assert [line.get_xydata().tolist() for line in accuracy.lines] == [
         [[0, 0.1], [5, 0.2], [10, 0.3]], [[0, 0], [5, 0.5], [10, 0.9]],
     ]  # fmt: skip
@@ -340,13 +343,25 @@ def test_relearning_curves_show_every_known_number():
     for line, name in zip(accuracy.lines, actual, strict=True):
         assert_looks(line, name, actual)
     assert legend(figure) == ["retrain", "ga"] and not coverage.texts
-    label = "training steps on a tenth of the forget images"
-    assert all(axis.get_xlabel() == label for axis in figure.axes)
-    assert "nine tenths" in figure.get_suptitle()
-    many = figures.relearn_curves({f"m{number}": actual["ga"] for number in range(40)}, 0.1)
-    assert many.get_figheight() > 2 * figure.get_figheight()
-    figure = figures.relearn_curves({"ga": actual["retrain"]}, 0.1)
+    assert all(axis.get_xlabel() == "training steps on retain images" for axis in figure.axes)
+    methods = {f"m{number}": actual["ga"] for number in range(40)}
+    assert figures.relearn_curves({"forget": methods}, 0.1).get_figheight() > 7
+    figure = figures.relearn_curves({"forget": {"ga": actual["retrain"]}}, 0.1)
     assert [len(axis.texts) for axis in figure.axes] == [0, 1]
+
+
+def test_relearning_on_both_kinds_of_images_has_two_rows_of_panels():
+    curve = {"step": [0, 1], "accuracy": [0.1, 0.2], "coverage": [0.3, 0.4]}
+    other = {"step": [0, 1], "accuracy": [0.5, 0.6], "coverage": [0.7, 0.8]}
+    figure = figures.relearn_curves({"forget": {"ga": curve}, "retain": {"ga": other}}, 0.1)
+    drawn = [axis.lines[0].get_ydata().tolist() for axis in figure.axes]
+    assert drawn == [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6], [0.7, 0.8]]
+    labels = [axis.get_xlabel() for axis in figure.axes]
+    trained = ["a tenth of the forget images"] * 2 + ["retain images"] * 2
+    assert labels == [f"training steps on {images}" for images in trained]
+    assert legend(figure) == ["ga"]
+    one_row = figures.relearn_curves({"forget": {"ga": curve}}, 0.1)
+    assert figure.get_figheight() == 2 * one_row.get_figheight()
 
 
 def test_q_hat_curves_show_every_epoch_of_every_variant():
