@@ -1264,22 +1264,23 @@ def print_results(rows, seeds, flags):
 
 def print_trainings(trainings, flags):
     """Print the comparison over trainings of one forget set, or what it needs."""
-    several = flags.seeds and len(flags.seeds) > 1
+    if not flags.seeds or len(flags.seeds) == 1:
+        return
     if trainings.distributions:
         heading = tables.ensemble_heading(len(flags.seeds), flags.split_seed)
         for line in ["", *tables.ensemble_lines(trainings.distributions, heading)]:
             print(line)
         if len(flags.seeds) < ensembles.FEW:
             print(f"{len(flags.seeds)} trainings show little about distributions; train more seeds")
-        for line in notes.wrong_verdicts(trainings.second_retrain):
-            print(line)
-    elif several and flags.split_seed is None:
+    elif flags.split_seed is None:
         print(
             "each seed forgets other images, so distributions over trainings are not compared; "
             "pass --split_seed to all four scripts"
         )
-    elif several:
+    elif not trainings.second_retrain:
         print("distributions over trainings are not compared; evaluate retrain too")
+    for line in notes.wrong_verdicts(trainings.second_retrain):
+        print(line)
 
 
 if __name__ == "__main__":

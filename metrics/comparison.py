@@ -128,7 +128,7 @@ def jensen_shannon(logits, reference_logits):
     log_p, log_q = (x.double().log_softmax(dim=1) for x in (logits, reference_logits))
     log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
     divergences = (log_p.exp() * (log_p - log_mean) + log_q.exp() * (log_q - log_mean)).sum(dim=1)
-    return (divergences.mean() / 2 / math.log(2)).item()
+    return (divergences.clamp(min=0).mean() / 2 / math.log(2)).item()
 
 
 def calibrated_auc(answers, reference):

@@ -515,7 +515,8 @@ def klom_dots(rows):
     look_of = looks([row["method"] for row in shown])
     width, around, height = SIZES["distances"]
     figure = Figure(figsize=(width, height * len(shown) + around))
-    axes = figure.subplots(1, len(ensembles.PARTS), sharey=True)
+    axes = figure.subplots(1, len(ensembles.PARTS))
+    names = [printable(row["method"]) for row in reversed(shown)]
     for axis, part in zip(axes, ensembles.PARTS, strict=True):
         noise = floor.get(f"KLOM_{part}")
         if not _missing(noise):
@@ -532,9 +533,8 @@ def klom_dots(rows):
         axis.set_title(f"{part} images")
         axis.set_xlabel("KLOM (0: like Retrain)")
         axis.set_xlim(left=0)
-    names = [printable(row["method"]) for row in reversed(shown)]
-    axes[0].set_yticks(range(len(shown)), names)
-    axes[0].set_ylim(-BETWEEN_BARS, len(shown) - 1 + BETWEEN_BARS)
+        axis.set_yticks(range(len(shown)), names if axis is axes[0] else [""] * len(shown))
+        axis.set_ylim(-BETWEEN_BARS, len(shown) - 1 + BETWEEN_BARS)
     band = "; grey: half of Retrain's trainings against the other half" if floor else ""
     figure.suptitle(f"Distance to retrained models{band}")
     return figure

@@ -204,3 +204,52 @@ def test_numbers_need_enough_trainings_and_finite_q_hats():
     row = {"KLOM_forget": 0.3, "ULiRA_accuracy": 0.45, "ULiRA_AUC": 0.7, "trainings": 4}
     floor = {"KLOM_forget": 0.2, "ULiRA_accuracy": 0.55, "ULiRA_AUC": 0.5, "trainings": 2}
     assert ensembles.within(row, floor) == "U-LiRA"
+
+
+# ---------------------------------------------------------------- single images
+
+
+def three_images(in_set=True):
+    """Two trainings of Retrain, and of a method that differs from it in the second image most."""
+    retrained = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]).double()
+    unlearned = torch.tensor([[0.0, 5.0, 0.0], [1.0, 6.0, 0.0]]).double()
+    sets = torch.tensor([[True, True, False], [False, True, False]])
+    own = torch.tensor([[True, False, False], [False, False, False]])
+    return {
+        name: ensembles.Trainings(dict.fromkeys(ensembles.PARTS, margins), inside)
+        for name, margins, inside in (
+            ("retrain", retrained, sets if in_set else None),
+            ("GA", unlearned, own),
+        )
+    }
+
+
+def test_images_whose_sets_differ_most_from_retrain_come_first():
+    images = [{"index": index, "label": "cat"} for index in (7, 8, 9)]
+    rows = ensembles.image_rows(three_images(), images)
+    assert [(row["method"], row["index"], row["label"]) for row in rows] == [
+        ("GA", 8, "cat"), ("GA", 9, "cat"), ("GA", 7, "cat"),
+    ]  # fmt: skip
+    assert [row["in_set_trainings"] for row in rows] == [0, 0, 0.5]
+    assert [row["in_set_trainings_minus_retrain"] for row in rows] == [-1, 0, 0]
+    expected = klom_by_loop(*(kind.margins["forget"] for kind in reversed(three_images().values())))
+    assert [row["KLOM"] for row in rows] == pytest.approx([expected[1], expected[2], expected[0]])
+    rows = ensembles.image_rows(three_images(in_set=False), images)
+    assert [row["index"] for row in rows] == [8, 9, 7] and rows[0]["in_set_trainings"] is None
+    assert rows[0]["in_set_trainings_minus_retrain"] is None
+    assert ensembles.image_rows({"GA": three_images()["GA"]}, images) == []
+
+
+def test_extreme_images_are_the_nearest_and_the_farthest_by_klom():
+    methods = {"retrain": trainings(6), "GA": trainings(5, 0.5, 3), "salun": trainings(1)}
+    own, others = (methods[name].margins["forget"] for name in ("GA", "retrain"))
+    order = np.argsort(klom_by_loop(own, others), kind="stable").tolist()
+    ((name, chosen),) = ensembles.extreme_images(methods).items()
+    assert name == "GA" and [image.position for image in chosen] == order[:2] + order[-2:]
+    for image in chosen:
+        assert image.unlearned.equal(own[:, image.position])
+        assert image.retrained.equal(others[:, image.position])
+        assert image.klom == pytest.approx(klom_by_loop(own, others)[image.position])
+    few = ensembles.extreme_images(three_images())["GA"]
+    assert [image.position for image in few] == [0, 2, 1]
+    assert ensembles.extreme_images({"GA": trainings(5)}) == {}

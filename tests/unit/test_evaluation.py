@@ -568,13 +568,66 @@ def test_seeds_of_one_split_are_compared_as_distributions(bench, quick_pictures)
         ("retrain (halves)", "2"), ("original", "4"), ("GA", "4"),
     ]  # fmt: skip
     assert float(rows[2]["KLOM_forget"]) > 0 and 0 <= float(rows[2]["ULiRA_accuracy"]) <= 1
-    assert "Over 4 trainings of one forget set" in (folder / "report.html").read_text()
+    report = (folder / "report.html").read_text()
+    assert "Over 4 trainings of one forget set" in report
+    assert all(caption in report for caption in ("(KLOM)", "Margins over the trainings"))
+    assert {"klom.png", "margins.png"} < {path.name for path in folder.glob("*.png")}
+    images = table_of(folder / "samples.csv")
+    assert [row["method"] for row in images] == ["original"] * 6 + ["GA"] * 6
+    own = table_of(bench.folder() / "GA/samples.csv")
+    assert {(row["index"], row["label"]) for row in images} == {
+        (row["index"], row["label"]) for row in own
+    }
+    divergences = [float(row["KLOM"]) for row in images[6:]]  # no q̂ is finite at the first α
+    assert divergences == sorted(divergences, reverse=True)
     (folder / "ensembles.csv").unlink()
     output = bench.evaluate("--unlearn_name", "GA", *shared)
     assert "are not compared; evaluate retrain too" in output
     assert not (folder / "ensembles.csv").exists()
     output = bench.evaluate("--unlearn_name", "GA", "--seeds", "1", *ALPHAS)
     assert "distributions" not in output
+
+
+def test_second_retrain_is_the_next_seeds_retrain_compared_with_each_seeds(bench):
+    for seed in (1, 2, 3):
+        scenario = "random_0.9" if seed == 1 else "random_0.9_split1"
+        for number, name in enumerate(["original", "retrain", "GA"], 1):
+            bench.save(name, 2 * seed + number, seed=seed, scenario=scenario)
+    seeds = ["--split_seed", 1, "--seeds", "1,2,3"]
+    bench.evaluate("--unlearn_name", "retrain", "GA", *seeds, *ALPHAS)
+    rows = bench.table(seed="s1,2,3", scenario="random_0.9_split1")
+    assert [row["method"] for row in rows] == ["original", "retrain", "retrain′", "GA"] * 2
+    retrain, second = rows[5:7]
+    assert float(second["UA"]) == pytest.approx(float(retrain["UA"]))
+    assert float(retrain["gap"]) == 0 and float(retrain["JSD_forget"]) < 1e-12
+    assert float(second["gap"]) > 0 and float(second["JSD_forget"]) > 1e-3
+    single = [
+        bench.table(seed=seed, scenario="random_0.9" if seed == 1 else "random_0.9_split1")
+        for seed in (1, 2, 3)
+    ]
+    numbers = [next(row for row in table if row["method"] == "retrain") for table in single]
+    gaps = [
+        np.mean([abs(float(a[key]) - float(b[key])) for key in ("UA", "RA", "TA", "MIA")])
+        for a, b in zip(numbers, [*numbers[1:], numbers[0]], strict=True)
+    ]
+    assert float(second["gap"]) == pytest.approx(np.mean(gaps))
+    assert set(second["UA_word"].split("; ")) <= {"matches", "under-forgets", "over-forgets"}
+
+
+def test_verdicts_that_tell_two_retrained_models_apart_are_reported(bench):
+    for seed, number in ((1, 30), (2, -30)):
+        scenario = "random_0.9" if seed == 1 else "random_0.9_split1"
+        bench.save("retrain", number, seed=seed, scenario=scenario)
+    arguments = ["--split_seed", 1, "--seeds", "1,2", "--alphas", "0.2"]
+    output = bench.evaluate("--unlearn_name", "retrain", *arguments)
+    (line,) = [line for line in output.splitlines() if line.startswith("retrain′: of 2")]
+    row = next(
+        row
+        for row in bench.table(seed="s1,2", scenario="random_0.9_split1")
+        if row["method"] == "retrain′"
+    )
+    assert set(row["UA_word"].split("; ")) == {"under-forgets", "over-forgets"}
+    assert "2 by UA" in line
 
 
 def test_trainings_hold_margins_and_sets_of_the_first_alpha():

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.optimize import minimize
 
 import metrics
-from metrics import CR, Spread, scores
+from metrics import CR, Spread, ensembles, scores
 from metrics.report import figures, page
 
 STRANGE = {
@@ -84,8 +84,14 @@ def figure_of(kind, names):
         "score_histograms": histogram_numbers(),
         "relearn_curves": {"step": [0, 1], "accuracy": [0, 1], "coverage": [0, 1]},
         "q_hat_curves": [0.9, 0.8],
+        "margin_histograms": [ensembles.ImageMargins(0, 0.1, torch.zeros(2), torch.ones(2))],
+        "klom_dots": None,
     }[kind]
+    if kind == "klom_dots":
+        return figures.klom_dots([{"method": name, "KLOM_test": 0.1} for name in names])
     arguments = () if kind in ("against_alpha", "q_hat_curves") else (0.1,)
+    if kind == "margin_histograms":
+        arguments = (names[:1],)
     methods = dict.fromkeys(names, numbers)
     drawn = {"forget": methods} if kind == "relearn_curves" else methods
     return getattr(figures, kind)(drawn, *arguments)
@@ -99,6 +105,8 @@ KINDS = (
     "fake_sheet",
     "relearn_curves",
     "q_hat_curves",
+    "margin_histograms",
+    "klom_dots",
 )
 
 
@@ -377,6 +385,68 @@ def test_q_hat_curves_show_every_epoch_of_every_variant():
     assert "q̂" in axis.get_ylabel() and "q̂" in axis.get_title()
     figure.canvas.draw()
     assert all(float(tick).is_integer() for tick in axis.get_xticks())
+
+
+# ---------------------------------------------------------------- several trainings
+
+
+def test_margins_have_a_row_of_panels_for_each_method():
+    def image(position, klom, shift):
+        retrained = torch.tensor([0.0, 1.0, 2.0, 2.0])
+        return ensembles.ImageMargins(position, klom, retrained[:2] + shift, retrained)
+
+    images = {"ga": [image(1, 0.1, 0), image(0, 2.5, 8)], "scrub": [image(0, 0, 0)]}
+    figure = figures.margin_histograms(images, ["a.png", "b.png"])
+    shown = [axis for axis in figure.axes if axis.get_visible()]
+    titles = [axis.get_title() for axis in shown]
+    assert titles == ["ga: b.png\nKLOM 0.10", "ga: a.png\nKLOM 2.50", "scrub: a.png\nKLOM 0.00"]
+    assert len(figure.axes) == 8
+    drawn = dict(zip(("unlearned", "retrained"), shown[1].patches, strict=True))
+    heights = {kind: patch.get_xy()[:, 1] for kind, patch in drawn.items()}
+    assert sorted(set(heights["unlearned"].round(6))) == [0, 0.5]
+    assert sorted(set(heights["retrained"].round(6))) == [0, 0.25, 0.5]
+    # 20 bins from the least margin of both to the largest.
+    assert drawn["unlearned"].get_xy()[:, 0].min() == drawn["retrained"].get_xy()[:, 0].min() == 0
+    assert drawn["retrained"].get_xy()[:, 0].max() == 9
+    assert legend(figure) == ["trainings of the method", "trainings of Retrain"]
+    for handle, patch in zip(figure.legends[0].legend_handles, shown[1].patches, strict=True):
+        assert rgb(handle.get_color()) == rgb(patch.get_edgecolor())
+
+
+def test_klom_dots_show_medians_beside_the_noise_floor():
+    rows = [
+        {"method": "retrain (halves)", "KLOM_forget": 0.2, "KLOM_retain": 0.3, "KLOM_test": 0.1},
+        {"method": "ga", "KLOM_forget": 1, "KLOM_forget_95": 4, "KLOM_retain": 2},
+        {"method": "cpu_ga", "KLOM_forget": 3, "KLOM_forget_95": 5, "KLOM_test": 0.5},
+    ]
+    figure = figures.klom_dots(rows)
+    assert [axis.get_title() for axis in figure.axes] == [
+        "forget images", "retain images", "test images",
+    ]  # fmt: skip
+    dots = [[line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes]
+    assert dots[0] == [[[3, 0]], [[3, 0], [5, 0]], [[1, 1]], [[1, 1], [4, 1]]]
+    assert dots[1:] == [[[[2, 1]]], [[[0.5, 0]]]]
+    bands = [
+        axis.patches[0].get_extents().transformed(axis.transData.inverted()) for axis in figure.axes
+    ]
+    assert [(band.x0, band.x1) for band in bands] == [
+        pytest.approx((0, noise)) for noise in (0.2, 0.3, 0.1)
+    ]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cpu_ga", "ga"]
+    dot, look = figure.axes[0].lines[0], figures.looks(["ga", "cpu_ga"])["cpu_ga"]
+    assert (rgb(dot.get_color()), dot.get_marker()) == (rgb(look.color), look.marker)
+    assert rgb(dot.get_markerfacecolor()) == rgb(look.face)
+    assert "grey: half of Retrain's trainings" in figure.get_suptitle()
+    without = figures.klom_dots(rows[1:])
+    assert "grey" not in without.get_suptitle()
+    assert not any(axis.patches for axis in without.axes)
+
+
+def test_second_retrain_is_drawn_like_retrain_but_hollow():
+    looks = figures.looks(["retrain", "retrain′", "ga"])
+    assert looks["retrain′"].color == looks["retrain"].color != looks["ga"].color
+    assert looks["retrain′"].marker == looks["retrain"].marker
+    assert looks["retrain′"].face == "white" != looks["retrain"].face
 
 
 # ---------------------------------------------------------------- plane
@@ -833,7 +903,7 @@ def test_overview_without_rows_has_no_pictures():
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_any_characters_are_drawn_as_plain_text_without_warnings(kind):
     # Figures with a panel for each name are slow.
-    every = {"score_histograms": 4, "fake_sheet": 2}.get(kind, 1)
+    every = {"score_histograms": 4, "margin_histograms": 8, "fake_sheet": 2}.get(kind, 1)
     names = list(STRANGE.values())[::every]
     figure = figure_of(kind, names)
     figure.set_dpi(20)

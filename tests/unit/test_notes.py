@@ -94,3 +94,15 @@ def test_infinite_q_hats_of_one_kind_share_one_line():
         [q_hat_row(0.1, q_hat=nan, calibration_images=0), q_hat_row(0.1, q_hat=nan, cal_size=8)]
     )
     assert "gives 0 calibration images; alpha 0.1 needs 9, and --cal_sizes 8 gives" in line
+
+
+def test_verdicts_between_retrained_models_are_reported_unless_they_match():
+    def pair(weights, alpha, by_ua, by_cr):
+        return {"weights": weights, "alpha": alpha, "UA_word": by_ua, "CR_word": by_cr}
+
+    rows = [pair(each, alpha, "matches", "matches") for each in "abc" for alpha in (0.1, 0.2)]
+    assert notes.wrong_verdicts(rows) == notes.wrong_verdicts([]) == []
+    rows += [pair("a", 0.1, "over-forgets", None), pair("a", 0.2, "over-forgets", "under-forgets")]
+    (line,) = notes.wrong_verdicts(rows)
+    assert line.startswith("retrain′: of 3 comparisons of one retrained model with another, these")
+    assert "do not match: 1 by UA, 1 by CR at alpha 0.2; a verdict on a single seed" in line
