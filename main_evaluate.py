@@ -445,15 +445,15 @@ def origin_of(saved, evaluation):
         "model": path,
         "settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8],
     }
-    if split.forget_class is not None:
-        origin["forget_class"] = forget_class_name(evaluation)
+    if split.forget_classes:
+        origin["forget_class"] = forget_class_names(evaluation)
     return origin
 
 
-def forget_class_name(evaluation):
+def forget_class_names(evaluation):
     data = evaluation.data
     names = data.subclass_names if evaluation.args.unlearn_type == "subclass" else data.classes
-    return names[evaluation.split.forget_class]
+    return ", ".join(names[number] for number in evaluation.split.forget_classes)
 
 
 # ---------------------------------------------------------------- logits and metrics
@@ -465,7 +465,7 @@ def compute_outputs(model, evaluation):
     The accuracies are those of a linear probe of the features, for class-wise forgetting only.
     """
     args, data, split = evaluation.args, evaluation.data, evaluation.split
-    class_wise = split.forget_class is not None
+    class_wise = bool(split.forget_classes)
     held_out = [split.calibration, split.test] + [split.forget_test] * class_wise
     images_of = {
         "retain": (data.train, split.retain),

@@ -805,10 +805,10 @@ def GA(job):
 def ascent_end(job):
     """The forget accuracy at which gradient ascent ends.
 
-    1 % for a class. Else the accuracy of the original model on held-out images: the training
+    1 % for classes. Else the accuracy of the original model on held-out images: the training
     calibration images, which no metric uses. Raises UserError if there are none.
     """
-    if job.split.forget_class is not None:
+    if job.split.forget_classes:
         return 0.01
     if not len(job.split.train_calibration):
         raise UserError(

@@ -35,7 +35,7 @@ import warnings
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
@@ -333,7 +333,7 @@ def add_scenario_flags(parser, methods, model_dir):
     add("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
     ratio = "random: fraction of the training images to retain"
     add("--retain_ratio", type=float, default=0.9, help=ratio)
-    classes = "class, subclass: name or number of the class; default: drawn from the seed"
+    classes = "class, subclass: names or numbers, e.g. 3 or cat,dog; default: drawn from the seed"
     add("--forget_class", help=classes)
     lines = "list: text file with one training index per line, or for image_folder one file name"
     add("--forget_list", type=expand_path, help=f"{lines} (class/image.jpg) per line")
@@ -1518,11 +1518,11 @@ class Split:
     """Which images are used for what: int64 indices of training images and of held-out images.
 
     ``retain`` and ``forget`` are training images, the others are held-out images.
-    ``train_calibration`` is for the CPU loss alone. If a class or subclass is forgotten,
+    ``train_calibration`` is for the CPU loss alone. If classes or subclasses are forgotten,
     ``train_calibration`` and ``test`` contain the retained classes only, and ``forget_test`` the
-    test images of the forgotten one. ``calibration`` contains all classes, and the bool mask
-    ``is_forgotten`` marks its images of the forgotten class. ``forget_class`` is the number of the
-    forgotten class or subclass, or None, and ``forget_name`` describes what is forgotten.
+    test images of the forgotten ones. ``calibration`` contains all classes, and the bool mask
+    ``is_forgotten`` marks its images of the forgotten ones. ``forget_classes`` are the numbers of
+    the forgotten classes or subclasses, and ``forget_name`` describes what is forgotten.
     """
 
     retain: torch.Tensor
@@ -1533,7 +1533,7 @@ class Split:
     forget_test: torch.Tensor
     is_forgotten: torch.Tensor
     folder: str = ""
-    forget_class: int | None = None
+    forget_classes: tuple[int, ...] = ()
     forget_name: str = ""
 
     def describe(self):
@@ -1576,8 +1576,7 @@ def make_split(data, args, cal_size=None, *, scenario=True):
     train_calibration, calibration, test = _divide_held_out(data, args, cal_size)
     by_subclass = scenario and args.unlearn_type == "subclass"
     groups = data.held_out.subclasses if by_subclass else data.held_out.labels
-    forget_class = forget_set.class_number
-    is_forgotten = groups.cpu().numpy() == (-1 if forget_class is None else forget_class)
+    is_forgotten = np.isin(groups.cpu().numpy(), forget_set.classes)
     if is_forgotten[test].all():
         reason = f"none of the {len(test)} test images is of a retained class"
         remedy = "add held-out images, or choose a smaller --cal_sizes"
@@ -1596,7 +1595,7 @@ def make_split(data, args, cal_size=None, *, scenario=True):
         forget_test=indices(test[is_forgotten[test]]),
         is_forgotten=torch.from_numpy(is_forgotten[calibration]),
         folder=forget_set.folder + (_split_suffix(args) if scenario else ""),
-        forget_class=forget_class,
+        forget_classes=forget_set.classes,
         forget_name=forget_set.name,
     )
 
@@ -1620,13 +1619,13 @@ def _divide_held_out(data, args, cal_size):
 class ForgetSet:
     """Which training images are forgotten (a bool mask), under which folder name, and why.
 
-    ``name`` describes the set in words; ``class_number`` is the forgotten class or subclass.
+    ``name`` describes the set in words; ``classes`` are the forgotten classes or subclasses.
     """
 
     mask: np.ndarray
     folder: str
     name: str
-    class_number: int | None = None
+    classes: tuple[int, ...] = ()
 
 
 def _forget_set(data, args, labels):
@@ -1641,17 +1640,27 @@ def _forget_set(data, args, labels):
     if scenario == "list":
         return _listed_forget_set(data, args, len(labels))
     if scenario == "class":
-        number = _class_number(args, data.classes)
-        name = _class_name(args, data.classes[number])
-        return ForgetSet(labels == number, f"class_{number}", name, class_number=number)
+        return _class_forget_set(args, labels, data.classes)
     if data.subclass_names is None:
         reason = f"{args.data_name} has no subclasses; use --data_name cifar20"
         raise UserError(f"--unlearn_type subclass: {reason}")
-    number = _class_number(args, data.subclass_names)
-    mask = data.train.subclasses.cpu().numpy() == number
-    superclass = ", ".join(data.classes[label] for label in np.unique(labels[mask]))
-    name = f"{_class_name(args, data.subclass_names[number])} of class {superclass}"
-    return ForgetSet(mask, f"subclass_{number}", name, class_number=number)
+    forget_set = _class_forget_set(args, data.train.subclasses.cpu().numpy(), data.subclass_names)
+    superclasses = [data.classes[label] for label in np.unique(labels[forget_set.mask])]
+    noun = "class" if len(superclasses) == 1 else "classes"
+    return replace(forget_set, name=f"{forget_set.name} of {noun} {', '.join(superclasses)}")
+
+
+def _class_forget_set(args, groups, names):
+    """All images of the classes (or subclasses) of --forget_class. ``groups`` are their numbers."""
+    numbers = _class_numbers(args, names)
+    noun = args.unlearn_type if len(numbers) == 1 else f"{args.unlearn_type}es"
+    drawn = f" (drawn from seed {split_seed(args)})" if args.forget_class is None else ""
+    return ForgetSet(
+        np.isin(groups, numbers),
+        folder=f"{args.unlearn_type}_{'_'.join(map(str, numbers))}",
+        name=f"{noun} {', '.join(names[number] for number in numbers)}{drawn}",
+        classes=numbers,
+    )
 
 
 def _random_forget_set(args, count):
@@ -1691,20 +1700,28 @@ def _split_suffix(args):
     return "" if split_seed(args) == args.seed else f"_split{split_seed(args)}"
 
 
-def _class_name(args, name):
-    drawn = f" (drawn from seed {split_seed(args)})" if args.forget_class is None else ""
-    return f"{args.unlearn_type} {name}{drawn}"
+def _class_numbers(args, classes):
+    """The positions of --forget_class among the classes, in ascending order.
+
+    Several are separated by commas, unless a class has the whole text as its name. Without the
+    flag, one is drawn from the seed. Raises UserError as :func:`_class_number` does.
+    """
+    if args.forget_class is None:
+        return (int(permutation(split_seed(args), "forget class", len(classes))[0]),)
+    text = printable(args.forget_class)
+    is_one_name = _loose(text) in map(_loose, classes)
+    parts = [text] if is_one_name else text.split(",")
+    if len(parts) > 1 and not all(map(str.strip, parts)):
+        raise UserError(f"--forget_class {text}: a name is missing before or after a comma")
+    return tuple(sorted({_class_number(part, classes) for part in parts}))
 
 
-def _class_number(args, classes):
-    """The position of --forget_class among the classes; without the flag, drawn from the seed.
+def _class_number(text, classes):
+    """The position of one class of --forget_class among the classes.
 
     Names come first. A number is a position only if no class has a number as its name. Raises
     UserError for an unknown class or an ambiguous number.
     """
-    if args.forget_class is None:
-        return int(permutation(split_seed(args), "forget class", len(classes))[0])
-    text = printable(args.forget_class)
     if text in classes:
         return classes.index(text)
     flag, shown = f"--forget_class {text}", _some(classes, 10)

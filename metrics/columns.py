@@ -47,7 +47,7 @@ RUN_COLUMNS = {
     "note": Column("note", "text", "", "why a method failed; the row has no numbers"),
     "num_forget": Column("", "count", "", "number of forget images"),
     "forget_set": Column("", "text", "", "fingerprint of the forget set"),
-    "forget_class": Column("", "text", "", "the forgotten class"),
+    "forget_class": Column("", "text", "", "the forgotten classes"),
     "weights": Column("", "text", "", "hash of the model's weights"),
     "model": Column("", "text", "", "file of the model, relative to the folder of results.csv"),
     "settings": Column("", "text", "", "hash of the data set and of the evaluation's settings"),

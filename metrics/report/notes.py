@@ -31,7 +31,8 @@ def _collect(row, needs, left_out):
     """Add one row to ``needs`` {name: {(calibration size, images): alphas}} and ``left_out``."""
     calibrated = {"all classes": ""}
     if "q_hat_forget" in row:
-        calibrated = {"all retained classes": "", f"class {row['forget_class']}": "forget"}
+        noun = "classes" if ", " in row["forget_class"] else "class"
+        calibrated = {"all retained classes": "", f"{noun} {row['forget_class']}": "forget"}
     for name, group in calibrated.items():
         q_hat = row[f"q_hat_{group}" if group else "q_hat"]
         prefix = f"{group}_" if group else ""

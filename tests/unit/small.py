@@ -104,7 +104,7 @@ def small_job(
         calibration=held_out_sets[2],
         forget_test=nothing,
         is_forgotten=nothing,
-        forget_class=forget_class,
+        forget_classes=() if forget_class is None else (forget_class,),
     )
     term = None
     if lamda is not None:

@@ -227,6 +227,22 @@ def test_forgotten_class_without_a_finite_q_hat_is_named(bench):
         assert (row["forget_by_retain_coverage"] != "") == (known or 24 - count >= 16)
 
 
+def test_several_forgotten_classes_are_judged_together(bench):
+    for number, name in enumerate(["retrain", "finetune"], 1):
+        bench.save(name, number, scenario="class_0_1")
+    arguments = ["--unlearn_type", "class", "--forget_class", "bee,ant"]
+    output = bench.evaluate(*arguments, "--unlearn_name", "all", "--alphas", "0.01,0.3")
+    assert "classes ant, bee" in output
+    split = utils.make_split(bench.data, flags(unlearn_type="class", forget_class="0,1"), 24)
+    line = next(line for line in output.splitlines() if "no finite q̂ for classes ant, bee" in line)
+    assert f"gives {int(split.is_forgotten.sum())} calibration images" in line
+    for row in bench.table(scenario="class_0_1"):
+        assert row["forget_class"] == "ant, bee" and row["num_forget"] == "40"
+        assert row["UA_test"] != "" and row["probe_forget"] != ""
+    classes = bench.table("classes.csv", scenario="class_0_1")
+    assert {row["class"] for row in classes} == {"ant", "bee", "cat"}
+
+
 def test_resplits_without_a_finite_q_hat_are_counted(bench):
     """The class with most calibration images in the split has fewer in other draws."""
 
@@ -1162,7 +1178,7 @@ def test_outputs_have_every_image_set_of_the_split(bench, unlearn_type):
     if unlearn_type == "random":
         assert outputs.forgotten is None and probe_accuracy == {}
     else:
-        assert torch.equal(outputs.forgotten, outputs.held_out.labels == split.forget_class)
+        assert torch.equal(outputs.forgotten, outputs.held_out.labels == split.forget_classes[0])
         assert set(probe_accuracy) == {"probe_forget", "probe_retain"}
 
 

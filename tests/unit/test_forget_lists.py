@@ -398,8 +398,9 @@ def test_folder_of_a_list_has_a_portable_name(tmp_path):
 # ---------------------------------------------------------------- --forget_class
 
 
-def class_number(text, classes, seed=1):
-    return utils._class_number(flags(forget_class=text, seed=seed), classes)
+def class_number(text, classes):
+    (number,) = utils._class_numbers(flags(forget_class=text), classes)
+    return number
 
 
 PADDED = [f"{number:02}" for number in range(1, 11)]
@@ -425,6 +426,39 @@ PADDED = [f"{number:02}" for number in range(1, 11)]
 )
 def test_class_name_takes_precedence_over_class_number(text, classes, number):
     assert class_number(text, classes) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "numbers"),
+    [
+        ("cat,dog", ["ant", "cat", "dog"], (1, 2)),
+        ("dog, cat", ["ant", "cat", "dog"], (1, 2)),
+        ("2,0,2", ["ant", "cat", "dog"], (0, 2)),
+        ("dog,0", ["ant", "cat", "dog"], (0, 2)),
+        ("cat,dog", ["cat", "cat,dog", "dog"], (1,)),
+        ("cat,dog,cat", ["cat", "cat,dog", "dog"], (0, 2)),
+        ("10,02", PADDED, (1, 9)),
+    ],
+)
+def test_several_classes_are_separated_by_commas(text, classes, numbers):
+    assert utils._class_numbers(flags(forget_class=text), classes) == numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cat,", ["--forget_class cat,", "a name is missing"]),
+        (",", ["a name is missing"]),
+        ("cat, ,dog", ["a name is missing"]),
+        ("cat,dgo", ["--forget_class dgo", "not one of ant, cat, dog"]),
+        ("Cat,Dog", ["--forget_class Cat", "did you mean 'cat'?"]),
+        ("Cat,", ["a name is missing"]),
+    ],
+)
+def test_unknown_or_missing_name_among_several_classes_is_an_error(text, words):
+    with pytest.raises(utils.UserError) as error:
+        utils._class_numbers(flags(forget_class=text), ["ant", "cat", "dog"])
+    assert all(word in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize(

@@ -72,14 +72,14 @@ def test_sizes_scale_with_the_held_out_images(digits):
 
 def test_class_forgetting_takes_all_images_of_the_class(digits):
     split = utils.make_split(digits, flags(unlearn_type="class", forget_class="3"))
-    assert split.folder == "class_3" and split.forget_class == 3
+    assert split.folder == "class_3" and split.forget_classes == (3,)
     assert digits.train.labels[split.forget].eq(3).all()
     assert digits.train.labels[split.retain].ne(3).all()
     assert digits.held_out.labels[split.forget_test].eq(3).all() and len(split.forget_test)
     for indices in (split.test, split.train_calibration):
         assert digits.held_out.labels[indices].ne(3).all()
     drawn = {
-        utils.make_split(digits, flags(unlearn_type="class", seed=seed)).forget_class
+        utils.make_split(digits, flags(unlearn_type="class", seed=seed)).forget_classes
         for seed in range(1, 9)
     }
     assert len(drawn) > 1
@@ -159,7 +159,7 @@ def test_split_without_a_scenario_forgets_nothing():
     split = utils.make_split(labelled(8, 30), flags(unlearn_type="class"), scenario=False)
     assert split.retain.tolist() == list(range(8))
     assert len(split.forget) == len(split.forget_test) == 0
-    assert split.folder == "" and split.forget_class is None and not split.is_forgotten.any()
+    assert split.folder == "" and split.forget_classes == () and not split.is_forgotten.any()
     fine = utils.make_split(
         labelled(8, 30, subclasses=8), flags(unlearn_type="subclass"), scenario=False
     )
@@ -187,17 +187,40 @@ def test_class_forgetting_excludes_its_held_out_images_from_test_set(kind, numbe
     assert split.calibration.equal(order[12:36]) and split.is_forgotten.equal(of_class[12:36])
     assert split.test.equal(order[36:][~of_class[36:]])
     assert split.forget_test.equal(order[36:][of_class[36:]])
-    assert split.folder == f"{kind}_{number}" and split.forget_class == number
+    assert split.folder == f"{kind}_{number}" and split.forget_classes == (number,)
+
+
+@pytest.mark.parametrize("kind", ["class", "subclass"])
+def test_several_classes_are_forgotten_together(kind):
+    data = labelled(40, 120, subclasses=8)
+    word = "class" if kind == "class" else "fine"
+    split = utils.make_split(data, flags(unlearn_type=kind, forget_class=f"3, {word} 1,3"))
+    train, held_out = (
+        images.labels if kind == "class" else images.subclasses
+        for images in (data.train, data.held_out)
+    )
+    is_chosen = (train == 1) | (train == 3)
+    assert split.forget.equal(is_chosen.nonzero().flatten())
+    assert split.retain.equal((~is_chosen).nonzero().flatten())
+    assert split.forget_classes == (1, 3) and split.folder == f"{kind}_1_3"
+    assert set(held_out[split.forget_test].tolist()) == {1, 3}
+    for part in (split.test, split.train_calibration):
+        assert not {1, 3} & set(held_out[part].tolist())
+    assert split.is_forgotten.equal(torch.isin(held_out[split.calibration], torch.tensor([1, 3])))
+    assert split.forget_name.startswith(f"{kind}es {word} 1, {word} 3")
+    one = utils.make_split(data, flags(unlearn_type=kind, forget_class="1"))
+    other = utils.make_split(data, flags(unlearn_type=kind, forget_class="1,3,1"))
+    assert one.fingerprint != split.fingerprint == other.fingerprint
 
 
 def test_unnamed_class_is_drawn_from_the_seed_only():
     data = labelled(40, 120, subclasses=8)
     for kind, count in (("class", 4), ("subclass", 8)):
         drawn = [
-            utils.make_split(data, flags(unlearn_type=kind, seed=seed)).forget_class
+            utils.make_split(data, flags(unlearn_type=kind, seed=seed)).forget_classes
             for seed in range(1, 40)
         ]
-        assert set(drawn) == set(range(count))
+        assert set(drawn) == {(number,) for number in range(count)}
         assert drawn == [utils.permutation(seed, "forget class", count)[0] for seed in range(1, 40)]
 
 
@@ -227,7 +250,7 @@ def test_random_forget_set_is_the_end_of_a_permutation():
     order = torch.from_numpy(utils.permutation(3, "forget", 41))
     assert split.forget.equal(order[29:].sort().values)
     assert split.retain.equal(order[:29].sort().values)
-    assert split.folder == "random_0.7" and split.forget_class is None
+    assert split.folder == "random_0.7" and split.forget_classes == ()
     assert len(split.forget_test) == 0
     assert not split.is_forgotten.any()
     assert len(split.is_forgotten) == 24
