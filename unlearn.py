@@ -25,7 +25,7 @@ from tqdm import tqdm
 import models
 import utils
 from metrics.accuracy import accuracy
-from models import checkpoint, distributed, fisher, inference
+from models import adversarial, checkpoint, classifier, distributed, fisher, inference
 from models.errors import NotFinite, UserError
 
 MONITORED = 2000  # the accuracies after every epoch use at most this many images of each part
@@ -153,6 +153,7 @@ def train(
     *,
     schedule=None,
     separate_passes=False,
+    eval_mode=False,
     before_step=None,
     after_step=None,
     finished=None,
@@ -163,14 +164,21 @@ def train(
     Each step takes an equal share of every part. A method with another order passes
     ``schedule(epoch)``, which returns steps as :func:`index_batches` does. With
     ``separate_passes``, retain and forget images of a step pass through the network one after the
-    other, so that BatchNorm does not mix them. ``before_step(batch)`` may change the gradients and
-    ``after_step()`` the weights. ``finished(record)`` may end the training after an epoch. With a
-    conformal term, forget images join the steps that have none, and λ times the term is added to
-    the loss of every step. Raises :class:`Diverged` if the loss or a weight is not finite.
+    other, so that BatchNorm does not mix them. In ``eval_mode`` BatchNorm normalises by the running
+    statistics of the original model, and keeps them. ``before_step(batch)`` may change the
+    gradients and ``after_step()`` the weights. ``finished(record)`` may end the training after an
+    epoch. With a conformal term, forget images join the steps that have none, and λ times the term
+    is added to the loss of every step. Raises :class:`Diverged` if the loss or a weight is not
+    finite.
     """
     schedule = schedule or partial(index_batches, job, passes_through)
     objective = Objective(
-        batch_loss, schedule, separate_passes, before_step=before_step, after_step=after_step
+        batch_loss,
+        schedule,
+        separate_passes=separate_passes,
+        eval_mode=eval_mode,
+        before_step=before_step,
+        after_step=after_step,
     )
     state = initial_state(job)
     if job.progress:
@@ -199,6 +207,7 @@ class Objective:
     loss: Callable[[Batch], torch.Tensor]
     schedule: Callable[[int], list[tuple[torch.Tensor, int]]]
     separate_passes: bool = False
+    eval_mode: bool = False
     before_step: Callable[[Batch], None] | None = None
     after_step: Callable[[], None] | None = None
 
@@ -304,8 +313,9 @@ def train_epoch(job, state, objective, *, steps, forward, bar):
     """Train on every step of one epoch. Returns {"loss", "train_acc"}.
 
     The loss is the mean over the steps, the accuracy the mean over the augmented images. The model
-    is in train mode, except in a step with a pass of one image: BatchNorm then uses its running
-    statistics, since one image has no batch statistics. No step waits for the device.
+    is in train mode, except with ``eval_mode`` and in a step with a pass of one image: BatchNorm
+    then uses its running statistics, since one image has no batch statistics. No step waits for the
+    device.
     """
     epoch = state.epoch + 1
     utils.seed_everything(job.seed, job.name, "dropout", epoch)
@@ -318,7 +328,7 @@ def train_epoch(job, state, objective, *, steps, forward, bar):
         passes = [len(indices)]
         if objective.separate_passes and 0 < num_retain < len(indices):
             passes = [num_retain, len(indices) - num_retain]
-        job.model.train(min(passes) > 1)
+        job.model.train(min(passes) > 1 and not objective.eval_mode)
         batch = Batch(
             indices=indices,
             labels=job.data.train.labels[indices],
@@ -492,11 +502,12 @@ def no_images(job, num_steps):
 # ---------------------------------------------------------------- records and resuming
 
 
-def accuracies(job, limit=None, parts=MEASURED_PARTS):
+def accuracies(job, limit=None, parts=MEASURED_PARTS, num_classes=None):
     """Accuracies {part: fraction} without augmentation on the retain, forget and test images.
 
     ``limit`` restricts each part to a fixed random sample of that size. Parts without images are
-    left out. Raises NotFinite if a logit is not finite, which finite weights can cause too.
+    left out. Of a model with more classes, the first ``num_classes`` count. Raises NotFinite if a
+    logit is not finite, which finite weights can cause too.
     """
     measured = {}
     for part in parts:
@@ -507,18 +518,18 @@ def accuracies(job, limit=None, parts=MEASURED_PARTS):
             indices = indices[torch.from_numpy(sample).to(indices.device)]
         if len(indices):
             logits, labels = inference.compute_logits(job.model, images, indices)
-            measured[part] = accuracy(logits, labels)
+            measured[part] = accuracy(logits[:, :num_classes], labels)
     return measured
 
 
-def monitored_accuracies(job, epoch, parts=MEASURED_PARTS):
+def monitored_accuracies(job, epoch, parts=MEASURED_PARTS, num_classes=None):
     """:func:`accuracies` of a sample in the precision of the training, as {"retain_acc": …}.
 
     Raises :class:`Diverged` if a logit is not finite.
     """
     try:
         with autocast(job):
-            measured = accuracies(job, MONITORED, parts)
+            measured = accuracies(job, MONITORED, parts, num_classes)
     except NotFinite as error:
         raise Diverged(f"{job.label} in epoch {epoch}: {error}") from error
     return {f"{part}_acc": value for part, value in measured.items()}
@@ -637,6 +648,11 @@ OPTIONS = {
     "mask_path": (
         utils.expand_path,
         "saved mask to use instead of a new one (saliency_mask.pth of an earlier run)",
+    ),
+    "l1_weight": (utils.number(float, 0), "weight of the L1 penalty in the first epoch"),
+    "step_size": (
+        utils.number(float, 0, exclusive=True),
+        "step of FGSM towards the nearest wrong class, from 0 to 1 (the range of the pixels)",
     ),
     "passes": (
         utils.number(int, 1, 2),
@@ -784,17 +800,8 @@ def GA(job):
     Defaults: found on digits. ``num_epochs`` is the maximum. The authors' values are those of
     Unlearn-Sparse (2304.04934), without a stop.
     """
-    stop_accuracy = job.options["stop_accuracy"]
-    if stop_accuracy is None:
-        stop_accuracy = ascent_end(job)
-    for module in job.model.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = 0.0
-
-    def finished(record):
-        if "forget_acc" not in record:  # a quiet run does not measure it
-            record = monitored_accuracies(job, record["epoch"], ["forget"])
-        return record["forget_acc"] <= stop_accuracy
+    finished = forgotten(job)
+    keep_running_statistics(job.model)
 
     def loss(batch):
         return -F.cross_entropy(*batch.forget)
@@ -802,22 +809,62 @@ def GA(job):
     return train(job, loss, ("forget",), finished=finished)
 
 
-def ascent_end(job):
-    """The forget accuracy at which gradient ascent ends.
+def forgotten(job, num_classes=None):
+    """The function ``finished(record)`` that ends a training once the forget images are forgotten.
 
-    1 % for classes. Else the accuracy of the original model on held-out images: the training
-    calibration images, which no metric uses. Raises UserError if there are none.
+    That is after the epoch in which the accuracy on (at most 2,000) of them falls to the option
+    ``stop_accuracy``, by default to :func:`ascent_end`. Only the first ``num_classes`` count.
     """
-    if job.split.forget_classes:
-        return 0.01
+    stop_accuracy = job.options["stop_accuracy"]
+    if stop_accuracy is None:
+        stop_accuracy = ascent_end(job)
+
+    def finished(record):
+        return monitored_forget_accuracy(job, record, num_classes) <= stop_accuracy
+
+    return finished
+
+
+def ascent_end(job):
+    """The forget accuracy at which gradient ascent ends: :func:`unseen_accuracy`, and 1 % for
+    classes.
+    """
+    return 0.01 if job.split.forget_classes else unseen_accuracy(job, "pass --stop_accuracy")
+
+
+def unseen_accuracy(job, remedy):
+    """The model's accuracy on the training calibration images, which no metric uses.
+
+    Raises UserError with ``remedy`` if there are none.
+    """
     if not len(job.split.train_calibration):
         raise UserError(
-            f"{job.label}: the accuracy at which the ascent stops is measured on held-out images, "
-            f"and none of the {len(job.data.held_out)} is available; pass --stop_accuracy"
+            f"{job.label}: its target is the accuracy on held-out images, and none of the "
+            f"{len(job.data.held_out)} is available; {remedy}"
         )
     return accuracy(
         *inference.compute_logits(job.model, job.data.held_out, job.split.train_calibration)
     )
+
+
+def monitored_forget_accuracy(job, record, num_classes=None):
+    """The accuracy on (a sample of) the forget images after an epoch, which a quiet run lacks.
+
+    Of a model with more classes, the first ``num_classes`` count.
+    """
+    if num_classes is not None or "forget_acc" not in record:
+        record = monitored_accuracies(job, record["epoch"], ["forget"], num_classes)
+    return record["forget_acc"]
+
+
+def keep_running_statistics(model):
+    """Keep the running statistics of BatchNorm in training, which then normalises by the batch.
+
+    Statistics of forget images alone would replace those of the retained images.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 0.0
 
 
 @method(
@@ -1265,6 +1312,123 @@ def adaptive_cross_entropy(logits, labels, adaptivity):
     # softmax(−λ·log ℓ) is ℓ^−λ normalized to a sum of 1. The power itself overflows for a large λ.
     weights = (-adaptivity * log_losses).softmax(dim=0)
     return (weights * losses).sum()
+
+
+@method(
+    num_epochs=10,
+    learning_rate=0.01,
+    l1_weight=5e-4,
+    authors={"batch_size": 256, "schedule": "constant"},
+)
+def l1_sparse(job):
+    """Fine-tuning on the retain set with an L1 penalty on all weights, which prunes what they do
+    not need (Jia et al. 2023, 2304.04934).
+
+    The weight of the penalty falls linearly over the epochs, from ``l1_weight`` to zero after the
+    last. Defaults: the authors', with batches of 64 and a cosine. The loss that is shown leaves out
+    the penalty.
+    """
+    weight = 0.0
+
+    def schedule(epoch):
+        nonlocal weight
+        weight = job.options["l1_weight"] * (1 - (epoch - 1) / job.recipe.num_epochs)
+        return index_batches(job, ("retain",), epoch)
+
+    @torch.no_grad()
+    def add_penalty(batch):
+        for parameter in job.model.parameters():
+            parameter.grad += weight * parameter.sign()
+
+    return train(job, retain_cross_entropy, schedule=schedule, before_step=add_penalty)
+
+
+@method(num_epochs=50, learning_rate=3e-5, stop_accuracy=None)
+def delete(job):
+    """DELETE: distill the original model on the forget images, with the logit of the image's own
+    label masked (Zhou et al. 2025, 2503.23751).
+
+    The target is the original model's softmax over the other classes. Needs no retain images, so
+    BatchNorm keeps the original's running statistics. Defaults: found on digits.
+    """
+    original = frozen_copy(job.model)
+
+    def loss(batch):
+        logits, labels = batch.forget
+        masked = batch.outputs_of(original, "forget").scatter(1, labels[:, None], -math.inf)
+        targets = masked.softmax(dim=1)
+        return F.kl_div(logits.log_softmax(dim=1), targets, reduction="batchmean")
+
+    return train(job, loss, ("forget",), eval_mode=True, finished=forgotten(job))
+
+
+BOUNDARY_AUTHORS = {
+    "num_epochs": 10,
+    "learning_rate": 1e-5,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "stop_accuracy": 0.0,
+}
+
+
+@method(
+    num_epochs=50,
+    learning_rate=3e-5,
+    stop_accuracy=None,
+    step_size=0.1,
+    authors=BOUNDARY_AUTHORS,
+)
+def boundary_shrink(job):
+    """Boundary shrink: train the forget images with the label of the nearest wrong class (Chen et
+    al. 2023, 2303.11570).
+
+    The nearest class is the likeliest wrong one after one step of FGSM from the image, of
+    ``step_size`` in units of the pixels' range, under the original model. Needs no retain images,
+    so BatchNorm keeps the original's running statistics. Defaults: the authors' ten epochs and step
+    size; the rate was found on digits.
+    """
+    targets = job.data.train.labels.clone()
+    targets[job.split.forget] = nearest_wrong_classes(job)
+
+    def loss(batch):
+        return F.cross_entropy(batch.logits, targets[batch.indices])
+
+    return train(job, loss, ("forget",), eval_mode=True, finished=forgotten(job))
+
+
+def nearest_wrong_classes(job):
+    """The class of each forget image (int64, N) that :func:`boundary_shrink` trains it with."""
+    images, forget = job.data.train, job.split.forget
+    job.model.eval()
+    chunks, nearest = forget.split(512 * distributed.world_size()), []
+    for indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+        labels = images.labels[distributed.local_rows(indices)]
+        moved = adversarial.fgsm(job.model, inputs, labels, job.options["step_size"], images.spec)
+        wrong = inputs.new_zeros(0, len(job.data.classes))  # more processes than images
+        if len(moved):
+            with torch.no_grad():
+                wrong = job.model(moved).scatter(1, labels[:, None], -math.inf)
+        nearest.append(distributed.gather_rows(wrong, len(indices)).argmax(dim=1))
+    return torch.cat(nearest)
+
+
+@method(num_epochs=50, learning_rate=3e-5, stop_accuracy=None, authors=BOUNDARY_AUTHORS)
+def boundary_expand(job):
+    """Boundary expanding: train the forget images with the label of an additional class, which is
+    removed in the end (Chen et al. 2023, 2303.11570).
+
+    Needs no retain images, so BatchNorm keeps the original's running statistics. Defaults: the
+    authors' ten epochs; the rate was found on digits.
+    """
+    num_classes = len(job.data.classes)
+    finished = forgotten(job, num_classes)
+    classifier.widen(job.model, num_classes, utils.generator(job.seed, job.name, "new class"))
+
+    def loss(batch):
+        return F.cross_entropy(batch.logits, torch.full_like(batch.labels, num_classes))
+
+    widened = train(job, loss, ("forget",), eval_mode=True, finished=finished)
+    return classifier.narrow(widened, num_classes)
 
 
 # ---------------------------------------------------------------- flags and recipes

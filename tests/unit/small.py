@@ -51,6 +51,7 @@ class Tensors:
     """
 
     size = 4
+    spec = utils.DataSpec(mean=(0.5, 0.4, 0.6), std=(0.2, 0.1, 0.15))
 
     def __init__(self, inputs, labels):
         self.inputs, self.labels, self.uses = inputs, labels, []

@@ -53,8 +53,8 @@ def test_method_without_training_calibration_works_or_is_refused(label):
         after = run(small_job(label, train_calibration=0, **settings))
         assert all(tensor.isfinite().all() for tensor in after.values())
 
-    if label == "GA":
-        message = r"GA: .* held-out images, and none of the 40 .* --stop_accuracy"
+    if label in ("GA", "delete", "boundary_shrink", "boundary_expand"):
+        message = rf"{label}: .* held-out images, and none of the 40 .* --stop_accuracy"
         with pytest.raises(utils.UserError, match=message):
             run(small_job(label, train_calibration=0))
         assert_finite(stop_accuracy=0.1)

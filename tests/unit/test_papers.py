@@ -4,6 +4,7 @@ The references are plain torch in float64: network, optimizer, schedule and loss
 (``small.ByHand``). The values of all options differ from their defaults and from each other.
 """
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -16,13 +17,17 @@ from torch.nn.functional import one_hot
 import unlearn
 import unlearn_cpu
 import utils
-from models import fisher
+from models import classifier, fisher
 from models.resnet import ResNet18
 
 LAMDA, ALPHA, DELTA = 0.7, 0.25, 0.03
 OPTIONS = {
     "GA": {"stop_accuracy": -1.0, "learning_rate": 0.003},
     "ga_plus": {"forget_weight": 0.35},
+    "l1_sparse": {"l1_weight": 0.02},
+    "delete": {"stop_accuracy": -1.0},
+    "boundary_shrink": {"stop_accuracy": -1.0, "step_size": 0.5},
+    "boundary_expand": {"stop_accuracy": -1.0},
     "teacher": {"kd_T": 1.7},
     "scrub": {"msteps": 2, "kd_T": 2.3, "beta": 0.6, "gamma": 1.4, "num_epochs": 4},
     "salun": {"mask_ratio": 0.3},
@@ -37,9 +42,12 @@ OPTIONS = {
 }
 
 
+EVAL_MODE = ("delete", "boundary_shrink", "boundary_expand")
+
+
 def nll(logits, targets):
     """Cross-entropy of each image."""
-    return logits.exp().sum(1).log() - (logits * one_hot(targets, CLASSES)).sum(1)
+    return logits.exp().sum(1).log() - (logits * one_hot(targets, logits.shape[1])).sum(1)
 
 
 def kl(teacher, student, temperature):
@@ -58,7 +66,7 @@ class Reference:
     """The method of a finished job by hand, with the batches of that job."""
 
     def __init__(self, job, before):
-        self.job, self.options = job, job.options
+        self.job, self.options, self.before = job, job.options, before
         self.images, self.labels = job.data.train.inputs, job.data.train.labels
         self.net = ByHand(SmallNet(7) if job.name == "retrain" else before)
         self.original, self.untrained = ByHand(before), ByHand(SmallNet(7))
@@ -76,6 +84,33 @@ class Reference:
             self.targets[index] = torch.stack(losses).argmin()
         assert self.targets[self.job.split.retain].equal(self.labels[self.job.split.retain])
         assert (self.targets != self.labels)[self.job.split.forget].all()
+
+    def prepare_boundary_shrink(self):
+        """The likeliest wrong class after one step that raises the loss, inside the pixels."""
+        spec, size, forget = (
+            self.job.data.train.spec,
+            self.options["step_size"],
+            self.job.split.forget,
+        )
+        mean, std = (torch.tensor(x).double()[:, None, None] for x in (spec.mean, spec.std))
+        inputs = self.images[forget].double().requires_grad_()
+        loss = nll(self.net.logits(inputs), self.labels[forget]).sum()
+        (gradient,) = torch.autograd.grad(loss, inputs)
+        pixels = (inputs.detach() * std + mean + size * gradient.sign()).clamp(0, 1)
+        logits = self.net.logits((pixels - mean) / std)
+        logits[range(len(forget)), self.labels[forget]] = -math.inf
+        self.targets = self.labels.clone()
+        self.targets[forget] = logits.argmax(1)
+        assert self.targets[forget].ne(self.labels[forget]).all()
+        plain = self.net.logits(self.images[forget])
+        plain[range(len(forget)), self.labels[forget]] = -math.inf
+        assert not plain.argmax(1).equal(self.targets[forget])  # the step matters
+
+    def prepare_boundary_expand(self):
+        widened = copy.deepcopy(self.before)
+        rng = utils.generator(self.job.seed, "boundary_expand", "new class")
+        classifier.widen(widened, CLASSES, rng)
+        self.net = ByHand(widened)
 
     def prepare_salun(self):
         self.prepare_RL()
@@ -104,8 +139,18 @@ class Reference:
         (logits_r, r), (logits_f, f) = retain, forget
         ce_r, ce_f = (nll(logits, self.labels[i]) for logits, i in (retain, forget))
         name, options = self.job.name, self.options
-        if name in ("finetune", "retrain"):
+        if name in ("finetune", "retrain", "l1_sparse"):
             return ce_r.mean()
+        if name == "delete":
+            teacher = self.original.logits(BRIGHTER * self.images[f])
+            others = one_hot(self.labels[f], CLASSES) == 0
+            p = teacher.exp() * others / (teacher.exp() * others).sum(1, keepdim=True)
+            log_p = torch.where(others, p.log(), 0.0)
+            return (p * (log_p - logits_f.log_softmax(1))).sum(1).mean()
+        if name == "boundary_shrink":
+            return nll(logits_f, self.targets[f]).mean()
+        if name == "boundary_expand":
+            return nll(logits_f, torch.full_like(f, CLASSES)).mean()
         if name == "GA":
             return -ce_f.mean()
         if name == "ga_plus":
@@ -150,7 +195,10 @@ class Reference:
             last = epoch
             passes = [r, f] if self.options.get("passes") == 2 else [torch.cat([r, f])]
             logits = torch.cat(
-                [self.net.logits(BRIGHTER * self.images[i], training=True) for i in passes]
+                [
+                    self.net.logits(BRIGHTER * self.images[i], training=job.name not in EVAL_MODE)
+                    for i in passes
+                ]
             )
             retain, forget = (logits[: len(r)], r), (logits[len(r) :], f)
             loss = self.loss(retain, forget)
@@ -158,6 +206,10 @@ class Reference:
                 scores = 1 - forget[0].softmax(1)[range(len(f)), self.labels[f]]
                 loss = loss + term.lamda * (q_hat - scores + term.delta).clamp(min=0).mean()
             gradients = self.net.gradients(loss)
+            if job.name == "l1_sparse":
+                weight = self.options["l1_weight"] * (1 - (epoch - 1) / job.recipe.num_epochs)
+                for name, value in self.net.weights.items():
+                    gradients[name] = gradients[name] + weight * value.detach().sign()
             if job.name == "sfron" and not len(r):
                 gradients = {name: g * self.salient[name] for name, g in gradients.items()}
                 norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
@@ -168,6 +220,9 @@ class Reference:
                 self.net.adapt(gradients, rate, decay, step)
             else:
                 self.net.descend(gradients, rate, momentum, decay, self.masks)
+        if job.name == "boundary_expand":
+            for name in ("4.weight", "4.bias"):
+                self.net.weights[name] = self.net.weights[name][:CLASSES]
         return self.net
 
 
@@ -182,7 +237,8 @@ def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
     before = SmallNet()
     after = run(job)
     Reference(job, before).run().assert_equal(after)
-    assert after["1.running_mean"].equal(before[1].running_mean) == (name == "GA")
+    keeps_statistics = name.removeprefix("cpu_") in ("GA", *EVAL_MODE)
+    assert after["1.running_mean"].equal(before[1].running_mean) == keeps_statistics
 
 
 @pytest.mark.parametrize(
@@ -246,7 +302,8 @@ def test_training_batches_alone_are_augmented(name):
     augmented = [seed for _, seed in job.data.train.uses if seed is not None]
     assert len(set(augmented)) == job.recipe.num_epochs  # one generator per epoch
     unaugmented = sum(len(indices) for indices, seed in job.data.train.uses if seed is None)
-    importances = {"salun": 11, "sfron": 30}.get(name, 0)
+    importances = {"salun": 11, "sfron": 30, "boundary_shrink": 11}.get(name, 0)
+    importances += 11 * job.recipe.num_epochs * (name == "boundary_expand")  # of its old classes
     accuracies = 30 * job.recipe.num_epochs  # all 30 images after each epoch
     assert unaugmented == accuracies + importances
     assert not any(seed for _, seed in job.data.held_out.uses)
