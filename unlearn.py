@@ -46,9 +46,9 @@ class Recipe:
     """Hyper-parameters of the training loop.
 
     ``milestones`` are the epochs after which the learning rate is divided by 10. Without them it
-    follows ``schedule``: a cosine to zero, or constant. ``optimizer`` is sgd or adam, which has no
-    momentum. ``precision`` is that of the forward and backward pass: fp32, tf32 or bf16 (autocast).
-    Weights and losses are float32 in every case.
+    follows ``schedule``: a cosine to zero, or constant. ``optimizer`` is sgd, or adam or adamw,
+    which have no momentum. ``precision`` is that of the forward and backward pass: fp32, tf32 or
+    bf16 (autocast). Weights and losses are float32 in every case.
     """
 
     num_epochs: int
@@ -265,8 +265,9 @@ def build_optimizer(job):
     """The optimizer of the recipe, for all parameters of the model."""
     recipe, parameters = job.recipe, job.model.parameters()
     settings = {"weight_decay": recipe.weight_decay, "fused": job.device.type == "cuda"}
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, recipe.learning_rate, **settings)
+    adaptive = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if recipe.optimizer in adaptive:
+        return adaptive[recipe.optimizer](parameters, recipe.learning_rate, **settings)
     return torch.optim.SGD(parameters, recipe.learning_rate, momentum=recipe.momentum, **settings)
 
 
@@ -653,6 +654,10 @@ OPTIONS = {
     "step_size": (
         utils.number(float, 0, exclusive=True),
         "step of FGSM towards the nearest wrong class, from 0 to 1 (the range of the pixels)",
+    ),
+    "smoothing": (
+        utils.number(float, 0),
+        "growth of the temperature with the forget accuracy above the bound",
     ),
     "passes": (
         utils.number(int, 1, 2),
@@ -1429,6 +1434,55 @@ def boundary_expand(job):
 
     widened = train(job, loss, ("forget",), eval_mode=True, finished=finished)
     return classifier.narrow(widened, num_classes)
+
+
+@method(
+    num_epochs=10,
+    learning_rate=0.01,
+    smoothing=1.0,
+    retain_share=1.0,
+    authors={
+        "learning_rate": 1e-4,
+        "batch_size": 128,
+        "optimizer": "adamw",
+        "schedule": "constant",
+        "retain_share": 0.3,
+    },
+)
+def lotus(job):
+    """LoTUS: smooth the original model's answers on the forget images until the model knows them no
+    better than unseen images (Spartalis et al. 2025, 2503.18314).
+
+    The targets are the original model's logits with Gumbel noise: for forget images their softmax
+    at the temperature exp(``smoothing`` · (forget accuracy − accuracy on unseen images)), computed
+    again in every epoch, for retain images the likeliest class. Classes have no unseen images, and
+    their bound is 0. The training ends once the forget accuracy is 1 % below the bound. Defaults:
+    found on digits. The authors' are those of their code, which uses AdamW on a share of D_r.
+    """
+    original, bound = frozen_copy(job.model), 0.0
+    if not job.split.forget_classes:
+        bound = unseen_accuracy(job, "add held-out images")
+    sampled = replace(job, split=replace(job.split, retain=sampled_retain_set(job)))
+    temperature = rng = None
+
+    def schedule(epoch):
+        nonlocal temperature, rng
+        forget = monitored_accuracies(job, epoch, ["forget"])["forget_acc"]
+        temperature = math.exp(job.options["smoothing"] * (forget - bound))
+        rng = utils.generator(job.seed, job.name, "gumbel", epoch, device=job.device)
+        return index_batches(sampled, PARTS, epoch)
+
+    def loss(batch):
+        logits = torch.cat([batch.outputs_of(original, part) for part in PARTS])
+        noisy = logits - torch.empty_like(logits).exponential_(generator=rng).log()
+        hard = F.one_hot(noisy[: batch.num_retain].argmax(dim=1), noisy.shape[1])
+        soft = (noisy[batch.num_retain :] / temperature).softmax(dim=1)
+        return F.cross_entropy(batch.logits, torch.cat([hard, soft]))
+
+    def finished(record):
+        return monitored_forget_accuracy(job, record) <= bound - 0.01
+
+    return train(job, loss, schedule=schedule, finished=finished)
 
 
 # ---------------------------------------------------------------- flags and recipes

@@ -59,6 +59,10 @@ def test_method_without_training_calibration_works_or_is_refused(label):
             run(small_job(label, train_calibration=0))
         assert_finite(stop_accuracy=0.1)
         assert_finite(forget_class=1)
+    elif label == "lotus":
+        with pytest.raises(utils.UserError, match="lotus: .* none of the 40 .* add held-out"):
+            run(small_job(label, train_calibration=0))
+        assert_finite(forget_class=1)
     elif label.startswith("cpu_"):
         message = "--alpha 0.1: a finite q̂ needs at least 9 .* gives 0 "
         with pytest.raises(utils.UserError, match=message):

@@ -26,6 +26,7 @@ OPTIONS = {
     "ga_plus": {"forget_weight": 0.35},
     "l1_sparse": {"l1_weight": 0.02},
     "delete": {"stop_accuracy": -1.0},
+    "lotus": {"smoothing": 2.5, "learning_rate": 0.02, "forget_class": 0},
     "boundary_shrink": {"stop_accuracy": -1.0, "step_size": 0.5},
     "boundary_expand": {"stop_accuracy": -1.0},
     "teacher": {"kd_T": 1.7},
@@ -106,6 +107,21 @@ class Reference:
         plain[range(len(forget)), self.labels[forget]] = -math.inf
         assert not plain.argmax(1).equal(self.targets[forget])  # the step matters
 
+    def prepare_lotus(self):
+        """The accuracy on the images that calibrate the training, which no model has seen."""
+        held_out, unseen = self.job.data.held_out, self.job.split.train_calibration
+        answers = self.original.logits(held_out.inputs[unseen]).argmax(1)
+        self.bound = (answers == held_out.labels[unseen]).double().mean().item()
+        if self.job.split.forget_classes:
+            self.bound = 0
+
+    def start_epoch_of_lotus(self, epoch):
+        forget = self.job.split.forget
+        answers = self.net.logits(self.images[forget]).argmax(1)
+        difference = (answers == self.labels[forget]).double().mean().item() - self.bound
+        self.temperature = math.e ** (self.options["smoothing"] * difference)
+        self.rng = utils.generator(self.job.seed, "lotus", "gumbel", epoch)
+
     def prepare_boundary_expand(self):
         widened = copy.deepcopy(self.before)
         rng = utils.generator(self.job.seed, "boundary_expand", "new class")
@@ -147,6 +163,20 @@ class Reference:
             p = teacher.exp() * others / (teacher.exp() * others).sum(1, keepdim=True)
             log_p = torch.where(others, p.log(), 0.0)
             return (p * (log_p - logits_f.log_softmax(1))).sum(1).mean()
+        if name == "lotus":
+            indices = torch.cat([r, f])
+            teacher = self.original.logits(BRIGHTER * self.images[indices])
+            waits = torch.empty(teacher.shape).exponential_(generator=self.rng).double()
+            # Dividing exponential waiting times by the weights of the classes: the first class to
+            # arrive is a draw from the softmax, and −log of a waiting time is a Gumbel variable.
+            arrivals = waits / teacher.exp()
+            chosen = one_hot(arrivals.argmin(1), CLASSES).double()
+            softened = (1 / arrivals) ** (1 / self.temperature)
+            softened = softened / softened.sum(1, keepdim=True)
+            is_retain = (torch.arange(len(indices)) < len(r))[:, None]
+            targets = torch.where(is_retain, chosen, softened)
+            log_p = torch.cat([logits_r, logits_f]).log_softmax(1)
+            return -(targets * log_p).sum(1).mean()
         if name == "boundary_shrink":
             return nll(logits_f, self.targets[f]).mean()
         if name == "boundary_expand":
@@ -192,6 +222,8 @@ class Reference:
             if epoch != last and term is not None:
                 q_hat = self.q_hat()
                 assert term.q_hats[epoch - 1] == pytest.approx(q_hat, abs=1e-5)
+            if epoch != last and job.name == "lotus":
+                self.start_epoch_of_lotus(epoch)
             last = epoch
             passes = [r, f] if self.options.get("passes") == 2 else [torch.cat([r, f])]
             logits = torch.cat(
@@ -251,6 +283,7 @@ def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
         ("scrub", {"kd_T": 2.3, "beta": 0.6, "gamma": 1.4, "forget_batch_size": 3}),
         ("sfron", {**OPTIONS["sfron"], "num_epochs": 3, "num_steps": 8}),
         ("finetune", {"schedule": "constant"}),
+        ("lotus", {"smoothing": 2.5, "learning_rate": 0.02, "retain_share": 0.5}),
         ("RL", {"optimizer": "adam", "learning_rate": 0.003, "schedule": "constant"}),
     ],
 )
@@ -303,7 +336,8 @@ def test_training_batches_alone_are_augmented(name):
     assert len(set(augmented)) == job.recipe.num_epochs  # one generator per epoch
     unaugmented = sum(len(indices) for indices, seed in job.data.train.uses if seed is None)
     importances = {"salun": 11, "sfron": 30, "boundary_shrink": 11}.get(name, 0)
-    importances += 11 * job.recipe.num_epochs * (name == "boundary_expand")  # of its old classes
+    # The accuracy of the old classes alone, and the accuracy that sets the temperature.
+    importances += 11 * job.recipe.num_epochs * (name in ("boundary_expand", "lotus"))
     accuracies = 30 * job.recipe.num_epochs  # all 30 images after each epoch
     assert unaugmented == accuracies + importances
     assert not any(seed for _, seed in job.data.held_out.uses)
@@ -623,3 +657,22 @@ def test_distillation_leaves_teachers_unchanged(name, monkeypatch):
         assert not network.training
         assert not any(weight.requires_grad for weight in network.parameters())
         assert all(tensor.equal(expected[key]) for key, tensor in network.state_dict().items())
+
+
+def test_lotus_ends_one_percent_below_the_accuracy_on_unseen_images():
+    records, job = [], small_job("lotus", num_epochs=12, learning_rate=0.05)
+    model = ByHand(job.model)
+    held_out, unseen = job.data.held_out, job.split.train_calibration
+    answers = model.logits(held_out.inputs).argmax(1)
+    held_out.labels = answers.clone()
+    held_out.labels[unseen[:9]] += 1  # 11 of 20 are right
+    job.data.train.labels = model.logits(job.data.train.inputs).argmax(1)  # all are remembered
+    run(replace(job, epoch_done=records.append))
+    below = [record["forget_acc"] <= 0.54 for record in records]
+    assert below == [False] * (len(below) - 1) + [True] and 1 < len(below) < 12
+    of_class = small_job("lotus", num_epochs=4, forget_class=0, train_calibration=0)
+    records.clear()
+    run(replace(of_class, epoch_done=records.append))
+    assert len(records) == 4  # its bound is 0
+    with pytest.raises(utils.UserError, match="lotus: .* add held-out images"):
+        run(small_job("lotus", train_calibration=0))
