@@ -1320,18 +1320,19 @@ def adaptive_cross_entropy(logits, labels, adaptivity):
 
 
 @method(
-    num_epochs=10,
+    num_epochs=20,
     learning_rate=0.01,
     l1_weight=5e-4,
-    authors={"batch_size": 256, "schedule": "constant"},
+    authors={"num_epochs": 10, "batch_size": 256, "schedule": "constant"},
 )
 def l1_sparse(job):
     """Fine-tuning on the retain set with an L1 penalty on all weights, which prunes what they do
     not need (Jia et al. 2023, 2304.04934).
 
     The weight of the penalty falls linearly over the epochs, from ``l1_weight`` to zero after the
-    last. Defaults: the authors', with batches of 64 and a cosine. The loss that is shown leaves out
-    the penalty.
+    last. Defaults: the authors' rate and weight, with twice their epochs, batches of 64 and a
+    cosine: ten epochs leave 11 % of a digits class, 20 leave 1.4 %. The loss that is shown leaves
+    out the penalty.
     """
     weight = 0.0
 
