@@ -75,6 +75,16 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run whose state is saved. The message explains how to resume it."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM under torchrun, which sends it to all other processes when one has failed."""
+
+
+def _interrupt(number, frame):
+    if number == signal.SIGTERM and distributed.world_size() > 1:
+        raise Terminated
+    raise KeyboardInterrupt
+
+
 def run_script(main):
     """Run a script's ``main`` and exit with its status.
 
@@ -83,11 +93,13 @@ def run_script(main):
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs ignore them
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # "?" for q̂, λ and ± on a terminal without Unicode
             stream.reconfigure(errors="replace")
     status = _exit_status(main)
+    if distributed.world_size() > 1:  # torchrun's signal can come after the reason is printed
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # Python flushes once more at exit, which must not fail
@@ -115,6 +127,9 @@ def _exit_status(main):
     except UserError as error:
         return _report(f"error: {error}", 2)
     except KeyboardInterrupt as error:
+        if _was_terminated(error):
+            remedy = str(error) or "pass --resume to continue"
+            return _report(f"error: another rank failed, or torchrun was ended; {remedy}", 1)
         return _report(f"interrupted; {str(error) or 'finished results are kept'}", 130)
     except (RuntimeError, ConnectionError, MemoryError) as error:
         if _is_out_of_memory(error):
@@ -144,9 +159,18 @@ def _report(message, status):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
         line = f"[process {distributed.rank()}] {line}"
+    elif distributed.world_size() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until the line is printed
     characters = (char if char.isprintable() else ascii(char)[1:-1] for char in line)
     print("".join(characters), file=sys.stderr, flush=True)
     return status
+
+
+def _was_terminated(error):
+    """Whether an exception is :class:`Terminated`, or was raised while one was handled."""
+    while error is not None and not isinstance(error, Terminated):
+        error = error.__context__
+    return error is not None
 
 
 def _is_from_another_rank(error):

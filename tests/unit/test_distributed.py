@@ -1,6 +1,7 @@
 """Rows, sums and BatchNorm on several processes equal those on one process."""
 
 import itertools
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from turns import Processes
 
+import utils
 from models import distributed
 
 SHAPES = {
@@ -290,3 +292,64 @@ def test_one_process_keeps_its_rows_and_sums(torchrun):
     assert distributed.gather_rows(rows, 3) is rows and distributed.local_rows(rows).equal(rows)
     distributed.add_up([rows])
     assert rows.tolist() == [0, 1, 2]
+
+
+# ---------------------------------------------------------------- the end of a process
+
+
+def end_of(main, monkeypatch, capsys, processes=2):
+    """(status, stderr) of a script that is the first of several processes."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", "0")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            utils.run_script(main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return ended.value.code, capsys.readouterr().err
+
+
+def lost_connection():
+    raise RuntimeError("[gloo] Connection closed by peer")
+
+
+def stopped_by_torchrun():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def stopped_while_saving():
+    try:
+        lost_connection()
+    except RuntimeError:
+        stopped_by_torchrun()
+
+
+def stopped_in_a_run():
+    try:
+        stopped_by_torchrun()
+    except KeyboardInterrupt:
+        raise utils.Interrupted("the state of GA is saved; pass --resume to continue") from None
+
+
+@pytest.mark.parametrize(
+    "main", [lost_connection, stopped_by_torchrun, stopped_while_saving, stopped_in_a_run]
+)
+def test_dead_process_is_reported_in_one_line_whoever_notices_it_first(main, monkeypatch, capsys):
+    status, output = end_of(main, monkeypatch, capsys)
+    assert status == 1 and output.count("\n") == 1
+    assert ": error: another rank failed" in output and "--resume" in output
+
+
+@pytest.mark.parametrize("main", [stopped_by_torchrun, stopped_in_a_run])
+def test_sigterm_to_a_single_process_is_an_interruption(main, monkeypatch, capsys):
+    status, output = end_of(main, monkeypatch, capsys, processes=1)
+    assert status == 130 and ": interrupted; " in output and "rank" not in output
+
+
+def test_ctrl_c_under_torchrun_is_an_interruption(monkeypatch, capsys):
+    main = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    status, output = end_of(main, monkeypatch, capsys)
+    assert status == 130 and ": interrupted; " in output
