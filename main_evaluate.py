@@ -31,9 +31,9 @@ import metrics
 import models
 import unlearn
 import unlearn_cpu
-from metrics import CR, classwise, comparison, conformal, ensembles, probe, samples, scores
-from metrics.report import figures, latex, notes, page, tables
-from metrics.report.tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
+from metrics import classwise, comparison, conformal, ensembles, probe, samples, scores
+from metrics.report import figures, latex, notes, page, tables, verdicts
+from metrics.report.tables import KEYS
 from models import checkpoint, distributed, inference
 from models.errors import NotFinite
 
@@ -47,7 +47,6 @@ CAPTIONS = {
     Q_HATS: "q̂ of the conformal loss by epoch",
 }
 MOST_FAKE = 18  # images of a fake_forgotten.png
-RELEARN_ON = ("forget", "retain")
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 NUM_BYTES = 2**24  # of free disk space that the results need
 
@@ -73,12 +72,12 @@ def main():
         seeds.append(SeedRows(evaluation))
 
     rows = [row for seed in seeds for row in seed.rows]
-    trainings = Trainings()
+    trainings = TrainingComparison()
     if flags.seeds:
         scored_methods = {row["method"] for row in rows} | {comparison.SECOND_RETRAIN}
         trainings = compare_trainings(seeds)
         seed_rows = [row for seed in seeds for row in seed.all_rows]
-        summary = summarise_seeds(merge_rows(seed_rows, trainings.second_retrain))
+        summary = verdicts.summarise_seeds(merge_rows(seed_rows, trainings.second_retrain))
         save_summary(summary, trainings, flags, data=data, device=device)
         rows = [row for row in summary if row["method"] in scored_methods]
     print_results(rows, seeds, flags)
@@ -148,7 +147,7 @@ def add_evaluation_flags(parser):
     )
     group.add_argument(
         "--relearn_on",
-        type=utils.list_of(utils.one_of(RELEARN_ON)),
+        type=utils.list_of(utils.one_of(figures.RELEARNED)),
         default="forget",
         help="comma-separated images that --relearn trains on: forget (a tenth of the forget "
         "images; the others are scored), retain (the retain images; all forget images are scored)",
@@ -746,15 +745,10 @@ def merge_rows(rows, earlier):
     """All rows by block (score, calibration size, α), each block in the order of the methods."""
     blocks = {}
     for row in [*rows, *earlier]:
-        blocks.setdefault(block_of(row), []).append(row)
+        blocks.setdefault(verdicts.block_of(row), []).append(row)
     if earlier:
         blocks = {key: sorted(block, key=table_position) for key, block in blocks.items()}
     return [row for block in blocks.values() for row in block]
-
-
-def block_of(row):
-    """The (score, calibration size, α) of a row."""
-    return tuple(row[key] for key in KEYS[:-1])
 
 
 def table_position(row):
@@ -783,7 +777,7 @@ def compare_with_retrain(evaluation, model):
     ``model`` is a network for Retrain's weights. Retrain is the one that is scored now, else the
     one of an earlier evaluation with the same settings. Earlier rows are compared again if Retrain
     has changed. The verdicts' tolerance is two standard errors over the images. Several seeds have
-    Retrain's spread (:func:`summarise_seeds`).
+    Retrain's spread (:func:`metrics.report.verdicts.summarise_seeds`).
     """
     scored = evaluation.models
     reference = find_reference(evaluation)
@@ -794,8 +788,8 @@ def compare_with_retrain(evaluation, model):
         numbers = scored_model.numbers
         for key, row in scored_model.set_rows.items():
             if key in reference.set_rows:
-                row |= compare_sets(row, reference.set_rows[key], numbers["num_forget"])
-        numbers |= compare_model(name, numbers, reference.numbers)
+                row |= verdicts.compare_sets(row, reference.set_rows[key], numbers["num_forget"])
+        numbers |= verdicts.compare_model(name, numbers, reference.numbers)
         if answers:
             numbers |= comparison.answer_distances(scored_model.answers, answers)
         numbers["compared_to"] = reference.weights
@@ -815,7 +809,7 @@ def find_reference(evaluation):
     ]
     if not rows:
         return None
-    return Reference(rows[0]["weights"], rows[0], {block_of(row): row for row in rows})
+    return Reference(rows[0]["weights"], rows[0], {verdicts.block_of(row): row for row in rows})
 
 
 def reference_answers(evaluation, reference, model):
@@ -859,7 +853,7 @@ def compare_earlier_rows(evaluation, reference, model):
         row |= dict.fromkeys(outdated)  # empty cells
         if not has_settings(row, evaluation):
             continue
-        row |= compare_model(row["method"], row, reference.numbers)
+        row |= verdicts.compare_model(row["method"], row, reference.numbers)
         if row["method"] not in distances:
             path = evaluation.folder / row["model"]
             answers = saved_answers(evaluation, model, path, weights=row["weights"])
@@ -868,72 +862,13 @@ def compare_earlier_rows(evaluation, reference, model):
             )
         row |= distances[row["method"]]
         row["compared_to"] = reference.weights
-        key = block_of(row)
+        key = verdicts.block_of(row)
         if key in reference.set_rows:
-            row |= compare_sets(row, reference.set_rows[key], row["num_forget"])
-
-
-def compare_model(name, numbers, reference):
-    """The columns that compare a model as a whole with Retrain. Both are {key: number}."""
-    tolerance = comparison.share_tolerance(reference["UA"], numbers["num_forget"])
-    shown = {key: numbers[key] for key in MODEL_COLUMNS if key in numbers}
-    compared = comparison.differences(shown, reference)
-    compared["gap"] = comparison.gap(numbers, reference)
-    compared["ToW"] = comparison.tug_of_war(numbers, reference)
-    compared["UA_word"] = comparison.verdict(numbers["UA"] - reference["UA"], tolerance)
-    seconds, reference_seconds = numbers["seconds"] or 0, reference["seconds"] or 0
-    if name != "original" and seconds > 0 and reference_seconds > 0:
-        compared["RTE"] = seconds / reference_seconds
-    return compared
-
-
-def compare_sets(row, reference, num_forget):
-    """The columns that compare a model's prediction sets with Retrain's. Both are {key: number}."""
-    row, reference = tables.means_of(row), tables.means_of(reference)
-    key = f"{CR.judged_forget_images(row)}_CR"
-    shown = {key: row[key] for key in SET_COLUMNS if key in row}
-    compared = comparison.differences(shown, reference)
-    error = math.hypot(row[f"{key}_error"], reference[f"{key}_error"])
-    tolerance = comparison.at_least_one_image(2 * error, num_forget)
-    compared["CR_word"] = comparison.verdict(reference[key] - row[key], tolerance)
-    return compared
-
-
-def summarise_seeds(rows):
-    """One row per (score, calibration size, α, method), with a Spread over the seeds.
-
-    The verdicts' tolerance is two standard deviations of Retrain over the seeds, or one image of
-    the smallest forget set if that is larger.
-    """
-    summary = tables.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
-    retrain = {block_of(row): row for row in summary if row["method"] == "retrain"}
-    fewest = min((row["num_forget"] for row in rows if row.get("num_forget")), default=1)
-    for row in summary:
-        reference = retrain.get(block_of(row), {})
-        if row["method"] == comparison.SECOND_RETRAIN:
-            continue  # it has the verdicts of the pairs of seeds
-        if has_spread(row, "UA") and has_spread(reference, "UA"):
-            key = f"{CR.judged_forget_images(row)}_CR"
-            row["UA_word"] = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
-            row["CR_word"] = verdict_over_seeds(row, reference, key=key, fewest=fewest)
-    return summary
-
-
-def has_spread(row, key):
-    return isinstance(row.get(key), metrics.Spread)
-
-
-def verdict_over_seeds(row, reference, *, key, fewest):
-    """The verdict by UA or a CR. A higher UA and a lower CR mean more forgetting."""
-    if not has_spread(row, key) or not has_spread(reference, key):
-        return None
-    difference = row[key].mean - reference[key].mean
-    tolerance = comparison.at_least_one_image(2 * reference[key].std, fewest)
-    return comparison.verdict(difference if key == "UA" else -difference, tolerance)
+            row |= verdicts.compare_sets(row, reference.set_rows[key], row["num_forget"])
 
 
 @dataclass
-class Trainings:
+class TrainingComparison:
     """Comparisons of several trainings with one forget set. Empty for seeds of other splits.
 
     ``distributions`` are the rows of :func:`metrics.ensembles.rows`, ``images`` those of
@@ -950,17 +885,17 @@ class Trainings:
 
 
 def compare_trainings(seeds):
-    """The :class:`Trainings` of the models of several seeds with one split."""
+    """The :class:`TrainingComparison` of the models of several seeds with one split."""
     trainings = {}
     for seed in seeds:
         for name, training in seed.trainings.items():
             if training is not None:
                 trainings.setdefault(name, []).append(training)
     if not trainings:
-        return Trainings()
+        return TrainingComparison()
     stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
     images = seeds[0].forget_images
-    return Trainings(
+    return TrainingComparison(
         distributions=ensembles.rows(stacked),
         images=ensembles.image_rows(stacked, images),
         extremes=ensembles.extreme_images(stacked),
@@ -981,10 +916,10 @@ def second_retrain_rows(seeds):
     rows = []
     for first, second in zip(retrained, [*retrained[1:], retrained[0]], strict=True):
         name, numbers = comparison.SECOND_RETRAIN, dict(second.numbers)
-        numbers |= compare_model(name, numbers, first.numbers)
+        numbers |= verdicts.compare_model(name, numbers, first.numbers)
         numbers |= comparison.answer_distances(second.answers, first.answers)
         for key, row in second.set_rows.items():
-            compared = compare_sets(row, first.set_rows[key], numbers["num_forget"])
+            compared = verdicts.compare_sets(row, first.set_rows[key], numbers["num_forget"])
             block = dict(zip(KEYS, key, strict=False)) | {"method": name}
             rows.append(block | numbers | row | compared | second.origin)
     return rows
@@ -1081,7 +1016,7 @@ def log_to_wandb(evaluation, *, description, pictures):
 def save_summary(rows, trainings, flags, *, data, device):
     """Write the files over the seeds, and log the same to wandb.
 
-    ``trainings`` (:class:`Trainings`) become ensembles.csv, samples.csv and pictures.
+    ``trainings`` (:class:`TrainingComparison`) become ensembles.csv, samples.csv and pictures.
     """
     scenario = utils.scenario_folder(flags, data)
     folder = utils.run_folder(flags, data, ",".join(map(str, flags.seeds))) / scenario

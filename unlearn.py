@@ -1355,7 +1355,9 @@ def delete(job):
     label masked (Zhou et al. 2025, 2503.23751).
 
     The target is the original model's softmax over the other classes. Needs no retain images, so
-    BatchNorm keeps the original's running statistics. Defaults: found on digits.
+    BatchNorm keeps the original's running statistics. The training ends as :func:`forgotten` says.
+    Defaults: found on digits, where forgetting a class costs the others 2 % (16 channels) to 3.5 %
+    (64 channels).
     """
     original = frozen_copy(job.model)
 
@@ -1390,8 +1392,9 @@ def boundary_shrink(job):
 
     The nearest class is the likeliest wrong one after one step of FGSM from the image, of
     ``step_size`` in units of the pixels' range, under the original model. Needs no retain images,
-    so BatchNorm keeps the original's running statistics. Defaults: the authors' ten epochs and step
-    size; the rate was found on digits.
+    so BatchNorm keeps the original's running statistics. The training ends as :func:`forgotten`
+    says. Defaults: the authors' step size; the rate was found on digits. The authors train for ten
+    epochs at 1e-5.
     """
     targets = job.data.train.labels.clone()
     targets[job.split.forget] = nearest_wrong_classes(job)
@@ -1423,8 +1426,9 @@ def boundary_expand(job):
     """Boundary expanding: train the forget images with the label of an additional class, which is
     removed in the end (Chen et al. 2023, 2303.11570).
 
-    Needs no retain images, so BatchNorm keeps the original's running statistics. Defaults: the
-    authors' ten epochs; the rate was found on digits.
+    Needs no retain images, so BatchNorm keeps the original's running statistics. The training ends
+    once the original classes alone forget, as :func:`forgotten` says. Defaults: the rate was found
+    on digits. It forgets a class with 64 channels, and leaves a third of it with 16.
     """
     num_classes = len(job.data.classes)
     finished = forgotten(job, num_classes)
@@ -1458,7 +1462,8 @@ def lotus(job):
     at the temperature exp(``smoothing`` · (forget accuracy − accuracy on unseen images)), computed
     again in every epoch, for retain images the likeliest class. Classes have no unseen images, and
     their bound is 0. The training ends once the forget accuracy is 1 % below the bound. Defaults:
-    found on digits. The authors' are those of their code, which uses AdamW on a share of D_r.
+    the smoothing of the authors' code; the rate was found on digits. The authors use AdamW on a
+    share of D_r. Made for random forget sets: it leaves 88 % of a digits class.
     """
     original, bound = frozen_copy(job.model), 0.0
     if not job.split.forget_classes:

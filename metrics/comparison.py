@@ -160,12 +160,15 @@ def verdict(difference, tolerance):
     return OVER if difference > 0 else UNDER
 
 
-def share_tolerance(share, n):
-    """Two standard errors of the difference between two shares of n images, both near ``share``.
+def share_tolerance(share, reference, n):
+    """Two standard errors of the difference between two shares of n images, if both are equal.
 
-    At least one image. → a fraction.
+    The share of all images is then the mean of both: the error of the two-proportion z-test. The
+    reference alone would have no error where none of its images is wrong. At least one image.
+    → a fraction.
     """
-    return at_least_one_image(2 * math.sqrt(2 * share * (1 - share) / n), n)
+    pooled = (share + reference) / 2
+    return at_least_one_image(2 * math.sqrt(2 * pooled * (1 - pooled) / n), n)
 
 
 def at_least_one_image(tolerance, n):

@@ -876,10 +876,25 @@ def test_verdict_of_difference_within_tolerance_is_matches():
     assert comparison.verdict(math.nan, 0.1) is None and comparison.verdict(0.1, math.nan) is None
     assert comparison.at_least_one_image(0, 80) == 1 / 80
     assert comparison.at_least_one_image(0.5, 80) == 0.5
-    assert comparison.share_tolerance(0.25, 300) == pytest.approx(
+    assert comparison.share_tolerance(0.25, 0.25, 300) == pytest.approx(
         2 * math.sqrt(2 * 0.25 * 0.75 / 300)
     )
-    assert comparison.share_tolerance(1, 10) == 0.1
+    assert comparison.share_tolerance(1, 1, 10) == 0.1
+
+
+@pytest.mark.parametrize("n", [80, 500])
+@pytest.mark.parametrize("wrong", [0, 1, 40])
+def test_verdict_on_one_seed_is_the_two_proportion_test(n, wrong):
+    for other in range(n + 1):
+        tolerance = comparison.share_tolerance(other / n, wrong / n, n)
+        assert tolerance == comparison.share_tolerance(wrong / n, other / n, n)
+        table = [[wrong, n - wrong], [other, n - other]]
+        statistic = 0  # z², of which 4 is two standard errors
+        if 0 < wrong + other < 2 * n:
+            statistic = stats.chi2_contingency(table, correction=False).statistic
+        if abs(other - wrong) > 1:
+            is_match = abs(other - wrong) / n <= tolerance
+            assert is_match == (statistic <= 4) or statistic == pytest.approx(4)
 
 
 def test_sets_of_one_and_several_thresholds_by_hand():

@@ -568,11 +568,13 @@ def test_comparison_with_retrain_by_hand():
         f"{key}_minus_retrain": pytest.approx(actual[key] - reference[key])
         for key in ("UA", "RA", "TA", "MIA")
     }
-    tolerance = comparison.share_tolerance(0.3, 500)
+    tolerance = comparison.share_tolerance(0.2, 0.4, 500)
     assert tolerance == pytest.approx(2 * math.sqrt(2 * 0.3 * 0.7 / 500))
     words = [comparison.verdict(difference, tolerance) for difference in (-0.2, 0.01, 0.2)]
     assert words == ["under-forgets", "matches", "over-forgets"]
-    assert comparison.share_tolerance(0.0, 80) == 1 / 80
+    assert comparison.share_tolerance(0.0, 0.0, 80) == 1 / 80
+    assert comparison.share_tolerance(3 / 80, 0.0, 80) > 3 / 80  # no image wrong under Retrain
+    assert comparison.share_tolerance(4 / 80, 0.0, 80) < 4 / 80
 
 
 # ---------------------------------------------------------------- other implementations
