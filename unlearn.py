@@ -625,7 +625,7 @@ METHODS: dict[str, Method] = {}
 
 # The options of single methods: the type of the flag and its help. Defaults are at the methods.
 OPTIONS = {
-    "stop_accuracy": (utils.number(float, 0, 1), "forget accuracy at which the ascent ends"),
+    "stop_accuracy": (utils.number(float, 0, 1), "forget accuracy at which the training ends"),
     "forget_weight": (utils.number(float, 0), "weight of the ascent on the forget images"),
     "kd_T": (utils.number(float, 0, exclusive=True), "temperature of the distillation"),
     "retain_share": (

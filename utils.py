@@ -1674,14 +1674,20 @@ def _forget_set(data, args, labels):
     return replace(forget_set, name=f"{forget_set.name} of {noun} {', '.join(superclasses)}")
 
 
+LONGEST_CLASSES = 40  # characters of a folder's name that list the forgotten classes
+
+
 def _class_forget_set(args, groups, names):
     """All images of the classes (or subclasses) of --forget_class. ``groups`` are their numbers."""
     numbers = _class_numbers(args, names)
     noun = args.unlearn_type if len(numbers) == 1 else f"{args.unlearn_type}es"
     drawn = f" (drawn from seed {split_seed(args)})" if args.forget_class is None else ""
+    listed = "_".join(map(str, numbers))
+    if len(listed) > LONGEST_CLASSES:
+        listed = f"{len(numbers)}_classes_{_hash_indices(np.array(numbers))[:8]}"
     return ForgetSet(
         np.isin(groups, numbers),
-        folder=f"{args.unlearn_type}_{'_'.join(map(str, numbers))}",
+        folder=f"{args.unlearn_type}_{listed}",
         name=f"{noun} {', '.join(names[number] for number in numbers)}{drawn}",
         classes=numbers,
     )

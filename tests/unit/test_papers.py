@@ -248,8 +248,9 @@ class Reference:
                 factor = min(1, self.options["max_norm"] / (norm + 1e-6))
                 gradients = {name: factor * g for name, g in gradients.items()}
             rate, momentum, decay = rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay
-            if job.recipe.optimizer == "adam":
-                self.net.adapt(gradients, rate, decay, step)
+            if job.recipe.optimizer in ("adam", "adamw"):
+                decoupled = job.recipe.optimizer == "adamw"
+                self.net.adapt(gradients, rate, decay, step, decoupled=decoupled)
             else:
                 self.net.descend(gradients, rate, momentum, decay, self.masks)
         if job.name == "boundary_expand":
@@ -283,6 +284,7 @@ def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
         ("scrub", {"kd_T": 2.3, "beta": 0.6, "gamma": 1.4, "forget_batch_size": 3}),
         ("sfron", {**OPTIONS["sfron"], "num_epochs": 3, "num_steps": 8}),
         ("finetune", {"schedule": "constant"}),
+        ("finetune", {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.5}),
         ("lotus", {"smoothing": 2.5, "learning_rate": 0.02, "retain_share": 0.5}),
         ("RL", {"optimizer": "adam", "learning_rate": 0.003, "schedule": "constant"}),
     ],

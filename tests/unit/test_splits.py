@@ -213,6 +213,19 @@ def test_several_classes_are_forgotten_together(kind):
     assert one.fingerprint != split.fingerprint == other.fingerprint
 
 
+def test_folder_of_many_classes_has_a_short_name():
+    data = labelled(400, 800, classes=100)
+
+    def folder(numbers):
+        chosen = ",".join(map(str, numbers))
+        return utils.make_split(data, flags(unlearn_type="class", forget_class=chosen)).folder
+
+    assert folder(range(8)) == "class_0_1_2_3_4_5_6_7"
+    many = [folder(range(60)), folder(range(1, 61)), folder(reversed(range(60)))]
+    assert many[0] == many[2] != many[1] and all(len(name) < 60 for name in many)
+    assert all(name.startswith("class_60_classes_") for name in many)
+
+
 def test_unnamed_class_is_drawn_from_the_seed_only():
     data = labelled(40, 120, subclasses=8)
     for kind, count in (("class", 4), ("subclass", 8)):
