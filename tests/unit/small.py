@@ -185,15 +185,11 @@ class ByHand:
                 self.velocity[name] = momentum * self.velocity[name] + gradient
                 weight -= rate * self.velocity[name] * (1 if masks is None else masks[name])
 
-    def adapt(self, gradients, rate, weight_decay, step, *, decoupled=False):
-        """Adam's step number ``step``, with β = 0.9 and 0.999 (Kingma & Ba 2015, algorithm 1).
-
-        The weight decay is ``decoupled`` from the gradient in AdamW (Loshchilov & Hutter 2019).
-        """
+    def adapt(self, gradients, rate, weight_decay, step):
+        """Adam's step number ``step``, with β = 0.9 and 0.999 (Kingma & Ba 2015, algorithm 1)."""
         with torch.no_grad():
             for name, weight in self.weights.items():
-                gradient = gradients[name] + weight_decay * weight * (not decoupled)
-                weight *= 1 - rate * weight_decay * decoupled
+                gradient = gradients[name] + weight_decay * weight
                 self.velocity[name] = 0.9 * self.velocity[name] + 0.1 * gradient
                 self.squares[name] = 0.999 * self.squares[name] + 0.001 * gradient.square()
                 mean = self.velocity[name] / (1 - 0.9**step)
