@@ -47,9 +47,16 @@ def test_added_class_has_small_random_weights_and_is_removed_again():
     limit = 1 / math.sqrt(128)
     row = wide["4.weight"][CLASSES]
     assert limit / 2 < row.abs().max() <= limit and row.std() == pytest.approx(0.577 * limit, 0.2)
-    other = SmallNet()
-    classifier.widen(other, CLASSES, torch.Generator().manual_seed(2))
-    assert not other[4].weight[CLASSES].equal(row)
+    assert wide["4.bias"].shape == (CLASSES + 1,)
+    last = {}
+    for seed in (1, 2, 3, 4):
+        other = SmallNet()
+        classifier.widen(other, CLASSES, torch.Generator().manual_seed(seed))
+        last[seed] = other[4].weight[CLASSES], other[4].bias[CLASSES]
+    assert last[1][0].equal(row) and last[1][1] == wide["4.bias"][CLASSES]
+    assert not last[2][0].equal(row)
+    biases = torch.stack([bias for _, bias in last.values()])
+    assert biases.abs().max() <= limit and biases.min() < 0 < biases.max()
     assert classifier.narrow(model, CLASSES) is model and model[4].out_features == CLASSES
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
     without_bias = nn.Sequential(nn.Linear(2, 3, bias=False))

@@ -216,7 +216,7 @@ def three_images(in_set=True):
     sets = torch.tensor([[True, True, False], [False, True, False]])
     own = torch.tensor([[True, False, False], [False, False, False]])
     return {
-        name: ensembles.Trainings(dict.fromkeys(ensembles.PARTS, margins), inside)
+        name: ensembles.Trainings({"forget": margins, "retain": margins[:, :1]}, inside)
         for name, margins, inside in (
             ("retrain", retrained, sets if in_set else None),
             ("GA", unlearned, own),
@@ -250,6 +250,9 @@ def test_extreme_images_are_the_nearest_and_the_farthest_by_klom():
         assert image.unlearned.equal(own[:, image.position])
         assert image.retrained.equal(others[:, image.position])
         assert image.klom == pytest.approx(klom_by_loop(own, others)[image.position])
+    five = {name: methods[name].margins["forget"][:, :5] for name in ("retrain", "GA")}
+    five = {name: ensembles.Trainings({"forget": own}, None) for name, own in five.items()}
+    assert len(ensembles.extreme_images(five)["GA"]) == 4
     few = ensembles.extreme_images(three_images())["GA"]
     assert [image.position for image in few] == [0, 2, 1]
     assert ensembles.extreme_images({"GA": trainings(5)}) == {}

@@ -409,9 +409,11 @@ def test_two_passes_normalise_separately_and_one_image_by_running_statistics():
     assert passes == [(7, True), (8, True), (7, False), (1, False), (6, True), (8, True)]
 
 
-def test_teacher_with_retain_share_uses_same_sample_in_every_epoch():
-    job = small_job("teacher", retain_share=0.5)
+@pytest.mark.parametrize("name", ["teacher", "lotus"])
+def test_retain_share_is_the_same_sample_in_every_epoch(name):
+    job = small_job(name, retain_share=0.5, forget_class=0)
     run(job)
+    assert len(epochs_of(job)) == 3
     (sample,) = {tuple(sorted(sum((r for r, _ in steps), []))) for steps in epochs_of(job)}
     assert len(sample) == 10
     assert {*sample} < {*job.split.retain.tolist()}

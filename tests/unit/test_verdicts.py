@@ -33,6 +33,14 @@ def test_comparison_of_a_model_with_retrain_has_gap_and_verdict():
     assert verdicts.compare_model("GA", comparable(UA=math.nan), comparable())["UA_word"] is None
 
 
+@pytest.mark.parametrize("reference_seconds", [None, 0.0])
+def test_running_time_has_no_ratio_to_an_unknown_time(reference_seconds):
+    reference = comparable(seconds=reference_seconds)
+    assert "RTE" not in verdicts.compare_model("GA", comparable(), reference)
+    short = verdicts.compare_model("GA", comparable(seconds=0.2), comparable(seconds=0.5))
+    assert short["RTE"] == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize("key", ["forget_CR", "forget_by_retain_CR"])
 def test_sets_with_higher_CR_than_retrain_under_forget(key):
     reference = {"forget_CR": 0.9, "test_CR": 0.6, key: 0.5, f"{key}_error": 0.03}
@@ -105,3 +113,5 @@ def test_verdicts_over_seeds_without_numbers_are_none():
     assert "UA_word" not in alone[1]
     without = verdicts.summarise_seeds(seeds_of("GA", [0.4, 0.5], [0.1, 0.2]))
     assert "UA_word" not in without[0]
+    failed = [{"score": "thr", "cal_size": 20, "alpha": 0.1, "method": "GA", "note": "diverged"}]
+    assert verdicts.summarise_seeds(failed) == failed
