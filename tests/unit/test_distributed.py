@@ -302,7 +302,11 @@ def end_of(main, monkeypatch, capsys, processes=2):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("RANK", "0")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Programs in the background ignore SIGINT, and scripts leave that so.
+    handlers = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         with pytest.raises(SystemExit) as ended:
             utils.run_script(main)
