@@ -438,7 +438,6 @@ def pick_device(args):
     device = _find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
         tf32 = getattr(args, "precision", None) == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     distributed.join_processes(device)
@@ -460,11 +459,10 @@ def _find_device(flag):
             raise RuntimeError("not one of cpu, cuda and mps")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise RuntimeError("this machine has no Apple GPU, or this torch does not support it")
-        torch.empty(1, device=device)
+        return torch.empty(1, device=device).device  # "cuda" with the number of the GPU
     except Exception as error:  # each backend raises its own kind
         reason = str(error).partition("\n")[0][:200]
         raise UserError(f"--device {name}: {reason}; use --device cpu or auto") from error
-    return device
 
 
 def pick_precision(args, device):

@@ -117,7 +117,7 @@ def weights_hash(state):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.ndim:
             values = tensor.detach().cpu().contiguous()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            digest.update(values.flatten().contiguous().view(torch.uint8).numpy().tobytes())
         else:
             digest.update(repr(tensor.item()).encode())
     return digest.hexdigest()[:16]

@@ -274,6 +274,13 @@ def test_hash_is_sha256_of_names_shapes_and_bytes():
     assert checkpoint.weights_hash(state) == hashlib.sha256(content).hexdigest()[:16]
 
 
+@pytest.mark.parametrize("shape", [(4, 2, 3, 3), (4, 2, 1, 1), (1, 1, 3, 3)])
+def test_hash_of_channels_last_weights_is_that_of_contiguous_ones(shape):
+    weight = torch.randn(shape)
+    channels_last = weight.to(memory_format=torch.channels_last)
+    assert checkpoint.weights_hash({"w": channels_last}) == checkpoint.weights_hash({"w": weight})
+
+
 def test_hash_depends_on_values_names_and_shapes_only():
     weight = torch.arange(6.0).view(2, 3)
     state = {"w": weight, "b": torch.zeros(2)}

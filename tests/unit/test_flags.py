@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
 
 import utils
 
@@ -43,6 +44,19 @@ def test_missing_device_is_refused_in_one_short_line(device, monkeypatch):
     line = str(caught.value)
     assert line.startswith(f"--device {device}: ") and line.endswith("use --device cpu or auto")
     assert "\n" not in line and len(line) < 320
+
+
+@pytest.mark.parametrize(("flag", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_gpu_is_selected_by_its_number(flag, number, monkeypatch):
+    """torch.cuda.set_device refuses "cuda" without a number."""
+    selected = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        "torch.empty", lambda size, device: argparse.Namespace(device=torch.device("cuda", number))
+    )
+    monkeypatch.setattr("torch.cuda.set_device", selected.append)
+    assert utils.pick_device(argparse.Namespace(device=flag)) == torch.device("cuda", number)
+    assert [device.index for device in selected] == [number]
 
 
 def test_every_script_imports_utils_before_torch():
