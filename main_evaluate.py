@@ -67,7 +67,9 @@ def main():
             for saved in saved_models:
                 evaluation.models[saved.name] = evaluate_model(model, saved, evaluation)
             add_earlier_results(evaluation)
+            compare_with_original(evaluation)
             compare_with_retrain(evaluation, model)
+            compare_costs(evaluation)
             save_evaluation(evaluation, unfinished)
         seeds.append(SeedRows(evaluation))
 
@@ -244,6 +246,7 @@ class ScoredModel:
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α). ``origin`` identifies the weights and the settings.
+    ``predictions`` are the predicted classes of all retain, forget and held-out images.
     ``class_rows`` and ``sample_rows`` are its rows of classes.csv and samples.csv, ``relearning``
     its curve for each of --relearn_on. ``answers`` and ``training`` are what the comparisons with
     Retrain need, on each image and over several trainings of one split.
@@ -255,6 +258,7 @@ class ScoredModel:
     set_rows: dict[tuple, dict]
     class_rows: list[dict]
     sample_rows: list[dict]
+    predictions: torch.Tensor | None = None
     score_histogram: dict | None = None
     fake_sheet: bytes | None = None
     relearning: dict[str, dict] = field(default_factory=dict)
@@ -519,7 +523,8 @@ def score_outputs(outputs, saved, evaluation, *, probe_accuracy):
     data, split = evaluation.data, evaluation.split
     conformal_scores = metrics.ConformalScores(outputs, evaluation.settings)
     numbers, set_rows = metrics.evaluate(conformal_scores)
-    facts = {"seconds": saved.meta.get("seconds"), "num_forget": len(split.forget)}
+    facts = {"num_forget": len(split.forget)}
+    facts |= {key: saved.meta.get(key) for key in ("seconds", "peak_memory")}
     class_rows = classwise.class_rows(conformal_scores, data.classes)
     scored = ScoredModel(
         saved=saved,
@@ -528,6 +533,7 @@ def score_outputs(outputs, saved, evaluation, *, probe_accuracy):
         set_rows=set_rows,
         class_rows=[{"method": saved.name} | row for row in class_rows],
         sample_rows=name_samples(conformal_scores, evaluation),
+        predictions=predictions_of(outputs),
         answers=answers_of(outputs),
     )
     if evaluation.args.seeds and evaluation.args.split_seed is not None:
@@ -759,7 +765,32 @@ def table_position(row):
     return "note" in row, known.index(name) if name in known else len(known), name
 
 
-# ---------------------------------------------------------------- comparison with Retrain
+# ---------------------------------------------------------------- comparison with other models
+
+
+def predictions_of(outputs):
+    """The predicted classes of the retain, forget and held-out images, one after the other."""
+    parts = (outputs.retain, outputs.forget, outputs.held_out)
+    return torch.cat([part.logits.argmax(dim=1) for part in parts])
+
+
+def compare_with_original(evaluation):
+    """Add the share of the predictions that changed to every other model scored now."""
+    original = evaluation.models.get("original")
+    for name, model in evaluation.models.items():
+        if original is not None and name != "original":
+            changed = comparison.changed_share(model.predictions, original.predictions)
+            model.numbers["changed"] = changed
+
+
+def compare_costs(evaluation):
+    """Add time and memory relative to finetune to every row, if there is a finetune."""
+    rows = [(name, model.numbers) for name, model in evaluation.models.items()]
+    rows += [(row["method"], row) for row in evaluation.earlier_rows]
+    finetune = next((row for name, row in rows if name == "finetune"), {})
+    for name, row in rows:
+        if name != "original":
+            row |= comparison.costs(row, finetune)
 
 
 @dataclass
@@ -1193,7 +1224,7 @@ def print_results(rows, seeds, flags):
     class_rows = [row for seed in seeds for row in seed.class_rows]
     for line in notes.missing_q_hats(seed_rows, class_rows):
         print(line)
-    for line in notes.advice([seed.rows for seed in seeds]):
+    for line in [*notes.advice([seed.rows for seed in seeds]), *notes.unchanged(seed_rows)]:
         print(line)
 
 

@@ -44,6 +44,25 @@ RUN_COLUMNS = {
     "cal_size": Column("n_cal", "text", "", "calibration size: held-out images that calibrate"),
     "alpha": Column("alpha", "text", "", "miscoverage level α"),
     "seconds": Column("time s", "seconds", "low", "running time of the method"),
+    "peak_memory": Column(
+        "memory MB",
+        "count",
+        "low",
+        "peak memory of the method: of the GPU, or of the process on a CPU (Linux), where it "
+        "includes the libraries and the data",
+    ),
+    "time_ratio": Column(
+        "time/ft", "number", "low", "running time divided by finetune's running time"
+    ),
+    "memory_ratio": Column(
+        "mem/ft", "number", "low", "peak memory divided by finetune's peak memory"
+    ),
+    "changed": Column(
+        "changed",
+        "percent",
+        "",
+        "predictions on retain, forget and held-out images that differ from the original model's",
+    ),
     "note": Column("note", "text", "", "why a method failed; the row has no numbers"),
     "num_forget": Column("", "count", "", "number of forget images"),
     "forget_set": Column("", "text", "", "fingerprint of the forget set"),

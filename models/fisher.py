@@ -19,6 +19,7 @@ The square is inside the sum over images, so every image's own gradient is neede
 * by torch.func: the gradients of one image after the other. This works for every network.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +121,87 @@ def _batch_gradient(model, inputs, labels):
         gradients = torch.autograd.grad(loss, parameters)
     distributed.add_up(gradients)
     return gradients
+
+
+def mean_gradient(model, images, indices, chunk=256):
+    """∂ mean cross-entropy / ∂ w of images, a tensor per parameter. The model is left in eval mode.
+
+    Images are not augmented, and pass in chunks. Several processes divide the images.
+    """
+    model.eval()
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    chunks = indices.split(chunk * distributed.world_size())
+    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+        gradients = _batch_gradient(model, inputs, images.labels[chunk_indices])
+        for name, gradient in zip(parameters, gradients, strict=True):
+            total[name] += len(chunk_indices) / len(indices) * gradient
+    return total
+
+
+def inverse_product(model, images, indices, vector, *, damping, max_steps=20, tolerance=1e-3):
+    """(F + damping·I)⁻¹ v for the empirical Fisher information F, a tensor per parameter.
+
+    F is the mean over images of g gᵀ, where g is the gradient of an image's cross-entropy. It is
+    not formed: conjugate gradients (Hestenes & Stiefel 1952) need its products with vectors only.
+    They end when the residual is ``tolerance`` times the vector v, or after ``max_steps`` passes
+    over the images. ``vector`` is {parameter: tensor}. The model is left in eval mode.
+    """
+    model.eval()
+    solution = {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
+    residual = {name: tensor.clone() for name, tensor in vector.items()}
+    direction = {name: tensor.clone() for name, tensor in vector.items()}
+    squared = start = _dot(residual, residual)
+    with distributed.progress_bar(total=max_steps, desc="inverse Fisher", unit="pass") as bar:
+        for _ in range(max_steps):
+            if squared <= tolerance**2 * start:
+                break
+            product = fisher_product(model, images, indices, direction)
+            for name in product:
+                product[name] += damping * direction[name]
+            length = squared / _dot(direction, product)
+            for name in solution:
+                solution[name] += length * direction[name]
+                residual[name] -= length * product[name]
+            previous, squared = squared, _dot(residual, residual)
+            for name in direction:
+                direction[name] = residual[name] + squared / previous * direction[name]
+            bar.update()
+    return solution
+
+
+def fisher_product(model, images, indices, vector, chunk=256):
+    """F v for the empirical Fisher information F of images, a tensor per parameter.
+
+    F v is the mean of g (gᵀ v). A forward-mode derivative gives gᵀ v of every image of a chunk, and
+    one backward pass the sum of the g with these weights. Several processes divide the images.
+    """
+    parameters = {name: weight.detach() for name, weight in model.named_parameters()}
+    total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
+    chunks = indices.split(chunk * distributed.world_size())
+    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+        if not len(inputs):
+            continue
+        labels = images.labels[distributed.local_rows(chunk_indices)]
+
+        def losses(parameters, inputs=inputs, labels=labels):
+            logits = torch.func.functional_call(model, parameters, (inputs,))
+            return F.cross_entropy(logits, labels, reduction="none")
+
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            # torch's own forward-mode rules still use torch.jit.
+            _, projections = torch.func.jvp(losses, (parameters,), (vector,))
+        _, gradients_of = torch.func.vjp(losses, parameters)
+        (gradients,) = gradients_of(projections)
+        for name, gradient in gradients.items():
+            total[name] += gradient / len(indices)
+    distributed.add_up(total.values())
+    return total
+
+
+def _dot(first, second):
+    """The inner product of two {name: tensor}, in float64."""
+    return sum((first[name].double() * second[name].double()).sum().item() for name in first)
 
 
 def last_layer(model):

@@ -6,7 +6,7 @@
 import math
 
 from .. import CR, comparison
-from .tables import mean_of
+from .tables import is_missing, mean_of
 
 REMEDY = "choose a larger --alphas or more --cal_sizes"
 
@@ -125,6 +125,21 @@ def _coverage_outside(rows):
         "test coverage outside the range for exchangeable images (measured, expected): "
         f"{'; '.join(outside)}; the usual cause are tied scores, e.g. of a model that gives all "
         "images the same output"
+    ]
+
+
+def unchanged(rows):
+    """A line on the methods that change no prediction of the original model in any seed."""
+    changed = {}
+    for row in rows:
+        if not is_missing(row.get("changed")):
+            changed[row["method"]] = max(changed.get(row["method"], 0), mean_of(row["changed"]))
+    methods = [method for method, share in changed.items() if not share]
+    if not methods:
+        return []
+    return [
+        f"no prediction of the original model changed: {', '.join(methods)}; "
+        "the method has no visible effect on these images at its settings"
     ]
 
 

@@ -43,9 +43,9 @@ class Table:
 def _model_columns():
     """{key: Column} of the numbers of a model as a whole, in the order of the table."""
     columns = {"method": RUN_COLUMNS["method"]} | columns_of("COLUMNS")
-    efficiency = columns.pop("RTE")
-    seconds, note = RUN_COLUMNS["seconds"], RUN_COLUMNS["note"]
-    return columns | {"seconds": seconds, "RTE": efficiency, "note": note}
+    efficiency = {"RTE": columns.pop("RTE")}
+    last = ("changed", "seconds", "time_ratio", "peak_memory", "memory_ratio", "note")
+    return columns | efficiency | {key: RUN_COLUMNS[key] for key in last}
 
 
 def _set_columns():

@@ -178,7 +178,10 @@ def test_options_of_a_method_exclude_those_of_other_methods():
         "beta": 0,
         "gamma": 0.99,
         "forget_batch_size": None,
+        "rewind": False,
     }
+    rewound = unlearn.method_options(unlearn.METHODS["scrub"], arguments("--rewind"))
+    assert rewound["rewind"] is True
     assert unlearn.method_options(unlearn.METHODS["finetune"], args) == {}
     assert unlearn.method_options(unlearn.METHODS["GA"], arguments()) == {"stop_accuracy": None}
 
@@ -205,7 +208,13 @@ def test_help_lists_every_method_with_its_defaults():
     assert heading == "values of --recipe authors, where they differ:"
     documented = [name for name, entry in unlearn.METHODS.items() if entry.authors]
     assert [line.split()[0] for line in lines] == documented
-    assert {*unlearn.METHODS} - {*documented} == {"retrain", "delete"}
+    assert {*unlearn.METHODS} - {*documented} == {
+        "retrain",
+        "delete",
+        "mu_mis",
+        "IU",
+        "neg_merge",
+    }
     assert "  salun            batch_size: 256, schedule: constant" in lines
     slower = replace(unlearn.METHODS["salun"], transformer={"learning_rate": 0.002})
     assert unlearn.describe_defaults(slower).endswith("(transformers: learning rate: 0.002)")
