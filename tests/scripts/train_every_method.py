@@ -28,6 +28,8 @@ VARIANTS = {  # of these methods, with options other than the defaults
     "cpu_ga_plus in two passes": ("cpu_ga_plus", {"passes": 2}),
     "ssd by image": ("ssd", {"importances": "image"}),
     "teacher of a sample": ("teacher", {"retain_share": 0.5}),
+    "scrub with rewinding": ("scrub", {"rewind": True}),
+    "amun without forget images": ("amun", {"forget_images": "leave"}),
 }
 
 

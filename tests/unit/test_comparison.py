@@ -19,6 +19,21 @@ def answers(forget, test, seed=0):
     )
 
 
+def test_costs_are_relative_to_finetune_as_far_as_known():
+    finetune = {"seconds": 20.0, "peak_memory": 800}
+    row = {"seconds": 5.0, "peak_memory": 1200, "UA": 0.1}
+    assert comparison.costs(row, finetune) == {"time_ratio": 0.25, "memory_ratio": 1.5}
+    assert comparison.costs(row | {"peak_memory": None}, finetune) == {"time_ratio": 0.25}
+    assert comparison.costs(row, {"seconds": 0.0, "peak_memory": 100}) == {"memory_ratio": 12.0}
+    assert comparison.costs(row, {}) == comparison.costs({}, finetune) == {}
+
+
+def test_changed_share_counts_other_predictions():
+    original = torch.tensor([0, 1, 2, 3, 0])
+    assert comparison.changed_share(torch.tensor([0, 2, 2, 1, 0]), original) == pytest.approx(0.4)
+    assert comparison.changed_share(original, original) == 0
+
+
 def test_tug_of_war_is_the_product_of_three_agreements():
     retrain = {"UA": 0.3, "RA": 0.9, "TA": 0.8, "MIA": 0.5}
     model = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": 0.0}

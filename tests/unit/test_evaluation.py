@@ -320,6 +320,43 @@ def test_partial_evaluation_keeps_the_other_methods_rows(scored):
     )
 
 
+def test_costs_and_changed_predictions_are_columns_and_an_unchanged_model_is_named(bench):
+    bench.save("ssd", 1, peak_memory=300)
+    bench.save("finetune", 3, peak_memory=200)
+    output = bench.evaluate("--unlearn_name", "all", *ALPHAS)
+    assert "no prediction of the original model changed: ssd; " in output
+    rows = {row["method"]: row for row in bench.table()}
+    assert rows["original"]["changed"] == rows["original"]["time_ratio"] == ""
+    assert float(rows["ssd"]["changed"]) == 0 and float(rows["ssd"]["memory_ratio"]) == 1.5
+    assert float(rows["GA"]["time_ratio"]) == pytest.approx(4 / 3)
+    assert rows["GA"]["memory_ratio"] == rows["GA"]["peak_memory"] == ""
+    model, other = bench.network(), bench.network()
+    changed = num_images = 0
+    split = utils.make_split(bench.data, flags())
+    for number, network in ((1, model), (4, other)):
+        state = checkpoint.read(
+            bench.folder().parent / "original_model.pth"
+            if number == 1
+            else bench.folder() / "GA/unlearning_model.pth"
+        )[0]
+        network.load_state_dict(state)
+    for images, sets in (
+        (bench.data.train, [split.retain, split.forget]),
+        (bench.data.held_out, [split.calibration, split.test]),
+    ):
+        for indices in sets:
+            inputs = images.batch(indices)
+            changed += (model(inputs).argmax(1) != other(inputs).argmax(1)).sum().item()
+            num_images += len(indices)
+    assert float(rows["GA"]["changed"]) == pytest.approx(changed / num_images) and changed
+    # A part of the models, compared with the earlier row of finetune.
+    bench.save("GA", 6, peak_memory=500)
+    bench.evaluate("--unlearn_name", "GA", *ALPHAS)
+    rows = {row["method"]: row for row in bench.table()}
+    assert float(rows["GA"]["time_ratio"]) == 2 and float(rows["GA"]["memory_ratio"]) == 2.5
+    assert float(rows["ssd"]["memory_ratio"]) == 1.5
+
+
 @pytest.mark.parametrize("change", ["other weights", "gone", "damaged"])
 def test_rows_of_a_changed_or_deleted_model_are_dropped(scored, change):
     bench = scored

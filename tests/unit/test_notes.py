@@ -35,6 +35,20 @@ def test_coverage_outside_the_theory_is_reported():
     assert "GA at 0.05 (thr: 0.990, 0.950)" in line and "GA at 0.1" not in line
 
 
+def test_methods_that_change_no_prediction_are_named():
+    rows = [
+        {"method": "original"},
+        {"method": "ssd", "changed": 0.0},
+        {"method": "GA", "changed": 0.0},
+        {"method": "GA", "changed": Spread(0.01, 0.0)},
+        {"method": "RL", "changed": 0.2},
+        {"method": "sfron", "note": "diverged", "changed": None},
+    ]
+    (line,) = notes.unchanged(rows)
+    assert line.startswith("no prediction of the original model changed: ssd; ")
+    assert notes.unchanged([row for row in rows if row["method"] != "ssd"]) == []
+
+
 def missing(rows, class_rows=()):
     return notes.missing_q_hats(rows, class_rows)
 

@@ -364,3 +364,36 @@ def test_bf16_trains_float32_weights_by_a_float32_loss(digits):
     assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
     apart = (half.model.fc.weight - full.model.fc.weight).abs().max().item()
     assert 0 < apart < 0.05
+
+
+# ---------------------------------------------------------------- peak memory
+
+
+def test_peak_memory_is_that_of_the_time_since_its_start():
+    before = bytearray(300_000_000)
+    before[::4096] = b"1" * len(before[::4096])
+    del before
+    memory = unlearn.PeakMemory(torch.device("cpu"))
+    if not memory.known:
+        pytest.skip("only Linux can reset the peak memory of a process")
+    start = memory.megabytes()
+    held = bytearray(200_000_000)
+    held[::4096] = b"1" * len(held[::4096])
+    del held
+    assert 180 < memory.megabytes() - start < 260
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
+    def refused(path, text):
+        raise PermissionError
+
+    monkeypatch.setattr(unlearn.Path, "write_text", refused)
+    assert unlearn.PeakMemory(torch.device("cpu")).megabytes() is None
+
+
+def test_peak_memory_of_a_gpu_is_torchs(monkeypatch):
+    resets = []
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 1_234_567_890)
+    memory = unlearn.PeakMemory(torch.device("cuda", 1))
+    assert memory.megabytes() == 1235 and resets == [torch.device("cuda", 1)]
