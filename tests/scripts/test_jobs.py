@@ -1,5 +1,6 @@
 """--jobs: several runs at a time, with the results of one process."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -37,9 +38,23 @@ def originals(tmp_path_factory):
 EPOCHS = ["--num_epochs", 2]
 
 
-def test_jobs_give_the_weights_of_one_process(originals, tmp_path):
+def without_time(table):
+    """The cells of a printed table without the last column, which has running times."""
+    return [line.split()[:-1] for line in table]
+
+
+def read_results(folder):
+    """The rows of results.csv over both seeds, without running times and peak memory."""
+    (path,) = folder.glob("runs/*seeds1,2*/random_0.9/results.csv")
+    costs = ("seconds", "RTE", "time_ratio", "peak_memory", "memory_ratio")
+    rows = csv.DictReader(path.read_text().splitlines())
+    return [{key: row[key] for key in row if not key.startswith(costs)} for row in rows]
+
+
+def test_jobs_give_the_weights_and_tables_of_one_process(originals, tmp_path):
     check(run_forked("main_original_model.py", *COMMON, *EPOCHS, cwd=tmp_path))
-    check(run_forked("main_unlearn.py", *COMMON, *METHODS, "--num_epochs", 1, cwd=tmp_path))
+    alone = ["main_unlearn.py", *COMMON, *METHODS, "--num_epochs", 1]
+    alone = check(run_forked(*alone, cwd=tmp_path)).stdout.splitlines()
     command = ["main_unlearn.py", *COMMON, *METHODS, "--num_epochs", 1, "--jobs", 2]
     output = check(run_script(*command, cwd=originals.folder)).stdout
     assert weights(originals.folder) == weights(tmp_path) and len(weights(tmp_path)) == 8
@@ -50,6 +65,15 @@ def test_jobs_give_the_weights_of_one_process(originals, tmp_path):
     assert sum("random_0.9" in line for line in lines) == 2  # what each seed forgets, once
     table = lines[-4:]
     assert [line.split()[0] for line in table] == ["method", "RL", "ssd", "ga_plus"]
+    assert without_time(table[1:]) == without_time(alone[-3:])
+    evaluate = ["main_evaluate.py", *COMMON, "--unlearn_name", "all", "--resplits", 2]
+    evaluate += ["--no_pictures", "--alphas", 0.1, "--columns", "all"]
+    scored = [check(run_forked(*evaluate, cwd=folder)) for folder in (tmp_path, originals.folder)]
+    one, two = (read_results(folder) for folder in (tmp_path, originals.folder))
+    assert one == two and len(one) == 4
+    assert [len(done.stdout.splitlines()) for done in scored] == [
+        len(scored[0].stdout.splitlines())
+    ] * 2
     again = check(run_script(*command, cwd=originals.folder)).stdout
     assert again.count("already done") == 6 and again.splitlines()[-3:] == table[1:]
 
