@@ -348,21 +348,58 @@ def without_times(records):
 
 
 @pytest.mark.parametrize(
-    "label", ["finetune", "scrub", "sfron", "salun", "teacher", "cpu_finetune", "retrain"]
+    "label",
+    [
+        "finetune",
+        "scrub",
+        "sfron",
+        "salun",
+        "teacher",
+        "cpu_finetune",
+        "retrain",
+        "l1_sparse",
+        "lotus",
+        "amun",
+        "mu_mis",
+        "cpu_amun",
+    ],
 )
 @pytest.mark.parametrize("stop_in", [2, 4])
 def test_resumed_run_has_weights_and_records_of_uninterrupted_run(label, stop_in, tmp_path):
-    whole, expected_records = resumable(tmp_path / "none", label)
+    options = {
+        "mu_mis": {"stop_accuracy": -1.0, "learning_rate": 1e-3},
+        "lotus": {"forget_class": 0},
+        "amun": {"forget_images": "leave"},
+    }.get(label.removeprefix("cpu_"), {})
+    whole, expected_records = resumable(tmp_path / "none", label, **options)
     expected = run(replace(whole, progress=None))
     with pytest.raises(Stop):
-        run(resumable(tmp_path, label, stop_in=stop_in)[0])
-    resumed, records = resumable(tmp_path, label, resume=True)
+        run(resumable(tmp_path, label, stop_in=stop_in, **options)[0])
+    resumed, records = resumable(tmp_path, label, resume=True, **options)
     assert same(run(resumed), expected)
     assert without_times(records) == without_times(expected_records)
     assert {epoch for epoch, *_ in training_steps(resumed)} == set(range(1, 5 - (stop_in - 1) + 1))
     if whole.term:
         assert resumed.term.q_hats == whole.term.q_hats
         assert len(set(whole.term.q_hats)) == 5
+
+
+def test_resumed_scrub_with_rewind_returns_to_an_epoch_before_the_interruption(tmp_path):
+    options = {"rewind": True, "msteps": 4, "learning_rate": 0.2}
+    whole, records = resumable(tmp_path / "none", "scrub", **options)
+    expected = run(replace(whole, progress=None))
+    with pytest.raises(Stop):
+        run(resumable(tmp_path, "scrub", stop_in=4, **options)[0])
+    resumed, _ = resumable(tmp_path, "scrub", resume=True, **options)
+    assert same(run(resumed), expected)
+    reference = unlearn.matched_accuracy(replace(whole, model=unrewound(options)))
+    distances = [abs(record["forget_acc"] - reference) for record in records]
+    assert distances.index(min(distances)) < 3  # before the interruption
+
+
+def unrewound(options):
+    job = small_job("scrub", num_epochs=5, **(options | {"rewind": False}))
+    return unlearn.METHODS["scrub"].run(job)
 
 
 def test_resumed_run_that_had_stopped_early_is_not_trained_further(tmp_path):

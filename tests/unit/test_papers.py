@@ -908,7 +908,8 @@ def test_scrub_with_rewind_without_held_out_images_of_the_classes_is_refused():
         run(rewind_job(rewind=True, train_calibration=0))
     job = rewind_job(rewind=True)
     job.data.held_out.labels[:] = CLASSES - 1
-    job.data.train.labels[:] = 0
+    job.data.train.labels[job.split.retain] = CLASSES - 1
+    job.data.train.labels[job.split.forget] = 0
     with pytest.raises(utils.UserError, match="scrub: --rewind .* forgotten classes"):
         run(job)
 
