@@ -1673,11 +1673,9 @@ def amun(job):
     position[forget] = torch.arange(len(forget), device=job.device)
 
     def replace_inputs(indices, num_retain, inputs):
-        is_example = distributed.local_rows(torch.arange(len(indices)) >= num_retain)
-        inputs = inputs.clone()
-        chosen = distributed.local_rows(indices)[is_example.to(indices.device)]
-        inputs[is_example.to(inputs.device)] = examples.inputs[position[chosen]]
-        return inputs
+        num_local_retain = len(distributed.local_rows(indices[:num_retain]))
+        forget_indices = distributed.local_rows(indices)[num_local_retain:]
+        return torch.cat([inputs[:num_local_retain], examples.inputs[position[forget_indices]]])
 
     def loss(batch):
         _, retain_labels = batch.retain
