@@ -91,3 +91,14 @@ def test_no_image_has_no_example():
         Linear(), torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.int64), SPEC, radius=0.1
     )
     assert len(examples.inputs) == len(examples.labels) == 0
+
+
+def test_every_step_is_a_tenth_of_the_radius(monkeypatch):
+    monkeypatch.setattr(adversarial, "MAX_DOUBLINGS", 1)
+    monkeypatch.setattr(adversarial, "STEPS", 3)
+    model, (inputs, std) = Linear(offset=100.0), images(3)
+    examples = adversarial.nearest(
+        model, inputs, torch.zeros(3, dtype=torch.int64), SPEC, radius=0.1
+    )
+    moved = ((examples.inputs - inputs) * std).flatten(1).norm(dim=1)
+    assert moved.allclose(torch.full_like(moved, 0.03)) and model.calls == 4
