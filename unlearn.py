@@ -1593,7 +1593,8 @@ def mu_mis(job):
     The loss is the mean of ‖∂ logit_label / ∂ x‖² − ‖∂ logit_other / ∂ x‖², with another wrong
     class for each image in every epoch. Needs no retain images, so BatchNorm keeps the original's
     running statistics. The training ends as :func:`forgotten` says; the authors' rule for the end
-    is not known here. Default: the rate was found on digits.
+    is not known here. Default: the rate was found on digits, where forgetting a class with 16
+    channels costs the others 0 to 33 %, depending on the seed.
     """
     num_classes, others = len(job.data.classes), None
 
