@@ -1665,7 +1665,8 @@ def amun(job):
     code also trains with the true labels of the forget images (``forget_images`` = keep). This
     cannot forget a class (55 % of a digits class stay), so they are left out where classes are
     forgotten. The rate and the epochs are the authors'. On random digits they forget more than
-    Retrain.
+    Retrain. In cpu_amun the conformal loss is that of the adversarial examples under the true
+    labels.
     """
     examples = adversarial_examples(job)
     forget, targets = job.split.forget, job.data.train.labels.clone()
