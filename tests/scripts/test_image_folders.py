@@ -33,6 +33,9 @@ TIMES = {
     "date",
     "original_seconds",
     "RTE",
+    "time_ratio",
+    "peak_memory",
+    "memory_ratio",
     "minus_retrain",
     "flags",
 }
@@ -64,7 +67,7 @@ def run_all(pictures, where, *more):
 
 
 def without_times(record):
-    """A record without times, dates and the flags themselves."""
+    """A record without times, peak memory, dates and the flags themselves."""
     if isinstance(record, dict):
         return {key: without_times(value) for key, value in record.items() if key not in TIMES}
     return [without_times(item) for item in record] if isinstance(record, list) else record
