@@ -1835,7 +1835,8 @@ def move_until_forgotten(job, direction):
 
 def norm(tensors):
     """The Euclidean norm of {name: tensor} as one vector."""
-    return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors.values()))
+    squares = [tensor.double().square().sum() for tensor in tensors.values()]
+    return torch.stack(squares).sum().sqrt().item()
 
 
 # ---------------------------------------------------------------- flags and recipes

@@ -201,7 +201,8 @@ def fisher_product(model, images, indices, vector, chunk=256):
 
 def _dot(first, second):
     """The inner product of two {name: tensor}, in float64."""
-    return sum((first[name].double() * second[name].double()).sum().item() for name in first)
+    products = [(first[name].double() * second[name].double()).sum() for name in first]
+    return torch.stack(products).sum().item()
 
 
 def last_layer(model):
