@@ -752,6 +752,34 @@ def test_influence_step_is_the_inverse_fisher_times_the_forget_gradient():
         assert distance < error if error else distance > 1e-3  # one step is not enough
 
 
+def test_inverse_product_ends_at_a_residual_relative_to_the_vector():
+    job, passes = small_job("IU"), []
+    job.model.double()
+    images, retain = job.data.train, job.split.retain
+    images.inputs = images.inputs.double()
+    vector = fisher.mean_gradient(job.model, images, job.split.forget)
+
+    def solve(scale, **settings):
+        images.uses.clear()
+        scaled = {name: scale * tensor for name, tensor in vector.items()}
+        solution = fisher.inverse_product(
+            job.model, images, retain, scaled, damping=0.3, **settings
+        )
+        passes.append(len(images.uses))
+        product = fisher.fisher_product(job.model, images, retain, solution)
+        residual = flat(product) + 0.3 * flat(solution) - scale * flat(vector)
+        return (residual.norm() / (scale * flat(vector)).norm()).item()
+
+    for scale in (1e-3, 1.0, 1e3):
+        assert 0.01 < solve(scale, tolerance=0.3) <= 0.3
+    assert len(set(passes)) == 1 and passes[0] > 1
+    assert solve(1.0, max_steps=2) > 1e-3 and passes[-1] == 2
+    assert solve(1.0) <= 1e-3
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
+    solution = fisher.inverse_product(job.model, images, retain, nothing, damping=0.3)
+    assert not flat(solution).any()
+
+
 def test_influence_step_uses_a_sample_of_the_retain_images(monkeypatch):
     monkeypatch.setattr(unlearn, "FISHER_IMAGES", 5)
     job = small_job("IU", step_scale=0.1)
