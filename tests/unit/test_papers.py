@@ -262,10 +262,11 @@ class Reference:
         return -strength * (weights / weights.mean() * ce_f).mean()
 
     def sensitivity(self, index, label):
-        """‖∂ logit of a class / ∂ image‖² of one image."""
+        """‖∂ logit of a class / ∂ image‖ of one image, or its square."""
         image = (BRIGHTER * self.images[index]).double()[None].requires_grad_()
         logit = self.net.logits(image)[0, label]
-        return torch.autograd.grad(logit, image, create_graph=True)[0].square().sum()
+        square = torch.autograd.grad(logit, image, create_graph=True)[0].square().sum()
+        return square if self.options["sensitivity"] == "squared" else square.sqrt()
 
     def inputs(self, indices, part):
         """What passes through the network: augmented images, or unchanged adversarial examples."""
@@ -349,6 +350,7 @@ def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
         ("finetune", {"schedule": "constant"}),
         ("lotus", {"smoothing": 2.5, "learning_rate": 0.02, "retain_share": 0.5}),
         ("RL", {"optimizer": "adam", "learning_rate": 0.003, "schedule": "constant"}),
+        ("mu_mis", {**OPTIONS["mu_mis"], "sensitivity": "squared"}),
     ],
 )
 def test_trained_method_with_authors_settings_has_weights_of_its_paper(name, settings):
@@ -554,7 +556,7 @@ def test_gradient_ascent_without_stop_accuracy_ends_at_calibration_accuracy():
     right = [split.train_calibration[:14], split.test[:11], split.calibration[:1]]
     for indices in right:
         labels[indices] = answers[indices]
-    assert unlearn.ascent_end(job) == 14 / 20
+    assert unlearn.stop_accuracy(job) == 14 / 20
     ended = forget_accuracies(job)
     assert ended == forget_accuracies(ascent_job(0.7)) and 2 <= len(ended) < 12
 
@@ -576,8 +578,10 @@ def test_quiet_gradient_ascent_ends_with_same_weights(monitored, precision, monk
     assert all(set(i) <= set(quiet.split.forget.tolist()) for i in evaluated)
 
 
-def test_gradient_ascent_on_class_ends_at_one_percent():
-    assert unlearn.ascent_end(ascent_job(None, forget_class=0)) == 0.01
+def test_gradient_ascent_on_class_ends_at_three_percent_unless_told_otherwise():
+    assert unlearn.stop_accuracy(ascent_job(None, forget_class=0)) == 0.03
+    assert unlearn.stop_accuracy(ascent_job(0.2, forget_class=0)) == 0.2
+    assert unlearn.stop_accuracy(ascent_job(0.0)) == 0.0
 
 
 def test_gradient_ascent_keeps_running_statistics_of_any_batch_norm():
@@ -653,6 +657,55 @@ def test_ssd_that_selects_no_weight_prints_a_warning(capsys):
     assert "ssd: no weight is 1e+06 times as important" in capsys.readouterr().out
     run(small_job("ssd", selection_weighting=0.5))
     assert "no weight" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("largest", "highest", "halvings"),
+    [
+        (57, 80.0, [80, 40]),
+        (23, 80.0, [80, 40, 20]),
+        (11, 80.0, [80, 40, 20, 10]),
+        (90, 80.0, [80]),
+        (0, 80.0, [80, 40, 20, 10]),
+        (0, 0.0, [10]),
+    ],
+)
+def test_ssd_search_finds_the_largest_selection_weighting_that_forgets(
+    largest, highest, halvings, monkeypatch
+):
+    """The images are forgotten with a weighting of at most ``largest``."""
+    tried = []
+    job = small_job("ssd", stop_accuracy=0.5)
+
+    def fake_accuracies(job, limit, parts):
+        assert (limit, parts) == (unlearn.MONITORED, ["forget"])
+        return {"forget": 0.5 if tried[-1] <= largest else 0.51}
+
+    monkeypatch.setattr(unlearn, "accuracies", fake_accuracies)
+    found = unlearn.largest_selection_weighting(job, tried.append, highest)
+    assert tried[: len(halvings)] == halvings
+    if largest == 0:
+        assert found == 10 and len(tried) == len(halvings)
+    elif largest > highest:
+        assert found == highest
+    else:
+        assert len(tried) == len(halvings) + 6
+        assert found <= largest < found * 2 ** (1 / 64)
+
+
+def test_ssd_without_selection_weighting_dampens_until_forgotten(capsys):
+    original = SmallNet().eval()
+    job = small_job("ssd", forget_class=0, stop_accuracy=0.3)
+    job.data.train.labels[job.split.forget] = original(
+        job.data.train.inputs[job.split.forget]
+    ).argmax(dim=1)
+    assert unlearn.accuracies(job, parts=["forget"])["forget"] == 1
+    run(job)
+    assert not job.model[4].weight.equal(original[4].weight)
+    assert "no weight" not in capsys.readouterr().out
+    # Every weight is the original's or smaller, and none changes its sign.
+    for after, before in zip(job.model.parameters(), original.parameters(), strict=True):
+        assert (after * before >= 0).all() and (after.abs() <= before.abs()).all()
 
 
 def fisher_variance_by_hand(name, fisher, noise):
@@ -876,7 +929,7 @@ def test_step_without_end_or_direction_is_reported(capsys):
 
 
 def test_step_without_stop_accuracy_ends_at_calibration_accuracy(monkeypatch):
-    monkeypatch.setattr(unlearn, "ascent_end", lambda job: 0.3)
+    monkeypatch.setattr(unlearn, "stop_accuracy", lambda job: 0.3)
     job, direction = stepping_job(None)
     unlearn.move_until_forgotten(job, direction)
     assert unlearn.accuracies(job, parts=["forget"])["forget"] <= 0.3

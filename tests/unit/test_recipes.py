@@ -37,7 +37,9 @@ def test_finetune_without_flags_uses_learning_rate_of_original():
 
 def test_other_methods_without_flags_use_their_defaults():
     assert recipe("salun") == unlearn.Recipe(10, 0.013, 64, None, 0.9, 5e-4, "fp32")
-    assert recipe("GA") == unlearn.Recipe(50, 3e-4, 64, None, 0.9, 5e-4, "fp32")
+    assert recipe("GA") == unlearn.Recipe(
+        100, 1e-4, 64, None, 0.9, 5e-4, "fp32", schedule="constant"
+    )
     assert recipe("ssd") is None and recipe("FisherForgetting") is None
 
 
@@ -152,11 +154,11 @@ def test_original_with_flags_uses_them():
 def test_transformer_defaults_apply_to_transformers_only():
     def options(weighting, constant):
         weights = {"selection_weighting": weighting, "dampening_constant": constant}
-        return weights | {"importances": "batch"}
+        return weights | {"importances": "batch", "stop_accuracy": None}
 
     vit = ["--model_name", "vit"]
     entry = unlearn.METHODS["ssd"]
-    assert unlearn.method_options(entry, arguments()) == options(50.0, 1.0)
+    assert unlearn.method_options(entry, arguments()) == options(None, 1.0)
     entry = replace(entry, transformer={"selection_weighting": 4.0})
     assert unlearn.method_options(entry, arguments(*vit)) == options(4.0, 1.0)
     flags = ["--selection_weighting", 0, "--dampening_constant", 0.5]
@@ -200,10 +202,8 @@ def test_help_lists_every_method_with_its_defaults():
     )
     assert texts["finetune"] == "epochs: 20, learning rate: as for the original model"
     assert texts["salun"] == "epochs: 10, learning rate: 0.013, mask_ratio: 0.5"
-    assert texts["GA"] == "epochs: 50, learning rate: 0.0003"
-    assert texts["ssd"] == (
-        "no training, selection_weighting: 50.0, dampening_constant: 1.0, importances: batch"
-    )
+    assert texts["GA"] == "epochs: 100, learning rate: 0.0001, schedule: constant"
+    assert texts["ssd"] == "no training, dampening_constant: 1.0, importances: batch"
     heading, *lines = authors.splitlines()
     assert heading == "values of --recipe authors, where they differ:"
     documented = [name for name, entry in unlearn.METHODS.items() if entry.authors]
@@ -211,7 +211,6 @@ def test_help_lists_every_method_with_its_defaults():
     assert {*unlearn.METHODS} - {*documented} == {
         "retrain",
         "delete",
-        "mu_mis",
         "IU",
         "neg_merge",
     }
