@@ -693,6 +693,25 @@ def test_ssd_search_finds_the_largest_selection_weighting_that_forgets(
         assert found <= largest < found * 2 ** (1 / 64)
 
 
+def test_ssd_search_starts_at_the_largest_ratio_of_importances(monkeypatch):
+    starts = []
+
+    def search(job, dampen, highest):
+        starts.append(highest)
+        return 10.0
+
+    monkeypatch.setattr(unlearn, "largest_selection_weighting", search)
+    job = small_job("ssd", importances="image")
+    run(job)
+    forget, overall = importances_by_hand(job)
+    ratios = torch.cat([(forget[name] / overall[name]).flatten() for name in forget])
+    assert starts == [pytest.approx(ratios[ratios.isfinite()].max().item(), rel=1e-3)]
+    zeros = {name: torch.zeros_like(weight) for name, weight in job.model.named_parameters()}
+    monkeypatch.setattr(unlearn, "ssd_importances", lambda job, indices: zeros)
+    run(job)
+    assert starts[1] == 0.0
+
+
 def test_ssd_without_selection_weighting_dampens_until_forgotten(capsys):
     original = SmallNet().eval()
     job = small_job("ssd", forget_class=0, stop_accuracy=0.3)
