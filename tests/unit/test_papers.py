@@ -1080,6 +1080,53 @@ def test_distillation_leaves_teachers_unchanged(name, monkeypatch):
         assert all(tensor.equal(expected[key]) for key, tensor in network.state_dict().items())
 
 
+def class_job(name, **settings):
+    """A job whose forget images are all images of class 3."""
+    job = small_job(name, forget_class=3, **settings)
+    labels = job.data.train.labels
+    labels[labels == 3] = 1
+    labels[job.split.forget] = 3
+    return job
+
+
+@pytest.mark.parametrize(
+    "probabilities, shift",
+    [
+        ([0.1, 0.2, 0.3, 0.2, 0.2], 3),  # class 0 moves to 3
+        ([0.3, 0.05, 0.3, 0.25, 0.1], 2),
+        ([0.3, 0.2, 0.2, 0.1, 0.2], 0),
+    ],
+)
+def test_untrained_teacher_is_shifted_until_the_forgotten_class_is_least_likely(
+    probabilities, shift
+):
+    logits = torch.tensor(probabilities).log()
+
+    class Constant(torch.nn.Module):
+        def forward(self, inputs):
+            return logits.expand(len(inputs), -1)
+
+    assert unlearn.harmless_shift(class_job("teacher"), Constant()) == shift
+    assert unlearn.harmless_shift(small_job("teacher"), Constant()) == 0
+
+
+def test_teacher_of_a_class_learns_the_shifted_answers():
+    job = class_job("teacher")
+    shift = unlearn.harmless_shift(job, job.new_model().eval())
+    assert shift > 0
+
+    def shifted_network():
+        network = SmallNet(7)
+        with torch.no_grad():
+            for parameter in network[4].parameters():
+                parameter.copy_(parameter.roll(shift, dims=0))
+        return network
+
+    expected = run(class_job("teacher", new_model=shifted_network))
+    for name, tensor in run(job).items():
+        assert torch.allclose(tensor, expected[name], atol=1e-6), name
+
+
 def test_lotus_ends_one_percent_below_the_accuracy_on_unseen_images():
     records, job = [], small_job("lotus", num_epochs=12, learning_rate=0.05)
     model = ByHand(job.model)

@@ -35,6 +35,17 @@ def test_finetune_without_flags_uses_learning_rate_of_original():
     assert recipe("finetune") == unlearn.Recipe(20, 0.07, 64, None, 0.9, 5e-4, "fp32")
 
 
+def test_finetune_of_a_network_trained_from_scratch_on_digits_has_its_own_learning_rate():
+    def rate(*flags):
+        return recipe("finetune", *flags, data="digits").learning_rate
+
+    assert rate() == 0.02
+    assert rate("--learning_rate", 0.3) == 0.3
+    assert rate("--recipe", "authors") == 0.01
+    assert rate("--model_name", "resnet50") == 0.07
+    assert recipe("retrain", data="digits").learning_rate == 0.07
+
+
 def test_other_methods_without_flags_use_their_defaults():
     assert recipe("salun") == unlearn.Recipe(10, 0.013, 64, None, 0.9, 5e-4, "fp32")
     assert recipe("GA") == unlearn.Recipe(
@@ -200,7 +211,9 @@ def test_help_lists_every_method_with_its_defaults():
     assert texts["retrain"] == (
         "epochs: as for the original model, learning rate: as for the original model"
     )
-    assert texts["finetune"] == "epochs: 20, learning rate: as for the original model"
+    assert texts["finetune"] == (
+        "epochs: 20, learning rate: as for the original model, (digits: learning rate: 0.02)"
+    )
     assert texts["salun"] == "epochs: 10, learning rate: 0.013, mask_ratio: 0.5"
     assert texts["GA"] == "epochs: 100, learning rate: 0.0001, schedule: constant"
     assert texts["ssd"] == "no training, dampening_constant: 1.0, importances: batch"
