@@ -660,22 +660,24 @@ def test_ssd_that_selects_no_weight_prints_a_warning(capsys):
 
 
 @pytest.mark.parametrize(
-    ("largest", "highest", "halvings"),
+    ("forget_class", "largest", "highest", "halvings"),
     [
-        (57, 80.0, [80, 40]),
-        (23, 80.0, [80, 40, 20]),
-        (11, 80.0, [80, 40, 20, 10]),
-        (90, 80.0, [80]),
-        (0, 80.0, [80, 40, 20, 10]),
-        (0, 0.0, [10]),
+        (None, 57, 80.0, [80, 40]),
+        (None, 23, 80.0, [80, 40, 20]),
+        (None, 11, 80.0, [80, 40, 20, 10]),
+        (None, 90, 80.0, [80]),
+        (None, 0, 80.0, [80, 40, 20, 10]),
+        (None, 0, 0.0, [10]),
+        (0, 3, 20.0, [20, 10, 5, 2.5]),
+        (0, 0, 3.0, [3, 1.5, 1]),
     ],
 )
 def test_ssd_search_finds_the_largest_selection_weighting_that_forgets(
-    largest, highest, halvings, monkeypatch
+    forget_class, largest, highest, halvings, monkeypatch
 ):
     """The images are forgotten with a weighting of at most ``largest``."""
     tried = []
-    job = small_job("ssd", stop_accuracy=0.5)
+    job = small_job("ssd", forget_class=forget_class, stop_accuracy=0.5)
 
     def fake_accuracies(job, limit, parts):
         assert (limit, parts) == (unlearn.MONITORED, ["forget"])
@@ -685,7 +687,7 @@ def test_ssd_search_finds_the_largest_selection_weighting_that_forgets(
     found = unlearn.largest_selection_weighting(job, tried.append, highest)
     assert tried[: len(halvings)] == halvings
     if largest == 0:
-        assert found == 10 and len(tried) == len(halvings)
+        assert found == halvings[-1] and len(tried) == len(halvings)
     elif largest > highest:
         assert found == highest
     else:
