@@ -1357,7 +1357,7 @@ def forget_gradients(job):
     """Gradients of the summed cross-entropy of the forget images, by parameter name."""
     job.model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in job.model.named_parameters()}
-    chunks = job.split.forget.split(512 * distributed.world_size())
+    chunks = job.split.forget.split(job.recipe.batch_size * distributed.world_size())
     for indices, inputs in zip(chunks, job.data.train.batches(chunks), strict=True):
         labels = job.data.train.labels[distributed.local_rows(indices)]
         loss = F.cross_entropy(job.model(inputs), labels, reduction="sum")
@@ -1569,7 +1569,7 @@ def nearest_wrong_classes(job):
     """The class of each forget image (int64, N) that :func:`boundary_shrink` trains it with."""
     images, forget = job.data.train, job.split.forget
     job.model.eval()
-    chunks, nearest = forget.split(512 * distributed.world_size()), []
+    chunks, nearest = forget.split(job.recipe.batch_size * distributed.world_size()), []
     for indices, inputs in zip(chunks, images.batches(chunks), strict=True):
         labels = images.labels[distributed.local_rows(indices)]
         moved = adversarial.fgsm(job.model, inputs, labels, job.options["step_size"], images.spec)
@@ -1784,7 +1784,7 @@ def adversarial_examples(job):
     """The :class:`models.adversarial.Examples` of the forget images, in their order."""
     images, forget = job.data.train, job.split.forget
     job.model.eval()
-    chunks, parts = forget.split(512 * distributed.world_size()), []
+    chunks, parts = forget.split(job.recipe.batch_size * distributed.world_size()), []
     for indices, inputs in zip(chunks, images.batches(chunks), strict=True):
         labels = images.labels[distributed.local_rows(indices)]
         examples = adversarial.nearest(

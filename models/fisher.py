@@ -123,7 +123,7 @@ def _batch_gradient(model, inputs, labels):
     return gradients
 
 
-def mean_gradient(model, images, indices, chunk=256):
+def mean_gradient(model, images, indices, chunk=64):
     """∂ mean cross-entropy / ∂ w of images, a tensor per parameter. The model is left in eval mode.
 
     Images are not augmented, and pass in chunks. Several processes divide the images.
@@ -170,7 +170,7 @@ def inverse_product(model, images, indices, vector, *, damping, max_steps=20, to
     return solution
 
 
-def fisher_product(model, images, indices, vector, chunk=256):
+def fisher_product(model, images, indices, vector, chunk=64):
     """F v for the empirical Fisher information F of images, a tensor per parameter.
 
     F v is the mean of g (gᵀ v). A forward-mode derivative gives gᵀ v of every image of a chunk, and

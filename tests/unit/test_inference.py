@@ -136,7 +136,14 @@ def test_logits_of_bf16_network_are_float32_on_the_cpu(data):
 
 @pytest.mark.parametrize(
     ("side", "cuda", "size"),
-    [(32, False, 64), (8, False, 512), (64, False, 16), (224, False, 4), (32, True, 16_384)],
+    [
+        (32, False, 64),
+        (8, False, 512),
+        (64, False, 16),
+        (224, False, 4),
+        (32, True, 2048),
+        (224, True, 41),
+    ],
 )
 def test_batch_size_fits_the_cache_or_the_gpu(side, cuda, size):
     stand_in = SimpleNamespace(size=side, labels=SimpleNamespace(is_cuda=cuda))

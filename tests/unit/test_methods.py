@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import flags
-from small import by_definition, run, small_job, training_steps
+from small import SmallNet, by_definition, run, small_job, training_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -386,3 +386,24 @@ def test_random_labels_are_wrong_constant_and_uniform(digits):
     correct = 100 * F.one_hot(digits.train.labels[retain_set], 10).float()
     batch = unlearn.Batch(retain_set, None, len(retain_set), inputs=None, logits=correct)
     assert loss(batch).item() == pytest.approx(0)
+
+
+@pytest.mark.parametrize("label", [*unlearn.METHODS, *unlearn_cpu.METHODS])
+def test_passes_with_gradient_have_the_size_of_a_step_whatever_the_forget_set(label):
+    """The images of a pass determine the memory."""
+    sizes = []
+
+    class Counting(SmallNet):
+        def forward(self, inputs):
+            if torch.is_grad_enabled() or inputs.requires_grad:
+                sizes.append(len(inputs))
+            return super().forward(inputs)
+
+    settings = {"model": Counting(), "new_model": lambda: Counting(7), "num_epochs": 1}
+    if label.startswith("cpu_"):
+        settings["lamda"] = 0.5
+    run(small_job(label, retain=190, forget=150, **settings))
+    # Steps have 8 images, and the same share of forget images with a conformal term. Fisher
+    # information is computed in chunks of 32 or 64, and ssd has batches of 128.
+    trained = unlearn.METHODS[label.removeprefix("cpu_")].trained
+    assert max(sizes) <= (32 if trained else 128)
