@@ -465,6 +465,7 @@ def test_files_that_are_not_pictures_are_named_with_the_reason(tmp_path):
     assert "not a regular file" in unreadable(path)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest resets utils's own filter
 @pytest.mark.parametrize(
     "name", ["picture.png", "picture.gif", "picture.bmp", "picture.tif", "picture.webp"]
 )
