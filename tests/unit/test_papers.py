@@ -351,6 +351,7 @@ def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
         ("lotus", {"smoothing": 2.5, "learning_rate": 0.02, "retain_share": 0.5}),
         ("RL", {"optimizer": "adam", "learning_rate": 0.003, "schedule": "constant"}),
         ("mu_mis", {**OPTIONS["mu_mis"], "sensitivity": "squared"}),
+        ("mu_mis", {**OPTIONS["mu_mis"], "batch_size": 20, "forget": 20}),  # chunks of 3
     ],
 )
 def test_trained_method_with_authors_settings_has_weights_of_its_paper(name, settings):
@@ -880,6 +881,26 @@ def test_fisher_product_of_chunks_is_that_of_all_images():
         torch.testing.assert_close(whole[name], chunks[name], rtol=1e-4, atol=1e-6)
 
 
+def test_epochs_of_the_trainings_of_neg_merge_count_on():
+    records = []
+    run(small_job("neg_merge", num_epochs=2, step_scale=1.0, epoch_done=records.append))
+    assert [record["epoch"] for record in records] == [*range(1, 11)]
+
+
+def test_recorded_loss_of_mu_mis_is_the_mean_difference_of_the_norms():
+    records, differences, plain = [], [], unlearn.sensitivity_difference
+
+    def recorded(*arguments):
+        differences.append(plain(*arguments))
+        return differences[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unlearn, "sensitivity_difference", recorded)
+        run(small_job("mu_mis", batch_size=20, num_epochs=1, epoch_done=records.append))
+    expected = torch.cat(differences).mean().item()  # all images are in one step
+    assert records[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_neg_merge_subtracts_the_mean_of_changes_of_one_sign():
     job = small_job("neg_merge", num_epochs=2, learning_rate=0.004, step_scale=1.5)
     after = run(job)
@@ -1127,6 +1148,14 @@ def test_teacher_of_a_class_learns_the_shifted_answers():
     expected = run(class_job("teacher", new_model=shifted_network))
     for name, tensor in run(job).items():
         assert torch.allclose(tensor, expected[name], atol=1e-6), name
+
+
+def test_lotus_continues_until_the_accuracy_is_a_whole_percent_below(monkeypatch):
+    measured = iter([0.9, 0.545, 0.535, 0.5])
+    monkeypatch.setattr(unlearn, "unseen_accuracy", lambda job, remedy: 0.55)
+    monkeypatch.setattr(unlearn, "monitored_forget_accuracy", lambda job, record: next(measured))
+    run(small_job("lotus", num_epochs=4))
+    assert [*measured] == [0.5]
 
 
 def test_lotus_ends_one_percent_below_the_accuracy_on_unseen_images():
