@@ -285,7 +285,7 @@ def test_mask_selects_largest_gradients_over_all_layers():
 
 
 def test_mask_with_several_passes_equals_mask_of_mean_gradient(monkeypatch):
-    job = small_job("salun", forget=1100, mask_ratio=0.3)
+    job = small_job("salun", forget=1100, batch_size=512, mask_ratio=0.3)
     masks = unlearn.saliency_mask(job)
     forget, train = job.split.forget, job.data.train
     assert [len(indices) for indices, _ in train.uses] == [512, 512, 76]
