@@ -12,6 +12,9 @@ from PIL import Image, ImageOps
 
 import utils
 
+# utils turns Pillow's warnings off, and pytest on again.
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
+
 SIDE = 16
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 WIDE = ["I", "F", "I;16", "I;16B", "I;16L", "I;16N"]  # more than 8 bits
@@ -465,7 +468,6 @@ def test_files_that_are_not_pictures_are_named_with_the_reason(tmp_path):
     assert "not a regular file" in unreadable(path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # pytest resets utils's own filter
 @pytest.mark.parametrize(
     "name", ["picture.png", "picture.gif", "picture.bmp", "picture.tif", "picture.webp"]
 )
