@@ -9,7 +9,8 @@ from turns import Processes, Shares
 
 import models
 import unlearn
-from models import distributed, fisher
+import utils
+from models import checkpoint, distributed, fisher
 
 
 def head(channels, side):
@@ -296,3 +297,20 @@ def test_mask_with_several_passes_equals_mask_of_mean_gradient(monkeypatch):
     least = all_sizes.sort(descending=True).values[264]
     differences = [(masks[name] != (size >= least)).sum().item() for name, size in sizes.items()]
     assert sum(differences) <= 2  # float32 may swap two nearly equal gradients
+
+
+@pytest.mark.parametrize("change", [lambda mask: mask.pop("4.bias"), dict.clear])
+def test_mask_of_fewer_weights_is_refused(change, tmp_path):
+    mask = unlearn.saliency_mask(small_job("salun", mask_ratio=0.3))
+    change(mask)
+    checkpoint.save(tmp_path / "mask.pth", mask, {})
+    with pytest.raises(utils.UserError, match="mask"):
+        unlearn.read_mask(tmp_path / "mask.pth", SmallNet())
+
+
+def test_mask_of_more_weights_is_refused(tmp_path):
+    mask = unlearn.saliency_mask(small_job("salun", mask_ratio=0.3))
+    mask["5.weight"] = mask["4.weight"]
+    checkpoint.save(tmp_path / "mask.pth", mask, {})
+    with pytest.raises(utils.UserError, match="not a mask of this network: 5.weight"):
+        unlearn.read_mask(tmp_path / "mask.pth", SmallNet())
