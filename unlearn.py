@@ -1044,11 +1044,11 @@ def teacher(job):
     """Bad teaching: distill the original model on the retain images and an untrained network on the
     forget images (Chundawat et al. 2023, 2205.08096).
 
-    A pre-trained network serves as untrained with a new head. Where classes are
-    forgotten, its answers are shifted (:func:`harmless_shift`). The divergence is the mean over
-    images of its sum over classes; the authors' is the mean over both, which Adam does not notice.
-    Default temperature: the authors'. The other defaults were found on digits. The authors train on
-    a fixed random share of the retain images, ``retain_share``.
+    A pre-trained network serves as untrained with a new head. Where classes are forgotten, its
+    answers are shifted (:func:`harmless_shift`). The divergence is the mean over images of its sum
+    over classes; the authors' is the mean over both, which Adam does not notice. Default
+    temperature: the authors'. The other defaults were found on digits. The authors train on a fixed
+    random share of the retain images, ``retain_share``.
     """
     competent = frozen_copy(job.model)
     incompetent = job.new_model().eval().requires_grad_(False)
