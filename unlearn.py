@@ -1050,8 +1050,8 @@ def teacher(job):
     temperature: the authors'. The other defaults were found on digits. The authors train on a fixed
     random share of the retain images, ``retain_share``.
     """
-    competent = frozen_copy(job.model)
-    incompetent = job.new_model().eval().requires_grad_(False)
+    competent = frozen(job, copy.deepcopy(job.model))
+    incompetent = frozen(job, job.new_model())
     temperature, shift = job.options["kd_T"], harmless_shift(job, incompetent)
 
     def loss(batch):
@@ -1089,9 +1089,14 @@ def sampled_retain_set(job):
     return retain[chosen.to(retain.device)]
 
 
-def frozen_copy(model):
-    """A copy in eval mode without gradients, as a teacher for distillation."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+def frozen(job, network):
+    """A network in eval mode without gradients, as a teacher. It runs in the training's precision.
+
+    With a teacher in float32, SCRUB took 3.4 times as long as fine-tuning on an H200.
+    """
+    network.eval().requires_grad_(False)
+    network.forward = autocast(job)(network.forward)
+    return network
 
 
 def distance(logits, targets, temperature):
@@ -1283,7 +1288,7 @@ class ScrubTurns:
     """The maximization and minimization steps of SCRUB, and their losses."""
 
     def __init__(self, job):
-        self.job, self.original = job, frozen_copy(job.model)
+        self.job, self.original = job, frozen(job, copy.deepcopy(job.model))
 
     def schedule(self, epoch):
         """The steps of an epoch: a maximization pass in the first epochs, then minimization."""
@@ -1519,7 +1524,7 @@ def delete(job):
     BatchNorm keeps the original's running statistics. The training ends as :func:`forgotten` says.
     Defaults: found on digits, where forgetting a class costs the others 0.4 to 2.4 points.
     """
-    original = frozen_copy(job.model)
+    original = frozen(job, copy.deepcopy(job.model))
 
     def loss(batch):
         logits, labels = batch.forget
@@ -1633,7 +1638,7 @@ def lotus(job):
     share of D_r. Made for random forget sets: of a digits class it leaves 88 to 99 %, since the own
     label stays the likeliest in a smoothed answer.
     """
-    original, bound = frozen_copy(job.model), 0.0
+    original, bound = frozen(job, copy.deepcopy(job.model)), 0.0
     if not job.split.forget_classes:
         bound = unseen_accuracy(job, "add held-out images")
     sampled = replace(job, split=replace(job.split, retain=sampled_retain_set(job)))

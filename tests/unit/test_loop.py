@@ -230,6 +230,24 @@ def test_autocast_is_on_for_bf16_only():
         seen.clear()
 
 
+@pytest.mark.parametrize("name", ["teacher", "scrub", "delete", "lotus"])
+def test_a_teacher_runs_in_the_precision_of_the_training(name, monkeypatch):
+    """In float32 it cost a GPU more than the training step itself."""
+    job, seen = small_job(name, precision="bf16", num_epochs=1), []
+
+    def outputs_of(batch, network, part, original=unlearn.Batch.outputs_of):
+        layer = network[0]
+        hook = layer.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+        outputs = original(batch, network, part)
+        hook.remove()
+        assert outputs.dtype == torch.float32 and not outputs.requires_grad
+        return outputs
+
+    monkeypatch.setattr(unlearn.Batch, "outputs_of", outputs_of)
+    run(job)
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_optimizer_on_cpu_is_not_fused(monkeypatch):
     plain, optimizer_options = torch.optim.SGD, []
 
