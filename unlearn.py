@@ -1360,17 +1360,25 @@ def saliency_mask(job):
 
 def forget_gradients(job):
     """Gradients of the summed cross-entropy of the forget images, by parameter name."""
-    job.model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in job.model.named_parameters()}
-    chunks = job.split.forget.split(job.recipe.batch_size * distributed.world_size())
-    for indices, inputs in zip(chunks, job.data.train.batches(chunks), strict=True):
-        labels = job.data.train.labels[distributed.local_rows(indices)]
+    for _, inputs, labels in forget_chunks(job):
         loss = F.cross_entropy(job.model(inputs), labels, reduction="sum")
         gradients = torch.autograd.grad(loss, list(job.model.parameters()))
         for name, gradient in zip(total, gradients, strict=True):
             total[name] += gradient
     distributed.add_up(total.values())
     return total
+
+
+def forget_chunks(job):
+    """(indices, inputs, labels) of the forget images in eval mode, as many as in a training step.
+
+    The indices are those of all processes, inputs and labels the rows of this one.
+    """
+    job.model.eval()
+    chunks = job.split.forget.split(job.recipe.batch_size * distributed.world_size())
+    for indices, inputs in zip(chunks, job.data.train.batches(chunks), strict=True):
+        yield indices, inputs, job.data.train.labels[distributed.local_rows(indices)]
 
 
 def read_mask(path, model):
@@ -1572,12 +1580,9 @@ def boundary_shrink(job):
 
 def nearest_wrong_classes(job):
     """The class of each forget image (int64, N) that :func:`boundary_shrink` trains it with."""
-    images, forget = job.data.train, job.split.forget
-    job.model.eval()
-    chunks, nearest = forget.split(job.recipe.batch_size * distributed.world_size()), []
-    for indices, inputs in zip(chunks, images.batches(chunks), strict=True):
-        labels = images.labels[distributed.local_rows(indices)]
-        moved = adversarial.fgsm(job.model, inputs, labels, job.options["step_size"], images.spec)
+    step_size, spec, nearest = job.options["step_size"], job.data.train.spec, []
+    for indices, inputs, labels in forget_chunks(job):
+        moved = adversarial.fgsm(job.model, inputs, labels, step_size, spec)
         wrong = inputs.new_zeros(0, len(job.data.classes))  # more processes than images
         if len(moved):
             with torch.no_grad():
@@ -1787,14 +1792,9 @@ def amun(job):
 
 def adversarial_examples(job):
     """The :class:`models.adversarial.Examples` of the forget images, in their order."""
-    images, forget = job.data.train, job.split.forget
-    job.model.eval()
-    chunks, parts = forget.split(job.recipe.batch_size * distributed.world_size()), []
-    for indices, inputs in zip(chunks, images.batches(chunks), strict=True):
-        labels = images.labels[distributed.local_rows(indices)]
-        examples = adversarial.nearest(
-            job.model, inputs, labels, images.spec, radius=job.options["radius"]
-        )
+    radius, spec, parts = job.options["radius"], job.data.train.spec, []
+    for indices, inputs, labels in forget_chunks(job):
+        examples = adversarial.nearest(job.model, inputs, labels, spec, radius=radius)
         parts.append([distributed.gather_rows(rows, len(indices)) for rows in examples])
     return adversarial.Examples(*map(torch.cat, zip(*parts, strict=True)))
 
