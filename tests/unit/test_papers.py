@@ -937,6 +937,10 @@ def stepping_job(stop_accuracy):
     return job, direction
 
 
+def test_norm_is_that_of_all_tensors_together():
+    assert unlearn.norm({"a": torch.tensor([[2.0, 4.0]]), "b": torch.tensor([4.0])}) == 6.0
+
+
 def test_step_is_the_shortest_that_forgets():
     job, direction = stepping_job(0.5)
     unlearn.move_until_forgotten(job, direction)
