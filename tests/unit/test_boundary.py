@@ -99,3 +99,53 @@ def test_training_on_forget_images_alone_ends_when_they_are_forgotten(name):
     count, right = epochs(max(least, 0.1))
     assert count <= 8 and least <= right <= max(least, 0.1)
     assert epochs(1.0)[0] == 1
+
+
+def remembering_job(**settings):
+    """A job whose forget images have the labels that the model gives them."""
+    job = small_job("boundary_expand", retain=9, forget=40, num_epochs=8, **settings)
+    forget = job.split.forget
+    with torch.no_grad():
+        answers = SmallNet().eval()(job.data.train.inputs[forget]).argmax(dim=1)
+    job.data.train.labels[forget] = answers
+    return job
+
+
+def test_boundary_expanding_ends_with_the_shortest_step_that_forgets(monkeypatch):
+    start, target = unlearn.copies(SmallNet()), 0.5
+
+    def weights():
+        return run(remembering_job(learning_rate=0.05, stop_accuracy=target))
+
+    short = weights()
+    monkeypatch.setattr(unlearn, "step_back", lambda job, *_: job.model)
+    end = weights()
+    job = remembering_job()
+
+    def accuracy(share):
+        between = {name: torch.lerp(start[name], end[name], share) for name in start}
+        job.model.load_state_dict(between, strict=False)
+        return unlearn.accuracies(job)["forget"]
+
+    share = ((short["4.weight"] - start["4.weight"]) / (end["4.weight"] - start["4.weight"])).mean()
+    steps = round(64 * share.item())
+    assert steps == pytest.approx(64 * share.item(), abs=0.01) and 1 < steps < 64
+    assert accuracy(steps / 64) <= target < accuracy((steps - 1) / 64)
+    for name, weight in start.items():
+        torch.testing.assert_close(short[name], torch.lerp(weight, end[name], steps / 64))
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0])
+def test_training_without_a_stop_is_not_stepped_back(target):
+    job = remembering_job()
+    start = unlearn.copies(job.model)
+    forget = job.split.forget
+    with torch.no_grad():
+        for weight in job.model.parameters():
+            weight.neg_()
+        answers = job.model.eval()(job.data.train.inputs[forget]).argmax(dim=1)
+    if target == 0:  # the end has forgotten every image, but may be the recipe of the authors
+        job.data.train.labels[forget] = (answers + 1) % CLASSES
+    end = unlearn.copies(job.model)
+    assert unlearn.step_back(job, start, target) is job.model
+    assert all(weight.equal(end[name]) for name, weight in job.model.named_parameters())
