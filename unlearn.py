@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -376,7 +376,8 @@ def optimizer_step(job, objective, batch, *, optimizer):
     optimizer.zero_grad(set_to_none=True)
     # Every process computes the loss of the whole step, but has the gradient of its own images
     # only. DDP takes the mean over the processes, and the step needs the sum.
-    (loss * distributed.world_size()).backward()
+    with compiler_errors(job):
+        (loss * distributed.world_size()).backward()
     if objective.before_step:
         objective.before_step(batch)
     optimizer.step()
@@ -422,7 +423,7 @@ def forward_pass(job):
         sections = [inputs]
         if len(passes) > 1:
             sections = inputs.split(distributed.local_sizes(passes))
-        with autocast(job):
+        with autocast(job), compiler_errors(job):
             logits = torch.cat([network(images) for images in sections]).float()
         return with_gradient(logits, sum(passes))
 
@@ -453,21 +454,26 @@ def autocast(job):
 
 
 def compiled(network, device):
-    """A network compiled for every batch size, with CUDA graphs on a GPU.
-
-    Raises UserError if the compiler fails.
-    """
+    """A network compiled for every batch size, with CUDA graphs on a GPU."""
     mode = "reduce-overhead" if device.type == "cuda" else "default"
-    compiled_network = torch.compile(network, dynamic=False, mode=mode)
+    return torch.compile(network, dynamic=False, mode=mode)
 
-    def forward(inputs):
-        try:
-            return compiled_network(inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--compile: {reason}; leave it out") from error
 
-    return forward
+@contextmanager
+def compiler_errors(job):
+    """Turn an error of the compiler into a UserError.
+
+    It compiles each pass when it first runs. A torn file in its cache is an ImportError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not job.compile:
+            raise
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException | ImportError):
+            raise
+        reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
+        raise UserError(f"--compile: {reason}; leave it out") from error
 
 
 # ---------------------------------------------------------------- the steps of an epoch
@@ -870,16 +876,16 @@ def GA(job):
     return train(job, loss, ("forget",), finished=finished)
 
 
-def forgotten(job, num_classes=None):
+def forgotten(job):
     """The function ``finished(record)`` that ends a training once the forget images are forgotten.
 
     That is after the epoch in which the accuracy on (at most 2,000) of them falls to
-    :func:`stop_accuracy`. Only the first ``num_classes`` count.
+    :func:`stop_accuracy`.
     """
     target = stop_accuracy(job)
 
     def finished(record):
-        return monitored_forget_accuracy(job, record, num_classes) <= target
+        return monitored_forget_accuracy(job, record) <= target
 
     return finished
 
@@ -1603,18 +1609,20 @@ def boundary_expand(job):
     removed in the end (Chen et al. 2023, 2303.11570).
 
     Needs no retain images, so BatchNorm keeps the original's running statistics. The training ends
-    once the original classes alone forget, as :func:`forgotten` says. The epoch can go too far, so
+    as :func:`forgotten` says, by the original classes alone. The last epoch can go too far, so
     :func:`step_back` follows. Defaults: the rate was found on digits, where forgetting a class
-    costs the others 1 (64 channels) to 6 points (16 channels). With lower rates the loss vanishes
+    costs the others 1 (64 channels) to 8 points (16 channels). With lower rates the loss vanishes
     while a third of the class is remembered.
     """
     num_classes = len(job.data.classes)
     target, start = stop_accuracy(job), copies(job.model)
-    finished = forgotten(job, num_classes)
     classifier.widen(job.model, num_classes, utils.generator(job.seed, job.name, "new class"))
 
     def loss(batch):
         return F.cross_entropy(batch.logits, torch.full_like(batch.labels, num_classes))
+
+    def finished(record):
+        return monitored_forget_accuracy(job, record, num_classes) <= target
 
     widened = train(job, loss, ("forget",), eval_mode=True, finished=finished)
     classifier.narrow(widened, num_classes)
@@ -1624,21 +1632,23 @@ def boundary_expand(job):
 def step_back(job, start, target):
     """Move from the weights at the end of a training towards those at its start ({name: tensor}).
 
-    An epoch can go far beyond ``target``, the forget accuracy at which the training ended. The
-    result is the shortest step from ``start``, in 64ths of the way, with that accuracy on (at most
-    2,000) forget images. A training that did not reach it, or has the target 0, keeps its end.
-    Returns the model.
+    The result is the shortest step from ``start``, in 64ths of the way, at which the accuracy on
+    (at most 2,000) forget images is at most ``target``. If that accuracy is not reached at the end,
+    or the target is 0, the weights stay those of the end. Returns the model.
     """
     end = copies(job.model)
 
-    def reached(share):
+    def move(share):
         with torch.no_grad():
             for name, weight in job.model.named_parameters():
                 weight.copy_(torch.lerp(start[name], end[name], share))
+
+    def reached(share):
+        move(share)
         return accuracies(job, MONITORED, ["forget"])["forget"] <= target
 
     if target > 0 and reached(1.0):
-        reached(shortest(reached, 0.0, 1.0))
+        move(shortest(reached, 0.0, 1.0))
     return job.model
 
 

@@ -64,8 +64,7 @@ def test_lamda_zero_gives_the_weights_of_the_base_method(three_runs, tmp_path):
         assert len(lines) == 2 and all("q_hat" in json.loads(line) for line in lines)
 
 
-def test_compiled_network_gives_same_weights_within_rounding(tmp_path, monkeypatch):
-    # The shared cache can hold the torn file of a killed compiler.
+def test_compiled_network_gives_same_weights_and_torn_libraries_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     common = [*TINY, *QUIET, "--num_epochs", 1, "--batch_size", 400]
     for runs, more in (("plain", []), ("compiled", ["--compile"])):
@@ -77,3 +76,11 @@ def test_compiled_network_gives_same_weights_within_rounding(tmp_path, monkeypat
     )
     for name, tensor in plain.items():
         assert torch.allclose(tensor.double(), compiled[name].double(), atol=1e-3), name
+
+    for library in (tmp_path / "cache").rglob("*.so"):
+        library.write_bytes(b"")
+    arguments = [*common, "--compile", "--runs_dir", "torn"]
+    torn = run_forked("main_original_model.py", *arguments, cwd=tmp_path)
+    error = torn.stderr.splitlines()[-1]  # torch may log a missing GPU before
+    assert torn.returncode == 2 and "Traceback" not in torn.stderr
+    assert "error: --compile: " in error and ".so: file too short; leave it out" in error

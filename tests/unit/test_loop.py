@@ -232,7 +232,6 @@ def test_autocast_is_on_for_bf16_only():
 
 @pytest.mark.parametrize("name", ["teacher", "scrub", "delete", "lotus"])
 def test_a_teacher_runs_in_the_precision_of_the_training(name, monkeypatch):
-    """In float32 it cost a GPU more than the training step itself."""
     job, seen = small_job(name, precision="bf16", num_epochs=1), []
 
     def outputs_of(batch, network, part, original=unlearn.Batch.outputs_of):
@@ -277,23 +276,52 @@ def test_compiled_network_has_static_shapes_and_marks_every_step(monkeypatch):
     assert compilations[1] == {"dynamic": False, "mode": "reduce-overhead"}
 
 
-def test_failing_compiler_is_reported_in_one_line(monkeypatch):
-    class CompilerFails(Exception):
-        """Replaces the exception of torch._dynamo, which takes two seconds to import."""
+class CompilerFails(Exception):
+    """Replaces the exception of torch._dynamo, which takes two seconds to import."""
 
+    def __init__(self, reason):
+        super().__init__("backend raised:\n" + reason)
+        self.inner_exception = ValueError(reason)
+
+
+class Failing(torch.autograd.Function):
+    """The identity, whose forward or backward pass raises an error."""
+
+    @staticmethod
+    def forward(context, inputs, error, fails_in):
+        context.error = error
+        if fails_in == "forward":
+            raise error
+        return inputs.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise context.error
+
+
+@pytest.mark.parametrize("fails_in", ["forward", "backward"])
+@pytest.mark.parametrize("kind", [CompilerFails, ImportError, RuntimeError])
+def test_failing_compiler_is_reported_in_one_line(kind, fails_in, monkeypatch):
     def compile(network, **options):
-        def fails(inputs):
-            raise CompilerFails("no C++ compiler\nmore")
-
-        return fails
+        return lambda inputs: Failing.apply(network(inputs), kind("no C++\nmore"), fails_in)
 
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     exceptions = SimpleNamespace(TorchDynamoException=CompilerFails)
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(torch, "_dynamo", SimpleNamespace(exc=exceptions), raising=False)
-    job = small_job("finetune", compile=True)
-    with pytest.raises(utils.UserError, match="^--compile: no C\\+\\+ compiler; leave it out$"):
-        run(job)
+    error, text = utils.UserError, "^--compile: no C\\+\\+; leave it out$"
+    if kind is RuntimeError:  # not of the compiler
+        error, text = RuntimeError, "^no C\\+\\+\nmore$"
+    with pytest.raises(error, match=text):
+        run(small_job("finetune", compile=True))
+
+
+def test_import_error_without_the_compiler_is_not_the_compilers():
+    def loss(batch):
+        return Failing.apply(unlearn.retain_cross_entropy(batch), ImportError("own"), "backward")
+
+    with pytest.raises(ImportError, match="own"):
+        unlearn.train(small_job("finetune"), loss)
 
 
 def test_divergence_closes_progress_bar_and_names_method_epoch_and_rate(bars):
