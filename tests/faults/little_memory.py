@@ -1,4 +1,4 @@
-"""Leaves the process 250 MB of address space beyond what it and its libraries take."""
+"""Leaves the process 300 MB of address space beyond what it and its libraries take."""
 
 import resource
 
@@ -13,5 +13,5 @@ def install():
     torch.nn.Conv2d(3, 8, 3)(torch.zeros(64, 3, 160, 160)).sum().backward()  # fills the allocator
     with open("/proc/self/status") as status:
         (line,) = (line for line in status if line.startswith("VmSize"))
-    limit = int(line.split()[1]) * 1024 + 250_000_000
+    limit = int(line.split()[1]) * 1024 + 300_000_000
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
