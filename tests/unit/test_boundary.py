@@ -135,6 +135,13 @@ def test_boundary_expanding_ends_with_the_shortest_step_that_forgets(monkeypatch
         torch.testing.assert_close(short[name], torch.lerp(weight, end[name], steps / 64))
 
 
+def test_boundary_expanding_ends_where_the_accuracy_is_the_target():
+    records = []
+    settings = {"learning_rate": 1e-9, "stop_accuracy": 1.0, "epoch_done": records.append}
+    run(remembering_job(**settings))  # all forget images stay remembered
+    assert len(records) == 1
+
+
 @pytest.mark.parametrize("target", [0.0, -1.0])
 def test_training_without_a_stop_is_not_stepped_back(target):
     job = remembering_job()
