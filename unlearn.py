@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -307,7 +307,7 @@ def run_epoch(job, state, objective, *, forward, bar):
     The record has the epoch, its learning rate, q̂ of a conformal term, the mean loss, the
     accuracies, the speed and the time.
     """
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.thread_time()
     epoch = state.epoch + 1
     record = {"epoch": epoch, "learning_rate": state.scheduler.get_last_lr()[0]}
     steps = objective.schedule(epoch)
@@ -323,12 +323,38 @@ def run_epoch(job, state, objective, *, forward, bar):
     state.scheduler.step()
     bar.set_postfix(epoch=epoch, loss=f"{record['loss']:.3f}", acc=f"{record['train_acc']:.3f}")
     training_seconds = time.perf_counter() - start
+    cpu_seconds = time.thread_time() - cpu_start
     check_finite(job, record)
     if not job.quiet:
+        if waits_for_busy_cores(job, training_seconds, cpu_seconds):
+            print_once(BUSY_CORES)
         record |= monitored_accuracies(job, epoch)
     record["images_per_second"] = num_images / training_seconds
     record["seconds"] = time.perf_counter() - start
     return record
+
+
+BUSY_CORES = (
+    "other programs use the cores, and the threads of the training wait for each other; a small "
+    "network is faster with OMP_NUM_THREADS=1 in the environment (the results differ in rounding)"
+)
+print_once = cache(tqdm.write)
+
+
+def waits_for_busy_cores(job, seconds, cpu_seconds):
+    """Whether an epoch had a core for less than 0.7 of its time because of other programs.
+
+    On an idle machine its main thread has one for 0.98 of the time. Images in files, other
+    processes and the compiler are further reasons to wait: False for trainings that have them.
+    """
+    has_one_reason = (
+        job.device.type == "cpu"
+        and torch.get_num_threads() > 1
+        and distributed.world_size() == 1
+        and not job.compile
+        and torch.is_tensor(job.data.train.pixels)
+    )
+    return has_one_reason and seconds > 0.5 and cpu_seconds < 0.7 * seconds
 
 
 def train_epoch(job, state, objective, *, steps, forward, bar):

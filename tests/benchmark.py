@@ -326,27 +326,22 @@ def startup(args):
 def busy(args):
     """Training speed on digits with one busy process per core and on an otherwise idle machine.
 
-    Waiting OpenMP threads either sleep (the scripts' setting) or spin.
+    Waiting OpenMP threads either sleep (the scripts' setting) or spin, or there is one thread only.
     """
 
-    def speed(policy):
+    def speed(settings):
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                str(ROOT / "main_original_model.py"),
-                "--device",
-                "cpu",
-                "--num_epochs",
-                "4",
-            ]
-            command += ["--runs_dir", folder, "--wandb_mode", "disabled"]
+            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu"]
+            command += ["--width", str(args.width), "--precision", args.precision]
+            command += ["--num_epochs", "4", "--runs_dir", folder, "--wandb_mode", "disabled"]
             environment = {
                 key: value
                 for key, value in os.environ.items()
-                if not key.startswith(("OMP_WAIT", "GOMP"))
+                if not key.startswith(("OMP_", "GOMP"))
             }
-            environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                command, check=True, env=environment | settings, stdout=subprocess.DEVNULL
+            )
             (history,) = Path(folder).rglob("history.jsonl")
             rates = [
                 json.loads(line)["images_per_second"] for line in history.read_text().splitlines()
@@ -364,12 +359,17 @@ def busy(args):
                 loop.kill()
                 loop.wait()
 
-    for policy, what in ((None, "the scripts' setting"), ("ACTIVE", "threads that spin")):
-        idle = speed(policy)
+    sides = {
+        "the scripts' setting": {},
+        "threads that spin": {"OMP_WAIT_POLICY": "ACTIVE"},
+        "one thread": {"OMP_NUM_THREADS": "1"},
+    }
+    for what, settings in sides.items():
+        idle = speed(settings)
         with busy_processes():
-            loaded = speed(policy)
+            loaded = speed(settings)
         report(
-            f"training next to {os.cpu_count()} busy processes, {what}",
+            f"training at width {args.width} next to {os.cpu_count()} busy processes, {what}",
             f"{loaded:,.0f} images/s",
             f"idle {idle:,.0f} images/s",
             f"ratio {loaded / idle:.2f}",

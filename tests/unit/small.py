@@ -55,6 +55,7 @@ class Tensors:
 
     def __init__(self, inputs, labels):
         self.inputs, self.labels, self.uses = inputs, labels, []
+        self.pixels = inputs
 
     def __len__(self):
         return len(self.labels)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +57,9 @@ def bars(monkeypatch):
 def clock(monkeypatch):
     """Every reading of the clock is half a second after the previous reading."""
     ticks = itertools.count(100.0, 0.5)
-    monkeypatch.setattr(unlearn, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    stopped = {"thread_time": lambda: 0.0}
+    clocks = SimpleNamespace(perf_counter=lambda: next(ticks), **stopped)
+    monkeypatch.setattr(unlearn, "time", clocks)
 
 
 def same(first, second):
@@ -121,6 +124,65 @@ def test_epoch_line_shows_loss_accuracies_and_speed(capsys):
     assert len(lines) == 3
     assert all("retain" in line and "forget" in line for line in lines)
     assert not any("q̂" in line for line in lines)
+
+
+def one_thread(job, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return job
+
+
+def two_processes(job, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    return job
+
+
+def images_in_files(job, monkeypatch):
+    monkeypatch.setattr(job.data.train, "pixels", utils.ImageFiles([], 8, 0))
+    return job
+
+
+def on_another_device(job, monkeypatch):
+    monkeypatch.setattr(unlearn.Job, "device", torch.device("meta"))
+    return job
+
+
+def with_the_compiler(job, monkeypatch):
+    return replace(job, compile=True)
+
+
+@pytest.mark.parametrize(("seconds", "cpu_seconds"), [(2.0, 1.3), (2.0, 1.5), (0.4, 0.0)])
+def test_training_waits_if_it_had_a_core_for_less_than_seven_tenths(
+    seconds, cpu_seconds, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    waits = unlearn.waits_for_busy_cores(small_job("finetune"), seconds, cpu_seconds)
+    assert waits is (cpu_seconds == 1.3)
+
+
+@pytest.mark.parametrize(
+    "change", [one_thread, two_processes, images_in_files, on_another_device, with_the_compiler]
+)
+def test_training_that_waits_for_another_reason_is_not_said_to_wait_for_cores(change, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    job = small_job("finetune")
+    assert unlearn.waits_for_busy_cores(job, 2.0, 0.1)
+    assert not unlearn.waits_for_busy_cores(change(job, monkeypatch), 2.0, 0.1)
+
+
+def test_busy_cores_are_reported_once(monkeypatch, capsys):
+    """The clock shows that each epoch took two seconds, and that its thread had a core for one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    clocks = {"perf_counter": itertools.count(0.0, 2.0), "thread_time": itertools.count(0.0, 1.0)}
+    readings = {name: partial(next, clock) for name, clock in clocks.items()}
+    monkeypatch.setattr(unlearn, "time", SimpleNamespace(**readings))
+    unlearn.print_once.cache_clear()
+    run(small_job("finetune", quiet=True))
+    assert not capsys.readouterr().out
+    for _ in range(2):
+        run(small_job("finetune"))
+    unlearn.print_once.cache_clear()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "epoch" not in line)
+    assert "OMP_NUM_THREADS=1" in line
 
 
 def test_accuracies_are_measured_on_each_set_without_augmentation():
