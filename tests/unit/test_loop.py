@@ -150,13 +150,15 @@ def with_the_compiler(job, monkeypatch):
     return replace(job, compile=True)
 
 
-@pytest.mark.parametrize(("seconds", "cpu_seconds"), [(2.0, 1.3), (2.0, 1.5), (0.4, 0.0)])
+@pytest.mark.parametrize(
+    ("seconds", "cpu_seconds", "waits"),
+    [(2.0, 1.3, True), (2.0, 1.5, False), (0.6, 0.0, True), (0.4, 0.0, False)],
+)
 def test_training_waits_if_it_had_a_core_for_less_than_seven_tenths(
-    seconds, cpu_seconds, monkeypatch
+    seconds, cpu_seconds, waits, monkeypatch
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    waits = unlearn.waits_for_busy_cores(small_job("finetune"), seconds, cpu_seconds)
-    assert waits is (cpu_seconds == 1.3)
+    assert unlearn.waits_for_busy_cores(small_job("finetune"), seconds, cpu_seconds) is waits
 
 
 @pytest.mark.parametrize(
