@@ -1913,12 +1913,13 @@ def neg_merge(job):
     """NegMerge: subtract what several fine-tunings on the forget images agree on (Kim et al. 2025,
     2410.05583).
 
-    Five fine-tunings have 1/4 to 4 times the learning rate. Of their changes of a weight the mean
-    is subtracted if all have one sign, else nothing. The authors merge fine-tunings that differ in
-    augmentation, too, and choose the largest multiple that keeps 95 % of the retain accuracy. The
-    default multiple is that of :func:`move_until_forgotten`. BatchNorm keeps the original's running
-    statistics. Default: the rate was found on digits, where forgetting a class costs the others 1
-    to 13 points, depending on the seed.
+    Five fine-tunings have 1/4 to 4 times the learning rate, and an order and augmentations of their
+    own. Of their changes of a weight the mean is subtracted if all have one sign, else nothing. The
+    authors merge fine-tunings that differ in the kind of augmentation, too, and choose the largest
+    multiple that keeps 95 % of the retain accuracy. The default multiple is that of
+    :func:`move_until_forgotten`. BatchNorm keeps the original's running statistics. Default: the
+    rate was found on digits, where forgetting a class costs the others 1 to 3
+    points.
     """
     original = {name: weight.detach().clone() for name, weight in job.model.named_parameters()}
     merged = {name: torch.zeros_like(weight) for name, weight in original.items()}
@@ -1941,15 +1942,21 @@ def neg_merge(job):
 
 
 def job_of_part(job, number, learning_rate):
-    """The job of one of several trainings of a method, from 0. Its records count on."""
+    """The job of one of several trainings of a method, from 0.
+
+    It draws random numbers of its own. Its records count on.
+    """
 
     def epoch_done(record):
         epoch = record["epoch"] + number * job.recipe.num_epochs
         job.epoch_done(record | {"epoch": epoch})
 
-    recipe = replace(job.recipe, learning_rate=learning_rate)
-    label = f"{job.label} {number + 1}/{len(NEG_MERGE_RATES)}"
-    return replace(job, label=label, recipe=recipe, epoch_done=epoch_done, progress=None)
+    settings = {
+        "name": f"{job.name} {number + 1}",
+        "label": f"{job.label} {number + 1}/{len(NEG_MERGE_RATES)}",
+        "recipe": replace(job.recipe, learning_rate=learning_rate),
+    }
+    return replace(job, **settings, epoch_done=epoch_done, progress=None)
 
 
 def move_until_forgotten(job, direction):

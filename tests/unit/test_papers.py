@@ -905,16 +905,22 @@ def test_neg_merge_subtracts_the_mean_of_changes_of_one_sign():
     job = small_job("neg_merge", num_epochs=2, learning_rate=0.004, step_scale=1.5)
     after = run(job)
     steps = training_steps(job)
-    assert len(steps) % 5 == 0
-    steps = steps[: len(steps) // 5]  # the same batches five times
+    count = len(steps) // 5
+    orders = {
+        tuple(torch.cat([f for _, _, f in steps[start : start + count]]).tolist())
+        for start in range(0, len(steps), count)
+    }
+    assert len(steps) == 5 * count and len(orders) == 5
     before, changes = flat(dict(ByHand(SmallNet()).weights)).detach(), []
-    for factor in (0.25, 0.5, 1, 2, 4):
+    for number, factor in enumerate((0.25, 0.5, 1, 2, 4)):
         net = ByHand(SmallNet())
         rate_of = dict(enumerate(rates(replace(job.recipe, learning_rate=0.004 * factor)), 1))
-        for epoch, _, f in steps:
+        for epoch, _, f in steps[number * count : (number + 1) * count]:
             logits = net.logits(BRIGHTER * job.data.train.inputs[f])
             gradients = net.gradients(nll(logits, job.data.train.labels[f]).mean())
-            net.descend(gradients, rate_of[epoch], job.recipe.momentum, job.recipe.weight_decay)
+            net.descend(
+                gradients, rate_of[epoch - 2 * number], job.recipe.momentum, job.recipe.weight_decay
+            )
         changes.append(flat(dict(net.weights)).detach() - before)
     changes = torch.stack(changes)
     agree = (changes > 0).all(0) | (changes < 0).all(0)
