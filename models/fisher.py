@@ -86,21 +86,21 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
     return {name: tensor / len(indices) for name, tensor in total.items()}
 
 
-def batch_fisher(model, images, batches):
+def batch_fisher(model, images, batches, augment=None):
     """Mean over batches of (∂ mean cross-entropy of the batch / ∂ w)²: a tensor per parameter.
 
     The importances of Foster et al. 2024 (arXiv 2308.07707) as their code computes them. The
     gradients of the images of a batch are added before the square, so gradients that point in
-    different directions cancel. ``batches`` are tensors of indices into ``images``, which are not
-    augmented. The model is left in eval mode. Several processes divide every batch, and each
-    returns the result of all.
+    different directions cancel. ``batches`` are tensors of indices into ``images``, and ``augment``
+    is the generator of their augmentation, or None. The model is left in eval mode. Several
+    processes divide every batch, and each returns the result of all.
     """
     model.eval()
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     num_images = sum(len(indices) for indices in batches)
     with distributed.progress_bar(total=num_images, desc="importances", unit="img") as bar:
-        for indices, inputs in zip(batches, images.batches(batches), strict=True):
+        for indices, inputs in zip(batches, images.batches(batches, augment), strict=True):
             gradients = _batch_gradient(model, inputs, images.labels[indices])
             for name, gradient in zip(parameters, gradients, strict=True):
                 total[name] += gradient.square()
@@ -123,29 +123,34 @@ def _batch_gradient(model, inputs, labels):
     return gradients
 
 
-def mean_gradient(model, images, indices, chunk=64):
+def mean_gradient(model, images, indices, augment=None, chunk=64):
     """∂ mean cross-entropy / ∂ w of images, a tensor per parameter. The model is left in eval mode.
 
-    Images are not augmented, and pass in chunks. Several processes divide the images.
+    ``augment`` is the generator of the augmentation, or None. The images pass in chunks. Several
+    processes divide them.
     """
     model.eval()
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     chunks = indices.split(chunk * distributed.world_size())
-    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+    for chunk_indices, inputs in zip(chunks, images.batches(chunks, augment), strict=True):
         gradients = _batch_gradient(model, inputs, images.labels[chunk_indices])
         for name, gradient in zip(parameters, gradients, strict=True):
             total[name] += len(chunk_indices) / len(indices) * gradient
     return total
 
 
-def inverse_product(model, images, indices, vector, *, damping, max_steps=20, tolerance=1e-3):
+def inverse_product(
+    model, images, indices, vector, *, damping, augmentation=None, max_steps=20, tolerance=1e-3
+):
     """(F + damping·I)⁻¹ v for the empirical Fisher information F, a tensor per parameter.
 
     F is the mean over images of g gᵀ, where g is the gradient of an image's cross-entropy. It is
     not formed: conjugate gradients (Hestenes & Stiefel 1952) need its products with vectors only.
     They end when the residual is ``tolerance`` times the vector v, or after ``max_steps`` passes
-    over the images. ``vector`` is {parameter: tensor}. The model is left in eval mode.
+    over the images. ``vector`` is {parameter: tensor}. ``augmentation()`` returns the generator of
+    the augmentation, the same for every pass. Without it images are not augmented. The model is
+    left in eval mode.
     """
     model.eval()
     solution = {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
@@ -156,7 +161,8 @@ def inverse_product(model, images, indices, vector, *, damping, max_steps=20, to
         for _ in range(max_steps):
             if squared <= tolerance**2 * start:
                 break
-            product = fisher_product(model, images, indices, direction)
+            augment = augmentation() if augmentation else None
+            product = fisher_product(model, images, indices, direction, augment)
             for name in product:
                 product[name] += damping * direction[name]
             length = squared / _dot(direction, product)
@@ -170,16 +176,17 @@ def inverse_product(model, images, indices, vector, *, damping, max_steps=20, to
     return solution
 
 
-def fisher_product(model, images, indices, vector, chunk=64):
+def fisher_product(model, images, indices, vector, augment=None, chunk=64):
     """F v for the empirical Fisher information F of images, a tensor per parameter.
 
     F v is the mean of g (gᵀ v). A forward-mode derivative gives gᵀ v of every image of a chunk, and
-    one backward pass the sum of the g with these weights. Several processes divide the images.
+    one backward pass the sum of the g with these weights. ``augment`` is the generator of the
+    augmentation, or None. Several processes divide the images.
     """
     parameters = {name: weight.detach() for name, weight in model.named_parameters()}
     total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
     chunks = indices.split(chunk * distributed.world_size())
-    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+    for chunk_indices, inputs in zip(chunks, images.batches(chunks, augment), strict=True):
         if not len(inputs):
             continue
         labels = images.labels[distributed.local_rows(chunk_indices)]

@@ -239,7 +239,7 @@ def test_progress_bar_after_each_epoch_shows_share_of_finished_epochs(label, bar
 
 def test_progress_bar_of_importances_counts_images(bars):
     for importances in ("image", "batch"):
-        run(small_job("ssd", retain=140, importances=importances))
+        run(small_job("ssd", retain=140, importances=importances, importance_batches=0))
     assert [bar.n for bar in bars] == [151, 11] * 2
     assert [bar.options for bar in bars] == [
         {"total": n, "desc": "importances", "unit": "img"} for n in (151, 11, 151, 11)

@@ -598,7 +598,7 @@ def test_gradient_ascent_keeps_running_statistics_of_any_batch_norm():
 # ---------------------------------------------------------------- methods without training
 
 
-def importances_by_hand(job):
+def importances_by_hand(job, passes):
     """Importances for the forget images and for all training images of a finished job."""
     net, split, train = ByHand(SmallNet()), job.split, job.data.train
     everything = torch.cat([split.retain, split.forget]).sort().values
@@ -607,30 +607,44 @@ def importances_by_hand(job):
             net.empirical_fisher(train.inputs[indices], train.labels[indices])
             for indices in (split.forget, everything)
         ]
-    batches = [torch.tensor(indices) for indices, _ in train.uses]
-    ends = [end for end in range(len(batches) + 1) if sum(map(len, batches[:end])) == len(train)]
+    batches, inputs = [torch.tensor(indices) for indices, _ in train.uses], train.inputs
+    count = passes[0] * len(train)
+    ends = [end for end in range(len(batches) + 1) if sum(map(len, batches[:end])) == count]
     overall, forget = batches[: ends[0]], batches[ends[0] :]
-    assert torch.cat(overall).sort().values.equal(everything)
-    assert torch.cat(forget).sort().values.equal(split.forget)
-    return [
-        net.batch_fisher(train.inputs, train.labels, forget),
-        net.batch_fisher(train.inputs, train.labels, overall),
-    ]
+    for part, indices, number in zip(
+        (overall, forget), (everything, split.forget), passes, strict=True
+    ):
+        orders = torch.cat(part).view(number, len(indices))
+        assert all(order.sort().values.equal(indices) for order in orders)
+        assert len(orders.unique(dim=0)) == number
+    if job.options["importance_batches"]:
+        inputs = BRIGHTER * inputs
+    return [net.batch_fisher(inputs, train.labels, part) for part in (forget, overall)]
 
 
 @pytest.mark.parametrize(
-    ("importances", "batch_size"), [("image", 128), ("batch", 128), ("batch", 8)]
+    ("importances", "batch_size", "num_batches", "passes"),
+    [
+        ("image", 128, 5, (1, 1)),
+        ("batch", 128, 0, (1, 1)),
+        ("batch", 8, 0, (1, 1)),
+        ("batch", 8, 4, (1, 2)),  # of 30 images and of 11
+        ("batch", 8, 5, (2, 3)),
+    ],
 )
-def test_ssd_dampens_the_weights_selected_by_its_paper(importances, batch_size, monkeypatch):
+def test_ssd_dampens_the_weights_selected_by_its_paper(
+    importances, batch_size, num_batches, passes, monkeypatch
+):
+    """With several passes the images are augmented, and every pass has another order."""
     monkeypatch.setattr(unlearn, "SSD_BATCH_SIZE", batch_size)
     options = {"selection_weighting": 1.7, "dampening_constant": 0.6, "importances": importances}
-    job = small_job("ssd", **options)
+    job = small_job("ssd", **options, importance_batches=num_batches)
     after, weights = run(job), ByHand(SmallNet()).state()
     if importances == "batch":
         largest = max(len(indices) for indices, _ in job.data.train.uses)
         assert largest == min(batch_size, 30)
     selected = 0
-    forget_importances, overall_importances = importances_by_hand(job)
+    forget_importances, overall_importances = importances_by_hand(job, passes)
     for name, forget in forget_importances.items():
         overall = overall_importances[name]
         factor = torch.where(forget > 1.7 * overall, (0.6 * overall / forget).clamp(max=1), 1.0)
@@ -639,7 +653,8 @@ def test_ssd_dampens_the_weights_selected_by_its_paper(importances, batch_size, 
         torch.testing.assert_close(after[name].double(), expected, rtol=1e-4, atol=1e-7)
     assert 20 < selected < 1000
     assert after["1.running_mean"].equal(SmallNet()[1].running_mean)
-    assert all(seed is None for _, seed in job.data.train.uses)
+    augmented = importances == "batch" and num_batches > 0
+    assert all((seed is not None) == augmented for _, seed in job.data.train.uses)
 
 
 def test_ssd_with_another_seed_takes_other_batches():
@@ -706,7 +721,7 @@ def test_ssd_search_starts_at_the_largest_ratio_of_importances(monkeypatch):
     monkeypatch.setattr(unlearn, "largest_selection_weighting", search)
     job = small_job("ssd", importances="image")
     run(job)
-    forget, overall = importances_by_hand(job)
+    forget, overall = importances_by_hand(job, passes=(1, 1))
     ratios = torch.cat([(forget[name] / overall[name]).flatten() for name in forget])
     assert starts == [pytest.approx(ratios[ratios.isfinite()].max().item(), rel=1e-3)]
     zeros = {name: torch.zeros_like(weight) for name, weight in job.model.named_parameters()}
@@ -797,8 +812,8 @@ def test_influence_step_is_the_inverse_fisher_times_the_forget_gradient():
     net = ByHand(SmallNet())
 
     def gradient(index):
-        loss = nll(net.logits(images.inputs[index][None]), images.labels[index][None]).mean()
-        return flat(net.gradients(loss))
+        logits = net.logits(BRIGHTER * images.inputs[index][None])
+        return flat(net.gradients(nll(logits, images.labels[index][None]).mean()))
 
     rows = torch.stack([gradient(index) for index in split.retain.tolist()])
     forget = torch.stack([gradient(index) for index in split.forget.tolist()]).mean(0)
@@ -820,6 +835,7 @@ def test_influence_step_is_the_inverse_fisher_times_the_forget_gradient():
             split.retain,
             vector,
             damping=0.3,
+            augmentation=torch.Generator,
             max_steps=max_steps,
             tolerance=tolerance,
         )
@@ -828,20 +844,27 @@ def test_influence_step_is_the_inverse_fisher_times_the_forget_gradient():
 
 
 def test_inverse_product_ends_at_a_residual_relative_to_the_vector():
-    job, passes = small_job("IU"), []
+    """Every pass augments with a new generator, so that all passes are over the same images."""
+    job, passes, generators = small_job("IU"), [], []
     job.model.double()
     images, retain = job.data.train, job.split.retain
     images.inputs = images.inputs.double()
     vector = fisher.mean_gradient(job.model, images, job.split.forget)
 
+    def new():
+        generators.append(torch.Generator())
+        return generators[-1]
+
     def solve(scale, **settings):
         images.uses.clear()
         scaled = {name: scale * tensor for name, tensor in vector.items()}
+        generators.clear()
         solution = fisher.inverse_product(
-            job.model, images, retain, scaled, damping=0.3, **settings
+            job.model, images, retain, scaled, damping=0.3, augmentation=new, **settings
         )
         passes.append(len(images.uses))
-        product = fisher.fisher_product(job.model, images, retain, solution)
+        assert len(generators) == passes[-1]
+        product = fisher.fisher_product(job.model, images, retain, solution, torch.Generator())
         residual = flat(product) + 0.3 * flat(solution) - scale * flat(vector)
         return (residual.norm() / (scale * flat(vector)).norm()).item()
 
@@ -857,13 +880,27 @@ def test_inverse_product_ends_at_a_residual_relative_to_the_vector():
 
 def test_influence_step_uses_a_sample_of_the_retain_images(monkeypatch):
     monkeypatch.setattr(unlearn, "FISHER_IMAGES", 5)
+    job, other = small_job("IU", step_scale=0.1), small_job("IU", step_scale=0.1, seed=5)
+    samples = []
+    for each in (job, other):
+        run(each)
+        used = {index for indices, _ in each.data.train.uses for index in indices}
+        samples.append(used & set(each.split.retain.tolist()))
+        assert used - samples[-1] == set(each.split.forget.tolist())
+    assert len(samples[0]) == len(samples[1]) == 5 and samples[0] != samples[1]
+
+
+def test_influence_step_augments_the_retain_images_alike_in_every_pass():
+    """A forget image has ten augmentations. The draws of one generator follow each other."""
     job = small_job("IU", step_scale=0.1)
     run(job)
-    used = {index for indices, _ in job.data.train.uses[1:] for index in indices}
-    assert len(used) == 5 and used < set(job.split.retain.tolist())
-    other = small_job("IU", step_scale=0.1, seed=5)
-    run(other)
-    assert used != {index for indices, _ in other.data.train.uses[1:] for index in indices}
+    forget, seeds = set(job.split.forget.tolist()), {"forget": [], "retain": []}
+    for indices, seed in job.data.train.uses:
+        part = "forget" if set(indices) <= forget else "retain"
+        seeds[part] += [seed] * len(indices)
+    assert len(seeds["forget"]) == 10 * len(forget) and None not in seeds["forget"]
+    assert len(seeds["retain"]) > len(job.split.retain)
+    assert len(set(seeds["retain"])) == 1 and None not in seeds["retain"]
 
 
 def test_fisher_product_of_chunks_is_that_of_all_images():

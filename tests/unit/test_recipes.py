@@ -100,7 +100,7 @@ def test_authors_recipe_has_published_values(name, expected):
         ("ga_plus", {"forget_weight": 1 / 19, "passes": 2}),
         ("FisherForgetting", {"noise": 1e-6}),
         ("teacher", {"retain_share": 0.3}),
-        ("ssd", {"selection_weighting": 10.0}),
+        ("ssd", {"selection_weighting": 10.0, "importance_batches": 0}),
         ("scrub", {"forget_batch_size": 512}),
         ("salun", {}),
         ("sfron", {"num_steps": 1500}),
@@ -165,7 +165,11 @@ def test_original_with_flags_uses_them():
 def test_transformer_defaults_apply_to_transformers_only():
     def options(weighting, constant):
         weights = {"selection_weighting": weighting, "dampening_constant": constant}
-        return weights | {"importances": "batch", "stop_accuracy": None}
+        return weights | {
+            "importances": "batch",
+            "importance_batches": 100,
+            "stop_accuracy": None,
+        }
 
     vit = ["--model_name", "vit"]
     entry = unlearn.METHODS["ssd"]
@@ -216,7 +220,9 @@ def test_help_lists_every_method_with_its_defaults():
     )
     assert texts["salun"] == "epochs: 10, learning rate: 0.013, mask_ratio: 0.5"
     assert texts["GA"] == "epochs: 100, learning rate: 0.0001, schedule: constant"
-    assert texts["ssd"] == "no training, dampening_constant: 1.0, importances: batch"
+    assert texts["ssd"] == (
+        "no training, dampening_constant: 1.0, importances: batch, importance_batches: 100"
+    )
     heading, *lines = authors.splitlines()
     assert heading == "values of --recipe authors, where they differ:"
     documented = [name for name, entry in unlearn.METHODS.items() if entry.authors]
