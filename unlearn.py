@@ -1171,7 +1171,7 @@ def ssd(job):
     The authors take one pass over images without augmentation. Digits have one batch of forget
     images then, and all weights are compared by one noisy gradient: forgetting a class cost the
     others 0 to 67 points. By default small sets are passed until there are 100 batches, of
-    augmented images, and class 9 costs the others 0 to 3 points.
+    augmented images, and it costs 0 to 3 points.
     """
     split = job.split
     everything = torch.cat([split.retain, split.forget])
