@@ -126,13 +126,13 @@ def _batch_gradient(model, inputs, labels):
 def mean_gradient(model, images, indices, augment=None, chunk=64):
     """∂ mean cross-entropy / ∂ w of images, a tensor per parameter. The model is left in eval mode.
 
-    ``augment`` is the generator of the augmentation, or None. The images pass in chunks. Several
-    processes divide them.
+    ``augment`` is the generator of the augmentation, or None. It draws for one chunk of images
+    after the other. Several processes divide each chunk, so that they augment as one process does.
     """
     model.eval()
     parameters = dict(model.named_parameters())
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    chunks = indices.split(chunk * distributed.world_size())
+    chunks = indices.split(chunk)
     for chunk_indices, inputs in zip(chunks, images.batches(chunks, augment), strict=True):
         gradients = _batch_gradient(model, inputs, images.labels[chunk_indices])
         for name, gradient in zip(parameters, gradients, strict=True):
@@ -181,11 +181,11 @@ def fisher_product(model, images, indices, vector, augment=None, chunk=64):
 
     F v is the mean of g (gᵀ v). A forward-mode derivative gives gᵀ v of every image of a chunk, and
     one backward pass the sum of the g with these weights. ``augment`` is the generator of the
-    augmentation, or None. Several processes divide the images.
+    augmentation, or None. Several processes divide each chunk, as in :func:`mean_gradient`.
     """
     parameters = {name: weight.detach() for name, weight in model.named_parameters()}
     total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
-    chunks = indices.split(chunk * distributed.world_size())
+    chunks = indices.split(chunk)
     for chunk_indices, inputs in zip(chunks, images.batches(chunks, augment), strict=True):
         if not len(inputs):
             continue
