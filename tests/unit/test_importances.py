@@ -204,6 +204,32 @@ def test_mask_on_two_processes_equals_that_on_one(monkeypatch):
         assert all(mask.equal(alone[name]) for name, mask in masks.items())
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_for_influence_and_ssd_on_several_processes_equals_that_on_one(
+    world, monkeypatch
+):
+    """With 19 images in chunks of 3, the last chunk has fewer images than there are processes."""
+    job, vector = small_job("IU"), dict(SmallNet(3).named_parameters())
+    vector = {name: tensor.detach() for name, tensor in vector.items()}
+    arguments = job.model.eval(), Shares(job.data.train), job.split.retain
+
+    def products():
+        gradient = fisher.mean_gradient(*arguments, torch.Generator(), chunk=3)
+        product = fisher.fisher_product(*arguments, vector, torch.Generator(), chunk=3)
+        batches = job.split.retain.split(6)
+        importances = fisher.batch_fisher(*arguments[:2], batches, torch.Generator())
+        return (
+            gradient
+            | {f"product {name}": tensor for name, tensor in product.items()}
+            | {f"importance {name}": tensor for name, tensor in importances.items()}
+        )
+
+    alone = products()
+    for together in Processes(monkeypatch, world).run(products):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("num_retain", [0, 1, 4, 5, 6])
 def test_outputs_of_another_network_are_those_of_the_named_set(world, num_retain, monkeypatch):

@@ -494,6 +494,18 @@ def test_resumed_run_has_weights_and_records_of_uninterrupted_run(label, stop_in
         assert len(set(whole.term.q_hats)) == 5
 
 
+def test_resumed_neg_merge_begins_again_with_its_first_training(tmp_path):
+    """Its trainings do not save a state: the next one would go on from the end of the last."""
+    options = {"step_scale": 1.0}
+    whole, _ = resumable(tmp_path / "none", "neg_merge", **options)
+    expected = run(replace(whole, progress=None))
+    with pytest.raises(Stop):
+        run(resumable(tmp_path, "neg_merge", stop_in=8, **options)[0])
+    resumed, records = resumable(tmp_path, "neg_merge", resume=True, **options)
+    assert same(run(resumed), expected)
+    assert [record["epoch"] for record in records] == [*range(1, 26)]
+
+
 def test_resumed_scrub_with_rewind_returns_to_an_epoch_before_the_interruption(tmp_path):
     options = {"rewind": True, "msteps": 4, "learning_rate": 0.2}
     whole, records = resumable(tmp_path / "none", "scrub", **options)
