@@ -357,7 +357,8 @@ def test_conformal_term_acts_in_every_step_of_scrub_and_sfron(name, monkeypatch)
 
 
 @pytest.mark.parametrize("name", unlearn.METHODS)
-def test_same_seed_gives_same_weights_and_another_seed_others(name):
+def test_same_seed_gives_same_weights_and_another_seed_others(name, monkeypatch):
+    monkeypatch.setattr(unlearn, "FISHER_IMAGES", 5)  # less than all, else only the order differs
     options = {"selection_weighting": 1.0} if name == "ssd" else {}
     first, second, other = (run(small_job(name, seed=seed, **options)) for seed in (4, 4, 5))
     assert same(first, second)
