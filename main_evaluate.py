@@ -64,8 +64,7 @@ def main():
         with utils.unfinished_folder(evaluation.folder, NUM_BYTES) as unfinished:
             network = (len(data.classes), data.train.size, device)
             model = models.build_model(args, *network, pretrained=False)
-            for saved in saved_models:
-                evaluation.models[saved.name] = evaluate_model(model, saved, evaluation)
+            evaluation.models = evaluate_models(model, saved_models, evaluation)
             add_earlier_results(evaluation)
             compare_with_original(evaluation)
             compare_with_retrain(evaluation, model)
@@ -85,6 +84,21 @@ def main():
     print_results(rows, seeds, flags)
     print_trainings(trainings, flags)
     return 0
+
+
+def evaluate_models(model, saved_models, evaluation):
+    """Score one model after the other. → {method: :class:`ScoredModel`}"""
+    scored = {}
+    try:
+        for saved in saved_models:
+            scored[saved.name] = evaluate_model(model, saved, evaluation)
+            seconds, progress = scored[saved.name].seconds, f"{len(scored)} of {len(saved_models)}"
+            print(f"{saved.name}: scored in {seconds:.0f} s ({progress})", flush=True)
+    except KeyboardInterrupt:
+        raise utils.Interrupted(
+            f"{evaluation.folder}: this evaluation is not saved; earlier results are kept"
+        ) from None
+    return scored
 
 
 def evaluate_model(model, saved, evaluation):

@@ -72,7 +72,7 @@ from models.errors import (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C in a run whose state is saved. The message explains how to resume it."""
+    """Ctrl-C. The message explains what is saved, and how to resume an interrupted run."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -728,12 +728,18 @@ def test_columns_all_prints_every_column_with_deviations(scored):
 
 def test_printed_tables_are_means_in_at_most_100_characters(evaluated):
     lines = evaluated[1].split("\n\n")
-    models, sets = lines[0].splitlines()[1:], lines[2].splitlines()
+    models, sets = lines[0].splitlines()[5:], lines[2].splitlines()
     assert models[0].split() == [
         "method", "UA", "%", "RA", "%", "TA", "%", "MIA", "%", "gap", "%", "by", "UA", "time", "s",
     ]  # fmt: skip
     assert len(models) == 5 and len(sets) == 6
     assert max(map(len, models + sets)) <= 100 and "±" not in "".join(models + sets)
+
+
+def test_every_scored_model_is_reported_with_its_number(evaluated):
+    names, lines = ["original", "retrain", "finetune", "GA"], evaluated[1].splitlines()[:4]
+    for number, (name, line) in enumerate(zip(names, lines, strict=True), 1):
+        assert re.fullmatch(rf"{name}: scored in \d+ s \({number} of 4\)", line)
 
 
 def test_samples_name_files_and_classes(bench):
@@ -756,6 +762,23 @@ def test_interrupted_saving_leaves_the_earlier_files(scored, monkeypatch):
 
     monkeypatch.setattr(utils, "save_json", save_json)
     with pytest.raises(utils.UserError, match="No space left"):
+        scored.evaluate("--unlearn_name", "all", "--alphas", "0.3")
+    after = {path: path.read_bytes() for path in scored.folder().rglob("*.*") if path.is_file()}
+    assert after == files
+
+
+def test_interrupted_scoring_leaves_the_earlier_files_and_says_so(scored, monkeypatch):
+    files = {path: path.read_bytes() for path in scored.folder().rglob("*.*") if path.is_file()}
+    plain, calls = main_evaluate.score_outputs, []
+
+    def score_outputs(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(main_evaluate, "score_outputs", score_outputs)
+    with pytest.raises(utils.Interrupted, match="this evaluation is not saved; earlier results"):
         scored.evaluate("--unlearn_name", "all", "--alphas", "0.3")
     after = {path: path.read_bytes() for path in scored.folder().rglob("*.*") if path.is_file()}
     assert after == files
