@@ -458,6 +458,19 @@ def test_scrub_with_forget_batch_size_divides_forget_set_by_it():
     assert all(r for steps in later for r, _ in steps)
 
 
+def test_scrub_limits_the_steps_of_a_maximization_pass():
+    """Eight by default, 0 for all. Every epoch draws other forget images."""
+    for options, counts in (({"pass_steps": 2}, [2, 2, 0]), ({"pass_steps": 0}, [4, 4, 0])):
+        job = small_job("scrub", forget_batch_size=3, **options)
+        run(job)
+        passes = [[f for _, f in steps if f] for steps in epochs_of(job)]
+        assert [len(each) for each in passes] == counts
+        assert sorted(passes[0]) != sorted(passes[1])
+    job = small_job("scrub", forget=50, forget_batch_size=3)
+    run(job)
+    assert [sum(bool(f) for _, f in steps) for steps in epochs_of(job)] == [8, 8, 0]
+
+
 def test_ga_plus_with_two_passes_repeats_full_forget_batches():
     job = small_job("ga_plus", retain=20, forget=12, passes=2)
     run(job)

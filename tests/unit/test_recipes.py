@@ -101,7 +101,7 @@ def test_authors_recipe_has_published_values(name, expected):
         ("FisherForgetting", {"noise": 1e-6}),
         ("teacher", {"retain_share": 0.3}),
         ("ssd", {"selection_weighting": 10.0, "importance_batches": 0}),
-        ("scrub", {"forget_batch_size": 512}),
+        ("scrub", {"forget_batch_size": 512, "pass_steps": 0}),
         ("salun", {}),
         ("sfron", {"num_steps": 1500}),
     ],
@@ -195,6 +195,7 @@ def test_options_of_a_method_exclude_those_of_other_methods():
         "beta": 0,
         "gamma": 0.99,
         "forget_batch_size": None,
+        "pass_steps": 8,
         "rewind": False,
     }
     rewound = unlearn.method_options(unlearn.METHODS["scrub"], arguments("--rewind"))
