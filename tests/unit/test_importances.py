@@ -205,9 +205,7 @@ def test_mask_on_two_processes_equals_that_on_one(monkeypatch):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_gradients_for_influence_and_ssd_on_several_processes_equals_that_on_one(
-    world, monkeypatch
-):
+def test_fisher_gradients_on_several_processes_equal_those_on_one(world, monkeypatch):
     """With 19 images in chunks of 3, the last chunk has fewer images than there are processes."""
     job, vector = small_job("IU"), dict(SmallNet(3).named_parameters())
     vector = {name: tensor.detach() for name, tensor in vector.items()}

@@ -452,6 +452,17 @@ def resumable(tmp_path, label, resume=False, stop_in=None, identity=None, **sett
     return job, records
 
 
+def interrupt_and_resume(tmp_path, label, stop_in, **options):
+    """Two pairs (job, records): of an uninterrupted run and of a resumed one with equal weights."""
+    whole, expected_records = resumable(tmp_path / "none", label, **options)
+    expected = run(replace(whole, progress=None))
+    with pytest.raises(Stop):
+        run(resumable(tmp_path, label, stop_in=stop_in, **options)[0])
+    resumed, records = resumable(tmp_path, label, resume=True, **options)
+    assert same(run(resumed), expected)
+    return (whole, expected_records), (resumed, records)
+
+
 def without_times(records):
     times = ("seconds", "images_per_second")
     return [{key: v for key, v in record.items() if key not in times} for record in records]
@@ -481,12 +492,9 @@ def test_resumed_run_has_weights_and_records_of_uninterrupted_run(label, stop_in
         "lotus": {"forget_class": 0},
         "amun": {"forget_images": "leave"},
     }.get(label.removeprefix("cpu_"), {})
-    whole, expected_records = resumable(tmp_path / "none", label, **options)
-    expected = run(replace(whole, progress=None))
-    with pytest.raises(Stop):
-        run(resumable(tmp_path, label, stop_in=stop_in, **options)[0])
-    resumed, records = resumable(tmp_path, label, resume=True, **options)
-    assert same(run(resumed), expected)
+    (whole, expected_records), (resumed, records) = interrupt_and_resume(
+        tmp_path, label, stop_in, **options
+    )
     assert without_times(records) == without_times(expected_records)
     assert {epoch for epoch, *_ in training_steps(resumed)} == set(range(1, 5 - (stop_in - 1) + 1))
     if whole.term:
@@ -496,24 +504,13 @@ def test_resumed_run_has_weights_and_records_of_uninterrupted_run(label, stop_in
 
 def test_resumed_neg_merge_begins_again_with_its_first_training(tmp_path):
     """Its trainings do not save a state: the next one would go on from the end of the last."""
-    options = {"step_scale": 1.0}
-    whole, _ = resumable(tmp_path / "none", "neg_merge", **options)
-    expected = run(replace(whole, progress=None))
-    with pytest.raises(Stop):
-        run(resumable(tmp_path, "neg_merge", stop_in=8, **options)[0])
-    resumed, records = resumable(tmp_path, "neg_merge", resume=True, **options)
-    assert same(run(resumed), expected)
+    _, (_, records) = interrupt_and_resume(tmp_path, "neg_merge", 8, step_scale=1.0)
     assert [record["epoch"] for record in records] == [*range(1, 26)]
 
 
 def test_resumed_scrub_with_rewind_returns_to_an_epoch_before_the_interruption(tmp_path):
     options = {"rewind": True, "msteps": 4, "learning_rate": 0.2}
-    whole, records = resumable(tmp_path / "none", "scrub", **options)
-    expected = run(replace(whole, progress=None))
-    with pytest.raises(Stop):
-        run(resumable(tmp_path, "scrub", stop_in=4, **options)[0])
-    resumed, _ = resumable(tmp_path, "scrub", resume=True, **options)
-    assert same(run(resumed), expected)
+    (whole, records), _ = interrupt_and_resume(tmp_path, "scrub", 4, **options)
     reference = unlearn.matched_accuracy(replace(whole, model=unrewound(options)))
     distances = [abs(record["forget_acc"] - reference) for record in records]
     assert distances.index(min(distances)) < 3  # before the interruption
