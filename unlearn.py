@@ -698,6 +698,11 @@ OPTIONS = {
         utils.number(int, 3),
         "images per step of a maximization pass; default: --batch_size",
     ),
+    "ascent_limit": (
+        utils.number(float, 0),
+        "cross-entropy above which a forget image is left alone, in multiples of that of a guess "
+        "(the logarithm of the number of classes); 0: no limit",
+    ),
     "pass_steps": (
         utils.number(int, 0),
         "largest number of steps of a maximization pass; 0: one pass over all forget images",
@@ -821,6 +826,17 @@ def method(
 def cross_entropy(logits, labels):
     """Mean cross-entropy of M images, M×K and M → a scalar. 0, with a gradient, for M = 0."""
     return F.cross_entropy(logits, labels) if len(labels) else logits.sum()
+
+
+def ascent_losses(job, logits, labels):
+    """The cross-entropy of M images that are ascended, M×K and M → M.
+
+    It ends at the option ``ascent_limit``, times ln K: an image above it has no gradient. Without a
+    limit, the steps on images that are long forgotten never shrink, and destroy the network.
+    """
+    limit = job.options["ascent_limit"] or math.inf
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.clamp(max=limit * math.log(logits.shape[1]))
 
 
 def retain_cross_entropy(batch):
@@ -975,6 +991,7 @@ def keep_running_statistics(model):
     num_epochs=5,
     learning_rate=0.01,
     forget_weight=0.02,
+    ascent_limit=2.0,
     passes=1,
     authors={
         "num_epochs": 10,
@@ -983,6 +1000,7 @@ def keep_running_statistics(model):
         "weight_decay": 0.0,
         "schedule": "constant",
         "forget_weight": 0.05 / 0.95,
+        "ascent_limit": 0.0,
         "passes": 2,
     },
 )
@@ -993,12 +1011,15 @@ def ga_plus(job):
     The weight of the ascent is relative to 1 for the descent. Defaults: found on digits and 5,000
     CIFAR-10 images, with one pass per step through retain and forget images together. The authors
     weight 0.95 : 0.05 at a rate of 0.01, which is a weight of 0.0526 at 0.0095, and their steps
-    have ``passes`` = 2: first the retain images, then as many forget images.
+    have ``passes`` = 2: first the retain images, then as many forget images. They have no
+    ``ascent_limit``. Without one, forgetting a class of 2,500 CIFAR-10 images leaves a retain
+    accuracy of 20 %, and with the default 91 %.
     """
     forget_weight = job.options["forget_weight"]
 
     def loss(batch):
-        return cross_entropy(*batch.retain) - forget_weight * cross_entropy(*batch.forget)
+        ascent = ascent_losses(job, *batch.forget)
+        return cross_entropy(*batch.retain) - forget_weight * ascent.sum() / max(1, len(ascent))
 
     if job.options["passes"] == 1:
         return train(job, loss, PARTS)
@@ -1467,11 +1488,12 @@ def read_mask(path, model):
     learning_rate=0.01,
     ascent=25.0,
     ascent_every=5,
+    ascent_limit=2.0,
     adaptivity=0.5,
     saliency_threshold=1.0,
     max_norm=7.0,
     num_steps=None,
-    authors={"batch_size": 128, "num_steps": 1500},
+    authors={"batch_size": 128, "num_steps": 1500, "ascent_limit": 0.0},
 )
 def sfron(job):
     """SFRon: alternate between weighted ascent on the forget images, restricted to salient weights,
@@ -1481,7 +1503,8 @@ def sfron(job):
     ``saliency_threshold`` times as large on the forget as on the retain images. BatchNorm is in
     train mode in both kinds of steps, as in the authors' code. Defaults: the authors' for 10 % of
     CIFAR-10, but five epochs in batches of 64 instead of 1,500 steps of 128 images, which are 4.3
-    epochs of CIFAR-10 and 140 of digits.
+    epochs of CIFAR-10 and 140 of digits, and with an ``ascent_limit``. Without one, forgetting a
+    class of 2,500 CIFAR-10 images leaves a retain accuracy of 76 %, and with the default 90 %.
     """
     forget, retain = (
         fisher.diagonal_fisher(job.model, job.data.train, indices, fisher.observed_score)
@@ -1528,7 +1551,8 @@ class SFRonTurns:
             return F.cross_entropy(*batch.retain)
         cosine = math.cos(math.pi * self.repairs_done / self.num_repairs)
         strength = self.job.options["ascent"] * (1 + cosine) / 2
-        return -strength * adaptive_cross_entropy(*batch.forget, self.job.options["adaptivity"])
+        losses = ascent_losses(self.job, *batch.forget)
+        return -strength * adaptive_mean(losses, self.job.options["adaptivity"])
 
     def restrict_ascent_gradient(self, batch):
         """In an ascent step, set the gradients of other weights to zero and clip their norm."""
@@ -1538,13 +1562,12 @@ class SFRonTurns:
             nn.utils.clip_grad_norm_(self.job.model.parameters(), self.job.options["max_norm"])
 
 
-def adaptive_cross_entropy(logits, labels, adaptivity):
+def adaptive_mean(losses, adaptivity):
     """Mean over images of w·ℓ with w ∝ ℓ^−λ of mean 1 (Huang et al. 2024).
 
     Images with a large loss ℓ, which are already forgotten, have a small weight w. The weights
-    have no gradient. Logits M×K, labels M, λ = ``adaptivity`` → a scalar.
+    have no gradient. M losses, λ = ``adaptivity`` → a scalar.
     """
-    losses = F.cross_entropy(logits, labels, reduction="none")
     log_losses = losses.detach().clamp(min=torch.finfo(losses.dtype).eps).log()
     # softmax(−λ·log ℓ) is ℓ^−λ normalized to a sum of 1. The power itself overflows for a large λ.
     weights = (-adaptivity * log_losses).softmax(dim=0)

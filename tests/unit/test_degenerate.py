@@ -1,6 +1,7 @@
 """Degenerate problems (one image, no calibration image, one class): finite weights or an error."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -73,20 +74,26 @@ def test_method_without_training_calibration_works_or_is_refused(label):
         assert_finite()
 
 
-def test_ga_plus_step_without_retain_images_has_zero_retain_loss():
-    job = small_job("ga_plus", retain=1, forget=8, batch_size=3, num_epochs=1, forget_weight=0.5)
-    losses = []
-    original = unlearn.cross_entropy
+@pytest.mark.parametrize(("retain", "forget"), [(1, 8), (8, 1)])
+def test_ga_plus_step_without_images_of_a_part_has_zero_loss_of_that_part(retain, forget):
+    settings = {"batch_size": 3, "num_epochs": 1, "forget_weight": 0.5}
+    job = small_job("ga_plus", retain=retain, forget=forget, **settings)
+    names = ["cross_entropy", "ascent_losses"]
+    losses = {name: [] for name in names}
 
-    def recorded(logits, labels):
-        losses.append((len(labels), original(logits, labels)))
-        return losses[-1][1]
+    def recorded(name, function, *arguments):
+        value = function(*arguments)
+        losses[name].append((len(arguments[-1]), value.sum().item()))
+        return value
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unlearn, "cross_entropy", recorded)
+        for name in names:
+            patch.setattr(unlearn, name, partial(recorded, name, getattr(unlearn, name)))
         run(job)
-    assert [count for count, _ in losses] == [1, 3, 0, 3, 0, 2]
-    assert [loss.item() for count, loss in losses if not count] == [0, 0]
+    for name, count in zip(names, (retain, forget), strict=True):
+        counts = [number for number, _ in losses[name]]
+        assert counts == ([3, 3, 2] if count == 8 else [1, 0, 0])
+        assert all((loss == 0) == (number == 0) for number, loss in losses[name])
 
 
 def test_cross_entropy_without_images_is_zero_and_has_a_gradient():
@@ -105,7 +112,9 @@ def test_accuracies_without_test_images_have_no_test_accuracy():
 @pytest.mark.parametrize("adaptivity", [0.0, 0.5, 3.0, 50.0])
 def test_adaptive_weights_are_finite_for_any_exponent(adaptivity):
     logits = torch.tensor([[300.0, 0.0], [0.0, 0.0], [0.0, 80.0]], requires_grad=True)
-    loss = unlearn.adaptive_cross_entropy(logits, torch.zeros(3, dtype=torch.int64), adaptivity)
+    labels = torch.zeros(3, dtype=torch.int64)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    loss = unlearn.adaptive_mean(losses, adaptivity)
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
 

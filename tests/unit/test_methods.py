@@ -133,6 +133,31 @@ def test_neggrad_plus_step_descends_on_retain_and_ascends_on_forget_image():
     assert weights.tolist() == [pytest.approx([0.05, -0.025]), pytest.approx([-0.05, 0.025])]
 
 
+@pytest.mark.parametrize(("limit", "ascends"), [(2.01, True), (1.99, False), (0.0, True)])
+def test_neggrad_plus_leaves_forget_image_above_limit_alone(limit, ascends):
+    # The forget image has p = (¼, ¾): a loss of ln 4, twice that of a guess.
+    weights = ((0.0, 0.0), (0.0, LN3))
+    job = linear_job("ga_plus", weights, forget_weight=0.5, ascent_limit=limit)
+    step = (weight_after(job) - torch.tensor(weights)).tolist()
+    ascent = 0.1 * 0.5 * 0.75 * ascends
+    assert step == [pytest.approx([0.05, -ascent]), pytest.approx([-0.05, ascent])]
+
+
+@pytest.mark.parametrize(("limit", "first"), [(2.01, 2.0), (1.5, 1.5), (0.0, 2.0)])
+def test_sfron_leaves_forget_image_above_limit_alone(limit, first, monkeypatch):
+    job = linear_job("sfron", ZERO, ascent=3.0, adaptivity=1.0, ascent_limit=limit)
+    loss, _ = arguments_of_loop(job, monkeypatch)
+    ascent = batch(job, [[0.0, LN3], [0.0, 0.0]], [1, 1], 0)  # losses of 2 ln 2 and ln 2
+    ascent.logits.requires_grad_()
+    value = loss(ascent)
+    shares = [1 / (first + 1), first / (first + 1)]  # inverse to the losses
+    expected = -3 * (shares[0] * first + shares[1]) * math.log(2)
+    assert value.item() == pytest.approx(expected)
+    value.backward()
+    gradient = [3 * shares[0] * 0.75 * (first == 2), 3 * shares[1] * 0.5]
+    assert ascent.logits.grad[:, 0].tolist() == pytest.approx(gradient)
+
+
 def test_teacher_loss_is_kl_to_original_or_untrained_network(monkeypatch):
     job = linear_job("teacher", ((LN3, 0.0), (0.0, 0.0)))
     loss, _ = arguments_of_loop(job, monkeypatch)
@@ -214,17 +239,13 @@ def test_ssd_on_linear_model_dampens_weights_of_forget_image():
 
 
 def test_sfron_loss_gives_images_of_small_loss_more_weight():
-    labels = torch.tensor([0, 0])
-    logits = torch.tensor([[0.0, 0.0], [0.0, LN3]], requires_grad=True)  # losses ln 2 and ln 4
-    loss = unlearn.adaptive_cross_entropy(logits, labels, 1.0)
-    # Weights ∝ 1, ½, of mean 1: 4/3 and 2/3.
-    assert loss.item() == pytest.approx((4 / 3 * math.log(2) + 2 / 3 * math.log(4)) / 2)
-    loss.backward()
-    assert logits.grad[:, 0].tolist() == pytest.approx([4 / 3 * -0.5 / 2, 2 / 3 * -0.75 / 2])
-    unweighted = unlearn.adaptive_cross_entropy(logits, labels, 0.0)
-    assert unweighted.item() == pytest.approx((math.log(2) + math.log(4)) / 2)
-    certain = torch.tensor([[200.0, 0.0], [0.0, 0.0]])
-    assert unlearn.adaptive_cross_entropy(certain, labels, 0.5).isfinite()
+    losses = torch.tensor([1.0, 2.0], requires_grad=True)
+    mean = unlearn.adaptive_mean(losses, 1.0)
+    assert mean.item() == pytest.approx((4 / 3 * 1 + 2 / 3 * 2) / 2)  # weights ∝ 1, ½, of mean 1
+    mean.backward()
+    assert losses.grad.tolist() == pytest.approx([4 / 3 / 2, 2 / 3 / 2])
+    assert unlearn.adaptive_mean(losses, 0.0).item() == pytest.approx(1.5)
+    assert unlearn.adaptive_mean(torch.tensor([0.0, 1.0]), 0.5).isfinite()
 
 
 def test_sfron_alternates_steps_and_ascends_on_salient_weights_only(monkeypatch):

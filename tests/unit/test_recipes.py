@@ -97,13 +97,13 @@ def test_authors_recipe_has_published_values(name, expected):
     ("name", "changed"),
     [
         ("GA", {"stop_accuracy": 0.0}),
-        ("ga_plus", {"forget_weight": 1 / 19, "passes": 2}),
+        ("ga_plus", {"forget_weight": 1 / 19, "ascent_limit": 0.0, "passes": 2}),
         ("FisherForgetting", {"noise": 1e-6}),
         ("teacher", {"retain_share": 0.3}),
         ("ssd", {"selection_weighting": 10.0, "importance_batches": 0}),
         ("scrub", {"forget_batch_size": 512, "pass_steps": 0}),
         ("salun", {}),
-        ("sfron", {"num_steps": 1500}),
+        ("sfron", {"num_steps": 1500, "ascent_limit": 0.0}),
     ],
 )
 def test_authors_options_differ_from_the_defaults_only_where_listed(name, changed):
