@@ -524,6 +524,17 @@ def index_batches(job, parts, epoch, batch_size=None):
     ]
 
 
+def forget_batches(job, epoch, batch_size=None):
+    """The steps on forget images alone of an epoch: at most ``pass_steps`` of one pass.
+
+    A method that trains on them alone measures after each epoch whether they are forgotten. With
+    2,500 random CIFAR-10 images, ``delete`` and ``boundary_shrink`` go 12 points of accuracy past
+    that point in passes of 39 steps, and 4 in epochs of 8 steps.
+    """
+    steps = index_batches(job, ("forget",), epoch, batch_size)
+    return steps[: job.options["pass_steps"] or None]
+
+
 def join_forget(job, steps, epoch):
     """The steps with an equal share of the forget images added to every step that has none."""
     without = [
@@ -705,7 +716,7 @@ OPTIONS = {
     ),
     "pass_steps": (
         utils.number(int, 0),
-        "largest number of steps of a maximization pass; 0: one pass over all forget images",
+        "largest number of steps on forget images alone in an epoch; 0: a pass over all of them",
     ),
     "msteps": (
         utils.number(int, 0),
@@ -1373,9 +1384,8 @@ class ScrubTurns:
         minimize = index_batches(self.job, ("retain",), epoch)
         if epoch > self.job.options["msteps"]:
             return minimize
-        batch_size = self.job.options["forget_batch_size"]
-        maximize = index_batches(self.job, ("forget",), epoch, batch_size)
-        return maximize[: self.job.options["pass_steps"] or None] + minimize
+        maximize = forget_batches(self.job, epoch, self.job.options["forget_batch_size"])
+        return maximize + minimize
 
     def loss(self, batch):
         """−distance on forget images; β · distance + γ · cross-entropy on retain images."""
@@ -1604,7 +1614,7 @@ def l1_sparse(job):
     return train(job, retain_cross_entropy, schedule=schedule, before_step=add_penalty)
 
 
-@method(num_epochs=50, learning_rate=6e-5, schedule="constant", stop_accuracy=None)
+@method(num_epochs=50, learning_rate=6e-5, schedule="constant", stop_accuracy=None, pass_steps=8)
 def delete(job):
     """DELETE: distill the original model on the forget images, with the logit of the image's own
     label masked (Zhou et al. 2025, 2503.23751).
@@ -1621,7 +1631,8 @@ def delete(job):
         targets = masked.softmax(dim=1)
         return F.kl_div(logits.log_softmax(dim=1), targets, reduction="batchmean")
 
-    return train(job, loss, ("forget",), eval_mode=True, finished=forgotten(job))
+    steps = partial(forget_batches, job)
+    return train(job, loss, schedule=steps, eval_mode=True, finished=forgotten(job))
 
 
 BOUNDARY_AUTHORS = {
@@ -1629,6 +1640,7 @@ BOUNDARY_AUTHORS = {
     "learning_rate": 1e-5,
     "weight_decay": 0.0,
     "stop_accuracy": 0.0,
+    "pass_steps": 0,
 }
 
 
@@ -1637,6 +1649,7 @@ BOUNDARY_AUTHORS = {
     learning_rate=3e-5,
     schedule="constant",
     stop_accuracy=None,
+    pass_steps=8,
     step_size=0.1,
     authors=BOUNDARY_AUTHORS,
 )
@@ -1656,7 +1669,8 @@ def boundary_shrink(job):
     def loss(batch):
         return F.cross_entropy(batch.logits, targets[batch.indices])
 
-    return train(job, loss, ("forget",), eval_mode=True, finished=forgotten(job))
+    steps = partial(forget_batches, job)
+    return train(job, loss, schedule=steps, eval_mode=True, finished=forgotten(job))
 
 
 def nearest_wrong_classes(job):
@@ -1677,6 +1691,7 @@ def nearest_wrong_classes(job):
     learning_rate=2e-4,
     schedule="constant",
     stop_accuracy=None,
+    pass_steps=8,
     authors=BOUNDARY_AUTHORS,
 )
 def boundary_expand(job):
@@ -1699,7 +1714,8 @@ def boundary_expand(job):
     def finished(record):
         return monitored_forget_accuracy(job, record, num_classes) <= target
 
-    widened = train(job, loss, ("forget",), eval_mode=True, finished=finished)
+    steps = partial(forget_batches, job)
+    widened = train(job, loss, schedule=steps, eval_mode=True, finished=finished)
     classifier.narrow(widened, num_classes)
     return step_back(job, start, target)
 
@@ -1799,8 +1815,9 @@ MU_MIS_CHUNKS = 8  # per step: the second derivatives need three times the memor
     learning_rate=1e-3,
     schedule="constant",
     stop_accuracy=None,
+    pass_steps=8,
     sensitivity="norm",
-    authors={"sensitivity": "squared"},
+    authors={"sensitivity": "squared", "pass_steps": 0},
 )
 def mu_mis(job):
     """MU-Mis: reduce how much the logit of the label depends on the pixels of a forget image,
@@ -1821,7 +1838,7 @@ def mu_mis(job):
         rng = utils.generator(job.seed, job.name, "other classes", epoch)
         shift = torch.randint(1, num_classes, (len(labels),), generator=rng).to(job.device)
         others = (labels + shift) % num_classes
-        return index_batches(job, ("forget",), epoch)
+        return forget_batches(job, epoch)
 
     def loss(batch):
         local = [batch.inputs, *map(distributed.local_rows, (batch.labels, others[batch.indices]))]

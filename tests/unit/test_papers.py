@@ -471,6 +471,19 @@ def test_scrub_with_forget_batch_size_divides_forget_set_by_it():
     assert all(r for steps in later for r, _ in steps)
 
 
+@pytest.mark.parametrize("name", ["delete", "boundary_shrink", "boundary_expand", "mu_mis"])
+def test_epoch_of_forget_images_alone_has_a_limited_number_of_steps(name):
+    for pass_steps, sizes in ((2, [3, 3]), (0, [3, 3, 3, 2])):
+        settings = {**OPTIONS[name], "batch_size": 3, "pass_steps": pass_steps}
+        job = small_job(name, **settings)
+        run(job)
+        epochs = [[f for _, f in steps] for steps in epochs_of(job)]
+        assert [[len(f) for f in epoch] for epoch in epochs] == [sizes] * 3
+        drawn = [sum(epoch, []) for epoch in epochs]
+        assert len({tuple(each) for each in drawn}) == 3
+        assert all(len(set(each)) == len(each) for each in drawn)
+
+
 def test_scrub_limits_the_steps_of_a_maximization_pass():
     """Eight by default, 0 for all. Every epoch draws other forget images."""
     for options, counts in (({"pass_steps": 2}, [2, 2, 0]), ({"pass_steps": 0}, [4, 4, 0])):
