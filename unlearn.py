@@ -843,7 +843,9 @@ def ascent_losses(job, logits, labels):
     """The cross-entropy of M images that are ascended, M×K and M → M.
 
     It ends at the option ``ascent_limit``, times ln K: an image above it has no gradient. Without a
-    limit, the steps on images that are long forgotten never shrink, and destroy the network.
+    limit, the steps on images that are long forgotten never shrink, and destroy the network. The
+    default of 4 is the smallest power of two at which no prediction set of a forgotten class of
+    digits or CIFAR-10 holds the label.
     """
     limit = job.options["ascent_limit"] or math.inf
     losses = F.cross_entropy(logits, labels, reduction="none")
@@ -1002,7 +1004,7 @@ def keep_running_statistics(model):
     num_epochs=5,
     learning_rate=0.01,
     forget_weight=0.02,
-    ascent_limit=2.0,
+    ascent_limit=4.0,
     passes=1,
     authors={
         "num_epochs": 10,
@@ -1498,7 +1500,7 @@ def read_mask(path, model):
     learning_rate=0.01,
     ascent=25.0,
     ascent_every=5,
-    ascent_limit=2.0,
+    ascent_limit=4.0,
     adaptivity=0.5,
     saliency_threshold=1.0,
     max_norm=7.0,
