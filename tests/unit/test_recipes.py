@@ -115,6 +115,24 @@ def test_authors_options_differ_from_the_defaults_only_where_listed(name, change
     assert entry.authors.keys() <= unlearn.RECIPE_FIELDS | entry.options.keys()
 
 
+@pytest.mark.parametrize(
+    ("option", "default", "names"),
+    [
+        ("ascent_limit", 4.0, ["ga_plus", "sfron"]),
+        ("pass_steps", 8, ["scrub", "delete", "boundary_shrink", "boundary_expand", "mu_mis"]),
+    ],
+)
+def test_forgetting_has_a_limit_that_the_authors_do_not_have(option, default, names):
+    having = [name for name, entry in unlearn.METHODS.items() if option in entry.options]
+    assert having == [name for name in unlearn.METHODS if name in names]
+    for name in names:
+        entry = unlearn.METHODS[name]
+        assert unlearn.method_options(entry, arguments())[option] == default
+        if entry.authors:
+            authors = unlearn.method_options(entry, arguments("--recipe", "authors"))
+            assert authors[option] == 0
+
+
 def test_num_steps_sets_number_of_epochs_unless_num_epochs_is_passed():
     entry = unlearn.METHODS["sfron"]
     args = arguments("--recipe", "authors")
