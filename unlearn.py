@@ -944,8 +944,8 @@ def forgotten(job):
     """The function ``finished(record)`` that ends a training once the forget images are forgotten.
 
     That is after the epoch in which the accuracy on (at most 2,000) of them falls to
-    :func:`stop_accuracy`. An epoch is that of :func:`forget_batches`, except in GA, whose rate is so
-    small that an epoch of a few steps changes little.
+    :func:`stop_accuracy`. An epoch is that of :func:`forget_batches`, except in ``GA``, which
+    passes through all forget images: its rate is so low that few steps change little.
     """
     target = stop_accuracy(job)
 
