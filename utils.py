@@ -97,9 +97,12 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # "?" for q̂, λ and ± on a terminal without Unicode
             stream.reconfigure(errors="replace")
-    status = _exit_status(main)
-    if distributed.world_size() > 1:  # torchrun's signal can come after the reason is printed
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        status = _exit_status(main)
+        if distributed.world_size() > 1:  # torchrun's signal can come after the reason is printed
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except KeyboardInterrupt as error:  # it came before the reason of another end was printed
+        status = _report_interruption(error)
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # Python flushes once more at exit, which must not fail
@@ -127,10 +130,7 @@ def _exit_status(main):
     except UserError as error:
         return _report(f"error: {error}", 2)
     except KeyboardInterrupt as error:
-        if _was_terminated(error):
-            remedy = str(error) or "pass --resume to continue"
-            return _report(f"error: another rank failed, or torchrun was ended; {remedy}", 1)
-        return _report(f"interrupted; {str(error) or 'finished results are kept'}", 130)
+        return _report_interruption(error)
     except (RuntimeError, ConnectionError, MemoryError) as error:
         if _is_out_of_memory(error):
             remedy = "lower --batch_size, --image_size, --memory_gb or --workers"
@@ -164,6 +164,13 @@ def _report(message, status):
     characters = (char if char.isprintable() else ascii(char)[1:-1] for char in line)
     print("".join(characters), file=sys.stderr, flush=True)
     return status
+
+
+def _report_interruption(error):
+    if _was_terminated(error):
+        remedy = str(error) or "pass --resume to continue"
+        return _report(f"error: another rank failed, or torchrun was ended; {remedy}", 1)
+    return _report(f"interrupted; {str(error) or 'finished results are kept'}", 130)
 
 
 def _was_terminated(error):

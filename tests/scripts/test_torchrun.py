@@ -125,8 +125,9 @@ def test_dead_process_ends_both_and_one_process_resumes(tmp_path):
     began = time.monotonic()
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - began < 90
-    lines = errors.splitlines()
-    (line,) = (line for line in lines if line.startswith("main_original_model.py: error"))
+    lines = [line for line in errors.splitlines() if line.startswith("main_original_model.py:")]
+    assert len(lines) == 1, errors
+    (line,) = lines
     assert "another rank failed" in line and "--resume" in line
     path = tmp_path / FOLDER / "original_model.pth"
     assert not path.exists()

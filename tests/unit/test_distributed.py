@@ -338,8 +338,31 @@ def stopped_in_a_run():
         raise utils.Interrupted("the state of GA is saved; pass --resume to continue") from None
 
 
+class StoppedWhileRead(RuntimeError):
+    """A signal comes while the reason of another failure is being found."""
+
+    def __str__(self):
+        signal.raise_signal(self.args[0])
+        return "[gloo] Connection closed by peer"
+
+
+def stopped_while_reporting():
+    raise StoppedWhileRead(signal.SIGTERM)
+
+
+def interrupted_while_reporting():
+    raise StoppedWhileRead(signal.SIGINT)
+
+
 @pytest.mark.parametrize(
-    "main", [lost_connection, stopped_by_torchrun, stopped_while_saving, stopped_in_a_run]
+    "main",
+    [
+        lost_connection,
+        stopped_by_torchrun,
+        stopped_while_saving,
+        stopped_in_a_run,
+        stopped_while_reporting,
+    ],
 )
 def test_dead_process_is_reported_in_one_line_whoever_notices_it_first(main, monkeypatch, capsys):
     status, output = end_of(main, monkeypatch, capsys)
@@ -353,7 +376,11 @@ def test_sigterm_to_a_single_process_is_an_interruption(main, monkeypatch, capsy
     assert status == 130 and ": interrupted; " in output and "rank" not in output
 
 
-def test_ctrl_c_under_torchrun_is_an_interruption(monkeypatch, capsys):
-    main = lambda: signal.raise_signal(signal.SIGINT)  # noqa: E731
+def pressed_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("main", [pressed_ctrl_c, interrupted_while_reporting])
+def test_ctrl_c_under_torchrun_is_an_interruption(main, monkeypatch, capsys):
     status, output = end_of(main, monkeypatch, capsys)
     assert status == 130 and ": interrupted; " in output
