@@ -965,6 +965,15 @@ def test_epochs_of_the_trainings_of_neg_merge_count_on():
     assert [record["epoch"] for record in records] == [*range(1, 11)]
 
 
+def test_trainings_of_neg_merge_are_numbered(monkeypatch):
+    labels, train = [], unlearn.train
+    recorded = lambda job, *rest, **kw: labels.append(job.label) or train(job, *rest, **kw)  # noqa: E731
+    monkeypatch.setattr(unlearn, "train", recorded)
+    job = small_job("neg_merge", num_epochs=1, step_scale=1.0)
+    run(job)
+    assert labels == [f"{job.label} {number}/5" for number in range(1, 6)]
+
+
 def test_recorded_loss_of_mu_mis_is_the_mean_difference_of_the_norms():
     records, differences, plain = [], [], unlearn.sensitivity_difference
 
