@@ -101,7 +101,7 @@ def run_script(main):
         status = _exit_status(main)
         if distributed.world_size() > 1:  # torchrun's signal can come after the reason is printed
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    except KeyboardInterrupt as error:  # it came before the reason of another end was printed
+    except KeyboardInterrupt as error:  # it came while another failure was being explained
         status = _report_interruption(error)
     try:
         sys.stdout.flush()

@@ -967,7 +967,11 @@ def test_epochs_of_the_trainings_of_neg_merge_count_on():
 
 def test_trainings_of_neg_merge_are_numbered(monkeypatch):
     labels, train = [], unlearn.train
-    recorded = lambda job, *rest, **kw: labels.append(job.label) or train(job, *rest, **kw)  # noqa: E731
+
+    def recorded(job, *arguments, **settings):
+        labels.append(job.label)
+        return train(job, *arguments, **settings)
+
     monkeypatch.setattr(unlearn, "train", recorded)
     job = small_job("neg_merge", num_epochs=1, step_scale=1.0)
     run(job)
