@@ -67,6 +67,9 @@ from models.errors import (
     first_line,
     printable,
 )
+from models.seeds import generator, permutation, seed_everything
+
+__all__ = ["generator", "permutation", "seed_everything"]  # imported from here, too
 
 # ---------------------------------------------------------------- errors
 
@@ -395,21 +398,6 @@ def method_names(items, known, prefix=""):
 # ---------------------------------------------------------------- seeds and device
 
 
-def _derive(seed, purpose):
-    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def generator(seed, *purpose, device="cpu"):
-    """A generator for one purpose, so that its draws never shift those of another purpose."""
-    return torch.Generator(device=device).manual_seed(_derive(seed, purpose))
-
-
-def seed_everything(seed, *purpose):
-    """Seed torch's global state, which initialisation and dropout draw from."""
-    torch.manual_seed(_derive(seed, purpose))
-
-
 def each_seed(args):
     """The flags once per seed of --seeds, or once with --seed."""
     for seed in args.seeds or [args.seed]:
@@ -430,11 +418,6 @@ def job_title(args):
 def split_seed(args):
     """The seed of the split: --split_seed, else the seed."""
     return args.seed if args.split_seed is None else args.split_seed
-
-
-def permutation(seed, purpose, n):
-    """A permutation of range(n) from NumPy's legacy generator, whose stream never changes."""
-    return np.random.RandomState(_derive(seed, (purpose,)) % 2**32).permutation(n)
 
 
 def pick_device(args):

@@ -9,6 +9,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 import utils
+from models.seeds import derive
 from models import distributed
 
 PLAIN = utils.DataSpec((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_padding=2, flip=False, grayscale=0.0)
@@ -273,7 +274,7 @@ def test_generator_is_on_the_requested_device(monkeypatch):
 
 def test_another_seed_or_purpose_gives_other_random_numbers():
     seeds = {
-        utils._derive(seed, purpose)
+        derive(seed, purpose)
         for seed in (1, 2, 12)
         for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
     }
