@@ -1,4 +1,4 @@
-"""Trains the original model.
+"""Train the original model.
 
     python main_original_model.py --data_name digits
 
@@ -9,14 +9,16 @@ curves history.jsonl.
 import utils  # before torch
 
 # isort: split
+import shlex
 from dataclasses import asdict
 
 import models
 import unlearn
-from models import distributed
+from models import distributed, seeds
 from models.errors import UserError
+from models.training import Job, Recipe
 
-DEFAULTS = f"""training defaults: {unlearn.Recipe.batch_size} images per step, and
+DEFAULTS = f"""training defaults: {Recipe.batch_size} images per step, and
   ImageNet weights  at most 20 epochs at 0.01
 {utils.describe_recipes()}"""
 
@@ -25,43 +27,42 @@ def main():
     parser = utils.make_parser(__doc__, epilog=DEFAULTS)
     utils.add_training_flags(parser, "default: listed below")
     args = parser.parse_args()
-
-    utils.check_jobs(args)
+    if args.dry_run or args.jobs > 1:
+        return run_in_children(parser, args)
     device = utils.pick_device(args)
-    data = utils.load_data(args, device, models.input_size(args.model_name))
-    if args.jobs > 1:
-        tasks = [(seed_args,) for seed_args in utils.each_seed(args)]
-        for result in distributed.run_jobs(train_original_in_job, tasks, args.jobs):
-            if isinstance(result, UserError):
-                raise result
-        return 0
+    data = utils.read_data(args, device, models.input_size(args.model_name))
     for seed_args in utils.each_seed(args):
         train_original(seed_args, data, device)
     return 0
 
 
-def train_original_in_job(args):
-    """:func:`train_original` in a process of ``--jobs``, from its flags."""
-    device = utils.pick_device(args)
-    data = utils.load_data_once(args, device, models.input_size(args.model_name))
-    with distributed.prefixed_output(utils.job_title(args)):
-        train_original(args, data, device)
+def run_in_children(parser, args):
+    """Print or run one command per seed. Returns the exit status."""
+    if distributed.world_size() > 1:
+        raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
+    all_seeds = [seed_args.seed for seed_args in utils.each_seed(args)]
+    commands = [utils.command_line(parser, args, seed=seed) for seed in all_seeds]
+    if args.dry_run:
+        print("\n".join(map(shlex.join, commands)))
+        return 0
+    return max(utils.run_commands(commands, args.jobs, [f"seed {seed}" for seed in all_seeds]))
 
 
 def train_original(args, data, device):
     """Train and save the original model of one seed, unless it exists."""
-    split = utils.make_split(data, args, scenario=False)
-    recipe = unlearn.original_recipe(args, device)
+    split = utils.make_split(data, utils.Scenario(None, split_seed=utils.split_seed(args)))
+    recipe = utils.original_recipe(args, device)
     folder = utils.run_folder(args, data)
-    path = folder / "original_model.pth"
+    files = utils.RunFiles(folder, model="original_model.pth", record="original_model.json")
     identity = asdict(recipe) | {"training_images": data.fingerprint}
-    if unlearn.already_done(path, identity, args):
-        print(f"{path}: already done; --overwrite replaces it")
+    if utils.already_done(files.model_path, identity, args):
+        print(f"{files.model_path}: already done; --overwrite replaces it")
         return
 
-    utils.seed_everything(args.seed, "original", "initialisation")
-    model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
-    job = unlearn.Job(
+    seeds.seed_everything(args.seed, "original", "initialisation")
+    size = data.train.size
+    model = models.build_model(args, len(data.classes), size, device, pretrained=True)
+    job = Job(
         name="original",
         label="original",
         model=model,
@@ -71,22 +72,14 @@ def train_original(args, data, device):
         seed=args.seed,
         compile=args.compile,
     )
-    files = unlearn.RunFiles(
-        folder, path.name, record_file="original_model.json", record_has_history=True
-    )
     meta = utils.describe_run(args, data, device)
     meta |= {"method": "original", "identity": identity, "recipe": asdict(recipe)}
-
     size = f"{len(data.train)} images, {len(data.classes)} classes, {meta['device']}"
     print(f"{args.model_name} on {data.tag}: {size}")
-    meta = unlearn.run_and_save(job, train_on_all, files, meta=meta, args=args)
+    # Nothing is forgotten, so all images are retained.
+    meta = utils.run_and_save(unlearn.train_on_retain_set, job, files, meta=meta, args=args)
     accuracy = 100 * meta["accuracies"]["test"]
-    print(f"{path}: test accuracy {accuracy:.2f} %, {meta['seconds']:.0f} s")
-
-
-def train_on_all(job):
-    """Cross-entropy on every training image: nothing is forgotten, so all are retained."""
-    return unlearn.train(job, unlearn.retain_cross_entropy)
+    print(f"{files.model_path}: test accuracy {accuracy:.2f} %, {meta['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

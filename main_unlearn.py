@@ -11,6 +11,8 @@ import utils  # before torch
 # isort: split
 import argparse
 import copy
+import json
+import shlex
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,11 @@ import models
 import unlearn
 from metrics.columns import Column
 from metrics.report import tables
-from models import checkpoint, distributed, inference
-from models.errors import NotFinite, UserError
+from models import checkpoint, distributed, inference, seeds
+from models.errors import NotFinite, UserError, first_line
+from models.training import Diverged, Job, Recipe
 
+TRAINING_FLAGS = ("num_epochs", "learning_rate", "batch_size", "milestones")
 RUN_COLUMNS = {
     "method": Column("method", "text"),
     "num_epochs": Column("epochs", "text"),
@@ -39,48 +43,74 @@ def main():
     parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn.METHODS))
     utils.add_scenario_flags(parser, ", ".join(unlearn.METHODS), "original_model.pth")
     utils.add_training_flags(parser, "default: depends on the method, listed below")
+    utils.add_label_flag(parser)
     unlearn.add_option_flags(parser, unlearn.METHODS)
     args = parser.parse_args()
     names = utils.method_names(args.unlearn_name, unlearn.METHODS)
-    return unlearn_all(args, {name: unlearn.METHODS[name] for name in names})
+    return unlearn_all(parser, args, {name: unlearn.METHODS[name] for name in names})
 
 
-def unlearn_all(args, methods, make_term=None):
+def unlearn_all(parser, args, methods, make_term=None):
     """Unlearn with every method for every seed, and print one table. Returns the exit status.
 
-    ``methods`` are :class:`unlearn.Method` by label. ``make_term(args, data, split)`` builds the
-    conformal loss of a run. Results of an earlier identical command are kept. Failures are
+    ``methods`` are :class:`unlearn.Method` by name. ``make_term(args, data, split)`` builds the
+    conformal loss of a run. All settings are checked before the first run starts. Failures are
     reported in the table; the remaining methods still run.
     """
-    unlearn.check_flags(args, methods)
-    utils.check_jobs(args)
+    check_flags(args, methods)
     device = utils.pick_device(args)
-    data = utils.load_data(args, device, models.input_size(args.model_name))
+    data = utils.read_data(args, device, models.input_size(args.model_name))
 
-    # Every original model and all settings are checked before the first run starts.
     runs = []
     for seed_args in utils.each_seed(args):
         original = read_original(seed_args, data, device)
         print(f"{original.path}: forget {original.split.describe()}")
-        for label, method in methods.items():
+        for name, method in methods.items():
             term = make_term(seed_args, data, original.split) if make_term else None
-            runs.append(plan_run(label, method, original, term=term, device=device))
+            runs.append(plan_run(name, method, original, term=term, device=device))
 
-    is_only_run = len(runs) == 1 and not args.seeds
-    rows = []
-    results = run_all(runs, data, device, make_term=make_term)
-    for run, result in zip(runs, results, strict=True):
-        if not isinstance(result, UserError):
-            rows.append(table_row(run, result))
-        elif is_only_run or not other_runs_can_continue(result):
-            raise result
-        else:
-            rows.append(record_failure(run, result))
+    pending = [run for run in runs if not run.is_done]
+    commands = [
+        utils.command_line(parser, args, seed=run.original.args.seed, unlearn_name=[run.name])
+        for run in pending
+    ]
+    if args.dry_run:
+        for command in commands:
+            print(shlex.join(command))
+        return 0
+    if args.jobs > 1:
+        titles = [f"seed {run.original.args.seed}" if args.seeds else "" for run in pending]
+        utils.run_commands(commands, args.jobs, titles)
+    else:
+        for run in pending:
+            unlearn_or_record_failure(run, data, device, is_only_run=len(runs) == 1)
+    return print_rows([record_row(run) for run in runs])
 
-    failures = [row for row in rows if "note" in row]
-    columns = RUN_COLUMNS | {"note": Column("note", "text")} if failures else RUN_COLUMNS
+
+def print_rows(rows):
+    """Print the table of all runs, with means over the seeds. Returns the exit status."""
+    failed = any("note" in row for row in rows)
+    columns = RUN_COLUMNS | {"note": Column("note", "text")} if failed else RUN_COLUMNS
     tables.print_table(columns, tables.summarise(rows, columns, ["method"]))
-    return 2 if failures else 0
+    return 2 if failed else 0
+
+
+def record_row(run):
+    """The row of a run, from the record that it left."""
+    path = run.files.folder / utils.FAILURE_FILE
+    if path.exists():
+        note = json.loads(path.read_text(encoding="utf-8"))["error"]
+        seed = run.original.args.seed
+        return {
+            "method": run.label,
+            "note": f"seed {seed}: {note}" if run.original.args.seeds else note,
+        }
+    try:
+        record = json.loads((run.files.folder / run.files.record).read_text(encoding="utf-8"))
+        numbers = {"seconds": record["seconds"]} | (record["recipe"] or {}) | record["accuracies"]
+    except (OSError, ValueError, KeyError):
+        return {"method": run.label, "note": "ended without a result"}
+    return {"method": run.label} | numbers
 
 
 # ---------------------------------------------------------------- before the first run
@@ -107,19 +137,41 @@ class Original:
 class Run:
     """One method for one seed, with its settings.
 
-    ``identity`` is everything that determines the weights. ``earlier_meta`` is the meta of an
-    earlier run with this identity, or None.
+    ``name`` is that of the method, ``label`` that of the folder and the row. ``identity`` is
+    everything that determines the weights. ``is_done`` is True if an earlier run with this identity
+    left its model.
     """
 
+    name: str
     label: str
     method: unlearn.Method
     original: Original
-    recipe: unlearn.Recipe | None
+    recipe: Recipe | None
     options: dict
     term: object
     identity: dict
-    files: unlearn.RunFiles
-    earlier_meta: dict | None
+    files: utils.RunFiles
+    is_done: bool
+
+
+def check_flags(args, methods):
+    """Raise UserError for a flag that cannot apply to the chosen methods (Method by name)."""
+    names = ", ".join(methods)
+    if args.jobs > 1 and distributed.world_size() > 1:
+        raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
+    if len(methods) > 1 and args.learning_rate:
+        raise UserError(
+            "--learning_rate with several methods: no single rate suits all of them; "
+            "omit it or choose one method"
+        )
+    reserved = {"original", *unlearn.METHODS, *(f"cpu_{name}" for name in unlearn.METHODS)}
+    if args.label and (len(methods) > 1 or args.label in reserved):
+        raise UserError(f"--label {args.label}: needs one method, and a name that no method has")
+    if not any(method.trained for method in methods.values()):
+        for flag in TRAINING_FLAGS:
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} does not apply to {names} (no training); omit it")
+    unlearn.check_option_flags(args, methods)
 
 
 def read_original(args, data, device):
@@ -128,15 +180,15 @@ def read_original(args, data, device):
     Raises UserError if it is missing, belongs to other data or another network, or has outputs
     that are not finite.
     """
-    split = utils.make_split(data, args)
+    split = utils.make_split(data, utils.scenario_of(args))
     root = utils.run_folder(args, data)
     path = utils.locate(args.model_dir, root)
     state, meta = checkpoint.read(
         path, "train it first with main_original_model.py and the same flags"
     )
-    checkpoint.check_meta(path, meta, args, data)
+    checkpoint.check_meta(path, meta, utils.model_facts(args, data))
     model = build_network(args, data, device, pretrained=False)
-    checkpoint.load_weights(model, state, path, data.train.spec)
+    checkpoint.load_weights(model, state, path)
     try:
         inference.compute_logits(model, data.train, split.retain[:64])
     except NotFinite as error:
@@ -158,18 +210,18 @@ def build_network(args, data, device, *, pretrained):
     return models.build_model(args, len(data.classes), size, device, pretrained=pretrained)
 
 
-def plan_run(label, method, original, *, term, device):
+def plan_run(name, method, original, *, term, device):
     """The :class:`Run` of one method. Raises UserError if its folder has another run's result."""
-    args = original.args
-    options = unlearn.method_options(method, args)
-    recipe = unlearn.method_recipe(method, args, original.meta, device)
-    recipe = unlearn.fit_epochs(recipe, options, len(original.split.retain))
+    args, label = original.args, original.args.label or name
+    options = unlearn.options_of(method, args)
+    recipe = method_recipe(method, args, original.meta, device)
     identity = run_identity(original, recipe, options, term=term)
-    files = unlearn.RunFiles(original.folder / label)
-    earlier_meta = unlearn.already_done(files.model_path, identity, args)
-    if earlier_meta:
+    files = utils.RunFiles(original.folder / label)
+    is_done = utils.already_done(files.model_path, identity, args) is not None
+    if is_done:
         print(f"{files.model_path}: already done; pass --overwrite to run it again")
     return Run(
+        name=name,
         label=label,
         method=method,
         original=original,
@@ -178,14 +230,34 @@ def plan_run(label, method, original, *, term, device):
         term=term,
         identity=identity,
         files=files,
-        earlier_meta=earlier_meta,
+        is_done=is_done,
     )
+
+
+def method_recipe(method, args, original_meta, device):
+    """The recipe of a method: flags, else its defaults, else the recipe of the original model.
+
+    None for a method without training. An original model without a recorded recipe counts as
+    trained with the recipe of the flags.
+    """
+    if not method.trained:
+        return None
+    original = original_meta.get("recipe") or asdict(utils.original_recipe(args, device))
+    defaults = dict(method.training)
+    if args.data_name == "digits" and models.describe(args.model_name).trained_from_scratch:
+        defaults |= method.digits
+    inherited = ["learning_rate"]
+    if "num_epochs" not in defaults:
+        inherited += ["num_epochs", "batch_size", "milestones"]
+    settings = {name: original[name] for name in inherited} | defaults
+    passed = {name: getattr(args, name) for name in TRAINING_FLAGS}
+    settings |= {name: value for name, value in passed.items() if value is not None}
+    return Recipe(**settings, precision=utils.pick_precision(args, device))
 
 
 def run_identity(original, recipe, options, *, term):
     """Everything that determines the weights of a run."""
-    identity = asdict(recipe) if recipe else {}
-    identity |= options
+    identity = (asdict(recipe) if recipe else {}) | options
     identity |= {"original": original.weights, "forget_set": original.split.fingerprint}
     if options.get("mask_path"):
         mask = unlearn.read_mask(options["mask_path"], original.model)
@@ -199,42 +271,28 @@ def run_identity(original, recipe, options, *, term):
 # ---------------------------------------------------------------- the runs
 
 
-def run_all(runs, data, device, *, make_term):
-    """The meta of every run, or its UserError, in order. Runs that are done are not repeated."""
-    args = runs[0].original.args
-    pending = [run for run in runs if not run.earlier_meta]
-    if args.jobs > 1:
-        tasks = [(run.original.args, run.label, run.method, make_term) for run in pending]
-        results = distributed.run_jobs(unlearn_in_job, tasks, args.jobs)
-    else:
-        results = (unlearn_or_fail(run, data, device) for run in pending)
-    for run in runs:
-        yield run.earlier_meta or next(results)
+def unlearn_or_record_failure(run, data, device, *, is_only_run):
+    """:func:`unlearn_and_save`, or the record of the error that ended it, for the table.
 
-
-def unlearn_or_fail(run, data, device):
-    """:func:`unlearn_and_save`, or the UserError that ended it."""
+    The error of the only run is raised. So is, under torchrun, an error other than divergence,
+    since it may have reached only one process, and the others would wait for it.
+    """
     try:
-        return unlearn_and_save(run, data, device)
-    except UserError as error:
-        return error
-
-
-def unlearn_in_job(args, label, method, make_term):
-    """One run in a process of ``--jobs``, from its flags. Returns its meta."""
-    device = utils.pick_device(args)
-    data = utils.load_data_once(args, device, models.input_size(args.model_name))
-    original = read_original(args, data, device)
-    term = make_term(args, data, original.split) if make_term else None
-    run = plan_run(label, method, original, term=term, device=device)
-    with distributed.prefixed_output(utils.job_title(args)):
-        return run.earlier_meta or unlearn_and_save(run, data, device)
+        unlearn_and_save(run, data, device)
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else first_line(error)
+        failure = {"forget_set": run.original.split.fingerprint, "error": reason}
+        utils.save_json(run.files.folder / utils.FAILURE_FILE, failure)
+        waits = distributed.world_size() > 1 and not isinstance(error, Diverged)
+        if is_only_run or waits:
+            raise
+        print(f"{run.label} (seed {run.original.args.seed}) failed: {reason}")
 
 
 def unlearn_and_save(run, data, device):
-    """Unlearn with one method and save the model. Returns its meta, with time and accuracies."""
+    """Unlearn with one method and save the model and its records."""
     args, split = run.original.args, run.original.split
-    job = unlearn.Job(
+    job = Job(
         name=run.method.name,
         label=run.label,
         model=copy.deepcopy(run.original.model),
@@ -242,13 +300,13 @@ def unlearn_and_save(run, data, device):
         split=split,
         recipe=run.recipe,
         seed=args.seed,
-        options=run.options,
         new_model=partial(initial_network, run, data, device),
         term=run.term,
         compile=args.compile,
     )
     meta = utils.describe_run(args, data, device) | {
         "method": run.label,
+        "base_method": run.method.name,
         "identity": run.identity,
         "recipe": asdict(run.recipe) if run.recipe else None,
         "options": run.options,
@@ -257,44 +315,17 @@ def unlearn_and_save(run, data, device):
         "num_forget": len(split.forget),
         "original_seconds": run.original.meta.get("seconds"),
     }
-    meta = unlearn.run_and_save(job, run.method.run, run.files, meta=meta, args=args)
-    if not distributed.rank():
-        (run.files.folder / unlearn.FAILURE_FILE).unlink(missing_ok=True)
+    unlearn_with_options = partial(run.method.run, **run.options)
+    utils.run_and_save(unlearn_with_options, job, run.files, meta=meta, args=args)
     if run.term is not None and (advice := run.term.advice()):
         print(f"{run.label}: {advice}")
-    return meta
 
 
 def initial_network(run, data, device):
     """A network as it was before any training on this data, with pre-trained weights if any."""
     args = run.original.args
-    utils.seed_everything(args.seed, run.method.name, "initialisation")
+    seeds.seed_everything(args.seed, run.method.name, "initialisation")
     return build_network(args, data, device, pretrained=True)
-
-
-def table_row(run, meta):
-    """The row of a complete run."""
-    row = {"method": run.label, "seconds": meta["seconds"]}
-    return row | (meta["recipe"] or {}) | meta["accuracies"]
-
-
-def other_runs_can_continue(error):
-    """Whether the remaining runs can start after an error.
-
-    With several processes, an error other than divergence may have reached only one of them, and
-    the others would wait for it.
-    """
-    return distributed.world_size() == 1 or isinstance(error, unlearn.Diverged)
-
-
-def record_failure(run, error):
-    """Print an error and save it in the folder of the run. Returns the row of the table."""
-    seed = run.original.args.seed
-    failure = {"forget_set": run.original.split.fingerprint, "error": str(error)}
-    utils.save_json(run.files.folder / unlearn.FAILURE_FILE, failure)
-    print(f"{run.label} (seed {seed}) failed: {error}")
-    note = f"seed {seed}: {error}" if run.original.args.seeds else str(error)
-    return {"method": run.label, "note": note}
 
 
 if __name__ == "__main__":

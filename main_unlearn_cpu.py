@@ -18,12 +18,13 @@ def main():
     parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn_cpu.METHODS))
     utils.add_scenario_flags(parser, ", ".join(unlearn_cpu.METHODS), "original_model.pth")
     utils.add_training_flags(parser, "default: depends on the method, listed below")
+    utils.add_label_flag(parser)
     unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()
     names = utils.method_names(args.unlearn_name, unlearn_cpu.METHODS, prefix="cpu_")
     methods = {name: unlearn_cpu.METHODS[name] for name in names}
-    return main_unlearn.unlearn_all(args, methods, make_term=conformal_term)
+    return main_unlearn.unlearn_all(parser, args, methods, make_term=conformal_term)
 
 
 def conformal_term(args, data, split):

@@ -1,34 +1,67 @@
-"""Adversarial examples: images that are changed as little as possible to change the answer."""
+"""Adversarial examples: images that are changed as little as possible to change the prediction.
 
+``model`` is used in eval mode. Images pass through it in chunks, without augmentation, and several
+processes divide every chunk. ``images`` are those of a data set (:class:`utils.Images`), whose
+``spec`` has the mean and deviation of the normalization.
+"""
+
+import math
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from . import distributed
 
 MAX_DOUBLINGS = 12  # of the radius of the attack
 STEPS = 20  # per radius
 
 
 class Examples(NamedTuple):
-    """Adversarial examples: normalised images N×3×H×W and their wrong labels N (int64)."""
+    """Adversarial examples: normalized images N×3×H×W and their wrong labels N (int64)."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
 
 
+def nearest_wrong_classes(model, images, indices, step_size, chunk):
+    """The likeliest wrong class of each image after one step of :func:`fgsm` → N, int64."""
+    nearest = []
+    for inputs, labels, count in _chunks(model, images, indices, chunk):
+        moved = fgsm(model, inputs, labels, step_size, images.spec)
+        with torch.no_grad():
+            wrong = model(moved).scatter(1, labels[:, None], -math.inf).argmax(dim=1)
+        nearest.append(distributed.gather_rows(wrong, count))
+    return torch.cat(nearest)
+
+
+def adversarial_examples(model, images, indices, radius, chunk):
+    """The :class:`Examples` of :func:`nearest` for the images at ``indices``, in their order."""
+    parts = []
+    for inputs, labels, count in _chunks(model, images, indices, chunk):
+        examples = nearest(model, inputs, labels, images.spec, radius=radius)
+        parts.append([distributed.gather_rows(rows, count) for rows in examples])
+    return Examples(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _chunks(model, images, indices, chunk):
+    """(inputs and labels of this process, number of images of all processes) of each chunk."""
+    model.eval()
+    chunks = indices.split(chunk * distributed.world_size())
+    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+        yield inputs, images.labels[distributed.local_rows(chunk_indices)], len(chunk_indices)
+
+
 def fgsm(model, inputs, labels, size, spec):
     """One step along the sign of the gradient of the loss (Goodfellow et al. 2015, 1412.6572).
 
-    ``inputs`` are normalised images N×3×H×W with ``labels`` N. ``size`` is the step of every pixel
-    in units of the pixels' range, and ``spec`` (:class:`utils.DataSpec`) has the mean and deviation
-    of the normalisation. Pixels stay in their range. Returns normalised images.
+    ``inputs`` are normalized images N×3×H×W with ``labels`` N. ``size`` is the step of every pixel
+    in units of the pixels' range. Pixels stay in their range. Returns normalized images.
     """
-    if not len(inputs):
-        return inputs
     inputs = inputs.detach().requires_grad_()
     loss = F.cross_entropy(model(inputs), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, inputs)
-    mean, std = _normalisation(inputs, spec)
+    mean, std = _normalization(inputs, spec)
     moved = inputs.detach() + size / std * gradient.sign()
     return moved.clamp(min=-mean / std, max=(1 - mean) / std)
 
@@ -37,15 +70,13 @@ def nearest(model, inputs, labels, spec, *, radius):
     """The :class:`Examples` nearest to images, by projected gradient ascent in balls (PGD-L2; Madry
     et al. 2018, 1706.06083), as AMUN (2503.00917) searches them.
 
-    ``inputs`` are normalised images N×3×H×W with ``labels`` N, ``radius`` is the L2 norm of the
-    first ball in pixels of range 0 to 1. A step is a tenth of the radius. The first image that is
-    classified wrongly is the example; an image that is wrong itself is its own. The radius doubles
-    for images without one after ``STEPS`` steps. An image that never changes its answer gets the
-    last image and its likeliest wrong class. The model stays in its mode.
+    ``inputs`` are normalized images N×3×H×W with ``labels`` N, ``radius`` is the L2 norm of the
+    first ball in pixels of range 0 to 1. The first image that is classified wrongly is the example.
+    An image that never changes its prediction gets the last image and its likeliest wrong class.
     """
-    mean, std = _normalisation(inputs, spec)
+    mean, std = _normalization(inputs, spec)
     examples = Examples(inputs.clone(), labels.clone())
-    rows = torch.arange(len(inputs), device=inputs.device)  # those without an example
+    rows = torch.arange(len(inputs), device=inputs.device)  # the images without an example so far
     for _ in range(MAX_DOUBLINGS):
         if not len(rows):
             break
@@ -59,6 +90,7 @@ def nearest(model, inputs, labels, spec, *, radius):
             pixels, gradient = pixels[~is_wrong], gradient[~is_wrong]
             if not len(rows):
                 break
+            # A step of a tenth of the radius, then back into the ball and the range of pixels.
             moved = pixels + radius / 10 * _unit(gradient / std) - centre
             pixels = (centre + _into_ball(moved, radius)).clamp(0, 1)
         radius *= 2
@@ -93,8 +125,8 @@ def _norms(images):
     return images.flatten(1).norm(dim=1)[:, None, None, None]
 
 
-def _normalisation(inputs, spec):
-    """The mean and deviation 3×1×1 of the normalisation of ``inputs``."""
+def _normalization(inputs, spec):
+    """The mean and deviation 3×1×1 of the normalization of ``inputs``."""
     return (
         torch.tensor(numbers, dtype=inputs.dtype, device=inputs.device)[:, None, None]
         for numbers in (spec.mean, spec.std)

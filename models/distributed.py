@@ -115,6 +115,13 @@ def add_up(tensors):
             dist.all_reduce(tensor)
 
 
+def equalise_buffers(model):
+    """Give the buffers of ``model``, e.g. BatchNorm's statistics, the first process's values."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 # ---------------------------------------------------------------- BatchNorm
 
 
