@@ -9,12 +9,11 @@ curves history.jsonl.
 import utils  # before torch
 
 # isort: split
+import shlex
 from dataclasses import asdict
 
 import models
 import unlearn
-from models import distributed
-from models.errors import UserError
 
 DEFAULTS = f"""training defaults: {unlearn.Recipe.batch_size} images per step, and
   ImageNet weights  at most 20 epochs at 0.01
@@ -26,26 +25,24 @@ def main():
     utils.add_training_flags(parser, "default: listed below")
     args = parser.parse_args()
 
-    utils.check_jobs(args)
+    if args.jobs > 1 or args.dry_run:
+        return train_in_parallel(parser, args)
     device = utils.pick_device(args)
     data = utils.load_data(args, device, models.input_size(args.model_name))
-    if args.jobs > 1:
-        tasks = [(seed_args,) for seed_args in utils.each_seed(args)]
-        for result in distributed.run_jobs(train_original_in_job, tasks, args.jobs):
-            if isinstance(result, UserError):
-                raise result
-        return 0
     for seed_args in utils.each_seed(args):
         train_original(seed_args, data, device)
     return 0
 
 
-def train_original_in_job(args):
-    """:func:`train_original` in a process of ``--jobs``, from its flags."""
-    device = utils.pick_device(args)
-    data = utils.load_data_once(args, device, models.input_size(args.model_name))
-    with distributed.prefixed_output(utils.job_title(args)):
-        train_original(args, data, device)
+def train_in_parallel(parser, args):
+    """Train the original model of every seed in a process of its own, or print the commands."""
+    seeds = [seed_args.seed for seed_args in utils.each_seed(args)]
+    commands = [utils.command_line(parser, args, seed=seed) for seed in seeds]
+    if args.dry_run:
+        print("\n".join(map(shlex.join, commands)))
+        return 0
+    statuses = utils.run_commands(commands, args.jobs, [f"seed {seed}" for seed in seeds])
+    return 2 if any(statuses) else 0
 
 
 def train_original(args, data, device):

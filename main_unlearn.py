@@ -53,7 +53,6 @@ def unlearn_all(args, methods, make_term=None):
     reported in the table; the remaining methods still run.
     """
     unlearn.check_flags(args, methods)
-    utils.check_jobs(args)
     device = utils.pick_device(args)
     data = utils.load_data(args, device, models.input_size(args.model_name))
 

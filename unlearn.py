@@ -2279,7 +2279,7 @@ def run_and_save(job, run, files, *, meta, args):
     model last. So a failed run saves nothing, and an interrupted one is either complete or can be
     resumed. Raises UserError, e.g. :class:`Diverged`.
     """
-    with utils.unfinished_folder(files.folder, checkpoint.size(job.model)) as unfinished:
+    with utils.unfinished_folder(files.folder) as unfinished:
         # Another run may have finished here since the flags were checked.
         if earlier := already_done(files.model_path, meta["identity"], args):
             return earlier
@@ -2292,7 +2292,7 @@ def run_and_save(job, run, files, *, meta, args):
         if progress.restored:
             print(f"{job.label}: resuming after epoch {progress.restored['epoch']}")
         history = utils.History(unfinished / "history.jsonl")
-        with utils.WandbRun(files.folder, job.label, meta, args) as wandb_run:
+        with utils.WandbRun(files.folder, job.label, meta, args.wandb_mode) as wandb_run:
 
             def epoch_done(record):
                 history.add(record)
@@ -2358,13 +2358,13 @@ def run_resumably(run, job):
         raise
     except KeyboardInterrupt:
         if job.progress.save():
-            raise utils.Interrupted(
+            raise KeyboardInterrupt(
                 f"the state of {job.label} is saved; pass --resume to continue"
             ) from None
         raise
     except BrokenPipeError:  # e.g. main_unlearn.py | head
         if job.progress.save():
-            raise utils.Interrupted(
+            raise KeyboardInterrupt(
                 f"the output pipe was closed; the state of {job.label} is saved; "
                 "pass --resume to continue"
             ) from None

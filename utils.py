@@ -26,19 +26,22 @@ import pickle
 import platform
 import posixpath
 import re
+import secrets
+import shutil
 import stat
+import subprocess
 import tempfile
-import threading
 import time
 import unicodedata
 import warnings
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 # ---------------------------------------------------------------- start-up
@@ -57,7 +60,6 @@ from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-import models
 from models import distributed
 from models.checkpoint import write_file
 from models.errors import (
@@ -73,123 +75,81 @@ __all__ = ["generator", "permutation", "seed_everything"]  # imported from here,
 
 # ---------------------------------------------------------------- errors
 
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C. The message explains what is saved, and how to resume an interrupted run."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM under torchrun, which sends it to all other processes when one has failed."""
-
-
-def _interrupt(number, frame):
-    if number == signal.SIGTERM and distributed.world_size() > 1:
-        raise Terminated
-    raise KeyboardInterrupt
+# A closed terminal sends SIGHUP, which Windows does not have.
+SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 
 def run_script(main):
     """Run a script's ``main`` and exit with its status.
 
-    A UserError is one line on stderr and status 2. Ctrl-C and SIGTERM give status 130, a closed
-    output pipe 141. With torchrun only the first process prints.
+    A UserError is one line on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP raise
+    KeyboardInterrupt, whose message is printed; status 130. A closed output pipe gives 141. Under
+    torchrun only the first process prints.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs ignore them
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler is not signal.SIG_IGN:  # nohup and background jobs ignore some of them
             signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # "?" for q̂, λ and ± on a terminal without Unicode
             stream.reconfigure(errors="replace")
-    try:
-        status = _exit_status(main)
-        if distributed.world_size() > 1:  # torchrun's signal can come after the reason is printed
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    except KeyboardInterrupt as error:  # it came while another failure was being explained
-        status = _report_interruption(error)
+    status, message = _call_main(main)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if message:
+        _print_error(message)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # Python flushes once more at exit, which must not fail
+    except OSError:  # Python flushes once more at exit, which must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = status or 141
-    if wandb_state.hung:  # wandb's exit handlers would wait for it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
     sys.exit(status)
 
 
-def _exit_status(main):
-    """The exit status of ``main()``. Errors that are not the program's fault are reported here."""
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+def _call_main(main):
+    """``(exit status, message)`` of ``main()``. Errors of the program itself are raised."""
     try:
         with redirect_stdout(None) if distributed.rank() else nullcontext():
             status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return status
+        return status, None
     except SystemExit as error:  # argparse ends --help this way
-        return error.code or 0
+        return error.code, None
     except BrokenPipeError:
-        return 141  # what a shell reports for SIGPIPE
+        return 141, None  # what a shell reports for SIGPIPE
     except UserError as error:
-        return _report(f"error: {error}", 2)
+        return 2, f"error: {error}"
     except KeyboardInterrupt as error:
-        return _report_interruption(error)
-    except (RuntimeError, ConnectionError, MemoryError) as error:
-        if _is_out_of_memory(error):
-            remedy = "lower --batch_size, --image_size, --memory_gb or --workers"
-            reason = f"out of memory ({first_line(error)}); {remedy}"
-            return _report(f"error: {reason}; --resume continues an interrupted training", 2)
-        if distributed.world_size() > 1 and _is_from_another_rank(error):
-            reason = str(error).strip().splitlines()[-1][:100]
-            failure = f"another rank failed or stopped responding ({reason})"
-            return _report(f"error: {failure}; continue with --resume", 1)
-        raise
-    except OSError as error:  # permissions, paths that are too long, full or failing disks
-        if error.filename is None:
+        return 130, f"interrupted; {str(error) or 'finished results are kept'}"
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return 2, f"error: out of memory ({first_line(error)}); lower --batch_size"
+    except (RuntimeError, OSError) as error:
+        lost = isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).lower()
+        if distributed.world_size() > 1 and lost:
+            return 1, "error: another rank failed or stopped responding; continue with --resume"
+        if getattr(error, "filename", None) is None:
             raise
-        path = printable(error.filename)
-        return _report(f"error: {path}: cannot be used ({error_reason(error)})", 2)
+        # Permissions, paths that are too long, full or failing disks.
+        return 2, f"error: {printable(error.filename)}: cannot be used ({error_reason(error)})"
 
 
-def _report(message, status):
-    """Print the one line that a script ends with, and return the status.
+def _print_error(message):
+    """Print the last line of a script.
 
     A mistake in the flags occurs on every rank. The other ranks wait until the first one has
-    reported it and torchrun stops them, so that it is printed once.
+    printed it and torchrun stops them, so that it is printed once.
     """
-    line = f"{Path(sys.argv[0]).name}: {message}"
     if distributed.rank():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-        line = f"[process {distributed.rank()}] {line}"
-    elif distributed.world_size() > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # until the line is printed
+    line = f"{Path(sys.argv[0]).name}: {message}"
     characters = (char if char.isprintable() else ascii(char)[1:-1] for char in line)
-    print("".join(characters), file=sys.stderr, flush=True)
-    return status
-
-
-def _report_interruption(error):
-    if _was_terminated(error):
-        remedy = str(error) or "pass --resume to continue"
-        return _report(f"error: another rank failed, or torchrun was ended; {remedy}", 1)
-    return _report(f"interrupted; {str(error) or 'finished results are kept'}", 130)
-
-
-def _was_terminated(error):
-    """Whether an exception is :class:`Terminated`, or was raised while one was handled."""
-    while error is not None and not isinstance(error, Terminated):
-        error = error.__context__
-    return error is not None
-
-
-def _is_from_another_rank(error):
-    return isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).lower()
-
-
-def _is_out_of_memory(error):
-    kinds = MemoryError | torch.OutOfMemoryError
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    with suppress(OSError):  # the terminal is closed
+        print("".join(characters), file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- flags
@@ -204,31 +164,22 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Shows defaults of flags with a value, and keeps the line breaks of description and epilog."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or action.required:
-            return action.help
-        return super()._get_help_string(action)
+        hidden = action.default in (None, False) or action.required
+        return action.help if hidden else super()._get_help_string(action)
 
 
-def number(kind, minimum=None, maximum=None, *, exclusive=False):
+def number(kind, minimum=-math.inf, maximum=math.inf, *, exclusive=False):
     """An argparse type: a finite number within bounds. ``exclusive`` excludes the bounds."""
-    bounds = []
-    if minimum is not None:
-        bounds.append(f"{'above' if exclusive else 'at least'} {minimum}")
-    if maximum is not None:
-        bounds.append(f"{'below' if exclusive else 'at most'} {maximum}")
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            noun = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}") from None
-        low = minimum is not None and (value < minimum or (exclusive and value == minimum))
-        high = maximum is not None and (value > maximum or (exclusive and value == maximum))
-        if low or high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
+        value = kind(text)
+        within = minimum < value < maximum if exclusive else minimum <= value <= maximum
+        if not within or abs(value) == math.inf:
+            bounds = f"{minimum} and {maximum}{', exclusive' if exclusive else ''}"
+            raise argparse.ArgumentTypeError(f"{text} is not between {bounds}")
         return value
 
+    parse.__name__ = "integer" if kind is int else "number"  # argparse: invalid integer value
     return parse
 
 
@@ -237,10 +188,8 @@ def list_of(parse_item):
 
     def parse(text):
         items = [parse_item(item) for item in text.split(",") if item.strip()]
-        if not items:
-            raise argparse.ArgumentTypeError("the list is empty")
-        if len(set(items)) < len(items):
-            raise argparse.ArgumentTypeError(f"{text} names a value twice")
+        if not items or len(set(items)) < len(items):
+            raise argparse.ArgumentTypeError(f"{text!r} is empty or names a value twice")
         return items
 
     return parse
@@ -259,13 +208,24 @@ def one_of(names):
 
 def expand_path(text):
     """An argparse type: a path. A leading ``~`` is the home directory, also in ``--flag=~/x``."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("the path is empty")
-    expanded = os.path.expanduser(text)
-    if expanded.startswith("~"):
-        remedy = f"write ./{text} for a file of that name"
-        raise argparse.ArgumentTypeError(f"{text}: no such user; {remedy}")
-    return expanded
+    path = os.path.expanduser(text)
+    if not text.strip() or path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
+    return path
+
+
+def _label(text):
+    """An argparse type: a plain folder name."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: only letters, digits, '.', '_' and '-'")
+    return text
+
+
+def _wandb_mode(text):
+    """An argparse type: a mode of wandb, in capitals too. The default is WANDB_MODE."""
+    if text.lower() not in ("online", "offline", "disabled"):
+        raise argparse.ArgumentTypeError(f"or WANDB_MODE: {text!r}; see --wandb_mode in --help")
+    return text.lower()
 
 
 ALPHA = number(float, 0, 1, exclusive=True)
@@ -276,53 +236,34 @@ def make_parser(description, epilog=None):
     """A parser with the flags that all four scripts share: model, data, run."""
     options = {"epilog": epilog, "formatter_class": _HelpFormatter, "allow_abbrev": False}
     parser = _Parser(description=description, **options)
-    _add_model_flags(parser.add_argument_group("model"))
-    _add_data_flags(parser.add_argument_group("data"))
-    _add_run_flags(parser.add_argument_group("run"))
-    return parser
 
+    add = parser.add_argument_group("model").add_argument
+    add("--model_name", default="resnet18", help="resnet18, vit, or the name of a timm model")
+    add("--width", type=number(int, 1, 512), default=64, help="channels in resnet18's first stage")
+    side = "side of the images in pixels; default: the data's own (resnet18) or the network's"
+    add("--image_size", type=number(int, 1, 4096), help=side)
+    add("--pretrained_path", type=expand_path, help="file with ImageNet weights (no download)")
+    add("--no_pretrained", action="store_true", help="start vit or a timm model untrained")
 
-def _add_model_flags(group):
-    add = group.add_argument
-    names = "resnet18 (for small images), vit, or the name of a timm model"
-    add("--model_name", default="resnet18", help=names)
-    width = "number of channels in resnet18's first stage"
-    add("--width", type=number(int, 1, 512), default=64, help=width)
-    size = "resize images to this side length in pixels; default: the data's own (resnet18)"
-    add("--image_size", type=number(int, 1, 4096), help=f"{size} or 224 (vit)")
-    path = "file with ImageNet weights for vit or a timm model, instead of a download"
-    add("--pretrained_path", type=expand_path, help=path)
-    random = "start vit or a timm model from random weights"
-    add("--no_pretrained", action="store_true", help=random)
-
-
-def _add_data_flags(group):
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add("--data_name", choices=DATA_NAMES, default="digits", help="data set")
-    folder = "folder of the data set; downloads go there"
-    add("--data_dir", type=expand_path, default="./data", help=folder)
-    classes = "number of classes, checked against the data; default: inferred from the data"
-    add("--num_classes", type=number(int, 2), help=classes)
-    files = "image_folder, tiny_imagenet:"
-    memory = f"{files} stream data sets larger than this from disk"
-    add("--memory_gb", type=number(float, 0), default=8.0, metavar="GB", help=memory)
+    add("--data_dir", type=expand_path, default="./data", help="folder of the data set")
+    add("--num_classes", type=number(int, 2), help="checked against the data; default: inferred")
     workers = "number of processes that read image files; results do not depend on it"
     add("--workers", type=number(int, 0, 1024), default=os.cpu_count(), help=workers)
-    add("--skip_corrupt", action="store_true", help=f"{files} skip images that cannot be read")
 
-
-def _add_run_flags(group):
-    add = group.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--seed", type=SEED, default=1, help="random seed for the split and for training")
-    split_seed = "seed of the split: the forget set and the division of the held-out images"
-    add("--split_seed", type=SEED, help=f"{split_seed}; default: the seed")
-    seeds = "comma-separated seeds, e.g. 1,2,3 (overrides --seed)"
-    add("--seeds", type=list_of(SEED), help=seeds)
-    device = "auto (CUDA if there is a GPU, else CPU), cpu, cuda, cuda:1, ..., mps"
+    add("--split_seed", type=SEED, help="random seed for the split; default: the seed")
+    add("--seeds", type=list_of(SEED), help="comma-separated seeds, e.g. 1,2,3 (overrides --seed)")
+    device = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..., mps"
     add("--device", default="auto", help=device)
     add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
-    wandb = "default: online if logged in to wandb, else offline"
-    add("--wandb_mode", choices=["online", "offline", "disabled"], help=wandb)
+    modes = "online, offline or disabled; default: WANDB_MODE, else online if logged in"
+    variable = os.environ.get("WANDB_MODE") or None
+    add("--wandb_mode", type=_wandb_mode, default=variable, help=modes)
+    parser.set_defaults(memory_gb=8.0, skip_corrupt=False)  # the data section still reads them
+    return parser
 
 
 def add_training_flags(parser, defaults):
@@ -332,47 +273,42 @@ def add_training_flags(parser, defaults):
     add("--num_epochs", type=number(int, 1), help=f"number of epochs; {defaults}")
     rate = f"initial learning rate; {defaults}"
     add("--learning_rate", type=number(float, 0, exclusive=True), help=rate)
-    schedule = (
-        "epochs at which the rate is divided by 10, e.g. 91,136; default: cosine decay to zero"
-    )
+    schedule = "epochs that divide the rate by 10, e.g. 91,136; default: cosine decay to zero"
     add("--milestones", type=list_of(number(int, 1)), help=schedule)
-    precision = "precision of the network in training; auto: bf16 on a GPU that supports it, else"
-    choices = ["auto", "fp32", "tf32", "bf16"]
-    text = f"{precision} fp32; losses and scores are always fp32"
-    add("--precision", choices=choices, default="auto", help=text)
-    compiled = "compile the network with torch.compile, with CUDA graphs on a GPU"
-    add("--compile", action="store_true", help=compiled)
+    precision = "of the network; auto: bf16 on a GPU that supports it, else fp32"
+    add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto", help=precision)
+    add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--overwrite", action="store_true", help="replace results that already exist")
-    jobs = "number of runs (methods and seeds) at a time, in processes that share the CPU cores"
-    add("--jobs", type=number(int, 1, 1024), default=1, metavar="N", help=f"{jobs} or GPUs")
-    resume = "resume an interrupted run; the result is identical to an uninterrupted one"
-    add("--resume", action="store_true", help=resume)
+    jobs = "number of runs (methods and seeds) in parallel, on shared CPU cores or GPUs"
+    add("--jobs", type=number(int, 1, 1024), default=1, metavar="N", help=jobs)
+    add("--dry_run", action="store_true", help="only print the command of every run")
+    add("--resume", action="store_true", help="resume an interrupted run, with the same result")
     seconds = "minimum seconds between resume checkpoints"
     add("--save_every", type=number(float, 0), default=30.0, metavar="SECONDS", help=seconds)
 
 
 def describe_recipes():
     """Epochs and learning rate of each data set, for --help."""
-    lines = []
-    for name, spec in SPECS.items():
-        lines.append(f"  {name:16}  {spec.num_epochs} epochs at {spec.learning_rate:g}")
-    return "\n".join(lines)
+    recipes = [f"{spec.num_epochs} epochs at {spec.learning_rate:g}" for spec in SPECS.values()]
+    return "\n".join(f"  {name:16}  {recipe}" for name, recipe in zip(SPECS, recipes, strict=True))
 
 
-def add_scenario_flags(parser, methods, model_dir):
-    """Flags that define what is forgotten and with which methods."""
+def add_scenario_flags(parser, methods, model_dir, *, label=False):
+    """Flags that define what is forgotten and with which methods. ``label`` adds ``--label``."""
     add = parser.add_argument_group("unlearning").add_argument
     names = f"one or more of {methods}, or all"
     add("--unlearn_name", nargs="+", required=True, metavar="METHOD", help=names)
+    if label:
+        add("--label", type=_label, help="folder and row of the run; default: the method's name")
     add("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
     ratio = "random: fraction of the training images to retain"
     add("--retain_ratio", type=float, default=0.9, help=ratio)
     classes = "class, subclass: names or numbers, e.g. 3 or cat,dog; default: drawn from the seed"
     add("--forget_class", help=classes)
-    lines = "list: text file with one training index per line, or for image_folder one file name"
-    add("--forget_list", type=expand_path, help=f"{lines} (class/image.jpg) per line")
-    path = "model file: a bare name is in the run folder that the other flags imply, anything with"
-    add("--model_dir", type=expand_path, default=model_dir, help=f"{path} a slash is a path")
+    lines = "list: text file with one training index or class/image.jpg per line"
+    add("--forget_list", type=expand_path, help=lines)
+    path = "model file: a bare name is in the implied run folder, anything with a slash is a path"
+    add("--model_dir", type=expand_path, default=model_dir, help=path)
 
 
 def split_names(items):
@@ -381,7 +317,7 @@ def split_names(items):
 
 
 def method_names(items, known, prefix=""):
-    """The methods of ``--unlearn_name``, of which ``all`` is every known one.
+    """The methods of ``--unlearn_name``; ``all`` is every known one.
 
     A name that is unknown is tried with ``prefix``. Raises UserError for unknown names.
     """
@@ -404,17 +340,6 @@ def each_seed(args):
         yield argparse.Namespace(**vars(args) | {"seed": seed})
 
 
-def check_jobs(args):
-    """Raise UserError for --jobs under torchrun, where several processes make one run."""
-    if args.jobs > 1 and distributed.world_size() > 1:
-        raise UserError("--jobs under torchrun: omit one of them; torchrun divides every run")
-
-
-def job_title(args):
-    """How the lines of a run start that shares the output with others: by its seed, if several."""
-    return f"seed {args.seed}: " if args.seeds else ""
-
-
 def split_seed(args):
     """The seed of the split: --split_seed, else the seed."""
     return args.seed if args.split_seed is None else args.split_seed
@@ -425,34 +350,24 @@ def pick_device(args):
 
     Raises UserError for a device that does not exist.
     """
-    device = _find_device(args.device)
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and distributed.world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.empty(1, device=name).device  # "cuda" with the number of the GPU
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not one of cpu, cuda and mps")
+    except Exception as error:  # each backend raises its own kind
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"--device {name}: {reason}; use --device cpu or auto") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         tf32 = getattr(args, "precision", None) == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     distributed.join_processes(device)
     return device
-
-
-def _find_device(flag):
-    name = flag
-    if flag == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if distributed.world_size() > 1 and name.startswith("cuda"):
-        if name != "cuda":
-            remedy = "torchrun assigns each process its own GPU; use --device cuda"
-            raise UserError(f"--device {name}: {remedy}")
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda and mps")
-        if device.type == "mps" and not torch.backends.mps.is_available():
-            raise RuntimeError("this machine has no Apple GPU, or this torch does not support it")
-        return torch.empty(1, device=device).device  # "cuda" with the number of the GPU
-    except Exception as error:  # each backend raises its own kind
-        reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"--device {name}: {reason}; use --device cpu or auto") from error
 
 
 def pick_precision(args, device):
@@ -2056,8 +1971,71 @@ class TrainingImageFinder:
         return "no such file in train/"
 
 
-# ---------------------------------------------------------------- run folders
+# ---------------------------------------------------------------- from flags to values
 
+
+def scenario_of(args):
+    """The :class:`Scenario` of the flags. Without scenario flags, nothing is forgotten."""
+    seed = split_seed(args)
+    if "unlearn_type" not in args:
+        return Scenario(None, split_seed=seed)
+    return Scenario(
+        args.unlearn_type,
+        retain_ratio=args.retain_ratio,
+        forget_class=args.forget_class,
+        forget_list=args.forget_list,
+        split_seed=seed,
+        suffix="" if seed == args.seed else f"_split{seed}",
+    )
+
+
+def read_data(args, device, native_side=None):
+    """:func:`load_data` with the flags. ``native_side`` is the image size of the network."""
+    return load_data(
+        args.data_name,
+        args.data_dir,
+        device=device,
+        image_size=args.image_size,
+        native_side=native_side,
+        num_classes=args.num_classes,
+        workers=args.workers,
+    )
+
+
+def model_facts(args, data):
+    """What the metadata of a checkpoint must agree with: see ``models.checkpoint.check_meta``."""
+    return {
+        "model_name": args.model_name,
+        "width": args.width,
+        "num_classes": len(data.classes),
+        "image_size": data.train.size,
+        "data_name": args.data_name,
+        "data_fingerprint": data.fingerprint,
+    }
+
+
+def describe_run(args, data, device):
+    """What every record contains: flags, seed, model and data, versions, machine."""
+    flags = vars(args).items()
+    machine = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "timm", "numpy", "scikit-learn", "wandb"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return model_facts(args, data) | {
+        "flags": {name: printable(flag) if isinstance(flag, str) else flag for name, flag in flags},
+        "seed": args.seed,
+        "split_seed": split_seed(args),
+        "versions": versions,
+        "device": machine,
+        "processes": distributed.world_size(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+# ---------------------------------------------------------------- run folders
 
 UNFINISHED = ".unfinished"
 RESUME_FILE = "resume.pth"
@@ -2066,7 +2044,7 @@ RESUME_FILE = "resume.pth"
 def model_tag(args):
     """The model's part of a folder name: every flag that changes the original model."""
     tag = args.model_name.replace("/", "-").replace("_", "-")
-    if models.describe(args.model_name).has_width:
+    if args.model_name == "resnet18":
         tag += f"w{args.width}" if args.width != 64 else ""
     elif args.no_pretrained:
         tag += "-random"
@@ -2081,81 +2059,61 @@ def run_folder(args, data, seeds=None):
     return Path(args.runs_dir) / f"{model_tag(args)}_{data.tag}_{seed}"
 
 
+def scenario_folder(args, data):
+    """The scenario's folder for several seeds; it has no number if each seed draws its class."""
+    draws_class = args.unlearn_type in ("class", "subclass") and args.forget_class is None
+    if draws_class and args.split_seed is None:
+        return args.unlearn_type
+    suffix = "" if args.split_seed is None else f"_split{args.split_seed}"
+    return make_split(data, replace(scenario_of(args), suffix=suffix)).folder
+
+
 def locate(model_dir, folder):
     """The file of --model_dir: a bare name is in ``folder``, anything with a slash is a path."""
     return Path(model_dir) if "/" in model_dir or os.sep in model_dir else folder / model_dir
 
 
 @contextmanager
-def unfinished_folder(folder, num_bytes):
+def unfinished_folder(folder):
     """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
-    Checks that ``num_bytes`` can be written. Files of an interrupted run are removed, except the
-    resume checkpoint. Raises UserError if the folder cannot be created, if the disk is full, or if
-    another run is writing there. On ranks other than 0 nothing is checked, created or removed.
+    Files of an interrupted run are removed, except the resume checkpoint. Raises UserError if
+    another run is writing there, and OSError if the folder cannot be created. Ranks other than 0
+    check, create and remove nothing.
     """
     unfinished = folder / UNFINISHED
     if distributed.rank():
         yield unfinished
         return
-    with _storage_errors(folder, num_bytes):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as is_locked:
-        try:
-            with _storage_errors(folder, num_bytes):
-                if is_locked:  # else these files may be another run's
-                    _remove_files(unfinished)
-                unfinished.mkdir(exist_ok=True)
-                space = unfinished / "space"
-                try:
-                    space.write_bytes(bytes(num_bytes))
-                finally:
-                    space.unlink(missing_ok=True)
-            yield unfinished
-        finally:
-            with suppress(OSError):  # the next run removes them
-                _remove_files(unfinished)
-
-
-@contextmanager
-def _storage_errors(folder, num_bytes):
-    try:
-        yield
-    except OSError as error:
-        reason = f"cannot hold {num_bytes / 1e6:.0f} MB of results ({error.strerror})"
-        raise UserError(f"{folder}: {reason}") from error
-
-
-@contextmanager
-def _locked(folder):
-    """Lock a folder; the lock ends with the process. Yields whether the file system has locks.
-
-    Raises UserError if another run holds the lock.
-    """
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        reason = "another run is writing here; wait for it, or choose another --runs_dir"
-        raise UserError(f"{folder}: {reason}") from None
-    # filelock raises NotImplementedError on a file system without locks.
-    except (OSError, NotImplementedError) as error:
+        remedy = "wait for it, or choose another --runs_dir"
+        raise UserError(f"{folder}: another run is writing here; {remedy}") from None
+    except (OSError, NotImplementedError) as error:  # e.g. a file system without locks
         reason = f"cannot be locked ({first_line(error)})"
         print(f"{folder}: {reason}; make sure that no other run writes to it")
     try:
-        yield lock.is_locked
+        if lock.is_locked:  # else these files may be another run's
+            _remove_files(unfinished)
+        unfinished.mkdir(exist_ok=True)
+        yield unfinished
     finally:
+        with suppress(OSError):  # the next run removes them
+            _remove_files(unfinished)
         lock.release()
 
 
 def _remove_files(unfinished):
-    """Remove what a run left behind: all files but the resume checkpoint, and empty folders."""
-    for path in sorted(unfinished.rglob("*"), reverse=True):  # files before their folders
-        if path.is_dir() and not path.is_symlink():
-            path.rmdir()
-        elif path != unfinished / RESUME_FILE:
+    """Remove everything but the resume checkpoint, and the folder if it is then empty."""
+    for path in unfinished.glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RESUME_FILE:
             path.unlink()
-    with suppress(OSError):  # it does not exist, or the resume checkpoint remains
+    with suppress(OSError):
         unfinished.rmdir()
 
 
@@ -2172,11 +2130,8 @@ def move_up(unfinished, last=None):
     files = [path for path in sorted(unfinished.rglob("*")) if path.is_file() and path != state]
     for path in sorted(files, key=lambda path: path.name == last):
         target = unfinished.parent / path.relative_to(unfinished)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-        except OSError as error:
-            raise UserError(f"{target}: cannot be replaced ({error.strerror})") from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
     state.unlink(missing_ok=True)
 
 
@@ -2195,8 +2150,7 @@ def save_json(path, content):
             return None if math.isnan(value) else str(value)
         return value
 
-    text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False)
-    save_text(path, text + "\n")
+    save_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def save_text(path, text):
@@ -2208,217 +2162,96 @@ def save_bytes(path, content):
     write_file(path, lambda file: file.write(content))
 
 
-def describe_run(args, data, device):
-    """What every record contains: flags, seed, data, versions, machine."""
-    flags = vars(args).items()
-    machine = f"cpu, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    return {
-        "flags": {name: printable(flag) if isinstance(flag, str) else flag for name, flag in flags},
-        "seed": args.seed,
-        "split_seed": split_seed(args),
-        "model_name": args.model_name,
-        "width": args.width,
-        "num_classes": len(data.classes),
-        "image_size": data.train.size,
-        "data_name": args.data_name,
-        "data_fingerprint": data.fingerprint,
-        "versions": _versions(),
-        "device": machine,
-        "processes": distributed.world_size(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def _versions():
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("torchvision", "timm", "numpy", "scikit-learn", "wandb"):
-        versions[package] = None
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-# ---------------------------------------------------------------- logging
-
-
 class History:
-    """The numbers of every epoch: ``records``, and a line of JSON each in the file ``path``.
-
-    Only the first process writes. Raises UserError if the file cannot be written.
-    """
+    """The numbers of every epoch: ``records``, and a line of JSON each in the file ``path``."""
 
     def __init__(self, path):
         self.path, self.records = path, []
-        self._write("", mode="w")
+        save_text(path, "")
 
     def add(self, record):
         self.records.append(record)
-        self._write(json.dumps(record) + "\n", mode="a")
-
-    def _write(self, text, mode):
-        if distributed.rank():
-            return
-        try:
-            with open(self.path, mode, encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-
-
-@dataclass
-class WandbState:
-    """What all wandb runs of this process share."""
-
-    mode: str | None = None  # online, offline or disabled, once it is known
-    offline_announced: bool = False
-    failure_announced: bool = False
-    hung: bool = False  # a call did not return; wandb's exit handlers would not return either
-
-
-wandb_state = WandbState()
+        save_text(self.path, "".join(json.dumps(line) + "\n" for line in self.records))
 
 
 class WandbRun:
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
-    wandb is optional: if it is missing, broken or does not respond, one line reports it and the
+    ``mode`` is online, offline, disabled, or None: that of ``wandb offline`` or ``wandb disabled``,
+    else online if logged in, else offline. If wandb is missing or fails, a line is printed and the
     run continues without it. Only the first process logs.
     """
 
-    patience = 60.0  # seconds that a call may take
+    count = 0  # of the runs that this process has started
 
-    def __init__(self, folder, name, config, args):
-        self._folder, self._wandb, self._settings, self._run = folder, None, None, None
-        if not distributed.rank():
-            self._call(lambda: self._choose_mode(args))
-            if self._wandb:
-                self._call(lambda: self._start(name, config))
+    def __init__(self, folder, name, config, mode=None):
+        self._folder, self._run = folder, None
+        if mode != "disabled" and not distributed.rank():
+            self._try(lambda: self._start(name, config, mode))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         if self._run:
-            self._call(lambda: self._run.finish())
+            self._try(lambda: self._run.finish())
 
     def log(self, numbers):
         """Numbers by name."""
         if self._run:
-            self._call(lambda: self._run.log(numbers))
+            self._try(lambda: self._run.log(numbers))
 
     def log_table(self, title, rows):
         """A table from rows (dicts)."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[row.get(key) for key in columns] for row in rows]
-
-        def log():
-            table = self._wandb.Table(columns=columns, data=cells, allow_mixed_types=True)
-            self._run.log({title: table})
-
+        options = {"columns": columns, "data": cells, "allow_mixed_types": True}
         if self._run:
-            self._call(log)
+            self._try(lambda: self._run.log({title: self._wandb.Table(**options)}))
 
     def log_pictures(self, paths):
         """Pictures from {name: file}."""
-
-        def log():
-            images = {name: self._wandb.Image(str(path)) for name, path in paths.items()}
-            self._run.log(images)
-
         if self._run:
-            self._call(log)
+            image = lambda path: self._wandb.Image(str(path))  # noqa: E731
+            self._try(lambda: self._run.log({name: image(path) for name, path in paths.items()}))
 
-    def _call(self, action):
-        """``action()`` for at most ``patience`` seconds. After a failure the run is not logged.
-
-        wandb writes and uploads in a process of its own, and any call can still block: init() and
-        finish() wait for that process to answer, finish() without a limit. log() waits for room in
-        the socket between them, which fills up once the other process no longer reads.
-        """
-        if wandb_state.hung:
-            return
+    def _try(self, action):
         try:
-            _call_within(self.patience, action)
+            action()
         except Exception as error:  # training is worth more than its log, whatever wandb raises
-            self._run = self._wandb = None
-            wandb_state.hung = isinstance(error, NoResponse)
-            if not wandb_state.failure_announced:
-                reason = f"{first_line(error)}; continuing without it"
-                print(f"wandb: {reason}, records are in {printable(self._folder)}")
-            wandb_state.failure_announced = True
+            self._run = None
+            records = f"records are in {printable(self._folder)}"
+            print(f"wandb: {first_line(error)}; continuing without it, {records}")
 
-    def _choose_mode(self, args):
-        """Set the mode of the process from the flag, wandb's own settings, or its login."""
-        older = os.environ.get("WANDB_DISABLED", "").lower() not in ("", "0", "false", "no", "off")
-        variable = os.environ.get("WANDB_MODE") or ("disabled" if older else None)
-        wandb_state.mode = wandb_state.mode or args.wandb_mode or variable
-        if wandb_state.mode == "disabled":
-            return
-        os.fspath(self._folder).encode()  # a UnicodeEncodeError here; wandb would print tracebacks
+    def _start(self, name, config, mode):
+        if mode:
+            os.environ["WANDB_MODE"] = mode  # wandb itself refuses capitals
         import wandb  # half a second, and it may be missing
 
-        with suppress(Exception):  # old releases have other settings
-            self._settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
-        saved_mode = getattr(self._settings, "mode", None)  # of `wandb offline` or `wandb disabled`
-        if wandb_state.mode is None and saved_mode != "online":
-            wandb_state.mode = saved_mode
-        if wandb_state.mode is None:
-            wandb_state.mode = "online" if _logged_in(wandb) else "offline"
-        if wandb_state.mode != "disabled":
-            self._wandb = wandb
-
-    def _start(self, name, config):
-        """Start the run: offline where online fails, so that it can be uploaded later."""
-        directory = Path(os.environ.get("WANDB_DIR") or self._folder)
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            self._init(directory, name, config)
-        except Exception as error:  # e.g. no connection, an expired key
-            if wandb_state.mode == "offline":
-                raise
-            print(f"wandb: online failed ({first_line(error)}); logging offline instead")
-            wandb_state.mode = "offline"
-            self._init(directory, name, config)
-        if wandb_state.mode == "offline" and not wandb_state.offline_announced:
-            files = directory / "wandb"
-            upload = f"upload: wandb sync {files}/offline-run-*"
-            print(f"wandb: logging offline; view: wandb leet {files}; {upload}")
-            wandb_state.offline_announced = True
-
-    def _init(self, directory, name, config):
-        settings = self._settings
-        self._run = self._wandb.init(
-            project=getattr(settings, "project", None) or "conformal-prediction-unlearning",
-            name=getattr(settings, "run_name", None) or name,
-            group=getattr(settings, "run_group", None) or self._folder.parent.name,
+        self._wandb = wandb
+        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+        mode = mode or settings.mode
+        if mode == "online" and not _logged_in(wandb):
+            mode = "offline"
+        if mode == "disabled":
+            return
+        folder = Path(os.environ.get("WANDB_DIR") or self._folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=settings.project or "conformal-prediction-unlearning",
+            name=settings.run_name or name,
+            group=settings.run_group or self._folder.parent.name,
+            # The WANDB_RUN_ID of a sweep is only for the first run of a process.
+            id=secrets.token_hex(4) if WandbRun.count else None,
             config=config,
-            dir=directory,
-            mode=wandb_state.mode,
+            dir=folder,
+            mode=mode,
             reinit="finish_previous",
-            settings=self._wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
-
-
-class NoResponse(Exception):
-    """A call took too long and was abandoned."""
-
-
-def _call_within(seconds, action):
-    """``action()`` in a thread of its own. Raises NoResponse after ``seconds``."""
-    outcome = Future()
-
-    def run():
-        try:
-            outcome.set_result(action())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    if not wait([outcome], seconds).done:
-        raise NoResponse(f"no response for {seconds:g} s")
-    return outcome.result()
+        WandbRun.count += 1
+        if mode == "offline" and WandbRun.count == 1:
+            print(f"wandb: logging offline; upload: wandb sync {folder / 'wandb'}/offline-run-*")
 
 
 def _logged_in(wandb):
@@ -2426,3 +2259,78 @@ def _logged_in(wandb):
         return wandb.login(prompt=False, verify=False)
     except TypeError:  # older releases, e.g. 0.20, have no argument prompt
         return bool(wandb.api.api_key)
+
+
+# ---------------------------------------------------------------- several runs in parallel
+
+
+def command_line(parser, args, **changes):
+    """The words of the command of one run: this script, and the flags that are not at a default.
+
+    ``changes`` replaces values of flags; None leaves a flag out.
+    """
+    words = [sys.executable, sys.argv[0]]
+    for name, value in (vars(args) | changes).items():
+        is_default = value is None or value is False or value == parser.get_default(name)
+        if is_default or name in ("seeds", "jobs", "dry_run"):
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if value is True:
+            words.append(f"--{name}")
+        elif text.startswith("-"):  # argparse takes -1e-05 for a flag
+            words.append(f"--{name}={text}")
+        else:
+            words += [f"--{name}", text]
+    return words
+
+
+def run_commands(commands, jobs, titles=None):
+    """Run commands (lists of words), ``jobs`` at a time. → their exit statuses, in order.
+
+    They share the CPU cores, or take the GPUs in turn. Their output is printed line by line, after
+    ``title: ``. An interruption is passed on to all of them, and raised after they have saved their
+    states. Raises UserError under torchrun.
+    """
+    if distributed.world_size() > 1:
+        raise UserError("--jobs under torchrun: omit one of them; torchrun divides every run")
+    prefixes = [f"{title}: " for title in titles] if titles else [""] * len(commands)
+    environments, running = SimpleQueue(), []
+    for number in range(jobs):
+        environments.put(_environment(number, min(jobs, len(commands))))
+
+    def run(command, prefix):
+        environment = environments.get()
+        options = {"stdin": subprocess.DEVNULL, "text": True, "errors": "replace"}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        options["start_new_session"] = True  # Ctrl-C reaches it once, from here
+        try:
+            with subprocess.Popen(command, env=environment, **options) as child:
+                running.append(child)
+                for line in child.stdout:
+                    print(f"{prefix}{line}", end="", flush=True)
+            return child.returncode
+        finally:
+            environments.put(environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return list(pool.map(run, commands, prefixes))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in running:
+                child.terminate()
+            pool.shutdown()
+            saved = "runs that had completed an epoch are saved"
+            raise KeyboardInterrupt(f"{saved}; pass --resume to continue") from None
+
+
+def _environment(number, jobs):
+    """The environment of the process with this number among ``jobs``: its threads and its GPU."""
+    environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
+    environment |= dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
+    environment.pop("WANDB_RUN_ID", None)  # each is a run of its own in wandb
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = gpus.split(",") if gpus else list(map(str, range(torch.cuda.device_count())))
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    return environment
