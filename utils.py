@@ -223,11 +223,13 @@ def _label(text):
 
 def _wandb_mode(text):
     """An argparse type: a mode of wandb, in capitals too. The default is WANDB_MODE."""
-    if text.lower() not in ("online", "offline", "disabled"):
-        raise argparse.ArgumentTypeError(f"or WANDB_MODE: {text!r}; see --wandb_mode in --help")
+    if text.lower() not in WANDB_MODES:
+        choices = ", ".join(WANDB_MODES)
+        raise argparse.ArgumentTypeError(f"or WANDB_MODE: {text!r}: choose from {choices}")
     return text.lower()
 
 
+WANDB_MODES = ("online", "offline", "disabled")
 ALPHA = number(float, 0, 1, exclusive=True)
 SEED = number(int, 0, 2**32 - 1)
 
@@ -259,7 +261,7 @@ def make_parser(description, epilog=None):
     device = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..., mps"
     add("--device", default="auto", help=device)
     add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
-    modes = "online, offline or disabled; default: WANDB_MODE, else online if logged in"
+    modes = f"{', '.join(WANDB_MODES)}; default: WANDB_MODE, else online if logged in"
     variable = os.environ.get("WANDB_MODE") or None
     add("--wandb_mode", type=_wandb_mode, default=variable, help=modes)
     parser.set_defaults(memory_gb=8.0, skip_corrupt=False)  # the data section still reads them
