@@ -28,7 +28,7 @@ def main():
 
     utils.check_jobs(args)
     device = utils.pick_device(args)
-    data = utils.load_data(args, device, models.input_size(args.model_name))
+    data = utils.read_data(args, device, models.input_size(args.model_name))
     if args.jobs > 1:
         tasks = [(seed_args,) for seed_args in utils.each_seed(args)]
         for result in distributed.run_jobs(train_original_in_job, tasks, args.jobs):
@@ -43,14 +43,14 @@ def main():
 def train_original_in_job(args):
     """:func:`train_original` in a process of ``--jobs``, from its flags."""
     device = utils.pick_device(args)
-    data = utils.load_data_once(args, device, models.input_size(args.model_name))
+    data = utils.read_data(args, device, models.input_size(args.model_name))
     with distributed.prefixed_output(utils.job_title(args)):
         train_original(args, data, device)
 
 
 def train_original(args, data, device):
     """Train and save the original model of one seed, unless it exists."""
-    split = utils.make_split(data, args, scenario=False)
+    split = utils.make_split(data, utils.Scenario(None, split_seed=utils.split_seed(args)))
     recipe = unlearn.original_recipe(args, device)
     folder = utils.run_folder(args, data)
     path = folder / "original_model.pth"
