@@ -53,7 +53,7 @@ RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 def main():
     flags = parse_flags()
     device = utils.pick_device(flags)
-    data = utils.load_data(flags, device, models.input_size(flags.model_name))
+    data = utils.read_data(flags, device, models.input_size(flags.model_name))
     flags.cal_sizes = flags.cal_sizes or [utils.default_cal_size(data)]
 
     seeds = []
@@ -357,7 +357,7 @@ class SeedRows:
 
 def start_evaluation(args, data, device):
     """The :class:`Evaluation` of one seed, with its split and before any model is scored."""
-    split = utils.make_split(data, args, max(args.cal_sizes))
+    split = utils.make_split(data, utils.scenario_of(args), max(args.cal_sizes))
     folder = utils.run_folder(args, data) / split.folder
     return Evaluation(args, data, device, split=split, folder=folder, settings=settings_of(args))
 

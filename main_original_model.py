@@ -28,7 +28,7 @@ def main():
     if args.jobs > 1 or args.dry_run:
         return train_in_parallel(parser, args)
     device = utils.pick_device(args)
-    data = utils.load_data(args, device, models.input_size(args.model_name))
+    data = utils.read_data(args, device, models.input_size(args.model_name))
     for seed_args in utils.each_seed(args):
         train_original(seed_args, data, device)
     return 0
@@ -47,7 +47,7 @@ def train_in_parallel(parser, args):
 
 def train_original(args, data, device):
     """Train and save the original model of one seed, unless it exists."""
-    split = utils.make_split(data, args, scenario=False)
+    split = utils.make_split(data, utils.Scenario(None, split_seed=utils.split_seed(args)))
     recipe = unlearn.original_recipe(args, device)
     folder = utils.run_folder(args, data)
     path = folder / "original_model.pth"

@@ -54,7 +54,7 @@ def unlearn_all(args, methods, make_term=None):
     """
     unlearn.check_flags(args, methods)
     device = utils.pick_device(args)
-    data = utils.load_data(args, device, models.input_size(args.model_name))
+    data = utils.read_data(args, device, models.input_size(args.model_name))
 
     # Every original model and all settings are checked before the first run starts.
     runs = []
@@ -127,7 +127,7 @@ def read_original(args, data, device):
     Raises UserError if it is missing, belongs to other data or another network, or has outputs
     that are not finite.
     """
-    split = utils.make_split(data, args)
+    split = utils.make_split(data, utils.scenario_of(args))
     root = utils.run_folder(args, data)
     path = utils.locate(args.model_dir, root)
     state, meta = checkpoint.read(
@@ -222,7 +222,7 @@ def unlearn_or_fail(run, data, device):
 def unlearn_in_job(args, label, method, make_term):
     """One run in a process of ``--jobs``, from its flags. Returns its meta."""
     device = utils.pick_device(args)
-    data = utils.load_data_once(args, device, models.input_size(args.model_name))
+    data = utils.read_data(args, device, models.input_size(args.model_name))
     original = read_original(args, data, device)
     term = make_term(args, data, original.split) if make_term else None
     run = plan_run(label, method, original, term=term, device=device)
