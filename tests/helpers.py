@@ -231,7 +231,8 @@ def write_cifar10(folder, images_per_batch=30):
         pixels = rng.integers(0, 80, size=(count, 3072)) + 17 * labels[:, None]
         batch = {"data": pixels.astype(np.uint8), "labels": labels.tolist()}
         (folder / name).write_bytes(pickle.dumps(batch))
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    names = ["airplane", "automobile", "bird", "cat", "deer"]
+    names += ["dog", "frog", "horse", "ship", "truck"]
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
 
 

@@ -1,4 +1,4 @@
-"""Flags: values, paths, devices, labels, wandb's mode, and the command that gives the same flags."""
+"""Flags: values, paths, devices, labels, and the command that gives the same flags."""
 
 import sys
 from argparse import ArgumentTypeError, Namespace
