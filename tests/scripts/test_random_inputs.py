@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import QUIET, TINY, check, read_json, run_in_process, training_parser
+from helpers import QUIET, TINY, check, read_json, run_in_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -54,33 +54,6 @@ def trained(tmp_path_factory):
     check(run_in_process(*finetune, cwd=folder))
     root = folder / "runs/resnet18w8_digits_seed1"
     return SimpleNamespace(folder=folder, root=root, original=root / "original_model.pth")
-
-
-# The methods of argparse that a script calls: every text is a value or a UserError.
-FLAGS = ("num_classes", "image_size", "seed", "split_seed", "workers", "width", "batch_size")
-FLAGS += ("num_epochs", "learning_rate", "save_every", "retain_ratio", "jobs")
-
-
-@settings(FUZZ, max_examples=300)
-@given(name=st.sampled_from(FLAGS), text=NUMBERS)
-def test_any_text_is_the_number_of_a_flag_or_refused(name, text):
-    try:
-        args = training_parser().parse_args(["--unlearn_name", "RL", f"--{name}={text}"])
-    except UserError as error:
-        assert f"--{name}" in str(error)
-    else:
-        assert getattr(args, name) == float(text) or name == "retain_ratio"
-
-
-@settings(FUZZ, max_examples=200)
-@given(name=st.sampled_from(["seeds", "milestones"]), text=LISTS)
-def test_any_text_is_a_list_of_numbers_or_refused(name, text):
-    try:
-        args = training_parser().parse_args(["--unlearn_name", "RL", f"--{name}={text}"])
-    except UserError as error:
-        assert f"--{name}" in str(error)
-    else:
-        assert getattr(args, name) == [int(item) for item in text.split(",") if item.strip()]
 
 
 @settings(FUZZ, max_examples=25)
