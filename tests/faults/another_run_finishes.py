@@ -12,7 +12,7 @@ def install(model, target):
     acquire = filelock.FileLock.acquire
 
     def late(lock, *arguments, **options):
-        if Path(lock.lock_file).parent == Path(target).parent:
+        if Path(lock.lock_file).resolve().parent == Path(target).resolve().parent:
             shutil.copy(model, target)
         return acquire(lock, *arguments, **options)
 
