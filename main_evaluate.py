@@ -48,20 +48,19 @@ CAPTIONS = {
 }
 MOST_FAKE = 18  # images of a fake_forgotten.png
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
-NUM_BYTES = 2**24  # of free disk space that the results need
 
 
 def main():
     flags = parse_flags()
     device = utils.pick_device(flags)
-    data = utils.load_data(flags, device, models.input_size(flags.model_name))
+    data = utils.read_data(flags, device, models.input_size(flags.model_name))
     flags.cal_sizes = flags.cal_sizes or [utils.default_cal_size(data)]
 
     seeds = []
     for args in utils.each_seed(flags):
         evaluation = start_evaluation(args, data, device)
         saved_models = read_models(locate_models(evaluation), evaluation)
-        with utils.unfinished_folder(evaluation.folder, NUM_BYTES) as unfinished:
+        with utils.unfinished_folder(evaluation.folder) as unfinished:
             network = (len(data.classes), data.train.size, device)
             model = models.build_model(args, *network, pretrained=False)
             evaluation.models = evaluate_models(model, saved_models, evaluation)
@@ -95,7 +94,7 @@ def evaluate_models(model, saved_models, evaluation):
             seconds, progress = scored[saved.name].seconds, f"{len(scored)} of {len(saved_models)}"
             print(f"{saved.name}: scored in {seconds:.0f} s ({progress})", flush=True)
     except KeyboardInterrupt:
-        raise utils.Interrupted(
+        raise KeyboardInterrupt(
             f"{evaluation.folder}: this evaluation is not saved; earlier results are kept"
         ) from None
     return scored
@@ -358,7 +357,7 @@ class SeedRows:
 
 def start_evaluation(args, data, device):
     """The :class:`Evaluation` of one seed, with its split and before any model is scored."""
-    split = utils.make_split(data, args, max(args.cal_sizes))
+    split = utils.make_split(data, utils.scenario_of(args), max(args.cal_sizes))
     folder = utils.run_folder(args, data) / split.folder
     return Evaluation(args, data, device, split=split, folder=folder, settings=settings_of(args))
 
@@ -1052,7 +1051,7 @@ def log_to_wandb(evaluation, *, description, pictures):
         if isinstance(value, int | float) and math.isfinite(value)
     }
     rows = [tables.without_nan(tables.flat(row)) for row in evaluation.all_rows()]
-    with utils.WandbRun(folder, "evaluation", description, args) as wandb_run:
+    with utils.WandbRun(folder, "evaluation", description, args.wandb_mode) as wandb_run:
         wandb_run.log_table("evaluation", rows)
         wandb_run.log(numbers)
         wandb_run.log_pictures({picture.caption: path for path, picture in pictures.items()})
@@ -1080,9 +1079,9 @@ def save_summary(rows, trainings, flags, *, data, device):
         scope = ReportScope(flags, data, scenario, description)
         distributions = trainings.distributions
         files[folder / "report.html"] = report_page(rows, embedded, scope, distributions)
-    with utils.unfinished_folder(folder, NUM_BYTES) as unfinished:
+    with utils.unfinished_folder(folder) as unfinished:
         write_files(files, unfinished)
-    with utils.WandbRun(folder, "evaluation", description, flags) as wandb_run:
+    with utils.WandbRun(folder, "evaluation", description, flags.wandb_mode) as wandb_run:
         wandb_run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
         if trainings.distributions:
             distributions = [tables.without_nan(row) for row in trainings.distributions]

@@ -328,8 +328,8 @@ def check_meta(path, meta, args, data):
     fingerprint = meta.get("data_fingerprint")
     if fingerprint is None:
         return
-    if difference := data.difference(fingerprint):
-        raise UserError(f"{path}: made on {difference} than those in {printable(args.data_dir)}")
+    if fingerprint != data.fingerprint:
+        raise UserError(f"{path}: made on other images than those in {printable(args.data_dir)}")
     # Earlier versions hashed names and labels only; now a hash of the pixels follows a hyphen.
     if isinstance(fingerprint, str) and "-" not in fingerprint:
         print(f"{path}: saved by an earlier version; only image names and labels were compared")

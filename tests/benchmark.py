@@ -460,7 +460,7 @@ def evaluation(args):
     flags = Namespace(
         **vars(flags), cal_sizes=[utils.default_cal_size(data)], resplits=100, batch_size=None
     )
-    split = utils.make_split(data, flags)
+    split = utils.make_split(data, utils.scenario_of(flags))
     model = models.create_model("resnet18", 10, width=args.width).to(args.device)
     settings = metrics.Settings((0.05, 0.1, 0.15, 0.2))
     evaluated = main_evaluate.Evaluation(

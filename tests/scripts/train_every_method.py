@@ -43,9 +43,9 @@ def use_float64():
 
 def main(out):
     device = utils.pick_device(Namespace(device="cpu"))
-    data = utils.load_data(flags(), device)
+    data = utils.read_data(flags(), device)
     args = flags()
-    split = utils.make_split(data, args)
+    split = utils.make_split(data, utils.scenario_of(args))
     # Steps of 59, 33 and 1 images: two processes cannot divide them evenly.
     few = {"retain": split.retain[:200], "forget": split.forget[:33]}
     split = utils.Split(**vars(split) | few)
