@@ -98,11 +98,6 @@ def test_draw_equal_to_the_share_leaves_image_unchanged(monkeypatch):
             assert made.equal(pixels.float()) == (below == 0)
 
 
-def test_augmentation_without_padding_flip_and_grayscale_changes_nothing():
-    image, made = augmented(replace(PLAIN, crop_padding=0), count=5)
-    assert made.equal(image.float().expand(5, -1, -1, -1)) and made.dtype == torch.float32
-
-
 def test_augmentation_of_digits_is_pinned(digits):
     """Other draws change every published result."""
     batch = digits.train.batch(torch.arange(64), utils.generator(1, "augmentation", 1))

@@ -1,6 +1,5 @@
 """--forget_list: a UTF-8 text file with one training index or class/file name per line."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -134,10 +133,3 @@ def test_folder_names_the_list_and_its_content(tmp_path):
 def test_list_of_no_or_all_images_is_refused(content, count, tmp_path):
     with pytest.raises(utils.UserError, match=f"--unlearn_type list .*: {count} of 6"):
         split_of(tmp_path / "request.txt", content)
-
-
-def test_list_is_the_same_set_in_another_order(tmp_path):
-    order = np.random.default_rng(0).permutation(5)
-    content = "\n".join(map(str, order))
-    fingerprint = split_of(tmp_path / "request.txt", content).fingerprint
-    assert split_of(tmp_path / "request.txt", "0\n1\n2\n3\n4").fingerprint == fingerprint

@@ -46,15 +46,9 @@ def test_forget_set_ignores_the_global_random_state(digits):
 def test_split_of_seed_1_is_pinned(digits):
     """Changing this number breaks every published result, because a seed defines its forget set."""
     assert utils.make_split(digits, RANDOM).fingerprint == "56d878fd8c3a6704"
-
-
-def test_another_seed_or_ratio_forgets_other_images(digits):
-    prints = {
-        utils.make_split(digits, Scenario("random", ratio, split_seed=seed)).fingerprint
-        for seed in (1, 2)
-        for ratio in (0.9, 0.5)
-    }
-    assert len(prints) == 4
+    other = [Scenario("random", 0.5), Scenario("random", split_seed=2)]
+    prints = {utils.make_split(digits, scenario).fingerprint for scenario in (RANDOM, *other)}
+    assert len(prints) == 3
 
 
 def test_random_forget_set_is_the_end_of_a_permutation():
@@ -176,11 +170,7 @@ def test_several_classes_are_forgotten_together(kind):
     assert split.forget_classes == (1, 3) and split.folder == f"{kind}_1_3"
     assert split.forget_name.startswith(f"{kind}es {word} 1, {word} 3")
     assert f"{chosen.sum()} of 40" in split.describe()
-
-
-def test_subclass_is_described_with_its_class():
-    split = utils.make_split(labelled(subclasses=8), Scenario("subclass", forget_class="fine 6"))
-    assert "fine 6" in split.forget_name and "class 2" in split.forget_name
+    assert kind == "class" or "of classes class 1, class 3" in split.forget_name
 
 
 def test_folder_of_many_classes_has_a_short_name():
@@ -288,12 +278,6 @@ def test_suffix_ends_the_folder_name_only():
 def test_impossible_scenario_is_refused(scenario, words):
     with pytest.raises(utils.UserError, match=words):
         utils.make_split(labelled(), scenario)
-
-
-@pytest.mark.parametrize(("ratio", "forgotten"), [(0.975, 1), (0.025, 39)])
-def test_one_image_to_forget_or_to_retain_is_accepted(ratio, forgotten):
-    split = utils.make_split(labelled(), Scenario("random", ratio))
-    assert (len(split.retain), len(split.forget)) == (40 - forgotten, forgotten)
 
 
 @pytest.mark.parametrize(("name", "count"), [("class 1", 40), ("class 2", 0)])
