@@ -139,6 +139,13 @@ def test_batch_is_augmented_only_with_a_generator():
     assert not made.equal(data.batch(indices))
 
 
+def test_batches_on_a_cpu_are_augmented_one_after_the_other():
+    data, index_batches = images(), torch.arange(20).split(6)
+    rng, other = utils.generator(3, "test"), utils.generator(3, "test")
+    for batch, indices in zip(data.batches(index_batches, rng), index_batches, strict=True):
+        assert batch.equal(data.batch(indices, other))
+
+
 def test_images_are_resized_to_the_input_size_of_the_model():
     data = images(size=13)
     expected = transforms.resize(data.pixels[:3], [13, 13], antialias=True)
