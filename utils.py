@@ -30,7 +30,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
@@ -438,8 +438,10 @@ def load_data(
     try:
         data = distributed.first_process_first(load)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        problem = f"--data_name {name} --data_dir {printable(folder)}"
-        raise UserError(f"{problem}: {printable(str(error))[:500]}") from error
+        flag = f"--data_name {name} --data_dir {printable(folder)}"
+        if "DataLoader worker" in str(error):
+            flag = f"--workers {workers}: try fewer"
+        raise UserError(f"{flag}: {printable(str(error))[:500]}") from error
     if num_classes not in (None, len(data.classes)):
         raise UserError(f"--num_classes {num_classes}: {name} has {len(data.classes)} classes")
     size = image_size or native_side or data.train.pixels.shape[-1]
@@ -616,7 +618,6 @@ def random_augment(pixels, spec, rng, batch_sizes=None):
 
 # ---------------------------------------------------------------- image files
 
-
 DECODER_VERSION = 1  # part of the arrays' key: raise it when decoded pixels change
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 
@@ -636,8 +637,7 @@ def _load_image_folder(root, image_size, default_side, workers):
     if len(classes) < 2 or classes != test_classes:
         differing = ", ".join(map(printable, sorted(set(classes) ^ set(test_classes))[:5]))
         reason = f"train/ has {len(classes)} classes, test/ {len(test_classes)} ({differing})"
-        remedy = "both need the same two or more"
-        raise UserError(f"--data_dir {printable(root)}: {reason}; {remedy}")
+        raise UserError(f"--data_dir {printable(root)}: {reason}, not the same two or more")
     tag = f"image_folder-{printable(Path(root).resolve().name)}".replace("\\", "-")
     options = {"side": image_size, "default_side": default_side, "workers": workers}
     return _read_pictures(root, train, held_out, list(map(printable, classes)), tag=tag, **options)
@@ -753,60 +753,50 @@ def _decode_files(samples, side, workers, prefix):
     """
     size = max(1, min(64, 2**24 // (3 * side**2)))  # at most 16 MB wait in each worker
     loader = torch.utils.data.DataLoader(
-        ImageFiles([sample.path for sample in samples], side),
+        samples,
         batch_size=size,
         num_workers=min(workers, len(samples) // size),
-        collate_fn=list,
+        collate_fn=partial(_decode_batch, side=side),
         generator=torch.Generator(),  # the default is the global one, which dropout draws from
     )
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(samples), 3, side, side)}
-    bar = distributed.progress_bar(iterable=samples, desc="decoding images")
-    decoded, digest = (image for batch in loader for image in batch), hashlib.sha256()
-    unfinished = prefix.with_name("unfinished")
+    unfinished, digest = prefix.with_name("unfinished"), hashlib.sha256()
     try:
         with open(unfinished, "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for sample, result in zip(bar, decoded, strict=True):
-                if isinstance(result, UserError):
-                    raise result
-                pixels, file_hash = result
-                file.write(pixels)
-                digest.update(f"{sample.name}\0{sample.label}\0".encode() + file_hash)
+            for batch in distributed.progress_bar(iterable=loader, desc="decoding images"):
+                if isinstance(batch, UserError):
+                    raise batch
+                for pixels, image_hash in batch:
+                    file.write(pixels)
+                    digest.update(image_hash)
             file.flush()
             os.fsync(file.fileno())
         return unfinished.rename(f"{prefix}{digest.hexdigest()[:32]}.npy")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"--workers {workers}: {first_line(error)}; try fewer") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files as (pixels uint8 3×side×side, hash of the file's bytes), read by workers.
+def _decode_batch(samples, side):
+    """A list of (pixels uint8 3×side×side, hash of name, class and bytes), in a worker process.
 
-    A file that cannot be read is its UserError, as a worker would put an exception into a
+    Returns the UserError of an unreadable file, as a worker would put an exception into a
     traceback. Pixels are NumPy arrays: tensors need shared memory, of which containers have little.
     """
-
-    def __init__(self, paths, side):
-        self.paths, self.side = paths, side
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, index):
+    images = []
+    for path, name, label in samples:
         try:
-            with _image_errors(self.paths[index]), open(self.paths[index], "rb") as file:
-                file_hash = hashlib.file_digest(file, "sha256").digest()
+            with _image_errors(path), open(path, "rb") as file:
+                image_hash = hashlib.file_digest(file, "sha256")
+                image_hash.update(f"{name}\0{label}".encode())
                 pixels = transforms.pil_to_tensor(decode_image(file))
         except UserError as error:
             return error
-        if pixels.shape[-2:] != (self.side, self.side):  # the shorter side is resized
-            pixels = transforms.resize(pixels, [self.side], antialias=True)
-            pixels = transforms.center_crop(pixels, [self.side])
-        return pixels.contiguous().numpy(), file_hash
+        if pixels.shape[-2:] != (side, side):  # the shorter side is resized, the centre is kept
+            pixels = transforms.resize(pixels, [side], antialias=True)
+            pixels = transforms.center_crop(pixels, [side])
+        images.append((pixels.contiguous().numpy(), image_hash.digest()))
+    return images
 
 
 def decode_image(file):
