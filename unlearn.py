@@ -2166,8 +2166,6 @@ def default_settings(entry, args):
         settings |= entry.digits
     if args.recipe == "authors":
         settings |= entry.authors
-    if network.is_transformer:
-        settings |= entry.transformer
     return settings
 
 

@@ -62,7 +62,6 @@ from models import distributed
 from models.checkpoint import write_file
 from models.errors import (
     UserError,
-    binary_kind,
     error_reason,
     first_line,
     printable,
@@ -1798,8 +1797,6 @@ def read_forget_list(path, data):
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag}: cannot be read ({error_reason(error)})") from error
-    if kind := binary_kind(content):
-        raise UserError(f"{flag}: looks like {kind}; {LIST_FORMAT}")
     text = _decode(content)
     if "\0" in text:
         raise UserError(f"{flag}: looks like a binary file; {LIST_FORMAT}")
