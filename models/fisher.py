@@ -49,6 +49,7 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
     budget = GPU_NUMBERS if images.labels.is_cuda else CPU_NUMBERS
     chunk = max(1, min(chunk, budget // sum(square.numel() for square in total.values())))
     chunks = indices.split(chunk * distributed.world_size())
+    warnings.filterwarnings("ignore", "There is a performance drop")  # attention has no vmap rule
     with distributed.progress_bar(total=len(indices), desc="importances", unit="img") as bar:
         for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
             labels = images.labels[distributed.local_rows(chunk_indices)]
@@ -77,11 +78,8 @@ def _add_squares(total, model, inputs, labels, scores):
     # the rows keeps B gradients in memory instead of B·K.
     weights = dict(network.named_parameters())
     views = {name: w.detach().expand(len(inputs), *w.shape) for name, w in weights.items()}
-
-    def logits_of(views):
-        return vmap(lambda view, image: functional_call(network, view, (image,)))(views, inputs)
-
-    logits, gradients_of = vjp(logits_of, views)
+    logits_of = vmap(lambda view, image: functional_call(network, view, (image,)))
+    logits, gradients_of = vjp(lambda views: logits_of(views, inputs), views)
     rows = [scores(*pair) for pair in zip(logits.detach(), labels, strict=True)]
     for row in torch.stack(rows, dim=1):  # B×K
         (gradients,) = gradients_of(row)
