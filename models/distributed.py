@@ -37,8 +37,7 @@ def join_processes(device):
 def first_process_first(call):
     """``call()`` on every process, in turns, so that only one process downloads a file.
 
-    The first process calls first, then the first process of every other machine, then the rest.
-    Returns what ``call`` returned here.
+    The first process is first, then the first one of every other machine, then the rest.
     """
     if world_size() == 1:
         return call()
@@ -89,16 +88,22 @@ def add_up(tensors):
             dist.all_reduce(tensor)
 
 
+def equalise_buffers(model):
+    """Give the buffers of ``model``, e.g. BatchNorm's statistics, the first process's values."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 # ---------------------------------------------------------------- training
 
 
 def data_parallel(model):
     """DistributedDataParallel around a network: it averages the gradients of the processes.
 
-    On GPUs, BatchNorm normalises over the images of all processes (torch's SyncBatchNorm, by timm's
-    conversion in place, which keeps the activations of timm's layers). SyncBatchNorm rejects CPU
-    tensors, so on CPUs the batch statistics are those of each process, and the running statistics
-    those of the first. A printed line says so.
+    On GPUs, BatchNorm normalises over the images of all processes (torch's SyncBatchNorm; timm's
+    conversion keeps the activations of its layers). On CPUs, each process has its own batch
+    statistics, and a printed line says so.
     """
     device = next(model.parameters()).device
     # 1×1 convolutions have gradients with other strides, which only costs speed.

@@ -141,6 +141,8 @@ def process(number, folder, port):
             model = network(LAYERS[name]())
             run = distributed.data_parallel(model)
             results[name] = gradients(model, distributed.local_rows(IMAGES), run)
+    distributed.equalise_buffers(model)
+    results["mean"] = model[1].running_mean
     torch.save(results, folder / f"{number}.pt")
     dist.destroy_process_group()
 
@@ -159,5 +161,8 @@ def test_two_processes_average_the_gradients_of_their_shares(tmp_path):
         assert result["rows"].equal(IMAGES[:5]) and result["total"].item() == 3
         torch.testing.assert_close(result["LayerNorm"], whole)
         torch.testing.assert_close(result["BatchNorm"], averaged)
+    first_share = network(LAYERS["BatchNorm"]())
+    first_share(IMAGES[::2])
+    assert all(result["mean"].allclose(first_share[1].running_mean) for result in results)
     printed = [(tmp_path / f"{number}.txt").read_text() for number in range(2)]
     assert printed[0].count("\n") == printed[0].count("BatchNorm") == 1 and not printed[1]
