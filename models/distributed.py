@@ -1,7 +1,4 @@
-"""Several processes under torchrun: rows of each process, sums over all, DistributedDataParallel.
-
-Without torchrun there is one process, and these functions return what they were passed.
-"""
+"""Several processes under torchrun. Without it, these functions return what they were passed."""
 
 import math
 import os
@@ -60,7 +57,7 @@ def progress_bar(**options):
 def local_rows(rows):
     """The rows that this process works on: rank, rank + world, rank + 2·world, ...
 
-    Interleaved, so that each process gets its share of every section of ``rows``.
+    Interleaved, so that each process gets a share of every section of ``rows``.
     """
     return rows[rank() :: world_size()]
 

@@ -41,10 +41,10 @@ def native_side(model_name):
 def create(model_name, num_classes, *, image_size=None, pretrained=True, pretrained_path=None):
     """A timm model with a new head for ``num_classes``.
 
-    If ``image_size`` (side in pixels) differs from the model's own, timm interpolates the position
-    embedding. ``pretrained`` loads ImageNet weights from ``pretrained_path``, else by download. A
-    model without published weights starts at random. Raises UserError if the weights cannot be
-    loaded or do not fit.
+    If ``image_size`` (side in pixels) differs from :func:`native_side`, timm interpolates the
+    position embedding. ``pretrained`` loads ImageNet weights from ``pretrained_path``, else by
+    download. A model without published weights starts at random. Raises UserError if the weights
+    cannot be loaded or do not fit.
     """
     name = timm_name(model_name)
     options = {"num_classes": num_classes}
