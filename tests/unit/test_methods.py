@@ -338,7 +338,7 @@ def test_expected_scores_give_fisher_matrix_of_logits(logits):
     """The matrix is exact even where one class is nearly certain, as for most training images."""
     rows = fisher.expected_scores(torch.tensor(logits), torch.tensor(0))
     p = torch.tensor(logits).double().softmax(0)
-    assert rows.shape == (len(logits) - 1, len(logits))
+    assert rows.shape == (len(logits), len(logits))
     expected = torch.diag(p) - torch.outer(p, p)
     torch.testing.assert_close(rows.double().T @ rows.double(), expected, rtol=2e-6, atol=1e-12)
 
