@@ -13,17 +13,14 @@ COLUMNS = {
 }
 
 
-def rows():
-    return [
+def test_tabular_by_hand():
+    rows = [
         {"method": "original", "UA": 0.3, "CR": 0.5, "seconds": 1.0},
         {"method": "retrain", "UA": 0.3, "CR": 0.4, "seconds": 1.0},
         {"method": "cpu_GA", "UA": Spread(0.25, 0.01), "CR": math.nan, "seconds": 1.0},
         {"method": "scrub", "UA": 0.45, "CR": 0.1, "seconds": 2.0},
     ]
-
-
-def test_tabular_by_hand():
-    assert latex.tabular(tables.Table("", COLUMNS, rows())).splitlines() == [
+    assert latex.tabular(tables.Table("", COLUMNS, rows)).splitlines() == [
         r"\begin{tabular}{lrrr}",
         r"\toprule",
         r"method & UA \% & CR\_f & time s \\",
@@ -37,20 +34,28 @@ def test_tabular_by_hand():
     ]
 
 
-def test_best_is_nearest_to_retrain_and_never_a_reference():
-    assert latex.nearest_to_retrain(rows(), "UA") == ["cpu_GA"]
-    assert latex.nearest_to_retrain(rows()[:2], "UA") == []
-    tied = [{"method": "retrain", "UA": 2}, {"method": "a", "UA": 1}, {"method": "b", "UA": 3}]
-    assert latex.nearest_to_retrain(tied, "UA") == ["a", "b"]
-    assert latex.nearest_to_retrain(tied[1:], "UA") == []
-    assert latex.nearest_to_retrain(rows(), "seconds") == []
-    assert latex.nearest_to_retrain(rows(), "method") == []
+def test_all_methods_nearest_to_retrain_are_marked():
+    rows = [{"method": "retrain", "UA": 2}, {"method": "a", "UA": 1}, {"method": "b", "UA": 3}]
+    assert latex.nearest_to_retrain(rows, "UA") == ["a", "b"]
+    assert latex.nearest_to_retrain(rows[1:], "UA") == []
+    assert latex.nearest_to_retrain(rows[:1], "UA") == []
 
 
-def test_characters_of_latex_stand_for_themselves():
-    assert latex.escape("a_b%&#${}~^\\|α q̂ –") == (
-        r"a\_b\%\&\#\$\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textbar{}"
-        r"$\alpha$ $\hat{q}$ --"
+def test_document_has_the_models_and_the_sets_of_the_first_block():
+    keys = {"score": "thr", "cal_size": 20, "q_hat": 0.9, "UA": 0.5, "test_CR": 0.25}
+    rows = [{"method": "GA", "alpha": 0.1} | keys, {"method": "RL", "alpha": 0.1} | keys]
+    others = [rows[0] | {"alpha": 0.2, "method": "x"}, rows[0] | {"score": "aps", "method": "y"}]
+    models, sets = latex.document([*rows, *others]).split(r"\end{tabular}")[:2]
+    assert [line.split()[0] for line in models.splitlines() if "50.0" in line] == [
+        "GA",
+        "RL",
+        "x",
+        "y",
+    ]
+    assert [line.split()[0] for line in sets.splitlines() if "0.250" in line] == ["GA", "RL"]
+
+
+def test_special_characters_are_escaped():
+    assert latex.escape("a_b%&#${}~^\\|–") == (
+        r"a\_b\%\&\#\$\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}\textbar{}--"
     )
-    spread = latex.cell(Spread(0.5, math.nan), "percent")
-    assert (spread, latex.cell(None, "number"), latex.cell(3, "count")) == ("50.0", "--", "3")
