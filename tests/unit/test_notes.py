@@ -51,13 +51,12 @@ def test_missing_q_hats_have_one_line_per_calibrated_group():
     rows += [q_hat_row(0.1, **cat), {"alpha": 0.1, "note": "failed"}]
     rows += [q_hat_row(0.01, q_hat=NAN, MIACR_calibration_images=98)]
     known = cat | {"q_hat_forget": 0.5, "forget_draws_left_out": 7, "forget_calibration_images": 3}
-    classes = [("cat", NAN, 1), ("dog", NAN, 2), ("cow", 0.1, 3)]
+    of_classes = [(NAN, 1), (NAN, 2), (0.1, 3)]
     class_rows = [
-        {"alpha": 0.3, "class": name, "own_q_hat": q_hat, "calibration_images": count}
-        for name, q_hat, count in classes
+        {"alpha": 0.3, "own_q_hat": q_hat, "calibration_images": count}
+        for q_hat, count in of_classes
     ]
     lines = notes.missing_q_hats([*rows, q_hat_row(0.3, **known)], class_rows)
-    groups = ["class cat", "all classes", "MIACR", "class cat in some resplits", "single classes"]
     expected = {
         "class cat": ["0.1 needs 9 ", "(2 available)", "0.2 needs 4 ", "(1 available)"],
         "all classes": ["0.01 needs 99 ", "(30 available)"],
@@ -65,7 +64,6 @@ def test_missing_q_hats_have_one_line_per_calibrated_group():
         "class cat in some resplits": ["0.3 needs 3 ", "(3 available)"],
         "single classes": ["0.3 needs 3 ", "(2 available)"],
     }
-    assert len(lines) == len(groups)
     for line, (group, parts) in zip(lines, expected.items(), strict=True):
         assert f"q̂ for {group}" in line and all(part in line for part in parts)
         assert line.count("available") == len(parts) / 2 and "--cal_sizes" in line

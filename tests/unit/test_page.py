@@ -4,10 +4,8 @@ import base64
 import io
 import json
 import math
-import warnings
 from html.parser import HTMLParser
 
-import pytest
 from hypothesis import example, given, settings, strategies
 from matplotlib.figure import Figure
 from PIL import Image
@@ -112,7 +110,7 @@ def test_text_of_any_characters_is_shown_and_nothing_else(text):
     assert set(shown) == {text.encode("utf-8", "backslashreplace").decode()}
 
 
-def one_figure(text=""):
+def one_figure(text):
     figure = Figure(figsize=(1, 1), dpi=50)
     figure.text(0.5, 0.5, text)
     return figure
@@ -120,19 +118,6 @@ def one_figure(text=""):
 
 def test_png_shows_the_figure_and_is_reproducible():
     first, again = (page.png(one_figure("a")) for _ in range(2))
-    assert first == again and first != page.png(one_figure("b"))
+    assert first == again != page.png(one_figure("b"))
     image = Image.open(io.BytesIO(first))
-    assert image.format == "PNG" and image.size == (50, 50) and "Software" not in image.info
-
-
-def test_missing_glyphs_do_not_warn_but_other_faults_do():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        page.png(one_figure("猫"))
-
-    class Warns(Figure):
-        def savefig(self, *arguments, **options):
-            warnings.warn("something else", UserWarning, stacklevel=1)
-
-    with pytest.warns(UserWarning, match="something else"):
-        page.png(Warns())
+    assert image.format == "PNG" and image.size == (50, 50)

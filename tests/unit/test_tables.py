@@ -17,35 +17,21 @@ COLUMNS = {
 
 def test_cells_by_hand():
     expected = {
-        (0.1234, "percent"): "12.3",
-        (0.12345, "number"): "0.123",
-        (12, "count"): "12",
-        (12.25, "count"): "12.2",
-        (3.21, "seconds"): "3.2",
-        ("cat", "text"): "cat",
-        (None, "text"): "–",
-        (NAN, "percent"): "–",
-        (math.inf, "number"): "–",
-        (Spread(NAN, NAN), "number"): "–",
-        (Spread(0.25, NAN), "percent"): "25.0",
-        (Spread(0.5, 0.012), "percent"): "50.0±1.2",
-        (Spread(3, 0.0), "count"): "3±0.0",
-    }
+        (0.1234, "percent"): "12.3", (0.12345, "number"): "0.123", (12, "count"): "12",
+        (12.25, "count"): "12.2", (3.21, "seconds"): "3.2", ("cat", "text"): "cat",
+        (None, "text"): "–", (NAN, "percent"): "–", (math.inf, "number"): "–",
+        (Spread(NAN, NAN), "number"): "–", (Spread(0.25, NAN), "percent"): "25.0",
+        (Spread(0.5, 0.012), "percent"): "50.0±1.2", (Spread(3, 0.0), "count"): "3±0.0",
+    }  # fmt: skip
     assert {key: tables.format_cell(*key) for key in expected} == expected
+    counts = {5: "5", 6.0: "6", 2.25: "2.2", 99.96: "100.0", 100.4: "100", NAN: "–", None: "–"}
+    assert {count: tables.short_count(count) for count in counts} == counts
 
 
-def test_counts_are_whole_or_have_one_decimal():
-    expected = {5: "5", 6.0: "6", 2.25: "2.2", 99.96: "100.0", 100.4: "100", NAN: "–", None: "–"}
-    assert {count: tables.short_count(count) for count in expected} == expected
-
-
-def test_heading_has_a_percent_sign_once():
+def test_headings_have_a_percent_sign_once():
     headings = {Column("UA", "percent"): "UA %", Column("TPR@1%", "percent"): "TPR@1%"}
     headings[Column("CR", "number")] = "CR"
     assert {column: tables.heading_of(column) for column in headings} == headings
-
-
-# ---------------------------------------------------------------- summaries over seeds
 
 
 def test_summary_over_seeds_by_hand():
@@ -73,9 +59,6 @@ def test_summary_takes_the_mean_of_a_number_with_a_spread_over_resplits():
     assert alone == {"method": "GA", "CR": 1, "wrong": 0.0}
 
 
-# ---------------------------------------------------------------- the tables of an evaluation
-
-
 def set_row(alpha, method, **numbers):
     row = {"score": "thr", "cal_size": 20, "alpha": alpha, "method": method, "q_hat": 0.9}
     row |= {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "gap": 0.1, "UA_word": "under-forgets"}
@@ -96,15 +79,10 @@ def test_full_tables_omit_empty_and_constant_columns():
     assert [item["method"] for item in models.rows] == ["GA", "salun", "sfron"]
     assert list(sets.columns) == ["alpha", "method", "forget_CR"]
     assert [item["method"] for item in sets.rows] == ["GA", "salun"]
+    assert tables.full_tables([FAILED]) == []
+    assert tables.full_tables([row | {"UA": NAN, "forget_CR": Spread(NAN, NAN)}]) == []
     _, sets = tables.full_tables([row, other | {"score": "aps", "cal_size": 40}])
     assert list(sets.columns) == ["score", "cal_size", "alpha", "method", "forget_CR"]
-
-
-@pytest.mark.parametrize("rows", [[], [FAILED], [{"method": "GA", "UA": NAN}]])
-def test_table_without_numbers_is_not_shown(rows):
-    assert tables.full_tables(rows) == []
-    numbers = {"method": "GA", "UA": Spread(0.0, NAN)}
-    assert [table.heading for table in tables.full_tables([*rows, numbers])] == ["Models"]
 
 
 def test_short_lines_are_models_failures_and_a_block_per_alpha():
@@ -154,25 +132,6 @@ def test_deviations_over_seeds_are_shown_where_they_fit():
     assert max(map(len, lines)) <= 100
 
 
-def test_deviations_in_a_narrow_table_are_those_of_deciding_columns():
-    row = {"method": "GA", "UA": Spread(0.5, 0.1), "wrong": Spread(2.0, 1.0)}
-    kept = {}
-    for width in (26, 25, 24, 23):
-        (fitted,) = tables.fit(tables.Table("", COLUMNS, [row]), ("UA",), width=width).rows
-        kept[width] = [key for key, value in fitted.items() if isinstance(value, Spread)]
-    assert kept == {26: ["UA", "wrong"], 25: ["UA"], 24: ["UA"], 23: []}
-
-
-def test_printed_table_aligns_its_columns_to_the_right(capsys):
-    rows = [{"method": "GA", "UA": 0.5}, {"method": "retrain", "UA": Spread(1.0, 0.25), "wrong": 3}]
-    tables.print_table(COLUMNS, rows)
-    assert capsys.readouterr().out.splitlines() == [
-        " method        UA %  wrong",
-        "     GA        50.0      –",
-        "retrain  100.0±25.0      3",
-    ]
-
-
 def test_numbers_within_the_noise_of_retrain_have_a_star():
     rows = [
         {"method": "retrain (halves)", "trainings": 2, "KLOM_forget": 0.2, "KLOM_test": 0.1},
@@ -181,20 +140,14 @@ def test_numbers_within_the_noise_of_retrain_have_a_star():
         {"method": "SSD", "trainings": 4, "KLOM_forget": 9, "KLOM_test": 9, "within_noise": "–"},
     ]
     heading, headings, *lines, note = tables.ensemble_lines(rows, "Over 4 trainings")
-    assert heading == "Over 4 trainings:" and headings.split() == [
-        "method",
-        "n",
-        "KLOM_f",
-        "KLOM_t",
-    ]
+    assert heading == "Over 4 trainings:"
+    assert headings.split() == ["method", "n", "KLOM_f", "KLOM_t"]
     assert [" ".join(line.split()) for line in lines] == [
-        "retrain (halves) 2 0.200 0.100", "GA 4 0.100* –", "RL 4 9.000* 0.100*", "SSD 4 9.000 9.000",
+        "retrain (halves) 2 0.200 0.100", "GA 4 0.100* –",
+        "RL 4 9.000* 0.100*", "SSD 4 9.000 9.000",
     ]  # fmt: skip
     assert note.startswith("* ")
     assert "*" not in "".join(tables.ensemble_lines(rows[:1], ""))
-
-
-# ---------------------------------------------------------------- files
 
 
 def test_csv_has_empty_cells_for_missing_numbers_and_two_columns_for_a_spread():

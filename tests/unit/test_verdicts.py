@@ -13,9 +13,9 @@ def comparable(**numbers):
 
 
 def test_comparison_of_a_model_with_retrain_has_gap_and_verdict():
-    actual = verdicts.compare_model("GA", comparable(UA=0.3, TA=0.7, seconds=2.5), comparable())
+    actual = verdicts.compare_model("GA", comparable(UA=0.3, TA=0.7, seconds=0.5), comparable())
     assert actual["gap"] == pytest.approx((0.2 + 0 + 0.1 + 0) / 4)
-    assert actual["ToW"] == pytest.approx(0.8 * 0.9) and actual["RTE"] == 0.25
+    assert actual["ToW"] == pytest.approx(0.8 * 0.9) and actual["RTE"] == 0.05
     assert actual["UA_minus_retrain"] == pytest.approx(-0.2)
     assert actual["TA_minus_retrain"] == pytest.approx(-0.1)
     # The tolerance is that of the two-proportion z-test, e.g. 2·√(2 · 0.24 / 100) = 0.139 at 0.3.
@@ -29,10 +29,7 @@ def test_comparison_of_a_model_with_retrain_has_gap_and_verdict():
 def test_unknown_running_time_has_no_ratio(unknown):
     for name, seconds, reference in (("original", 1, 2), ("GA", unknown, 2), ("GA", 1, unknown)):
         numbers = comparable(seconds=seconds)
-        compared = verdicts.compare_model(name, numbers, comparable(seconds=reference))
-        assert "RTE" not in compared
-    short = verdicts.compare_model("GA", comparable(seconds=0.2), comparable(seconds=0.5))
-    assert short["RTE"] == pytest.approx(0.4)
+        assert "RTE" not in verdicts.compare_model(name, numbers, comparable(seconds=reference))
 
 
 @pytest.mark.parametrize("key", ["forget_CR", "forget_by_retain_CR"])
@@ -87,9 +84,7 @@ def test_verdicts_over_seeds_tolerate_two_deviations_of_retrain():
 
 
 def test_verdicts_over_seeds_without_numbers_are_none():
-    reference, method = (
-        seeds_of("retrain", [0.4, 0.5], [math.nan] * 2),
-        seeds_of("GA", [0.4] * 2, [1, 1]),
-    )
+    reference = seeds_of("retrain", [0.4, 0.5], [math.nan] * 2)
+    method = seeds_of("GA", [0.4] * 2, [1, 1])
     assert words(reference, method) == {"retrain": ("matches", None), "GA": ("matches", None)}
     assert words(reference, method[:1])["GA"] == words(method)["GA"] == (None, None)
