@@ -133,6 +133,8 @@ def test_bars_show_shares_of_the_forget_images():
         "2.2 of 12.5 (18%)": (12.5 / 80, 3), "– of 30": (0, 2), "– of –": (0, 1), "1 of 3": (0, 0),
     }  # fmt: skip
     assert texts(axis.get_yticklabels()) == list(reversed(numbers))
+    assert axis.get_ylim()[0] < -0.35 and axis.get_ylim()[1] > 6.35
+    assert figures.fake_bars(rows * 6).get_figheight() > 2 * figure.get_figheight()
     assert axis.get_xlim()[1] > 0.55 and axis.xaxis.get_major_formatter()(0.25, 0) == "25%"
     colors = [to_hex(bar.get_facecolor()) for bar in axis.patches]
     assert colors == 4 * list(legend(figure).values()) and colors[0] != colors[1]
@@ -231,7 +233,7 @@ def test_klom_dots_are_medians_and_the_band_is_the_noise_floor():
     bands = [axis.patches[0].get_bbox() for axis in figure.axes]
     assert [(band.x0, band.x1) for band in bands] == [(0, 0.2), (0, 0.3), (0, 0.1)]
     assert texts(figure.axes[0].get_yticklabels()) == ["cpu_ga", "ga"]
-    assert "grey" in figure.get_suptitle()
+    assert "grey" in figure.get_suptitle() and figure.axes[0].get_xlim()[0] == 0
     without = figures.klom_dots(rows[1:])
     assert "grey" not in without.get_suptitle() and not without.axes[0].patches
 
@@ -262,6 +264,8 @@ def test_histograms_show_the_share_of_each_part_by_score():
     assert (area.get_bbox().x0, area.get_bbox().x1) == (-14, pytest.approx(math.log(3)))
     assert axis.get_title() == "ga" and other.get_title() == "retrain (no finite q̂)"
     assert not other.lines and "α = 0.05" in figure.get_suptitle()
+    lines = [handle.get_linestyle() for handle in figure.legends[0].legend_handles]
+    assert lines == ["-", "--", ":", "-"]
     (beyond,) = figures.score_histograms({"ga": sample | {"q_hat": 1.0}}, 0.1).axes
     assert beyond.lines[0].get_xdata()[0] == 14
     odds = {"10⁻⁶": 1e-6, "10⁻³": 1e-3, "½": 1, ".999": 999}
@@ -303,6 +307,8 @@ def test_sheet_shows_each_image_with_its_prediction_and_set():
     assert label == "eel → cat" and max(map(len, lines)) <= 26
     assert " ".join(lines) == f"{{cat, dog, [eel], {', '.join(classes[3:8])}, …}}"
     assert figure.get_suptitle() == "t" * 60 + "…" + "t" * 59
+    (width, height), many = figure.get_size_inches(), figures.fake_sheet(images * 3, classes, "")
+    assert many.get_figwidth() > width and many.get_figheight() > 1.5 * height
 
 
 def test_sheet_without_images_names_the_reason():

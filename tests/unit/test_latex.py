@@ -40,8 +40,8 @@ def test_document_has_the_models_and_the_sets_of_the_first_block():
     keys = {"score": "thr", "cal_size": 20, "q_hat": 0.9, "UA": 0.5, "test_CR": 0.25}
     rows = [{"method": "GA", "alpha": 0.1} | keys, {"method": "RL", "alpha": 0.1} | keys]
     others = [rows[0] | {"alpha": 0.2, "method": "x"}, rows[0] | {"score": "aps", "method": "y"}]
-    models, sets = latex.document([*rows, *others]).split(r"\end{tabular}")[:2]
-    assert models.count("& 50.0") == 4
+    models, sets = latex.document([rows[0], *others, rows[1]]).split(r"\end{tabular}")[:2]
+    assert models.count("& 50.0") == 4 and "α = 0.1\n" in sets
     assert sets.count("& 0.250") == 2 and "GA" in sets and "RL" in sets
 
 

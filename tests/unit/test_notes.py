@@ -51,11 +51,8 @@ def test_missing_q_hats_have_one_line_per_calibrated_group():
     rows += [q_hat_row(0.1, **cat), {"alpha": 0.1, "note": "failed"}]
     rows += [q_hat_row(0.01, q_hat=NAN, MIACR_calibration_images=98)]
     known = cat | {"q_hat_forget": 0.5, "forget_draws_left_out": 7, "forget_calibration_images": 3}
-    of_classes = [(NAN, 1), (NAN, 2), (0.1, 3)]
-    class_rows = [
-        {"alpha": 0.3, "own_q_hat": q_hat, "calibration_images": count}
-        for q_hat, count in of_classes
-    ]
+    class_rows = [{"alpha": 0.3, "own_q_hat": NAN, "calibration_images": n} for n in (1, 2)]
+    class_rows.append({"alpha": 0.3, "own_q_hat": 0.1, "calibration_images": 3})
     lines = notes.missing_q_hats([*rows, q_hat_row(0.3, **known)], class_rows)
     expected = {
         "class cat": ["0.1 needs 9 ", "(2 available)", "0.2 needs 4 ", "(1 available)"],

@@ -15,7 +15,7 @@ COLUMNS = {
 }
 
 
-def test_cells_by_hand():
+def test_cells_and_headings_by_hand():
     expected = {
         (0.1234, "percent"): "12.3", (0.12345, "number"): "0.123", (12, "count"): "12",
         (12.25, "count"): "12.2", (3.21, "seconds"): "3.2", ("cat", "text"): "cat",
@@ -24,14 +24,11 @@ def test_cells_by_hand():
         (Spread(0.5, 0.012), "percent"): "50.0±1.2", (Spread(3, 0.0), "count"): "3±0.0",
     }  # fmt: skip
     assert {key: tables.format_cell(*key) for key in expected} == expected
-    counts = {5: "5", 6.0: "6", 2.25: "2.2", 99.96: "100.0", 100.4: "100", NAN: "–", None: "–"}
-    assert {count: tables.short_count(count) for count in counts} == counts
-
-
-def test_headings_have_a_percent_sign_once():
     headings = {Column("UA", "percent"): "UA %", Column("TPR@1%", "percent"): "TPR@1%"}
     headings[Column("CR", "number")] = "CR"
     assert {column: tables.heading_of(column) for column in headings} == headings
+    counts = {5: "5", 6.0: "6", 2.25: "2.2", 99.96: "100.0", 100.4: "100", NAN: "–", None: "–"}
+    assert {count: tables.short_count(count) for count in counts} == counts
 
 
 def test_summary_over_seeds_by_hand():

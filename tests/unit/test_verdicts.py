@@ -52,8 +52,7 @@ def test_sets_with_higher_CR_than_retrain_under_forget(key):
 def seeds_of(method, UA, CR_f, num_forget=50):
     columns = {"score": "thr", "cal_size": 20, "alpha": 0.1, "method": method}
     columns |= {"num_forget": num_forget, "q_hat": 0.9}
-    pairs = zip(UA, CR_f, strict=True)
-    return [columns | {"UA": ua, "forget_CR": ratio} for ua, ratio in pairs]
+    return [columns | {"UA": ua, "forget_CR": r} for ua, r in zip(UA, CR_f, strict=True)]
 
 
 def words(*rows):
@@ -87,4 +86,6 @@ def test_verdicts_over_seeds_without_numbers_are_none():
     reference = seeds_of("retrain", [0.4, 0.5], [math.nan] * 2)
     method = seeds_of("GA", [0.4] * 2, [1, 1])
     assert words(reference, method) == {"retrain": ("matches", None), "GA": ("matches", None)}
-    assert words(reference, method[:1])["GA"] == words(method)["GA"] == (None, None)
+    single_seed = method[0] | {"UA_word": "over-forgets"}
+    assert words(reference, [single_seed])["GA"] == ("over-forgets", None)
+    assert words(method)["GA"] == (None, None)
