@@ -4,23 +4,21 @@ The SVM is trained on as many members (retain images) as non-members (test image
 the forget images. :mod:`metrics.MIA` and :mod:`metrics.MIACR` choose the images of their attacks.
 
 Training takes minutes on tens of thousands of images. Features are therefore rounded, and images
-with equal features become one training point. Its weight, the number of these images, multiplies C.
-That is the same SVM as one trained on every rounded image.
+with equal features become one training point. Its weight, the number of these images, multiplies C:
+the SVM is the same as one trained on every rounded image.
 """
-
-from typing import NamedTuple
 
 import numpy as np
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.model_selection import PredefinedSplit
 from sklearn.svm import SVC
 
 C = 3.0
 FOLDS = 5  # of Platt scaling; an attack needs at least one member and non-member per fold
-DECIMALS = 3  # of the features; the RBF kernel is about 0.7 wide
+DECIMALS = 3  # of the features; the RBF kernel of one feature is about 0.7 wide
+FINE_DECIMALS, FINE_POINTS = 4, 2000  # where at most 2,000 points remain with 4 decimals
 MOST_POINTS = 10_000
-TOLERANCE = 1e-4  # of libsvm; with its default 1e-3, decisions near 0 depend on the order of points
-FARTHEST = 1e6  # libsvm rounds away the distances of neighbouring points beyond
+TOLERANCE = 1e-4  # libsvm's default of 1e-3 moves decisions near 0
+FARTHEST = 1e6  # beyond, libsvm loses the distance of neighbouring points to rounding
 ROUNDING = 1e-6  # decisions that differ by less are equal; the margins are 2 apart
 
 
@@ -33,52 +31,63 @@ def check_sizes(members, non_members):
         )
 
 
-class TrainingSet(NamedTuple):
-    """Points n×d, booleans n for members, and the number of images of each point (n)."""
+def weighted_points(features, is_member, decimals):
+    """Rounded features N×d and kinds N → (points n×d, kinds n, number of images n)."""
+    rows = np.column_stack([features.round(decimals), is_member])
+    rows, weights = np.unique(rows, axis=0, return_counts=True)
+    return rows[:, :-1], rows[:, -1], weights
 
-    points: np.ndarray
-    is_member: np.ndarray
-    weights: np.ndarray
+
+class RoundedSVC(SVC):
+    """scikit-learn's SVC, trained on rounded features: equal images are one weighted point."""
+
+    def fit(self, features, is_member):
+        """Features N×d and N times 1 (member) or 0.
+
+        Features are rounded to 4 decimals, or to 3 if more than 2,000 points remain. If then more
+        than 10,000 remain, only the first 5,000 images of each kind are used.
+        """
+        points = weighted_points(features, is_member, FINE_DECIMALS)
+        if len(points[0]) > FINE_POINTS:
+            points = weighted_points(features, is_member, DECIMALS)
+        if len(points[0]) > MOST_POINTS:
+            kinds = [np.flatnonzero(is_member == kind)[: MOST_POINTS // 2] for kind in (1, 0)]
+            first = np.concatenate(kinds)
+            points = weighted_points(features[first], is_member[first], DECIMALS)
+        return super().fit(*points)
+
+    def tells_apart(self):
+        """Whether the decisions differ between support vectors. They are equal for all images if
+        the features are constant, or the same for members and non-members.
+        """
+        return bool(np.ptp(self.decision_function(self.support_vectors_)) > ROUNDING)
 
 
-def training_set(members, non_members):
-    """The :class:`TrainingSet` of all images. Features N×d of each kind."""
-    features = _near(np.concatenate([members, non_members])).round(DECIMALS)
-    is_member = np.repeat([1, 0], [len(members), len(non_members)])
-    rows, weights = np.unique(np.column_stack([features, is_member]), axis=0, return_counts=True)
-    return TrainingSet(rows[:, :-1], rows[:, -1] == 1, weights)
+def _svm(num_features):
+    return RoundedSVC(C=C, kernel="rbf", gamma=1 / num_features, tol=TOLERANCE)
 
 
 def _near(points):
     return np.clip(points, -FARTHEST, FARTHEST)
 
 
-def _svm(num_features):
-    return SVC(C=C, kernel="rbf", gamma=1 / num_features, tol=TOLERANCE)
-
-
-def _tells_apart(svm, points):
-    return bool(np.ptp(svm.decision_function(points)) > ROUNDING)
+def _training_set(members, non_members):
+    """Features 2N×d and membership 2N. Features N×d of each kind."""
+    check_sizes(len(members), len(non_members))
+    return _near(np.concatenate([members, non_members])), np.repeat([1, 0], len(members))
 
 
 class Attack:
     """An RBF SVM that tells members from non-members by their features N×d.
 
     ``members`` and ``non_members`` are equally many, at least five, in random order (else
-    ValueError). If their features have more than 10,000 different values, only the first 5,000 of
-    each kind train the SVM. ``tells_apart`` is False if the decisions are the same for all training
-    points, e.g. because the feature is constant.
+    ValueError). ``tells_apart`` is False if the decisions are the same for all training images.
     """
 
     def __init__(self, members, non_members):
-        check_sizes(len(members), len(non_members))
-        training = training_set(members, non_members)
-        if len(training.points) > MOST_POINTS:
-            half = MOST_POINTS // 2
-            training = training_set(members[:half], non_members[:half])
-        self._svm = _svm(members.shape[1])
-        self._svm.fit(training.points, training.is_member, training.weights)
-        self.tells_apart = _tells_apart(self._svm, training.points)
+        training_set = _training_set(members, non_members)
+        self._svm = _svm(members.shape[1]).fit(*training_set)
+        self.tells_apart = self._svm.tells_apart()
 
     def decide(self, points):
         """Decisions of the SVM for features N×d → N, float64; positive for members."""
@@ -90,23 +99,15 @@ class Attack:
 
 
 def membership_probabilities(members, non_members, points):
-    """P(member) at ``points`` M by an attack on one feature in [0, 1] → M, float64.
+    """P(member) at ``points`` M by an attack on one feature → M, float64.
 
     NumPy arrays. ``members`` N and ``non_members`` N are as in :class:`Attack`. The probabilities
     are Platt-scaled (Platt 1999): a sigmoid is fitted to the decisions of five SVMs, each trained
     without the fifth of the images that it decides on, and applied to the SVM trained on all. NaN
     if that SVM does not tell members from non-members.
     """
-    check_sizes(len(members), len(non_members))
-    sides = (np.array_split(side[:, None], FOLDS) for side in (members, non_members))
-    # Each fold has its own points, so that none of its images trains the SVM that decides on it.
-    folds = [training_set(*fold) for fold in zip(*sides, strict=True)]
-    training = TrainingSet(*(np.concatenate(values) for values in zip(*folds, strict=True)))
-    fold_of_point = np.repeat(range(FOLDS), [len(fold.points) for fold in folds])
-    calibrated = CalibratedClassifierCV(_svm(1), cv=PredefinedSplit(fold_of_point), ensemble=False)
-    calibrated.fit(training.points, training.is_member, sample_weight=training.weights)
-    if not _tells_apart(calibrated.calibrated_classifiers_[0].estimator, training.points):
+    training_set = _training_set(members[:, None], non_members[:, None])
+    calibrated = CalibratedClassifierCV(_svm(1), cv=FOLDS, ensemble=False).fit(*training_set)
+    if not calibrated.calibrated_classifiers_[0].estimator.tells_apart():
         return np.full(len(points), np.nan)
-    # The probability is a smooth function of one feature: linear interpolation is exact to 1e-5.
-    nodes = np.linspace(0, 1, 1001)
-    return np.interp(points, nodes, calibrated.predict_proba(nodes[:, None])[:, 1])
+    return calibrated.predict_proba(_near(points)[:, None])[:, 1]
