@@ -144,7 +144,7 @@ def forget_group(row):
     return "forget_by_retain" if "forget_by_retain_CR" in row else "forget"
 
 
-judged_forget_images = forget_group
+judged_forget_images = forget_group  # for metrics/report
 
 
 def prediction_sets(scores, q_hat):

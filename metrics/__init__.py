@@ -155,15 +155,5 @@ def evaluate(conformal_scores):
     return scalars, rows
 
 
-__all__ = [
-    "Column",
-    "ConformalScores",
-    "Output",
-    "Outputs",
-    "Settings",
-    "Spread",
-    "columns_of",
-    "draw_splits",
-    "evaluate",
-    "readme_tables",
-]
+__all__ = ["Column", "ConformalScores", "Output", "Outputs", "Settings", "Spread"]
+__all__ += ["columns_of", "draw_splits", "evaluate", "readme_tables"]

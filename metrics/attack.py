@@ -57,14 +57,12 @@ class RoundedSVC(SVC):
         return super().fit(*points)
 
     def tells_apart(self):
-        """Whether the decisions differ between support vectors. They are equal for all images if
-        the features are constant, or the same for members and non-members.
-        """
+        """Whether decisions differ; not if features are constant or equal for both kinds."""
         return bool(np.ptp(self.decision_function(self.support_vectors_)) > ROUNDING)
 
 
 def _svm(num_features):
-    return RoundedSVC(C=C, kernel="rbf", gamma=1 / num_features, tol=TOLERANCE)
+    return RoundedSVC(C=C, gamma=1 / num_features, tol=TOLERANCE)
 
 
 def _near(points):

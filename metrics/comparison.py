@@ -25,7 +25,7 @@ COLUMNS = {
         "deviations of Retrain over seeds) or over-forgets",
     ),
     "ToW": Column(
-        "ToW", "number", "high", "tug of war: product of 1 − |difference to Retrain|: UA, RA, TA"
+        "ToW", "number", "high", "tug of war: product of 1 − distance to Retrain in UA, RA, TA"
     ),
     "JSD_forget": Column(
         "JSD_f", "number", "low", "Jensen-Shannon divergence from Retrain, forget images, in bits"

@@ -21,8 +21,7 @@ SEED = 0
 
 
 def linear_probe(features, labels, tests, seed=SEED):
-    """Test accuracies of a logistic regression on frozen features (Alain & Bengio 2017,
-    1610.01644).
+    """Test accuracies of a logistic regression on features (Alain & Bengio 2017, 1610.01644).
 
     Features N×F and labels N (numpy) are those of training images, including forget images. At most
     5,000 of them, drawn by the seed, train the probe. ``tests`` is {key: (features, labels)}.

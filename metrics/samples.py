@@ -1,7 +1,6 @@
 """The forget images one by one: the rows of samples.csv and the clearest fake forgetting.
 
-For class-wise forgetting, the q̂ is that of the retained classes, which a user of the model would
-apply to any image.
+For class-wise forgetting, the q̂ is that of the retained classes.
 """
 
 import math
