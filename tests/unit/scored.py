@@ -83,57 +83,33 @@ def plain_q_hat(values, alpha):
 
 def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
     """Every number of :func:`CR.set_metrics`, image by image. None without a q̂ or an image."""
-    numbers = score.log_odds(output.logits, drawn).tolist()
-    inside, sizes, wrong = [], [], []
-    for image in chosen:
-        label = int(output.labels[image])
-        wrong.append(int(output.logits[image].argmax()) != label)
-        if q_hat is not None:
-            inside.append(numbers[image][label] <= q_hat)
-            sizes.append(sum(item <= q_hat for item in numbers[image]))
-    actual = {"misclassified": sum(wrong)}
-    keys = [
-        "coverage",
-        "set_size",
-        "CR",
-        "CR_error",
-        "fake",
-        "fake_ratio",
-        "wrong_set_size",
-        "wrong_CR",
-    ]
-    keys += [f"{name}@{size}" for name in ("ECF", "EuCF") for size in set_sizes]
-    if q_hat is None:
-        return actual | dict.fromkeys(keys)
+    log_odds = score.log_odds(output.logits, drawn).tolist()
+    labels, predictions = output.labels.tolist(), output.logits.argmax(dim=1).tolist()
+    wrong = [labels[image] != predictions[image] for image in chosen]
+    inside, sizes = [], []
+    if q_hat is not None:
+        inside = [log_odds[image][labels[image]] <= q_hat for image in chosen]
+        sizes = [sum(value <= q_hat for value in log_odds[image]) for image in chosen]
+
+    def mean(values):
+        return sum(values) / len(values) if values else None
 
     def ratio(inside, sizes):
-        if not sizes:
-            return None
-        return sum(inside) / sum(sizes) if sum(sizes) else 0.0
+        return (sum(inside) / sum(sizes) if sum(sizes) else 0.0) if sizes else None
 
-    wrong_in_set = [item for item, is_wrong in zip(inside, wrong, strict=True) if is_wrong]
-    wrong_sizes = [item for item, is_wrong in zip(sizes, wrong, strict=True) if is_wrong]
-    actual["fake"] = sum(wrong_in_set)
-    actual["fake_ratio"] = sum(wrong_in_set) / sum(wrong) if any(wrong) else None
-    actual["wrong_set_size"] = sum(wrong_sizes) / len(wrong_sizes) if wrong_in_set else None
-    actual["wrong_CR"] = ratio(wrong_in_set, wrong_sizes)
-    n = len(chosen)
-    actual["coverage"], actual["set_size"] = (
-        (sum(inside) / n, sum(sizes) / n) if n else (None, None)
-    )
-    actual["CR"], actual["CR_error"] = ratio(inside, sizes), None
-    if n:
-        squares = [
-            (item - actual["CR"] * size) ** 2 for item, size in zip(inside, sizes, strict=True)
-        ]
-        error = math.sqrt(sum(squares) / n / n)
-        actual["CR_error"] = error / actual["set_size"] if sum(sizes) else 0.0
-    for size in set_sizes:
-        pairs = list(zip(inside, sizes, strict=True))
-        actual[f"ECF@{size}"] = (
-            sum(item and count <= size for item, count in pairs) / n if n else None
-        )
-        actual[f"EuCF@{size}"] = (
-            sum(not item and count <= size for item, count in pairs) / n if n else None
-        )
-    return actual
+    images = list(zip(inside, sizes, strict=True))
+    wrong_in_set = [item for item, is_wrong in zip(inside, wrong, strict=False) if is_wrong]
+    wrong_sizes = [size for size, is_wrong in zip(sizes, wrong, strict=False) if is_wrong]
+    numbers = {"misclassified": sum(wrong), "coverage": mean(inside), "set_size": mean(sizes)}
+    numbers |= {"CR": ratio(inside, sizes), "CR_error": None}
+    if images:
+        squares = [(item - numbers["CR"] * size) ** 2 for item, size in images]
+        error = math.sqrt(sum(squares)) / len(images)
+        numbers["CR_error"] = error / numbers["set_size"] if sum(sizes) else 0.0
+    numbers["fake"] = None if q_hat is None else sum(wrong_in_set)
+    numbers |= {"fake_ratio": mean(wrong_in_set), "wrong_set_size": mean(wrong_sizes)}
+    numbers["wrong_CR"] = ratio(wrong_in_set, wrong_sizes)
+    for c in set_sizes:
+        numbers[f"ECF@{c}"] = mean([item and size <= c for item, size in images])
+        numbers[f"EuCF@{c}"] = mean([not item and size <= c for item, size in images])
+    return numbers

@@ -15,26 +15,6 @@ import metrics
 from metrics import CR, Spread, conformal, scores
 
 
-@pytest.mark.parametrize(
-    ("n", "alpha", "k"),
-    [
-        (9, 0.1, 9),
-        (9, 0.2, 8),
-        (10, 0.1, 10),
-        (19, 0.05, 19),
-        (99, 0.01, 99),
-        (199, 0.05, 190),
-        (2000, 0.05, 1901),
-    ],
-)
-def test_q_hat_is_the_kth_smallest_score(n, alpha, k):
-    order = torch.from_numpy(np.random.default_rng(0).permutation(n))
-    assert (
-        CR.conformal_quantile(torch.arange(1, n + 1, dtype=torch.float64)[order] / n, alpha)
-        == k / n
-    )
-
-
 @hypothesis_settings(max_examples=200, deadline=None)
 @given(strategies.integers(0, 60), strategies.integers(1, 999))
 def test_q_hat_is_finite_exactly_where_enough_images_calibrate(n, thousandths):
@@ -50,12 +30,6 @@ def test_q_hat_is_finite_exactly_where_enough_images_calibrate(n, thousandths):
         assert CR.conformal_quantile(values, alpha) == math.inf
     else:
         assert CR.finite_quantile(values, alpha) == CR.conformal_quantile(values, alpha) == k - 1
-
-
-@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, math.nan])
-def test_alpha_outside_the_open_interval_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha"):
-        CR.conformal_quantile(torch.rand(10), alpha)
 
 
 def test_sets_coverage_size_and_ratio_by_hand():
@@ -89,23 +63,6 @@ def test_sets_coverage_size_and_ratio_by_hand():
     assert actual["wrong_set_size"].tolist() == [2, 3]
     assert actual["wrong_CR"].tolist() == pytest.approx([1 / 3, 1 / 3])
     assert actual["ECF@1"].tolist() == [1 / 4, 0] and actual["EuCF@1"].tolist() == [1 / 4, 0]
-
-
-def test_coverage_and_sizes_from_thresholds_equal_those_of_the_sets():
-    generator = torch.Generator().manual_seed(0)
-    output = metrics.Output(
-        torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator)
-    )
-    for name in scores.NAMES:
-        score = scores.Score(name, seed=3)
-        image_scores = conformal.score_images(output, score, "test")
-        ties = image_scores.true_label[:20]
-        q_hats = torch.cat([ties, torch.tensor([0.0, math.inf])])
-        inside, sizes = image_scores.in_set(q_hats), image_scores.set_sizes(q_hats)
-        for number, q_hat in enumerate(q_hats):
-            sets = CR.prediction_sets(score.log_odds(output.logits, "test"), q_hat)
-            assert torch.equal(inside[number], CR.in_set(sets, output.labels))
-            assert torch.equal(sizes[number], sets.sum(dim=1))
 
 
 def test_error_of_CR_equals_spread_over_many_samples():
@@ -165,30 +122,30 @@ def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
         forgotten_class is not None and int(label) == forgotten_class for label in held_out.labels
     ]
     for (_, size, alpha), row in rows.items():
-        values_of, q_hats, own_q_hats, sizes = {}, [], [], []
+        values_of, q_hats, forget_q_hats, sizes = {}, [], [], []
         for draw in outputs.draws.tolist():
             calibration = [image for image in draw[:size] if not is_forgotten[image]]
             forget_calibration = [image for image in draw[:size] if is_forgotten[image]]
             test = [image for image in draw[45:] if not is_forgotten[image]]
             forget_test = [image for image in draw[45:] if is_forgotten[image]]
             q_hat = plain_q_hat([label_scores[image] for image in calibration], alpha)
-            own_q_hat = plain_q_hat([label_scores[image] for image in forget_calibration], alpha)
+            forget_q_hat = plain_q_hat([label_scores[image] for image in forget_calibration], alpha)
             q_hats.append(q_hat)
-            own_q_hats.append(own_q_hat)
+            forget_q_hats.append(forget_q_hat)
             sizes.append((len(calibration), len(forget_calibration), len(test)))
-            judged = {"retain": (outputs.retain, range(len(outputs.retain.labels)), q_hat)}
+            images_of = {"retain": (outputs.retain, range(len(outputs.retain.labels)), q_hat)}
             every = range(len(outputs.forget.labels))
-            judged["test"] = held_out, test, q_hat
-            judged["forget"] = (
+            images_of["test"] = held_out, test, q_hat
+            images_of["forget"] = (
                 outputs.forget,
                 every,
-                q_hat if forgotten_class is None else own_q_hat,
+                q_hat if forgotten_class is None else forget_q_hat,
             )
             if forgotten_class is not None:
-                judged["forget_test"] = held_out, forget_test, own_q_hat
-                judged["forget_by_retain"] = outputs.forget, every, q_hat
-                judged["forget_test_by_retain"] = held_out, forget_test, q_hat
-            for name, (output, chosen, threshold) in judged.items():
+                images_of["forget_test"] = held_out, forget_test, forget_q_hat
+                images_of["forget_by_retain"] = outputs.forget, every, q_hat
+                images_of["forget_test_by_retain"] = held_out, forget_test, q_hat
+            for name, (output, chosen, threshold) in images_of.items():
                 for key, value in plain_numbers(
                     output, chosen, threshold, set_sizes, score
                 ).items():
@@ -196,7 +153,7 @@ def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
         values_of["q_hat"] = [None if q is None else 1 / (1 + math.exp(-q)) for q in q_hats]
         if forgotten_class is not None:
             values_of["q_hat_forget"] = [
-                None if q is None else 1 / (1 + math.exp(-q)) for q in own_q_hats
+                None if q is None else 1 / (1 + math.exp(-q)) for q in forget_q_hats
             ]
         for key, values in values_of.items():
             assert mean(row[key]) == pytest.approx(mean_of(values), nan_ok=True), (key, values)
@@ -213,7 +170,7 @@ def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
         if forgotten_class is not None:
             facts["forget_calibration_images"] = sizes[0][1]
             facts["forget_draws_left_out"] = (
-                sum(q is None for q in own_q_hats) if own_q_hats[0] is not None else 0
+                sum(q is None for q in forget_q_hats) if forget_q_hats[0] is not None else 0
             )
         assert {key: row[key] for key in facts} == facts
         laws = [
@@ -269,3 +226,12 @@ def test_small_functions_at_their_limits():
     assert CR.over_draws(torch.tensor([0.5]).double()) == 0.5
     unknown = CR.over_draws(torch.tensor([math.nan]).double())
     assert isinstance(unknown, float) and math.isnan(unknown)
+
+
+@pytest.mark.parametrize(("n", "alpha", "k"), [(9, 0.1, 9), (9, 0.2, 8), (199, 0.05, 190)])
+def test_q_hat_is_the_kth_smallest_score(n, alpha, k):
+    values = torch.from_numpy(np.random.default_rng(0).permutation(n) + 1.0)
+    assert CR.conformal_quantile(values, alpha) == k
+    for impossible in (0.0, 1.0, -0.1, math.nan):
+        with pytest.raises(ValueError, match="alpha"):
+            CR.conformal_quantile(values, impossible)

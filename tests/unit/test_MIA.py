@@ -36,7 +36,7 @@ def test_attack_features_by_hand():
 
 
 @pytest.mark.parametrize("sure", [30.0, 800.0, 1e5, 1e30])
-def test_features_of_confident_answers_are_finite(sure):
+def test_features_of_confident_predictions_are_finite(sure):
     actual = MIA.attack_features(torch.tensor([[sure, 0.0, 0.0]] * 2), torch.tensor([0, 1]))
     assert all(np.isfinite(values).all() for values in actual.values())
     right, wrong = actual["modified entropy"].ravel()

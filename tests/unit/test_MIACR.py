@@ -56,7 +56,7 @@ def test_miacr_with_fewer_than_ten_test_images_is_nan(held_out, known):
     assert math.isfinite(rows["thr", 20, 0.3]["MIACR"]) == known
 
 
-def test_miacr_without_an_answer_is_nan():
+def test_miacr_without_a_trained_attack_is_nan():
     unknown = MIACR.membership_scores(torch.full((9,), math.nan).double())
     known = torch.rand(9, 2).double()
     assert math.isnan(MIACR.miacr(unknown, unknown, unknown, 0.3))

@@ -88,7 +88,7 @@ SMALL_SETS = strategies.integers(5, 20).flatmap(
 
 @hypothesis_settings(max_examples=40, deadline=None, derandomize=True)
 @given(SMALL_SETS)
-def test_attack_on_few_tied_values_decides_as_svm_or_has_no_answer(drawn):
+def test_attack_on_few_tied_values_decides_as_svm_or_tells_nothing_apart(drawn):
     scale, members, non_members = drawn
     sides = [scale * column(values) for values in (members, non_members)]
     trained = attack.Attack(*sides)
@@ -143,8 +143,8 @@ def test_probabilities_of_constant_confidences_are_nan():
     assert np.isnan(actual).all()
 
 
-def test_attack_that_only_one_fold_can_train_has_an_answer():
-    """Members and non-members differ in one fold only. The SVM trained without it has no answer."""
+def test_attack_that_only_one_fold_can_train_has_probabilities():
+    """Members and non-members differ in one fold only. The SVM without it is constant."""
     members, non_members = np.full(10, 0.5), np.full(10, 0.5)
     members[2:4] = 0.9
     actual = attack.membership_probabilities(members, non_members, np.array([0.4, 0.9]))
