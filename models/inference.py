@@ -1,12 +1,64 @@
-"""Logits and features of images: eval mode, no augmentation, one forward pass per image."""
+"""Logits and features of images: eval mode, no augmentation, one forward pass per image.
+
+A model's logits of all images are kept in a ``logits.npz``, so that no metric needs the network
+twice.
+"""
 
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from . import distributed
-from .errors import NotFinite
+from . import checkpoint, distributed
+from .errors import NotFinite, UserError, first_line
+
+
+class Logits(NamedTuple):
+    """A model's logits of all training images N×K and all held-out images P×K, in their order.
+
+    ``weights`` is the hash of the model's weights, ``data`` the fingerprint of the data.
+    """
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    weights: str
+    data: str
+
+
+def save_logits(path, *, train, held_out, weights, data):
+    """Save the fields of :class:`Logits` as a NumPy archive. Atomic."""
+    arrays = {"train": train.numpy(), "held_out": held_out.numpy(), "weights": weights}
+    checkpoint.write_file(path, lambda file: np.savez(file, **arrays, data=data))
+
+
+def read_logits(path, *, num_train, num_held_out, num_classes, data, weights=None):
+    """The :class:`Logits` in a file, float32 on the CPU.
+
+    Where ``weights`` is given, None if the file belongs to other weights or other data. Raises
+    UserError for other data, a wrong shape or type, and logits that are not finite. A file of
+    another program may lack weights and data, which are then "".
+    """
+    shapes = {"train": (num_train, num_classes), "held_out": (num_held_out, num_classes)}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            texts = {key: str(file[key]) if key in file else "" for key in ("weights", "data")}
+            if weights is not None and texts != {"weights": weights, "data": data}:
+                return None
+            arrays = {key: file[key] for key in shapes}
+    except Exception as error:  # NumPy and zipfile raise their own kinds
+        reason = f"cannot be read ({first_line(error)})"
+        raise UserError(f"{path}: {reason}; it needs the arrays train and held_out") from error
+    if texts["data"] not in ("", data):
+        raise UserError(f"{path}: logits of other data ({texts['data']}; this data is {data})")
+    for key, shape in shapes.items():
+        if arrays[key].dtype != np.float32 or arrays[key].shape != shape:
+            actual = f"{arrays[key].dtype} {arrays[key].shape}"
+            raise UserError(f"{path}: {key} is {actual}; float32 {shape} is needed")
+        if not np.isfinite(arrays[key]).all():
+            raise UserError(f"{path}: {key} contains logits that are NaN or infinite")
+    return Logits(**{key: torch.from_numpy(array) for key, array in arrays.items()}, **texts)
 
 
 def compute_logits(model, images, indices, batch_size=None):
