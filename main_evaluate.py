@@ -16,13 +16,14 @@ well, the distributions over the trainings are compared (ensembles.csv).
 import utils  # before torch
 
 # isort: split
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,8 @@ SET_SIZES = (1, 5)  # set sizes c of ECF@c and EuCF@c, in labels
 RELEARN_RATE = 0.001
 MOST_FAKE = 18  # images of a fake_forgotten.png
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
+LOGITS_FILE = "logits.npz"
+CURVES = {"forget": "relearn", "retain": "relearn_retain"}  # sources and names in the record
 PICTURES = ("scores.png", "relearn.png", "q_hat.png")  # those that some evaluations do not draw
 
 
@@ -59,25 +62,22 @@ def main():
         evaluation = start_evaluation(args, data, device)
         paths = locate_models(args.unlearn_name, args.model_dir, evaluation.folder)
         saved_models = read_models(paths, evaluation)
-        with utils.unfinished_folder(evaluation.folder) as unfinished:
-            measured = measure_models(saved_models, evaluation)
-            if distributed.rank():
-                continue  # the first process alone makes tables
-            measured |= recorded_models(measured, args.model_dir, evaluation)
-            results = compare_models(measured, evaluation)
-            save_results(results, measured, evaluation, unfinished)
-        seeds.append(results)
+        measure_models(saved_models, evaluation)
+        if distributed.rank():
+            continue  # the first process alone makes tables
+        saved_models |= recorded_models(saved_models, args.model_dir, evaluation)
+        seeds.append(compare_models(saved_models, evaluation))
+        save_seed(seeds[-1], paths, evaluation)
 
     if distributed.rank():
         return 0
     rows, ensemble_rows = [row for seed in seeds for row in seed.rows], []
     if flags.seeds:
         rows = verdicts.summarise_seeds(in_order(rows))
-        ensemble_rows = compare_trainings(seeds)
+        ensemble_rows = compare_trainings(seeds) if flags.split_seed is not None else []
         save_summary(rows, ensemble_rows, flags, data, device)
     print_results(rows, seeds, flags)
-    if flags.seeds:
-        print_trainings(ensemble_rows, flags)
+    print_trainings(ensemble_rows, flags)
     return 0
 
 
@@ -117,11 +117,12 @@ def parse_flags():
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one seed's evaluation measures: the flags as values.
+    """What the evaluation of one seed measures: the flags as values.
 
-    ``folder`` is the scenario's folder. ``draws`` (R×P) order the held-out images of ``held_out``
-    (indices P), see :class:`metrics.Outputs`. ``network`` builds the network on its first call.
-    ``model_facts`` are what a checkpoint must agree with, ``description`` is the record of this run.
+    ``folder`` is the scenario's folder. ``draws`` (R×P) are orders of the held-out images, see
+    :class:`metrics.Outputs`. ``relearn_steps`` are {source: steps} of --relearn. ``network`` builds
+    the network on its first call. A checkpoint must agree with ``model_facts``. ``description`` is
+    the record of this run.
     """
 
     data: utils.Data
@@ -129,43 +130,32 @@ class Evaluation:
     folder: Path
     settings: metrics.Settings
     cal_sizes: list[int]
-    held_out: torch.Tensor
     draws: torch.Tensor
-    seed: int
-    split_seed: int
     batch_size: int | None
-    relearn_steps: int
-    relearn_on: list[str]
+    relearn_steps: dict[str, int]
     has_pictures: bool
-    compares_trainings: bool
-    forget_class: str
     network: Callable
     model_facts: dict
-    wandb_mode: str
     description: dict
 
     @property
-    def class_wise(self):
-        """Whether whole classes or subclasses are forgotten."""
-        return bool(self.split.forget_classes)
+    def held_out(self):
+        """Indices P of the held-out images that calibrate and test, those of the split first."""
+        return torch.cat([self.split.calibration, self.split.test, self.split.forget_test]).cpu()
 
     @property
     def keys(self):
         """(score, calibration size, α) of every row of a model, in the order of the table."""
-        return [
-            (score.name, size, alpha)
-            for score in self.settings.scores
-            for size in self.cal_sizes
-            for alpha in self.settings.alphas
-        ]
+        names = [score.name for score in self.settings.scores]
+        return [*itertools.product(names, self.cal_sizes, self.settings.alphas)]
 
     def settings_of(self, weights):
-        """What a model's numbers depend on beside a row's key. Equal settings share a table."""
+        """What a model's numbers depend on, besides the key of a row."""
         return {
             "cal_size": max(self.cal_sizes),
             "resplits": len(self.draws),
-            "seed": self.seed,
-            "split_seed": self.split_seed,
+            "seed": self.settings.seed,
+            "split_seed": self.description["split_seed"],
             "forget_set": self.split.fingerprint,
             "data": self.data.fingerprint,
             "weights": weights,
@@ -176,14 +166,12 @@ def start_evaluation(args, data, device):
     """The :class:`Evaluation` that the flags of one seed ask for."""
     scenario = utils.scenario_of(args)
     split = utils.make_split(data, scenario, max(args.cal_sizes))
-    held_out = torch.cat([split.calibration, split.test, split.forget_test]).cpu()
     names = data.subclass_names if scenario.unlearn_type == "subclass" else data.classes
-
-    @cache
-    def network():
-        size = len(data.classes), data.train.size, device
-        return models.build_model(args, *size, pretrained=False)
-
+    description = utils.describe_run(args, data, device) | {"forget_set": split.fingerprint}
+    if split.forget_classes:
+        description["forget_class"] = ", ".join(names[number] for number in split.forget_classes)
+    num_images = len(split.calibration) + len(split.test) + len(split.forget_test)
+    size = len(data.classes), data.train.size, device
     chosen = tuple(scores.Score(name, seed=args.seed) for name in args.score)
     return Evaluation(
         data,
@@ -191,20 +179,13 @@ def start_evaluation(args, data, device):
         folder=utils.run_folder(args, data) / split.folder,
         settings=metrics.Settings(tuple(args.alphas), chosen, SET_SIZES, seed=args.seed),
         cal_sizes=args.cal_sizes,
-        held_out=held_out,
-        draws=metrics.draw_splits(len(held_out), args.resplits, utils.split_seed(args)),
-        seed=args.seed,
-        split_seed=utils.split_seed(args),
+        draws=metrics.draw_splits(num_images, args.resplits, utils.split_seed(args)),
         batch_size=args.batch_size,
-        relearn_steps=args.relearn,
-        relearn_on=args.relearn_on,
+        relearn_steps=dict.fromkeys(args.relearn_on if args.relearn else (), args.relearn),
         has_pictures=not args.no_pictures,
-        compares_trainings=bool(args.seeds) and args.split_seed is not None,
-        forget_class=", ".join(names[number] for number in split.forget_classes),
-        network=network,
+        network=cache(partial(models.build_model, args, *size, pretrained=False)),
         model_facts=utils.model_facts(args, data),
-        wandb_mode=args.wandb_mode,
-        description=utils.describe_run(args, data, device) | {"forget_set": split.fingerprint},
+        description=description,
     )
 
 
@@ -213,22 +194,24 @@ def start_evaluation(args, data, device):
 
 @dataclass
 class SavedModel:
-    """A model on disk, of which the model file may be missing if its logits are kept.
+    """A model on disk. Its file ``path`` may be missing if its logits are kept.
 
-    Files about the model go to ``folder``, their names begin with ``prefix``. ``meta`` records how
-    it was made, ``weights`` is the hash of its weights.
+    Files about the model go to ``folder``, and their names begin with ``prefix``. ``meta`` records
+    how it was made, ``weights`` is their hash, ``numbers`` is everything measured of it.
     """
 
     name: str
     path: Path
     folder: Path
-    prefix: str
-    logits_path: Path
+    prefix: str = ""
     meta: dict = field(default_factory=dict)
     weights: str = ""
+    numbers: dict = field(default_factory=dict)
 
     def path_of(self, file):
         """The path of a file about the model, such as samples.csv."""
+        if self.name == "original" and file == LOGITS_FILE and not self.prefix:
+            return logits_beside(self.path)
         return self.folder / f"{self.prefix}{file}"
 
     @property
@@ -239,38 +222,41 @@ class SavedModel:
         return self.meta.get("identity", {}).get("original")
 
 
+def logits_beside(original):
+    """Where the logits of the run folder's original model are kept, for all scenarios."""
+    return original.with_name("original_logits.npz")
+
+
 def locate_models(items, model_dir, folder):
     """{method: model file} of the models of ``--unlearn_name``, the original model first.
 
     ``folder`` is the scenario's folder. A bare name in ``model_dir`` is a file of each method's
     folder, and a path is the file of one method. Raises UserError where there is no model.
     """
-    known = ["original", *unlearn.METHODS, *unlearn_cpu.METHODS]
-    in_folder = names_in(folder, model_dir)
-    path = utils.locate(model_dir, folder.parent)
-    if path != folder.parent / model_dir:
-        names = utils.method_names(items, known + in_folder)
-        if len(names) > 1:
-            reason = "is one file; name one method with --unlearn_name"
-            raise utils.UserError(f"--model_dir {model_dir} {reason}")
-        paths = {names[0]: path}
-    else:
-        names = in_folder
-        if "all" not in items:
-            names = utils.method_names(items, dict.fromkeys(known + in_folder))
-        if not names:
-            remedy = "run main_unlearn.py with the same flags first"
-            raise utils.UserError(f"{folder}: no method with a {model_dir}; {remedy}")
-        paths = {name: folder / name / model_dir for name in names if name != "original"}
-    original = folder.parent / "original_model.pth"
+    names = in_folder = names_in(folder, model_dir)
+    if "all" not in items:
+        known = dict.fromkeys(["original", *unlearn.METHODS, *unlearn_cpu.METHODS, *in_folder])
+        names = utils.method_names(items, known)
+    path = utils.locate(model_dir, folder)
+    is_one_file = path != folder / model_dir
+    if is_one_file and len(names) != 1:
+        reason = "is one file; name one method with --unlearn_name"
+        raise utils.UserError(f"--model_dir {model_dir} {reason}")
+    if not names:
+        remedy = "run main_unlearn.py with the same flags first"
+        raise utils.UserError(f"{folder}: no method with a {model_dir}; {remedy}")
+    original, paths = folder.parent / "original_model.pth", {}
     if original.exists() or logits_beside(original).exists() or "original" in names:
-        paths = {"original": paths.get("original", original)} | paths
+        paths["original"] = original
+    for name in names:
+        if is_one_file or name != "original":
+            paths[name] = path if is_one_file else folder / name / model_dir
     return paths
 
 
 def names_in(folder, model_dir):
     """The methods that left a model or logits in the scenario's folder, in the table's order."""
-    files = [*folder.glob(f"*/{model_dir}"), *folder.glob("*/logits.npz")]
+    files = [*folder.glob(f"*/{model_dir}"), *folder.glob(f"*/{LOGITS_FILE}")]
     return sorted({path.parent.name for path in files}, key=position)
 
 
@@ -280,35 +266,26 @@ def position(name):
     return known.index(name) if name in known else len(known), name
 
 
-def logits_beside(original):
-    """Where the logits of the run folder's original model are, for all of its scenarios."""
-    return original.with_name("original_logits.npz")
-
-
 def read_models(paths, evaluation):
-    """The :class:`SavedModel` of each {method: path}, all of them checked before any is measured.
+    """{method: :class:`SavedModel`} of {method: path}, all checked before any is measured.
 
     Raises UserError for a model of another forget set, original model, data set or network.
     """
-    saved_models = [read_model(name, path, evaluation) for name, path in paths.items()]
-    first = {saved.original: saved.path for saved in reversed(saved_models) if saved.original}
-    if len(first) > 1:
-        one, other, *_ = first.values()
-        remedy = "unlearn again with --overwrite"
-        raise utils.UserError(f"{other} and {one}: not from one original model; {remedy}")
+    saved_models = {name: read_model(name, path, evaluation) for name, path in paths.items()}
+    paths = {saved.original: saved.path for saved in saved_models.values() if saved.original}
+    if len(paths) > 1:
+        listed = " and ".join(map(str, paths.values()))
+        reason = "not from one original model; unlearn again with --overwrite"
+        raise utils.UserError(f"{listed}: {reason}")
     return saved_models
 
 
 def read_model(name, path, evaluation):
     """The :class:`SavedModel` of one method, checked. Its weights are not kept in memory."""
-    folder, prefix = evaluation.folder / name, ""
-    if path.parent not in (folder, evaluation.folder.parent):  # the path of --model_dir
-        folder, prefix = path.parent, f"{path.stem}."
-    logits_path = folder / f"{prefix}logits.npz"
-    if name == "original" and not prefix:
-        logits_path = logits_beside(path)
-    saved = SavedModel(name, path, folder, prefix, logits_path)
-    if path.exists() or not logits_path.exists():
+    saved = SavedModel(name, path, evaluation.folder / name)
+    if path.parent not in (saved.folder, evaluation.folder.parent):  # the path of --model_dir
+        saved.folder, saved.prefix = path.parent, f"{path.stem}."
+    if path.exists() or not saved.path_of(LOGITS_FILE).exists():
         state, saved.meta = checkpoint.read(path, "make it first with the same flags")
         saved.weights = saved.meta.get("weights") or checkpoint.weights_hash(state)
     else:
@@ -316,7 +293,7 @@ def read_model(name, path, evaluation):
         record = read_json(saved.path_of("results.json"))
         if record.get("weights") == saved.weights:
             made = record.keys() - {"metrics", "evaluation"}
-            saved.meta = {key: value for key, value in record.items() if key in made}
+            saved.meta = {key: record[key] for key in record if key in made}
     check_model(saved, evaluation)
     return saved
 
@@ -326,7 +303,7 @@ def check_model(saved, evaluation):
 
     With another split its training calibration images would be scored.
     """
-    meta, split_seed = saved.meta, evaluation.split_seed
+    meta, split_seed = saved.meta, evaluation.description["split_seed"]
     checkpoint.check_meta(saved.path, meta, evaluation.model_facts)
     forget_set, made_with = meta.get("forget_set"), meta.get("split_seed")
     if forget_set not in (None, evaluation.split.fingerprint):
@@ -356,11 +333,12 @@ def read_logits(saved, evaluation):
     Without a model file the logits are those of any program, and have to fit the data: raises
     UserError as :func:`inference.read_logits` does.
     """
-    if not saved.logits_path.exists():
+    path = saved.path_of(LOGITS_FILE)
+    if not path.exists():
         return None
     data = evaluation.data
     logits = inference.read_logits(
-        saved.logits_path,
+        path,
         num_train=len(data.train),
         num_held_out=len(data.held_out),
         num_classes=len(data.classes),
@@ -368,8 +346,7 @@ def read_logits(saved, evaluation):
         weights=saved.weights if saved.path.exists() else None,
     )
     if logits is not None and not logits.data:
-        print(f"{saved.logits_path}: data not named, so only shapes are checked; add the text")
-        print(f"  data={data.fingerprint}")
+        print(f"{path}: it does not name its data; to have it checked, add data={data.fingerprint}")
     return logits
 
 
@@ -380,15 +357,16 @@ def run_network(saved, evaluation):
     """
     data, size = evaluation.data, evaluation.batch_size
     model = load_network(saved, evaluation)
-    compute = inference.compute_features if evaluation.class_wise else inference.compute_logits
+    class_wise = bool(evaluation.split.forget_classes)
+    compute = inference.compute_features if class_wise else inference.compute_logits
     with naming(saved.path):
         train, held_out = (
             compute(model, images, torch.arange(len(images), device=images.labels.device), size)
             for images in (data.train, data.held_out)
         )
     logits = inference.Logits(train[0], held_out[0], saved.weights, data.fingerprint)
-    inference.save_logits(saved.logits_path, **logits._asdict())
-    if not evaluation.class_wise:
+    inference.save_logits(saved.path_of(LOGITS_FILE), **logits._asdict())
+    if not class_wise:
         return logits, {}
     features = train[-1].numpy(), held_out[-1].numpy()
     return logits, probe_features(*features, outputs_of(logits, evaluation), evaluation)
@@ -414,7 +392,7 @@ def naming(subject):
 def probe_features(train, held_out, outputs, evaluation):
     """Accuracies of a linear probe of the features of all images (NumPy, train N×F, held-out P×F).
 
-    It is fitted to training images, and tested on the test images.
+    It is fitted to training images and tested on test images.
     """
     data, split = evaluation.data, evaluation.split
     fitted = torch.cat([split.retain, split.forget]).cpu().numpy()
@@ -423,121 +401,102 @@ def probe_features(train, held_out, outputs, evaluation):
     )
     tests = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
     tests = {key: evaluation.held_out[rows].numpy() for key, rows in tests.items()}
-    return probe.linear_probe(
-        train[fitted],
-        labels[fitted],
-        tests={key: (held_out[rows], held_out_labels[rows]) for key, rows in tests.items()},
-        seed=evaluation.seed,
-    )
+    tests = {key: (held_out[rows], held_out_labels[rows]) for key, rows in tests.items()}
+    seed = evaluation.settings.seed
+    return probe.linear_probe(train[fitted], labels[fitted], tests=tests, seed=seed)
 
 
 def outputs_of(logits, evaluation):
     """The :class:`metrics.Outputs` of a model: its logits by the sets of the split."""
-    data, split = evaluation.data, evaluation.split
-
-    def output(images, values, indices):
-        return metrics.Output(values, images.labels.cpu()).select(indices.cpu())
-
+    data, split, held_out = evaluation.data, evaluation.split, evaluation.held_out
+    train = metrics.Output(logits.train, data.train.labels.cpu())
+    forgotten = None
+    if split.forget_classes:
+        forgotten = torch.isin(held_out, split.forget_test.cpu())
+        forgotten[: len(split.calibration)] = split.is_forgotten
     return metrics.Outputs(
-        forget=output(data.train, logits.train, split.forget),
-        retain=output(data.train, logits.train, split.retain),
-        held_out=output(data.held_out, logits.held_out, evaluation.held_out),
+        forget=train.select(split.forget.cpu()),
+        retain=train.select(split.retain.cpu()),
+        held_out=metrics.Output(logits.held_out, data.held_out.labels.cpu()).select(held_out),
         cal_sizes=evaluation.cal_sizes,
         draws=evaluation.draws,
-        forgotten=held_out_forgotten(split) if evaluation.class_wise else None,
+        forgotten=forgotten,
     )
-
-
-def held_out_forgotten(split):
-    """Which held-out images are of the forgotten class: calibration, test, then forget_test."""
-    retained = torch.zeros(len(split.test), dtype=torch.bool)
-    forgotten = torch.ones(len(split.forget_test), dtype=torch.bool)
-    return torch.cat([split.is_forgotten.bool(), retained, forgotten])
 
 
 # ---------------------------------------------------------------- records
 
 
-class Measured(NamedTuple):
-    """A model and its record, the content of results.json."""
-
-    saved: SavedModel
-    record: dict
-
-
 def measure_models(saved_models, evaluation):
-    """Measure one model after the other. → {method: :class:`Measured`}"""
-    measured = {}
-    for number, saved in enumerate(saved_models, 1):
+    """Measure the ``numbers`` of one model after the other."""
+    for number, saved in enumerate(saved_models.values(), 1):
         start = time.perf_counter()
-        record = measure_model(saved, evaluation)
-        record["evaluation"]["seconds"] = seconds = time.perf_counter() - start
-        measured[saved.name] = Measured(saved, record)
-        progress = f"{number} of {len(saved_models)}"
+        saved.numbers = measure_model(saved, evaluation)
+        seconds, progress = time.perf_counter() - start, f"{number} of {len(saved_models)}"
         print(f"{saved.name}: measured in {seconds:.1f} s ({progress})", flush=True)
-    return measured
 
 
 def measure_model(saved, evaluation):
-    """The record of a model: how it was made, and every number measured of it.
+    """Every number measured of a model, as in its results.json.
 
-    Numbers of an earlier record with the same settings and weights are kept beside the new ones.
+    Rows and curves of an earlier record with the same settings and weights are kept.
     """
-    earlier = earlier_metrics(saved, evaluation, but=("resplits",))
-    probe_accuracy = {key: earlier[key] for key in probe.COLUMNS if key in earlier}
+    probed = recorded_numbers(saved, evaluation, but="resplits")
+    probe_accuracy = {key: probed[key] for key in probe.COLUMNS if key in probed}
     logits = read_logits(saved, evaluation)
-    needs_probe = evaluation.class_wise and not probe_accuracy and saved.path.exists()
+    needs_probe = evaluation.split.forget_classes and not probe_accuracy and saved.path.exists()
     if logits is None or needs_probe:
         logits, probe_accuracy = run_network(saved, evaluation)
     outputs = outputs_of(logits, evaluation)
     scalars, set_rows = metrics.evaluate(metrics.ConformalScores(outputs, evaluation.settings))
-    curves = {key: curve for key, curve in earlier.items() if key in CURVES.values()}
-    curves |= relearn_all(saved, outputs, evaluation)
-
-    earlier = earlier_metrics(saved, evaluation)
-    rows = {row_key(row): row for row in earlier.get("conformal", [])}
+    earlier = recorded_numbers(saved, evaluation)
+    rows = {row_key(row): row for row in earlier.get("conformal", ())}
     rows |= {key: block_of(key) | tables.flat(row) for key, row in set_rows.items()}
-    numbers = probe_accuracy | scalars | {"num_forget": len(evaluation.split.forget)}
-    numbers |= {key: saved.meta.get(key) for key in ("seconds", "peak_memory")}
-    return saved.meta | {
-        "method": saved.name,
-        "weights": saved.weights,
-        "metrics": numbers | {"conformal": list(rows.values())} | curves,
-        "evaluation": evaluation.description | {"settings": evaluation.settings_of(saved.weights)},
-    }
+    curves = {key: earlier[key] for key in CURVES.values() if key in earlier}
+    for source, num_steps in evaluation.relearn_steps.items():
+        if saved.path.exists():
+            model = load_network(saved, evaluation)
+            with naming(f"--relearn {num_steps} of {saved.path}"):
+                curves[CURVES[source]] = relearn(model, outputs, evaluation, source)
+        else:
+            print(f"{saved.path}: --relearn needs the model file; {saved.name} is left out")
+    facts = {"num_forget": len(evaluation.split.forget)}
+    facts |= {key: saved.meta.get(key) for key in ("seconds", "peak_memory")}
+    return probe_accuracy | scalars | facts | {"conformal": list(rows.values())} | curves
 
 
-def earlier_metrics(saved, evaluation, but=()):
+def recorded_numbers(saved, evaluation, but=None):
     """The numbers in a model's results.json. {} if they are of other weights or settings.
 
-    The settings named in ``but`` may differ.
+    The setting ``but`` may differ.
     """
     record = read_json(saved.path_of("results.json"))
-    measured = record.get("evaluation", {}).get("settings", {})
+    recorded = record.get("evaluation", {}).get("settings", {})
     settings = evaluation.settings_of(saved.weights)
-    if any(measured.get(key) != settings[key] for key in settings if key not in but):
+    if any(recorded.get(key) != value for key, value in settings.items() if key != but):
         return {}
     return record["metrics"]
 
 
-def recorded_models(measured, model_dir, evaluation):
-    """{method: :class:`Measured`} of models that earlier evaluations measured with the same
-    settings, have not changed since, and come from the same original model.
+def recorded_models(saved_models, model_dir, evaluation):
+    """{method: :class:`SavedModel`} of the models of earlier evaluations that join the tables.
+
+    They were measured with the same settings, are unchanged, and come from the same original model
+    as ``saved_models``.
     """
-    originals = {model.saved.original for model in measured.values()} - {None}
+    originals = {saved.original for saved in saved_models.values()} - {None}
     recorded = {}
     for name in names_in(evaluation.folder, model_dir):
-        if name in measured:
+        if name in saved_models:
             continue
         try:
             saved = read_model(name, evaluation.folder / name / Path(model_dir).name, evaluation)
+            saved.numbers = recorded_numbers(saved, evaluation)
             has_logits = read_logits(saved, evaluation) is not None
         except utils.UserError:
-            continue  # nobody asked for this model
-        numbers = earlier_metrics(saved, evaluation)
-        is_related = saved.original is None or {saved.original} >= originals
-        if numbers and has_logits and is_related:
-            recorded[name] = Measured(saved, saved.meta | {"metrics": numbers})
+            continue  # this model was not asked for
+        if saved.numbers and has_logits and originals <= {saved.original or min(originals)}:
+            recorded[name] = saved
     return recorded
 
 
@@ -554,27 +513,13 @@ def row_key(row):
 def from_record(cells):
     """Numbers as they were before :func:`metrics.report.tables.flat` and JSON: null is NaN."""
     row = {key: math.nan if value is None else value for key, value in cells.items()}
+    row = {key: value for key, value in row.items() if key not in KEYS}
     for key in [key for key in row if key + RESPLITS in row]:
         row[key] = metrics.Spread(row[key], row.pop(key + RESPLITS))
     return row
 
 
 # ---------------------------------------------------------------- relearning
-
-CURVES = {"forget": "relearn", "retain": "relearn_retain"}  # names in the record
-
-
-def relearn_all(saved, outputs, evaluation):
-    """{name in the record: curve} of :func:`relearn` for each of --relearn_on."""
-    curves = {}
-    for source in evaluation.relearn_on if evaluation.relearn_steps else []:
-        if not saved.path.exists():
-            print(f"{saved.path}: no model file, so --relearn leaves {saved.name} out")
-            continue
-        model = load_network(saved, evaluation)
-        with naming(f"--relearn {evaluation.relearn_steps} of {saved.path}"):
-            curves[CURVES[source]] = relearn(model, outputs, evaluation, source)
-    return curves
 
 
 def relearn(model, outputs, evaluation, source):
@@ -592,22 +537,14 @@ def relearn(model, outputs, evaluation, source):
     from models.training import Job, Recipe  # merge: to the top
 
     data, split, settings = evaluation.data, evaluation.split, evaluation.settings
-    trained, measured = relearning_images(split, evaluation.seed, source)
+    trained, measured = relearning_images(split, settings.seed, source)
     calibration = outputs.calibration(max(evaluation.cal_sizes))  # positions in split.calibration
-    curve = {"score": settings.scores[0].name, "alpha": settings.alphas[0]}
-    curve |= {"step": [], "accuracy": [], "coverage": []}
-
-    def measure(step, forget, held_out):
-        numbers = conformal.accuracy_and_coverage(forget, held_out, settings)
-        curve["step"].append(step)
-        curve["accuracy"].append(numbers.accuracy)
-        curve["coverage"].append(numbers.coverage)
-
-    measure(0, outputs.forget.select(measured), outputs.held_out.select(calibration))
-    stops = relearning_stops(evaluation.relearn_steps)
+    forget, held_out = outputs.forget.select(measured.cpu()), outputs.held_out.select(calibration)
+    points = [conformal.accuracy_and_coverage(forget, held_out, settings)]
+    stops = relearning_stops(evaluation.relearn_steps[source])
     counts = np.diff([0, *stops]).tolist()
     purpose = ("order",) if source == "forget" else ("order", source)
-    batches = shuffled_batches(trained, utils.generator(evaluation.seed, "relearn", *purpose))
+    batches = shuffled_batches(trained, utils.generator(settings.seed, "relearn", *purpose))
     job = Job(
         name="relearn",
         label="relearn",
@@ -615,51 +552,49 @@ def relearn(model, outputs, evaluation, source):
         data=data,
         split=split,
         recipe=Recipe(len(stops), RELEARN_RATE, milestones=[len(stops)]),
-        seed=evaluation.seed,
+        seed=settings.seed,
         quiet=True,
     )
-    for epoch, stop, count in zip(job.epochs(), stops, counts, strict=True):
+    images_of = {
+        "forget": (data.train, split.forget[measured]),
+        "held_out": (data.held_out, split.calibration[calibration.to(split.calibration.device)]),
+    }
+    for epoch, count in zip(job.epochs(), counts, strict=True):
         for batch in epoch.visit((next(batches), 0) for _ in range(count)):
             epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
-        forget = take(split.forget, measured)
-        held_out = take(split.calibration, calibration)
-        size = evaluation.batch_size
-        measure(
-            stop,
-            metrics.Output(*inference.compute_logits(job.model, data.train, forget, size)),
-            metrics.Output(*inference.compute_logits(job.model, data.held_out, held_out, size)),
+        forget, held_out = (
+            metrics.Output(*inference.compute_logits(job.model, *images, evaluation.batch_size))
+            for images in images_of.values()
         )
-    return curve
+        points.append(conformal.accuracy_and_coverage(forget, held_out, settings))
+    accuracy, coverage = ([*values] for values in zip(*points, strict=True))
+    curve = {"step": [0, *stops], "accuracy": accuracy, "coverage": coverage}
+    return {"score": settings.scores[0].name, "alpha": settings.alphas[0]} | curve
 
 
 def relearning_images(split, seed, source):
     """What :func:`relearn` trains on (indices), and which forget images it measures (positions)."""
+    device, count = split.forget.device, len(split.forget)
     if source == "retain":
-        return split.retain, torch.arange(len(split.forget))
-    if len(split.forget) < 2:
+        return split.retain, torch.arange(count, device=device)
+    if count < 2:
         raise utils.UserError("--relearn: one forget image cannot be divided; forget more images")
-    order = torch.from_numpy(utils.permutation(seed, "relearn", len(split.forget)))
-    count = max(1, len(order) // 10)
-    return take(split.forget, order[:count]), order[count:]
+    order = torch.from_numpy(utils.permutation(seed, "relearn", count)).to(device)
+    trained, measured = order.tensor_split([max(1, count // 10)])
+    return split.forget[trained], measured
 
 
 def relearning_stops(num_steps):
     """1, 2, 4, … and ``num_steps``: the numbers of steps after which relearning is measured."""
-    powers = [2**power for power in range(num_steps.bit_length()) if 2**power < num_steps]
-    return [*powers, num_steps]
+    return sorted({2**power for power in range(num_steps.bit_length())} | {num_steps})
 
 
 def shuffled_batches(indices, rng, batch_size=64):
     """Endless near-equal batches of all ``indices``, shuffled again for each pass."""
     num_batches = math.ceil(len(indices) / batch_size)
     while True:
-        order = torch.randperm(len(indices), generator=rng)
-        yield from take(indices, order).tensor_split(num_batches)
-
-
-def take(indices, positions):
-    """``indices[positions]`` on the device of ``indices``."""
-    return indices[positions.to(indices.device)]
+        order = torch.randperm(len(indices), generator=rng).to(indices.device)
+        yield from indices[order].tensor_split(num_batches)
 
 
 # ---------------------------------------------------------------- views of the records
@@ -670,89 +605,91 @@ class ModelResult:
     """Everything that tables and pictures show of one model.
 
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
-    (score, calibration size, α), ``distances`` those to Retrain's outputs. ``training`` is what
-    several trainings of one split are compared by.
+    (score, calibration size, α), ``distances`` those to Retrain's outputs. ``curves`` are those of
+    :func:`relearn` by source. ``training`` is what trainings of one split are compared by.
     """
 
     saved: SavedModel
     numbers: dict
     set_rows: dict[tuple, dict]
+    curves: dict[str, dict]
     distances: dict
     class_rows: list[dict]
     sample_rows: list[dict]
-    curves: dict[str, dict]
-    training: ensembles.Training | None = None
+    training: ensembles.Training
     histogram: dict | None = None
     fake_sheet: bytes | None = None
 
 
 class SeedResults(NamedTuple):
-    """The :class:`ModelResult` of each method of one seed, and its rows of results.csv."""
+    """The :class:`ModelResult` of each method of one seed, and its rows of two tables."""
 
     models: dict[str, ModelResult]
     rows: list[dict]
-
-    @property
-    def class_rows(self):
-        return [row for model in self.models.values() for row in model.class_rows]
+    class_rows: list[dict]
 
 
-def compare_models(measured, evaluation):
-    """The :class:`SeedResults` of {method: :class:`Measured`}, compared with the original model,
-    Retrain and finetune.
-    """
-    measured = {name: measured[name] for name in sorted(measured, key=position)}
-    references = {
-        name: outputs_of(read_logits(measured[name].saved, evaluation), evaluation)
+def compare_models(saved_models, evaluation):
+    """The :class:`SeedResults` of all models, compared with the original, Retrain and finetune."""
+    outputs = {
+        name: outputs_of(read_logits(saved_models[name], evaluation), evaluation)
         for name in ("original", "retrain")
-        if name in measured
+        if name in saved_models
     }
-    models = {name: view(model, references, evaluation) for name, model in measured.items()}
-    for name, model in models.items():
-        if "retrain" in models:
-            compare_with_retrain(name, model, models["retrain"])
-    for name, model in models.items():
-        if "finetune" in models and name != "original":
-            model.numbers |= comparison.costs(model.numbers, models["finetune"].numbers)
-    return SeedResults(models, rows_of(models, evaluation))
+    results = {}
+    for name in sorted(saved_models, key=position):
+        results[name] = view_model(saved_models[name], outputs, evaluation)
+    if "retrain" in results:
+        for name, model in results.items():
+            compare_with_retrain(name, model, results["retrain"])
+    if "finetune" in results:
+        for name in results.keys() - {"original"}:
+            finetune = results["finetune"].numbers
+            results[name].numbers |= comparison.costs(results[name].numbers, finetune)
+    class_rows = [row for model in results.values() for row in model.class_rows]
+    return SeedResults(results, rows_of(results, evaluation), class_rows)
 
 
-def view(measured, references, evaluation):
-    """The :class:`ModelResult` of one model, not yet compared with Retrain's numbers.
+def view_model(saved, reference_outputs, evaluation):
+    """The :class:`ModelResult` of one model, not yet compared with the numbers of others.
 
-    ``references`` are the outputs of the original model and of Retrain, if there are any.
+    ``reference_outputs`` are those of the original model and of Retrain, if there are any.
     """
-    saved, settings = measured.saved, evaluation.settings
-    outputs = outputs_of(read_logits(saved, evaluation), evaluation)
-    conformal_scores = metrics.ConformalScores(outputs, settings)
-    numbers = dict(measured.record["metrics"])
-    rows = {row_key(row): from_record(row) for row in numbers.pop("conformal")}
+    settings, numbers = evaluation.settings, dict(saved.numbers)
+    score, alpha = settings.scores[0].name, settings.alphas[0]
+    rows = {row_key(row): row for row in numbers.pop("conformal")}
     curves = {source: numbers.pop(key) for source, key in CURVES.items() if key in numbers}
     numbers, distances = from_record(numbers), {}
-    if "original" in references and saved.name != "original":
-        original = predictions_of(references["original"])
+    outputs = outputs_of(read_logits(saved, evaluation), evaluation)
+    conformal_scores = metrics.ConformalScores(outputs, settings)
+    if saved.name != "original" and "original" in reference_outputs:
+        original = predictions_of(reference_outputs["original"])
         numbers["changed"] = comparison.changed_share(predictions_of(outputs), original)
-    if "retrain" in references:
-        answers = answers_of(outputs), answers_of(references["retrain"])
+    if "retrain" in reference_outputs:
+        answers = (answers_of(each) for each in (outputs, reference_outputs["retrain"]))
         distances = comparison.answer_distances(*answers)
+    retain_order = utils.permutation(
+        evaluation.description["split_seed"], "ensembles", len(evaluation.split.retain)
+    )
+    retain_sample = torch.from_numpy(retain_order[:RETAIN_SAMPLE])
     class_rows = classwise.class_rows(conformal_scores, evaluation.data.classes)
-    first = {"score": settings.scores[0].name, "alpha": settings.alphas[0]}
     result = ModelResult(
         saved,
         numbers,
-        set_rows={key: rows[key] for key in evaluation.keys if key in rows},
+        set_rows={key: from_record(rows[key]) for key in evaluation.keys if key in rows},
+        curves={
+            source: curve
+            for source, curve in curves.items()
+            if (curve["score"], curve["alpha"]) == (score, alpha)
+        },
         distances=distances,
         class_rows=[{"method": saved.name} | row for row in class_rows],
         sample_rows=name_samples(conformal_scores, evaluation),
-        curves={
-            source: curve for source, curve in curves.items() if first.items() <= curve.items()
-        },
+        training=ensembles.describe(conformal_scores, retain_sample),
     )
-    if evaluation.compares_trainings:
-        result.training = ensembles.describe(conformal_scores, retain_sample(evaluation))
     if evaluation.has_pictures:
         result.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
-        if first["score"] == "thr":
+        if score == "thr":
             result.histogram = figures.histogram_data(conformal_scores)
     return result
 
@@ -765,13 +702,6 @@ def predictions_of(outputs):
 
 def answers_of(outputs):
     return comparison.Answers(outputs.forget, outputs.held_out.select(outputs.test()))
-
-
-def retain_sample(evaluation):
-    """Positions of the retain images whose margins are compared over trainings of one split."""
-    count = len(evaluation.split.retain)
-    order = utils.permutation(evaluation.split_seed, "ensembles", count)
-    return torch.from_numpy(order[:RETAIN_SAMPLE])
 
 
 def name_samples(conformal_scores, evaluation):
@@ -799,22 +729,20 @@ def compare_with_retrain(name, model, retrain):
     model.numbers |= model.distances
 
 
-def rows_of(models, evaluation):
+def rows_of(results, evaluation):
     """The rows of results.csv: one per (score, calibration size, α) and model, failures last."""
-    origin = {"forget_set": evaluation.split.fingerprint}
-    if evaluation.class_wise:
-        origin["forget_class"] = evaluation.forget_class
+    known = ("forget_set", "forget_class")
+    origin = {key: evaluation.description[key] for key in known if key in evaluation.description}
     failed = failures(evaluation.folder, evaluation.split.fingerprint)
     rows = []
     for key in evaluation.keys:
-        for name, model in models.items():
+        for name, model in results.items():
             if key in model.set_rows:
                 row = block_of(key) | {"method": name} | model.numbers | model.set_rows[key]
                 rows.append(row | origin | {"weights": model.saved.weights})
         for name, reason in failed.items():
-            rows.append(
-                block_of(key) | {"method": name, "note": f"seed {evaluation.seed}: {reason}"}
-            )
+            note = f"seed {evaluation.settings.seed}: {reason}"
+            rows.append(block_of(key) | {"method": name, "note": note})
     return rows
 
 
@@ -842,12 +770,11 @@ def in_order(rows):
 
 
 def compare_trainings(seeds):
-    """The rows of ensembles.csv: the models of several seeds with one split. Else []."""
+    """The rows of ensembles.csv: the trainings of each method with one split."""
     trainings = {}
     for seed in seeds:
         for name, model in seed.models.items():
-            if model.training is not None:
-                trainings.setdefault(name, []).append(model.training)
+            trainings.setdefault(name, []).append(model.training)
     stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
     return ensembles.rows(stacked)
 
@@ -855,84 +782,75 @@ def compare_trainings(seeds):
 # ---------------------------------------------------------------- files
 
 
-class Picture(NamedTuple):
-    """A PNG with its caption."""
-
-    caption: str
-    png: bytes
-
-
-def save_results(results, measured, evaluation, unfinished):
-    """Write the files of one seed, and log the same to wandb."""
+def save_seed(results, requested, evaluation):
+    """Save the files of one seed: tables and pictures of all models, records of the ``requested``."""
     folder, description = evaluation.folder, evaluation.description
-    pictures = draw_pictures(results, evaluation) if evaluation.has_pictures else {}
-    files = {path: picture.png for path, picture in pictures.items()}
-    files |= table_files(folder, results.rows)
-    files[folder / "classes.csv"] = tables.as_csv(results.class_rows)
-    for model in results.models.values():
-        files[model.saved.path_of("samples.csv")] = tables.as_csv(model.sample_rows)
-    for model in measured.values():
-        if "evaluation" in model.record:  # measured now
-            files[model.saved.path_of("results.json")] = model.record
-    if pictures:
-        scope = Scope(evaluation.data, folder.name, description, [evaluation.seed])
-        files[folder / "report.html"] = report_page(results.rows, pictures, scope)
-    write_files(files, unfinished)
-    if pictures:
-        remove_outdated(folder, pictures)
-    numbers = {
-        f"{name}/{key}": value
-        for name, model in results.models.items()
-        for key, value in model.numbers.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
-    with utils.WandbRun(folder, "evaluation", description, evaluation.wandb_mode) as run:
-        log_tables(run, results.rows, pictures)
-        run.log(numbers)
+    drawn, files = {}, {folder / "classes.csv": tables.as_csv(results.class_rows)}
+    for name, model in results.models.items():
+        saved = model.saved
+        files[saved.path_of("samples.csv")] = tables.as_csv(model.sample_rows)
+        if model.fake_sheet:
+            caption = f"Most fake-forgotten images of {name}"
+            drawn[saved.path_of("fake_forgotten.png")] = caption, model.fake_sheet
+        if name in requested:
+            made = saved.meta | {"method": name, "weights": saved.weights}
+            measured = description | {"settings": evaluation.settings_of(saved.weights)}
+            files[saved.path_of("results.json")] = made | {
+                "metrics": saved.numbers,
+                "evaluation": measured,
+            }
+    if evaluation.has_pictures:
+        drawn = as_pictures(folder, draw_models(results, evaluation)) | drawn
+    save_views(folder, results.rows, files, drawn, evaluation.data, description)
+    for path in (folder / file for file in PICTURES):
+        if drawn and path not in drawn:
+            path.unlink(missing_ok=True)  # a picture of other settings
     forgotten = f"forget {evaluation.split.describe()}"
     print(f"{folder / 'results.csv'}: {len(results.models)} models, {forgotten}")
 
 
 def save_summary(rows, ensemble_rows, flags, data, device):
-    """Write the files over the seeds, and log the same to wandb."""
+    """Save the tables and pictures over the seeds."""
     seeds = ",".join(map(str, flags.seeds))
     folder = utils.run_folder(flags, data, seeds) / utils.scenario_folder(flags, data)
     forget_sets = dict.fromkeys(row["forget_set"] for row in rows if row.get("forget_set"))
     description = utils.describe_run(flags, data, device)
     description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
-    drawn = {}
+    figures_of = {}
     if not flags.no_pictures:
-        drawn = figures.overview(rows, flags.score[0], max(flags.cal_sizes))
-        if ensemble_rows:
-            dots = figures.klom_dots(ensemble_rows)
-            drawn["klom.png"] = ("Distance to retrained models (KLOM)", dots)
-    pictures = as_pictures(folder, drawn)
-    files = {path: picture.png for path, picture in pictures.items()}
-    files |= table_files(folder, rows, ending=tables.SEEDS)
-    if ensemble_rows:
-        files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
-    if pictures:
-        scope = Scope(data, folder.name, description, flags.seeds, flags.split_seed)
-        files[folder / "report.html"] = report_page(rows, pictures, scope, ensemble_rows)
-    with utils.unfinished_folder(folder) as unfinished:
-        write_files(files, unfinished)
-    with utils.WandbRun(folder, "evaluation", description, flags.wandb_mode) as run:
-        log_tables(run, rows, pictures)
-        if ensemble_rows:
-            run.log_table("ensembles", [tables.without_nan(row) for row in ensemble_rows])
+        figures_of = figures.overview(rows, flags.score[0], max(flags.cal_sizes))
+    if figures_of and ensemble_rows:
+        dots = figures.klom_dots(ensemble_rows)
+        figures_of["klom.png"] = ("Distance to retrained models (KLOM)", dots)
+    drawn = as_pictures(folder, figures_of)
+    save_views(folder, rows, {}, drawn, data, description, ensemble_rows)
     print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {seeds}")
 
 
-def table_files(folder, rows, **options):
-    """{path: text} of results.csv and results.tex."""
-    csv = tables.as_csv(rows, **options)
-    return {folder / "results.csv": csv, folder / "results.tex": latex.document(rows)}
+def save_views(folder, rows, files, drawn, data, description, ensemble_rows=()):
+    """Save ``files`` {path: text, bytes or record}, the tables of ``rows`` and the pictures.
 
-
-def log_tables(run, rows, pictures):
-    """Log the rows of results.csv and the pictures to wandb."""
-    run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
-    run.log_pictures({picture.caption: path for path, picture in pictures.items()})
+    ``drawn`` is {path: (caption, PNG)}. Logs tables and pictures to wandb as well.
+    """
+    ending = tables.SEEDS if description["flags"]["seeds"] and not files else RESPLITS
+    files |= {folder / "results.csv": tables.as_csv(rows, ending=ending)}
+    files |= {folder / "results.tex": latex.document(rows)}
+    files |= {path: png for path, (_, png) in drawn.items()}
+    if ensemble_rows:
+        files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
+    if drawn:
+        pictures = dict(drawn.values())
+        report = report_page(folder.name, rows, pictures, data, description, ensemble_rows)
+        files[folder / "report.html"] = report
+    with utils.unfinished_folder(folder) as unfinished:
+        write_files(files, unfinished)
+    with utils.WandbRun(
+        folder, "evaluation", description, description["flags"]["wandb_mode"]
+    ) as run:
+        run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
+        if ensemble_rows:
+            run.log_table("ensembles", [tables.without_nan(row) for row in ensemble_rows])
+        run.log_pictures({caption: path for path, (caption, _) in drawn.items()})
 
 
 def write_files(files, unfinished):
@@ -948,44 +866,36 @@ def write_files(files, unfinished):
             target.parent.mkdir(parents=True, exist_ok=True)
         save[type(content)](target, content)
     utils.move_up(unfinished)
-    for report in (path for path in files if path.name == "report.html"):
-        print(f"{report}: tables and figures in one file")
 
 
 # ---------------------------------------------------------------- pictures and report
 
 
-def draw_pictures(results, evaluation):
-    """{path: :class:`Picture`} of all models together, and the fake sheet of each."""
-    alpha, cal_size = evaluation.settings.alphas[0], max(evaluation.cal_sizes)
-    models, drawn = results.models, {}
-    drawn |= figures.overview(results.rows, evaluation.settings.scores[0].name, cal_size)
-    if histograms := {name: model.histogram for name, model in models.items() if model.histogram}:
-        drawn["scores.png"] = "Scores", figures.score_histograms(histograms, alpha)
-    curves = {
-        source: {
-            name: model.curves[source] for name, model in models.items() if source in model.curves
-        }
-        for source in CURVES
-    }
-    if curves := {source: of_models for source, of_models in curves.items() if of_models}:
+def draw_models(results, evaluation):
+    """{file name: (caption, Figure)} of all models of a seed together."""
+    score, alpha = evaluation.settings.scores[0].name, evaluation.settings.alphas[0]
+    drawn = figures.overview(results.rows, score, max(evaluation.cal_sizes))
+    histograms, q_hats = {}, {}
+    curves = {source: {} for source in CURVES}
+    for name, model in results.models.items():
+        histograms[name] = model.histogram
+        q_hats[name] = model.saved.meta.get("q_hats")
+        for source, curve in model.curves.items():
+            curves[source][name] = curve
+    curves = {source: methods for source, methods in curves.items() if methods}
+    q_hats = {name: values for name, values in q_hats.items() if values}
+    if score == "thr":
+        drawn["scores.png"] = "Non-conformity scores", figures.score_histograms(histograms, alpha)
+    if curves:
         drawn["relearn.png"] = "Relearning", figures.relearn_curves(curves, alpha)
-    q_hats = {name: model.saved.meta.get("q_hats") for name, model in models.items()}
-    if q_hats := {name: values for name, values in q_hats.items() if values}:
+    if q_hats:
         drawn["q_hat.png"] = "q̂ of the conformal loss by epoch", figures.q_hat_curves(q_hats)
-    pictures = as_pictures(evaluation.folder, drawn)
-    for name, model in models.items():
-        path = model.saved.path_of("fake_forgotten.png")
-        pictures[path] = Picture(f"Most fake-forgotten images of {name}", model.fake_sheet)
-    return pictures
+    return drawn
 
 
 def as_pictures(folder, drawn):
-    """{path: :class:`Picture`} of {file name: (caption, Figure)}."""
-    return {
-        folder / file: Picture(caption, page.png(figure))
-        for file, (caption, figure) in drawn.items()
-    }
+    """{path: (caption, PNG)} of {file name: (caption, Figure)}."""
+    return {folder / file: (caption, page.png(figure)) for file, (caption, figure) in drawn.items()}
 
 
 def draw_fake_sheet(conformal_scores, name, evaluation):
@@ -1001,43 +911,26 @@ def draw_fake_sheet(conformal_scores, name, evaluation):
     return page.png(figures.fake_sheet(images, data.classes, title))
 
 
-def remove_outdated(folder, pictures):
-    """Remove pictures of earlier evaluations that this one did not draw."""
-    for path in (folder / file for file in PICTURES):
-        if path not in pictures:
-            path.unlink(missing_ok=True)
-
-
-class Scope(NamedTuple):
-    """What a report is about: data, the scenario's folder, the record of the run, and the seeds."""
-
-    data: utils.Data
-    scenario: str
-    description: dict
-    seeds: list[int]
-    split_seed: int | None = None
-
-
-def report_page(rows, pictures, scope, ensemble_rows=()):
-    """report.html with all tables and ``pictures`` {path: :class:`Picture`}, as text."""
-    data, description = scope.data, scope.description
+def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
+    """report.html with all tables and ``pictures`` {caption: PNG}, as text."""
+    seeds = description["flags"]["seeds"] if ensemble_rows else [description["seed"]]
     facts = {
         "model": description["model_name"],
         "data": f"{data.tag}: {len(data.train)} training images, {len(data.classes)} classes",
-        "forgotten": f"{scope.scenario}, forget set {description['forget_set']}",
-        "seed": ", ".join(map(str, scope.seeds)),
+        "forgotten": f"{scenario}, forget set {description['forget_set']}",
+        "seed": ", ".join(map(str, seeds)),
         "device": description["device"],
         "date": description["date"],
     }
     shown_tables = tables.full_tables(rows)
     if ensemble_rows:
-        heading = tables.ensemble_heading(len(scope.seeds), scope.split_seed)
+        heading = tables.ensemble_heading(len(seeds), description["split_seed"])
         shown_tables.append(tables.ensemble_table(ensemble_rows, heading))
     return page.page(
-        f"Unlearning on {data.tag}: {scope.scenario}",
+        f"Unlearning on {data.tag}: {scenario}",
         facts=facts,
         shown_tables=shown_tables,
-        pictures={picture.caption: picture.png for picture in pictures.values()},
+        pictures=pictures,
         details={"Flags": description["flags"], "Versions": description["versions"]},
     )
 
@@ -1064,20 +957,20 @@ def print_results(rows, seeds, flags):
 
 def print_trainings(ensemble_rows, flags):
     """Print the comparison over trainings of one forget set, or what it needs."""
-    count = len(flags.seeds)
+    count = len(flags.seeds or ())
+    if count < 2:
+        return
     if ensemble_rows:
         heading = tables.ensemble_heading(count, flags.split_seed)
         for line in ["", *tables.ensemble_lines(ensemble_rows, heading)]:
             print(line)
         if count < ensembles.FEW:
             print(f"only {count} trainings: too few to compare distributions; train more seeds")
-    elif flags.split_seed is None and count > 1:
-        print(
-            "each seed forgets other images, so distributions over trainings are not compared; "
-            "pass --split_seed to all four scripts"
-        )
-    elif count > 1:
-        print("distributions over trainings are not compared; evaluate retrain of every seed too")
+    elif flags.split_seed is None:
+        remedy = "pass --split_seed to all four scripts to compare distributions over trainings"
+        print(f"each seed forgets other images; {remedy}")
+    else:
+        print("distributions over trainings are not compared; evaluate retrain too")
 
 
 if __name__ == "__main__":
