@@ -26,3 +26,8 @@ if not hasattr(utils, "scenario_of"):
     utils.WandbRun = lambda folder, name, config, mode: _run(
         folder, name, config, SimpleNamespace(wandb_mode=mode)
     )
+
+from metrics.report import tables, verdicts  # noqa: E402
+
+if not hasattr(tables, "block_of"):
+    tables.block_of = verdicts.block_of
