@@ -24,9 +24,8 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch.nn import functional as F
+from matplotlib.figure import Figure
 
 import merge_adapters  # noqa: F401  # merge: delete this line and the file
 import metrics
@@ -36,11 +35,10 @@ import unlearn_cpu
 from metrics import classwise, comparison, conformal, ensembles, probe, samples, scores
 from metrics.report import figures, latex, notes, page, tables, verdicts
 from metrics.report.tables import KEYS, RESPLITS, block_of
-from models import checkpoint, distributed, inference
+from models import checkpoint, distributed, inference, relearning
 from models.errors import NotFinite
 
 SET_SIZES = (1, 5)  # set sizes c of ECF@c and EuCF@c, in labels
-RELEARN_RATE = 0.001
 MOST_FAKE = 18  # images of a fake_forgotten.png
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 LOGITS, ORIGINAL_LOGITS = "logits.npz", "original_logits.npz"  # the latter is in the run folder
@@ -69,7 +67,9 @@ def main():
 
     rows, ensemble_rows = [row for views in seeds for row in views.rows], []
     if flags.seeds:
-        rows = verdicts.summarise_seeds(in_order(rows))
+        blocks = [*dict.fromkeys(map(block_of, rows))]
+        rows.sort(key=lambda row: (blocks.index(block_of(row)), *position(row["method"])))
+        rows = verdicts.summarise_seeds(rows)
         ensemble_rows = compare_trainings(seeds) if flags.split_seed is not None else []
         save_summary(rows, ensemble_rows, flags, data, device)
     print_results(rows, seeds, flags)
@@ -135,11 +135,6 @@ class Evaluation:
     network: Callable
     model_facts: dict
     description: dict
-
-    @property
-    def class_wise(self):
-        """Whether classes or subclasses are forgotten."""
-        return bool(self.split.forget_classes)
 
 
 def start_evaluation(args, data, device):
@@ -215,17 +210,16 @@ def locate_models(items, model_dir, folder):
     if "all" not in items:
         known = dict.fromkeys(["original", *unlearn.METHODS, *unlearn_cpu.METHODS, *in_folder])
         names = utils.method_names(items, known)
+    if not names:
+        remedy = "run main_unlearn.py with the same flags first"
+        raise utils.UserError(f"{folder}: no method with a {model_dir}; {remedy}")
     path = utils.locate(model_dir, folder)
+    paths = {name: folder / name / model_dir for name in names if name != "original"}
     if path != folder / model_dir:
-        if len(names) != 1:
+        if len(names) > 1:
             reason = "is one file; name one method with --unlearn_name"
             raise utils.UserError(f"--model_dir {model_dir} {reason}")
         paths = {names[0]: path}
-    elif names:
-        paths = {name: folder / name / model_dir for name in names if name != "original"}
-    else:
-        remedy = "run main_unlearn.py with the same flags first"
-        raise utils.UserError(f"{folder}: no method with a {model_dir}; {remedy}")
     original = folder.parent / "original_model.pth"
     if original.exists() or (folder.parent / ORIGINAL_LOGITS).exists() or "original" in names:
         paths = {"original": paths.get("original", original)} | paths
@@ -332,14 +326,15 @@ def run_network(saved, evaluation):
     The accuracies are those of a linear probe of the features, for class-wise forgetting only.
     """
     data, model, size = evaluation.data, load_network(saved, evaluation), evaluation.batch_size
-    compute = inference.compute_features if evaluation.class_wise else inference.compute_logits
+    class_wise = bool(evaluation.split.forget_classes)
+    compute = inference.compute_features if class_wise else inference.compute_logits
     train, held_out = (
         compute(model, images, torch.arange(len(images)).to(images.labels.device), size)
         for images in (data.train, data.held_out)
     )
     logits = inference.Logits(train[0], held_out[0], saved.weights, data.fingerprint)
     inference.save_logits(saved.logits_path, **logits._asdict())
-    if not evaluation.class_wise:
+    if not class_wise:
         return logits, {}
     features = train[-1].numpy(), held_out[-1].numpy()
     return logits, probe_features(*features, outputs_of(logits, evaluation), evaluation)
@@ -374,7 +369,7 @@ def outputs_of(logits, evaluation):
     train = metrics.Output(logits.train, data.train.labels.cpu())
     held_out = metrics.Output(logits.held_out, data.held_out.labels.cpu())
     forgotten = None
-    if evaluation.class_wise:
+    if split.forget_classes:
         forgotten = torch.isin(evaluation.held_out, split.forget_test.cpu())
         forgotten[: len(split.calibration)] = split.is_forgotten
     return metrics.Outputs(
@@ -410,7 +405,7 @@ def measure_model(saved, evaluation):
     logits = read_logits(saved, evaluation)
     probed = recorded_numbers(saved, evaluation, but="resplits")
     probe_accuracy = {key: probed[key] for key in probe.COLUMNS if key in probed}
-    needs_probe = evaluation.class_wise and not probe_accuracy and saved.path.exists()
+    needs_probe = evaluation.split.forget_classes and not probe_accuracy and saved.path.exists()
     if logits is None or needs_probe:
         logits, probe_accuracy = run_network(saved, evaluation)
     outputs = outputs_of(logits, evaluation)
@@ -424,8 +419,8 @@ def measure_model(saved, evaluation):
     numbers |= {key: earlier[key] for key in CURVES.values() if key in earlier}
     for source in evaluation.relearn_on:
         if saved.path.exists():
-            model = load_network(saved, evaluation)
-            numbers[CURVES[source]] = relearn(model, outputs, evaluation, source)
+            curve = measure_relearning(saved, outputs, evaluation, source)
+            numbers[CURVES[source]] = curve
         else:
             print(f"{saved.path}: --relearn needs the model file; {saved.name} is left out")
     return numbers | {"conformal": list(rows.values())}
@@ -475,68 +470,34 @@ def from_record(cells):
     return row
 
 
-# ---------------------------------------------------------------- relearning
+def measure_relearning(saved, outputs, evaluation, source):
+    """The record of a model that learns images of ``source`` again, see :mod:`models.relearning`.
 
-
-def relearn(model, outputs, evaluation, source):
-    """Train for a few steps, and measure whether the forget images are relearned.
-
-    From the ``source`` "forget", a tenth of the forget images are trained on, and the others are
-    measured. From "retain", the retain images are trained on, and all forget images are measured
-    (2505.22310). SGD at a constant rate, in batches of at most 64 augmented images.
-
-    Returns the first "score" and "alpha", and lists over the steps 0, 1, 2, 4, … and the last:
-    "step", "accuracy", and "coverage" under the q̂ of the same model from the retained classes'
-    calibration images (NaN where these are too few). Raises UserError for "forget" with fewer than
-    two forget images, and where training diverges.
+    {"score", "alpha"} (the first ones) and lists over the steps 0, 1, 2, 4, … and the last: "step",
+    and "accuracy" and "coverage" of forget images. Coverage is under the q̂ of the same model from
+    the retained classes' calibration images, and NaN where these are too few.
     """
-    from models.training import Job, Recipe  # merge: to the top
-
     data, split, settings = evaluation.data, evaluation.split, evaluation.settings
-    trained, measured = relearning_images(split, settings.seed, source)
+    trained, measured = relearning.divide(split, settings.seed, source)
     calibration = outputs.calibration(max(evaluation.cal_sizes))  # positions in split.calibration
     forget, held_out = outputs.forget.select(measured.cpu()), outputs.held_out.select(calibration)
-    points = [conformal.accuracy_and_coverage(forget, held_out, settings)]
-    num_steps = evaluation.relearn_steps
-    stops = sorted({2**power for power in range(num_steps.bit_length())} | {num_steps})
-    purpose = ("order",) if source == "forget" else ("order", source)
-    batches = shuffled_batches(trained, utils.generator(settings.seed, "relearn", *purpose))
-    recipe = Recipe(len(stops), RELEARN_RATE, milestones=[len(stops)])
-    facts = {"name": "relearn", "label": "relearn", "quiet": True, "seed": settings.seed}
-    job = Job(model=model, data=data, split=split, recipe=recipe, **facts)
-    forget, held_out = split.forget[measured], split.calibration[calibration.to(measured.device)]
-    image_sets = (data.train, forget), (data.held_out, held_out)
-    for epoch, count in zip(job.epochs(), np.diff([0, *stops]).tolist(), strict=True):
-        for batch in epoch.visit((next(batches), 0) for _ in range(count)):
-            epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
-        outputs_now = (
-            metrics.Output(*inference.compute_logits(job.model, *images, evaluation.batch_size))
+    points = [(0, *conformal.accuracy_and_coverage(forget, held_out, settings))]
+    image_sets = (
+        (data.train, split.forget[measured]),
+        (data.held_out, split.calibration[calibration.to(measured.device)]),
+    )
+    about = {"trained": trained, "num_steps": evaluation.relearn_steps, "source": source}
+    network = load_network(saved, evaluation)
+    models_by_step = relearning.relearn(network, data, split, seed=settings.seed, **about)
+    for step, model in models_by_step:
+        forget, held_out = (
+            metrics.Output(*inference.compute_logits(model, *images, evaluation.batch_size))
             for images in image_sets
         )
-        points.append(conformal.accuracy_and_coverage(*outputs_now, settings))
-    accuracy, coverage = ([*values] for values in zip(*points, strict=True))
-    curve = {"step": [0, *stops], "accuracy": accuracy, "coverage": coverage}
-    return {"score": settings.scores[0].name, "alpha": settings.alphas[0]} | curve
-
-
-def relearning_images(split, seed, source):
-    """What :func:`relearn` trains on (indices), and which forget images it measures (positions)."""
-    device, count = split.forget.device, len(split.forget)
-    if source == "retain":
-        return split.retain, torch.arange(count, device=device)
-    if count < 2:
-        raise utils.UserError("--relearn: one forget image cannot be divided; forget more images")
-    order = torch.from_numpy(utils.permutation(seed, "relearn", count)).to(device)
-    trained, measured = order.tensor_split([max(1, count // 10)])
-    return split.forget[trained], measured
-
-
-def shuffled_batches(indices, rng, batch_size=64):
-    """Endless near-equal batches of all ``indices``, shuffled again for each pass."""
-    num_batches = math.ceil(len(indices) / batch_size)
-    while True:
-        order = torch.randperm(len(indices), generator=rng).to(indices.device)
-        yield from indices[order].tensor_split(num_batches)
+        points.append((step, *conformal.accuracy_and_coverage(forget, held_out, settings)))
+    steps, accuracy, coverage = map(list, zip(*points, strict=True))
+    curve = {"score": settings.scores[0].name, "alpha": settings.alphas[0], "step": steps}
+    return curve | {"accuracy": accuracy, "coverage": coverage}
 
 
 # ---------------------------------------------------------------- views of records and logits
@@ -560,7 +521,7 @@ class ModelView:
     curves: dict[str, dict]
     distances: dict
     histogram: dict | None = None
-    fake_sheet: bytes | None = None
+    fake_sheet: Figure | None = None
 
 
 @dataclass
@@ -574,12 +535,12 @@ class Views:
 def make_views(saved_models, evaluation):
     """The :class:`Views` of all models, compared with the original model, Retrain and finetune."""
     saved_of = {saved.name: saved for saved in sorted(saved_models, key=lambda s: position(s.name))}
-    outputs = {
-        name: outputs_of(read_logits(saved_of[name], evaluation), evaluation)
+    references = {
+        name: read_logits(saved_of[name], evaluation)
         for name in ("original", "retrain")
         if name in saved_of
     }
-    views = {name: view_model(saved, outputs, evaluation) for name, saved in saved_of.items()}
+    views = {name: view_model(saved, references, evaluation) for name, saved in saved_of.items()}
     bare = {name: dict(view.numbers) for name, view in views.items()}
     for name, view in views.items():
         if "retrain" in views:
@@ -589,24 +550,28 @@ def make_views(saved_models, evaluation):
     return Views(views, rows_of(views, evaluation))
 
 
-def view_model(saved, reference_outputs, evaluation):
+def view_model(saved, references, evaluation):
     """The :class:`ModelView` of one model, not yet compared with the numbers of others.
 
-    ``reference_outputs`` are those of the original model and of Retrain, if there are any.
+    ``references`` are the logits of the original model and of Retrain, if there are any.
     """
     settings, numbers, distances = evaluation.settings, dict(saved.numbers), {}
     first = settings.scores[0].name, settings.alphas[0]
     set_rows = {block_of(row): from_record(row) for row in numbers.pop("conformal")}
     curves = {source: numbers.pop(key) for source, key in CURVES.items() if key in numbers}
     numbers = from_record(numbers)
-    outputs = outputs_of(read_logits(saved, evaluation), evaluation)
-    if saved.name != "original" and "original" in reference_outputs:
-        predictions = (predictions_of(each) for each in (outputs, reference_outputs["original"]))
+    logits = read_logits(saved, evaluation)
+    outputs = outputs_of(logits, evaluation)
+    if saved.name != "original" and "original" in references:
+        predictions = (
+            torch.cat([each.train, each.held_out[evaluation.held_out]]).argmax(dim=1)
+            for each in (logits, references["original"])
+        )
         numbers["changed"] = comparison.changed_share(*predictions)
-    if "retrain" in reference_outputs:
+    if "retrain" in references:
         answers = (
             comparison.Answers(each.forget, each.held_out.select(each.test()))
-            for each in (outputs, reference_outputs["retrain"])
+            for each in (outputs, outputs_of(references["retrain"], evaluation))
         )
         distances = comparison.answer_distances(*answers)
     conformal_scores = metrics.ConformalScores(outputs, settings)
@@ -627,12 +592,6 @@ def view_model(saved, reference_outputs, evaluation):
         view.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
         view.histogram = figures.histogram_data(conformal_scores)
     return view
-
-
-def predictions_of(outputs):
-    """The predicted classes of the retain, forget and held-out images, one after the other."""
-    image_sets = (outputs.retain, outputs.forget, outputs.held_out)
-    return torch.cat([images.logits.argmax(dim=1) for images in image_sets])
 
 
 def name_samples(conformal_scores, evaluation):
@@ -663,9 +622,8 @@ def rows_of(views, evaluation):
     """The rows of results.csv: one per (score, calibration size, α) and model, failures last."""
     description, rows = evaluation.description, []
     failed = failures(evaluation.folder, description["forget_set"])
-    origin = {"forget_set": description["forget_set"]}
-    if evaluation.class_wise:
-        origin["forget_class"] = description["forget_class"]
+    known = ("forget_set", "forget_class")
+    origin = {key: description[key] for key in known if description[key]}
     for key in evaluation.keys:
         block = dict(zip(KEYS, key, strict=False))
         for name, view in views.items():
@@ -689,25 +647,13 @@ def failures(folder, fingerprint):
     }
 
 
-def in_order(rows):
-    """The rows of several seeds by block, each block in the order of the methods."""
-    blocks = {}
-    for row in rows:
-        blocks.setdefault(block_of(row), []).append(row)
-    for block in blocks.values():
-        block.sort(key=lambda row: ("note" in row, position(row["method"])))
-    return [row for block in blocks.values() for row in block]
-
-
 def compare_trainings(seeds):
     """The rows of ensembles.csv: the trainings of each method with one split."""
     trainings = {}
-    for views in seeds:
-        for name, view in views.models.items():
-            trainings.setdefault(name, []).append(view.training)
-    return ensembles.rows(
-        {name: ensembles.Trainings.stack(training) for name, training in trainings.items()}
-    )
+    for name, view in itertools.chain.from_iterable(views.models.items() for views in seeds):
+        trainings.setdefault(name, []).append(view.training)
+    stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
+    return ensembles.rows(stacked)
 
 
 # ---------------------------------------------------------------- files
@@ -723,17 +669,17 @@ def save_seed(views, requested, evaluation):
         measured = {"metrics": saved.numbers, "evaluation": description}
         files[saved.path_of("results.json")] = made | measured
     if evaluation.has_pictures:
-        drawn = as_pictures(folder, draw_models(views, evaluation))
-        for file in PICTURES:
-            if folder / file not in drawn:
-                (folder / file).unlink(missing_ok=True)  # of an earlier evaluation
+        drawn = draw_models(views, evaluation)
+        for file in set(PICTURES) - drawn.keys():
+            (folder / file).unlink(missing_ok=True)  # of an earlier evaluation
+        drawn = {folder / file: figure for file, figure in drawn.items()}
     for name, view in views.models.items():
         files[view.saved.path_of("samples.csv")] = tables.as_csv(view.sample_rows)
         if drawn:
             caption = f"Most fake-forgotten images of {name}"
             drawn[view.saved.path_of("fake_forgotten.png")] = caption, view.fake_sheet
     about = {"data": evaluation.data, "description": description}
-    save_views(folder, views.rows, files, pictures=drawn, **about)
+    save_views(folder, views.rows, files, drawn=drawn, **about)
     forgotten = f"forget {evaluation.split.describe()}"
     print(f"{folder / 'results.csv'}: {len(views.models)} models, {forgotten}")
 
@@ -754,16 +700,18 @@ def save_summary(rows, ensemble_rows, flags, data, device):
         dots = figures.klom_dots(ensemble_rows)
         drawn["klom.png"] = ("Distance to retrained models (KLOM)", dots)
     about = {"data": data, "description": description, "ensemble_rows": ensemble_rows}
-    pictures = as_pictures(folder, drawn)
-    save_views(folder, rows, files, pictures=pictures, **about, ending=tables.SEEDS)
+    drawn = {folder / file: figure for file, figure in drawn.items()}
+    save_views(folder, rows, files, drawn=drawn, **about, ending=tables.SEEDS)
     print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {seeds}")
 
 
-def save_views(folder, rows, files, *, pictures, data, description, ensemble_rows=(), **options):
+def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(), **options):
     """Save ``files`` {path: text, bytes or record}, the tables of ``rows`` and the pictures.
 
-    ``pictures`` is {path: (caption, PNG)}. Logs tables and pictures to wandb as well.
+    ``drawn`` is {path: (caption, Figure)}. The files in ``folder`` replace earlier ones when all of
+    them are written. Logs tables and pictures to wandb as well.
     """
+    pictures = {path: (caption, page.png(figure)) for path, (caption, figure) in drawn.items()}
     files[folder / "results.csv"] = tables.as_csv(rows, **options)
     files[folder / "results.tex"] = latex.document(rows)
     files |= {path: png for path, (_, png) in pictures.items()}
@@ -771,36 +719,23 @@ def save_views(folder, rows, files, *, pictures, data, description, ensemble_row
         embedded = dict(pictures.values())
         report = report_page(folder.name, rows, embedded, data, description, ensemble_rows)
         files[folder / "report.html"] = report
+    save = {str: utils.save_text, bytes: utils.save_bytes, dict: utils.save_json}
     with utils.unfinished_folder(folder) as unfinished:
-        write_files(files, unfinished)
+        for path, content in files.items():
+            if path.is_relative_to(folder):
+                path = unfinished / path.relative_to(folder)
+                path.parent.mkdir(parents=True, exist_ok=True)
+            save[type(content)](path, content)
+        utils.move_up(unfinished)
     mode = description["flags"]["wandb_mode"]
     with utils.WandbRun(folder, "evaluation", description, mode) as run:
         run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
         if ensemble_rows:
             run.log_table("ensembles", [tables.without_nan(row) for row in ensemble_rows])
-        for row in map(tables.means_of, rows):
-            shown = {key: row[key] for key in tables.MODEL_COLUMNS if key in row}
-            numbers = {key: x for key, x in shown.items() if isinstance(x, int | float)}
-            run.log({f"{row['method']}/{key}": x for key, x in numbers.items() if x == x})
+        shown = itertools.product(rows, tables.SHORT_MODEL_KEYS)
+        numbers = {f"{row['method']}/{key}": row[key] for row, key in shown if key in row}
+        run.log({key: value for key, value in numbers.items() if isinstance(value, float)})
         run.log_pictures({caption: path for path, (caption, _) in pictures.items()})
-
-
-def write_files(files, unfinished):
-    """Write {path: text, bytes or JSON record}.
-
-    The files below the folder of ``unfinished`` replace earlier ones when all of them are written.
-    """
-    save = {str: utils.save_text, bytes: utils.save_bytes, dict: utils.save_json}
-    for path, content in files.items():
-        target = path
-        if path.is_relative_to(unfinished.parent):
-            target = unfinished / path.relative_to(unfinished.parent)
-            target.parent.mkdir(parents=True, exist_ok=True)
-        save[type(content)](target, content)
-    utils.move_up(unfinished)
-
-
-# ---------------------------------------------------------------- pictures and report
 
 
 def draw_models(views, evaluation):
@@ -823,13 +758,8 @@ def draw_models(views, evaluation):
     return drawn
 
 
-def as_pictures(folder, drawn):
-    """{path: (caption, PNG)} of {file name: (caption, Figure)}."""
-    return {folder / file: (caption, page.png(figure)) for file, (caption, figure) in drawn.items()}
-
-
 def draw_fake_sheet(conformal_scores, name, evaluation):
-    """The PNG of the forget images of one model that are fake-forgotten most clearly."""
+    """The Figure of the forget images of one model that are fake-forgotten most clearly."""
     data, forget = evaluation.data, evaluation.split.forget
     most_fake = samples.most_fake(conformal_scores, MOST_FAKE)
     images = None if most_fake is None else []
@@ -838,7 +768,7 @@ def draw_fake_sheet(conformal_scores, name, evaluation):
         label = int(conformal_scores.outputs.forget.labels[fake.position])
         images.append(figures.SheetImage(pixels, label, fake.prediction, fake.labels))
     title = f"{name}: misclassified forget images nearest to their label (label → prediction, "
-    return page.png(figures.fake_sheet(images, data.classes, f"{title}{{set}})"))
+    return figures.fake_sheet(images, data.classes, f"{title}{{set}})")
 
 
 def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
