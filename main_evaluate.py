@@ -59,7 +59,7 @@ def main():
         requested = read_models(paths, evaluation)
         measure_models(requested, evaluation)
         if not distributed.rank():  # the first process alone makes tables
-            recorded = recorded_models(requested, args.model_dir, evaluation)
+            recorded = recorded_models(requested, evaluation)
             seeds.append(make_views(requested + recorded, evaluation))
             save_seed(seeds[-1], requested, evaluation)
     if distributed.rank():
@@ -228,7 +228,7 @@ def locate_models(items, model_dir, folder):
 
 def names_in(folder, model_dir):
     """The methods that left a model or logits in the scenario's folder, in the table's order."""
-    files = [*folder.glob(f"*/{model_dir}"), *folder.glob(f"*/{LOGITS}")]
+    files = [*folder.glob(f"*/{Path(model_dir).name}"), *folder.glob(f"*/{LOGITS}")]
     return sorted({path.parent.name for path in files}, key=position)
 
 
@@ -266,7 +266,10 @@ def read_model(name, path, evaluation):
         saved.weights = saved.meta.get("weights") or checkpoint.weights_hash(state)
     else:
         logits = read_logits(saved, evaluation)
-        saved.weights = logits.weights or checkpoint.weights_hash(logits._asdict())
+        tensors = {"train": logits.train, "held_out": logits.held_out}
+        saved.weights = logits.weights or checkpoint.weights_hash(tensors)
+        if not logits.data:
+            print(f"{logits_path}: no fingerprint; data={evaluation.data.fingerprint} is assumed")
         record = read_json(saved.path_of("results.json"))
         if record.get("weights") == saved.weights:
             made = record.keys() - {"metrics", "evaluation"}
@@ -310,14 +313,10 @@ def read_logits(saved, evaluation):
     if not saved.logits_path.exists():
         return None
     data = evaluation.data
-    return inference.read_logits(
-        saved.logits_path,
-        num_train=len(data.train),
-        num_held_out=len(data.held_out),
-        num_classes=len(data.classes),
-        data=data.fingerprint,
-        weights=saved.weights if saved.path.exists() else None,
-    )
+    sizes = {"num_train": len(data.train), "num_held_out": len(data.held_out)}
+    weights = saved.weights if saved.path.exists() else None
+    about = {"num_classes": len(data.classes), "data": data.fingerprint, "weights": weights}
+    return inference.read_logits(saved.logits_path, **sizes, **about)
 
 
 def run_network(saved, evaluation):
@@ -419,8 +418,7 @@ def measure_model(saved, evaluation):
     numbers |= {key: earlier[key] for key in CURVES.values() if key in earlier}
     for source in evaluation.relearn_on:
         if saved.path.exists():
-            curve = measure_relearning(saved, outputs, evaluation, source)
-            numbers[CURVES[source]] = curve
+            numbers[CURVES[source]] = measure_relearning(saved, outputs, evaluation, source)
         else:
             print(f"{saved.path}: --relearn needs the model file; {saved.name} is left out")
     return numbers | {"conformal": list(rows.values())}
@@ -438,7 +436,7 @@ def recorded_numbers(saved, evaluation, but=None):
     return record["metrics"] if same and record.get("weights") == saved.weights else {}
 
 
-def recorded_models(requested, model_dir, evaluation):
+def recorded_models(requested, evaluation):
     """The :class:`SavedModel` of the models of earlier evaluations that join the tables.
 
     They were measured with the same settings, are unchanged, and come from the same original model
@@ -446,11 +444,11 @@ def recorded_models(requested, model_dir, evaluation):
     """
     names, originals = {saved.name for saved in requested}, {saved.original for saved in requested}
     recorded = []
-    for name in names_in(evaluation.folder, model_dir):
+    for name in names_in(evaluation.folder, unlearn.MODEL_FILE):
         if name in names:
             continue
         try:
-            saved = read_model(name, evaluation.folder / name / Path(model_dir).name, evaluation)
+            saved = read_model(name, evaluation.folder / name / unlearn.MODEL_FILE, evaluation)
             has_logits = read_logits(saved, evaluation) is not None
         except utils.UserError:
             continue  # this model was not asked for
@@ -463,8 +461,8 @@ def recorded_models(requested, model_dir, evaluation):
 
 def from_record(cells):
     """Numbers as they were before :func:`metrics.report.tables.flat` and JSON: null is NaN."""
-    cells = {key: cells[key] for key in cells if key not in KEYS}
-    row = {key: math.nan if value is None else value for key, value in cells.items()}
+    known = {key: value for key, value in cells.items() if key not in KEYS}
+    row = {key: math.nan if value is None else value for key, value in known.items()}
     for key in [key for key in row if key + RESPLITS in row]:
         row[key] = metrics.Spread(row[key], row.pop(key + RESPLITS))
     return row
@@ -482,14 +480,11 @@ def measure_relearning(saved, outputs, evaluation, source):
     calibration = outputs.calibration(max(evaluation.cal_sizes))  # positions in split.calibration
     forget, held_out = outputs.forget.select(measured.cpu()), outputs.held_out.select(calibration)
     points = [(0, *conformal.accuracy_and_coverage(forget, held_out, settings))]
-    image_sets = (
-        (data.train, split.forget[measured]),
-        (data.held_out, split.calibration[calibration.to(measured.device)]),
-    )
-    about = {"trained": trained, "num_steps": evaluation.relearn_steps, "source": source}
-    network = load_network(saved, evaluation)
-    models_by_step = relearning.relearn(network, data, split, seed=settings.seed, **about)
-    for step, model in models_by_step:
+    held_out = split.calibration[calibration.to(measured.device)]
+    image_sets = (data.train, split.forget[measured]), (data.held_out, held_out)
+    network, num_steps = load_network(saved, evaluation), evaluation.relearn_steps
+    about = {"trained": trained, "source": source, "seed": settings.seed}
+    for step, model in relearning.relearn(network, data, split, num_steps=num_steps, **about):
         forget, held_out = (
             metrics.Output(*inference.compute_logits(model, *images, evaluation.batch_size))
             for images in image_sets
@@ -533,7 +528,10 @@ class Views:
 
 
 def make_views(saved_models, evaluation):
-    """The :class:`Views` of all models, compared with the original model, Retrain and finetune."""
+    """The :class:`Views` of all models, compared with the original model, Retrain and finetune.
+
+    Verdicts on one seed tolerate two standard errors over the images.
+    """
     saved_of = {saved.name: saved for saved in sorted(saved_models, key=lambda s: position(s.name))}
     references = {
         name: read_logits(saved_of[name], evaluation)
@@ -541,10 +539,14 @@ def make_views(saved_models, evaluation):
         if name in saved_of
     }
     views = {name: view_model(saved, references, evaluation) for name, saved in saved_of.items()}
-    bare = {name: dict(view.numbers) for name, view in views.items()}
+    bare, retrain = {name: dict(view.numbers) for name, view in views.items()}, views.get("retrain")
     for name, view in views.items():
-        if "retrain" in views:
-            compare_with_retrain(view, views["retrain"].set_rows, bare["retrain"])
+        if retrain:
+            for key in view.set_rows.keys() & retrain.set_rows.keys():
+                row, num_forget = view.set_rows[key], bare[name]["num_forget"]
+                row |= verdicts.compare_sets(row, retrain.set_rows[key], num_forget)
+            view.numbers |= verdicts.compare_model(name, bare[name], bare["retrain"])
+            view.numbers |= view.distances
         if "finetune" in views and name != "original":
             view.numbers |= comparison.costs(bare[name], bare["finetune"])
     return Views(views, rows_of(views, evaluation))
@@ -603,19 +605,6 @@ def name_samples(conformal_scores, evaluation):
         row["label"] = data.classes[row["label"]]
         row["prediction"] = data.classes[row["prediction"]]
     return rows
-
-
-def compare_with_retrain(view, set_rows, numbers):
-    """Add the gap, signed differences, verdicts and RTE to a model, from Retrain's numbers.
-
-    The verdicts' tolerance is two standard errors over the images. Over several seeds it is
-    Retrain's spread (:func:`metrics.report.verdicts.summarise_seeds`).
-    """
-    for key in view.set_rows.keys() & set_rows.keys():
-        row, num_forget = view.set_rows[key], view.numbers["num_forget"]
-        row |= verdicts.compare_sets(row, set_rows[key], num_forget)
-    view.numbers |= verdicts.compare_model(view.saved.name, view.numbers, numbers)
-    view.numbers |= view.distances
 
 
 def rows_of(views, evaluation):
@@ -691,17 +680,15 @@ def save_summary(rows, ensemble_rows, flags, data, device):
     forget_sets = dict.fromkeys(row["forget_set"] for row in rows if row.get("forget_set"))
     description = utils.describe_run(flags, data, device)
     description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
-    files, drawn = {}, {}
+    description["seed"], drawn = seeds, {}
     if not flags.no_pictures:
         drawn = figures.overview(rows, flags.score[0], max(flags.cal_sizes))
-    if ensemble_rows:
-        files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
     if drawn and ensemble_rows:
         dots = figures.klom_dots(ensemble_rows)
         drawn["klom.png"] = ("Distance to retrained models (KLOM)", dots)
     about = {"data": data, "description": description, "ensemble_rows": ensemble_rows}
     drawn = {folder / file: figure for file, figure in drawn.items()}
-    save_views(folder, rows, files, drawn=drawn, **about, ending=tables.SEEDS)
+    save_views(folder, rows, {}, drawn=drawn, **about, ending=tables.SEEDS)
     print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {seeds}")
 
 
@@ -715,6 +702,8 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
     files[folder / "results.csv"] = tables.as_csv(rows, **options)
     files[folder / "results.tex"] = latex.document(rows)
     files |= {path: png for path, (_, png) in pictures.items()}
+    if ensemble_rows:
+        files[folder / "ensembles.csv"] = tables.as_csv(ensemble_rows)
     if pictures:
         embedded = dict(pictures.values())
         report = report_page(folder.name, rows, embedded, data, description, ensemble_rows)
@@ -727,8 +716,8 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
                 path.parent.mkdir(parents=True, exist_ok=True)
             save[type(content)](path, content)
         utils.move_up(unfinished)
-    mode = description["flags"]["wandb_mode"]
-    with utils.WandbRun(folder, "evaluation", description, mode) as run:
+    flags = description["flags"]
+    with utils.WandbRun(folder, "evaluation", description, flags["wandb_mode"]) as run:
         run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
         if ensemble_rows:
             run.log_table("ensembles", [tables.without_nan(row) for row in ensemble_rows])
@@ -741,8 +730,10 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
 def draw_models(views, evaluation):
     """{file name: (caption, Figure)} of all models of a seed together."""
     models, score = views.models, evaluation.settings.scores[0].name
-    alpha, cal_size = evaluation.settings.alphas[0], max(evaluation.cal_sizes)
-    drawn = figures.overview(views.rows, score, cal_size)
+    drawn, alpha = (
+        figures.overview(views.rows, score, max(evaluation.cal_sizes)),
+        evaluation.settings.alphas[0],
+    )
     if score == "thr":
         histograms = {name: view.histogram for name, view in models.items()}
         drawn["scores.png"] = "Non-conformity scores", figures.score_histograms(histograms, alpha)
@@ -778,7 +769,7 @@ def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
         "model": description["model_name"],
         "data": f"{data.tag}: {len(data.train)} training images, {len(data.classes)} classes",
         "forgotten": f"{scenario}, forget set {description['forget_set']}",
-        "seed": ", ".join(map(str, flags["seeds"] or [description["seed"]])),
+        "seed": str(description["seed"]),
         "device": description["device"],
         "date": description["date"],
     }
@@ -788,9 +779,6 @@ def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
     details = {"Flags": flags, "Versions": description["versions"]}
     content = {"shown_tables": shown_tables, "pictures": pictures, "details": details}
     return page.page(f"Unlearning on {data.tag}: {scenario}", facts=facts, **content)
-
-
-# ---------------------------------------------------------------- the terminal
 
 
 def print_results(rows, seeds, flags):
