@@ -453,8 +453,9 @@ def recorded_models(requested, evaluation):
         except utils.UserError:
             continue  # this model was not asked for
         saved.numbers = recorded_numbers(saved, evaluation)
+        shown = set(evaluation.keys) & set(map(block_of, saved.numbers.get("conformal", ())))
         is_related = originals <= {None} or saved.original in originals | {None}
-        if saved.numbers and has_logits and is_related:
+        if shown and has_logits and is_related:
             recorded.append(saved)
     return recorded
 
@@ -671,6 +672,7 @@ def save_seed(views, requested, evaluation):
     save_views(folder, views.rows, files, drawn=drawn, **about)
     forgotten = f"forget {evaluation.split.describe()}"
     print(f"{folder / 'results.csv'}: {len(views.models)} models, {forgotten}")
+    print(f"data={evaluation.data.fingerprint}")
 
 
 def save_summary(rows, ensemble_rows, flags, data, device):

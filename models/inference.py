@@ -65,10 +65,9 @@ def compute_logits(model, images, indices, batch_size=None):
     """Logits and labels of the images at ``indices``: N×K float32 and N int64, on the CPU.
 
     Every process runs the model on its :func:`distributed.local_rows` and gets all rows.
-    ``batch_size`` is the number of images per forward pass and process. By default it is what fits
-    in a CPU's cache (64 images of 32×32, twice as fast there as 512), on a GPU 32 times as many
-    (2,048), and a quarter of that after each time the memory is full. Every module keeps its
-    training mode. Raises NotFinite where a logit is NaN or infinite.
+    ``batch_size`` is the number of images per forward pass and process. By default it is 64 images
+    of 32×32 on a CPU, 2,048 on a GPU, and a quarter of that whenever the memory is full. Every
+    module keeps its training mode. Raises NotFinite where a logit is NaN or infinite.
     """
     logits, _ = _forward_images(model, images, indices, batch_size=batch_size)
     return logits, images.labels[indices].cpu()
@@ -81,10 +80,8 @@ def compute_features(model, images, indices, batch_size=None):
     classifiers, or of several calls of a classifier, are concatenated. If the network never calls
     its classifier as a module, the logits serve as features.
     """
-    layers = classifier_layers(model)
-    logits, features = _forward_images(
-        model, images, indices, batch_size=batch_size, classifiers=layers
-    )
+    options = {"batch_size": batch_size, "classifiers": classifier_layers(model)}
+    logits, features = _forward_images(model, images, indices, **options)
     return logits, images.labels[indices].cpu(), logits if features is None else features
 
 
@@ -118,7 +115,11 @@ def _forward_images(model, images, indices, *, batch_size, classifiers=()):
             size = max(1, size // 4)
     logits, features = zip(*outputs, strict=True)
     logits = distributed.gather_rows(torch.cat(logits), len(indices)).cpu()
-    _check_finite(logits)
+    num_finite = int(logits.isfinite().all(dim=1).sum())
+    if num_finite < len(logits):
+        counts = f"{len(logits) - num_finite} of {len(logits)} images"
+        remedy = "train the network again, with a lower --learning_rate if it diverged"
+        raise NotFinite(f"the network's outputs are NaN or infinite for {counts}; {remedy}")
     if features[0] is None:
         return logits, None
     return logits, distributed.gather_rows(torch.cat(features), len(indices)).cpu()
@@ -168,16 +169,6 @@ def _eval_mode(model):
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _check_finite(logits):
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        raise NotFinite(
-            f"the network's outputs are NaN or infinite for {(~finite).sum()} of {len(logits)} "
-            "images: its training diverged, or its BatchNorm statistics are damaged; "
-            "train it again, with a lower --learning_rate if it diverged"
-        )
 
 
 def _pooled(features):
