@@ -9,10 +9,11 @@ from torch import nn
 import unlearn
 import unlearn_cpu
 import utils
+from models.training import Job, Recipe
 
 CLASSES = 5
 BRIGHTER = 1.25  # augmentation multiplies the small images by this
-JOB_FIELDS = ("seed", "model", "new_model", "epoch_done", "quiet", "compile", "progress", "split")
+JOB_FIELDS = ("seed", "model", "new_model", "log", "quiet", "compile", "progress", "split")
 
 
 def arguments(*flags, methods=unlearn.METHODS, data="cifar10"):
@@ -115,21 +116,22 @@ def small_job(
         )
     fields = {"seed": 4, "model": SmallNet(), "new_model": lambda: SmallNet(7), "split": split}
     fields |= {key: settings.pop(key) for key in JOB_FIELDS if key in settings}
-    return unlearn.Job(
+    job = Job(
         name=name,
         label=label,
         data=SimpleNamespace(train=train, held_out=held_out, classes=[*"abcde"]),
-        recipe=unlearn.Recipe(**recipe) if unlearn.METHODS[name].trained else None,
-        options=unlearn.METHODS[name].options | settings,
+        recipe=Recipe(**recipe) if unlearn.METHODS[name].trained else None,
         term=term,
         **fields,
     )
+    job.options = unlearn.METHODS[name].options | settings
+    return job
 
 
 def run(job):
     """The weights and statistics after the method, by name."""
-    model = unlearn.METHODS[job.name].run(job)
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    unlearn.METHODS[job.name].run(job, **job.options)
+    return {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
 
 
 def training_steps(job):
