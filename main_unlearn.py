@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import shlex
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +84,8 @@ def unlearn_all(parser, args, methods, make_term=None):
         utils.run_commands(commands, args.jobs, titles)
     else:
         for run in pending:
-            unlearn_or_record_failure(run, data, device, is_only_run=len(runs) == 1)
+            with failure_recorded(run, is_only_run=len(runs) == 1):
+                unlearn_and_save(run, data, device)
     return print_rows([record_row(run) for run in runs])
 
 
@@ -271,20 +273,21 @@ def run_identity(original, recipe, options, *, term):
 # ---------------------------------------------------------------- the runs
 
 
-def unlearn_or_record_failure(run, data, device, *, is_only_run):
-    """:func:`unlearn_and_save`, or the record of the error that ended it, for the table.
+@contextmanager
+def failure_recorded(run, *, is_only_run):
+    """Save the error that ends a run in its folder, for the table, and let the next run start.
 
     The error of the only run is raised. So is, under torchrun, an error other than divergence,
     since it may have reached only one process, and the others would wait for it.
     """
     try:
-        unlearn_and_save(run, data, device)
+        yield
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else first_line(error)
         failure = {"forget_set": run.original.split.fingerprint, "error": reason}
         utils.save_json(run.files.folder / utils.FAILURE_FILE, failure)
-        waits = distributed.world_size() > 1 and not isinstance(error, Diverged)
-        if is_only_run or waits:
+        others_wait = distributed.world_size() > 1 and not isinstance(error, Diverged)
+        if is_only_run or others_wait:
             raise
         print(f"{run.label} (seed {run.original.args.seed}) failed: {reason}")
 
