@@ -1,10 +1,12 @@
 """What main_unlearn.py decides before the first run: recipes, flags that apply, earlier runs."""
 
+import json
+import math
 from dataclasses import asdict
 
 import pytest
 import torch
-from small import SmallNet, arguments, small_job
+from small import SmallNet, arguments, run, small_job
 
 import main_unlearn
 import unlearn
@@ -13,16 +15,11 @@ import utils
 from main_unlearn import check_flags, method_recipe, run_identity
 from models import checkpoint
 from models.errors import UserError
-from models.training import Recipe
+from models.training import Diverged, Recipe
 
 CPU = torch.device("cpu")
 ORIGINAL = {"num_epochs": 33, "learning_rate": 0.07, "batch_size": 17, "milestones": [9, 21]}
-TRAINING = {
-    "--num_epochs": 3,
-    "--learning_rate": 0.5,
-    "--batch_size": 5,
-    "--milestones": "1,2",
-}
+TRAINING = ["--num_epochs", 3, "--learning_rate", 0.5, "--batch_size", 5, "--milestones", "1,2"]
 
 
 def recipe(name, *flags, original=None, data="cifar10"):
@@ -57,35 +54,27 @@ def test_method_of_a_network_trained_from_scratch_on_digits_has_values_of_its_ow
 
 @pytest.mark.parametrize("name", ["retrain", "finetune", "salun"])
 def test_flags_override_defaults_and_the_recipe_of_the_original(name):
-    flags = [*sum(TRAINING.items(), ()), "--precision", "bf16"]
-    assert recipe(name, *flags) == Recipe(3, 0.5, 5, [1, 2], precision="bf16")
-    assert recipe(name, *flags, original={}) == recipe(name, *flags)
-
-
-def test_retrain_of_an_original_without_recipe_has_that_of_the_flags():
-    assert recipe("retrain", original={}) == utils.original_recipe(arguments(), CPU)
+    flags = [*TRAINING, "--precision", "bf16"]
+    expected = Recipe(3, 0.5, 5, [1, 2], precision="bf16")
+    assert recipe(name, *flags) == recipe(name, *flags, original={}) == expected
+    assert utils.original_recipe(arguments(*flags), CPU) == expected
 
 
 @pytest.mark.parametrize(
     ("model", "data", "flags", "expected"),
     [
-        ("resnet18", "cifar10", (), utils.SPECS["cifar10"]),
-        ("resnet18", "digits", (), utils.SPECS["digits"]),
-        ("resnet50", "cifar10", (), (20, 0.01)),
-        ("resnet50", "cifar10", ("--num_epochs", 3), (3, 0.01)),
-        ("resnet18", "cifar10", ("--learning_rate", 0.5, "--num_epochs", 3), (3, 0.5)),
+        ("resnet18", "cifar10", (), Recipe(utils.SPECS["cifar10"].num_epochs, 0.1)),
+        ("resnet18", "digits", (), Recipe(utils.SPECS["digits"].num_epochs, 0.01)),
+        ("resnet50", "cifar10", (), Recipe(20, 0.01)),
+        ("resnet50", "cifar10", ("--num_epochs", 33), Recipe(33, 0.01)),
     ],
 )
-def test_original_has_the_recipe_of_its_data_set_or_of_the_flags(model, data, flags, expected):
-    if not isinstance(expected, tuple):
-        expected = (expected.num_epochs, expected.learning_rate)
-    args = arguments("--model_name", model, *flags, data=data)
-    assert utils.original_recipe(args, CPU) == Recipe(*expected)
-
-
-def test_original_with_all_flags_uses_them():
-    args = arguments(*sum(TRAINING.items(), ()), "--precision", "tf32")
-    assert utils.original_recipe(args, CPU) == Recipe(3, 0.5, 5, [1, 2], precision="tf32")
+def test_original_has_the_recipe_of_its_data_set_or_of_a_pretrained_network(
+    model, data, flags, expected
+):
+    flags = ["--model_name", model, *flags]
+    assert utils.original_recipe(arguments(*flags, data=data), CPU) == expected
+    assert recipe("retrain", *flags, original={}, data=data) == expected
 
 
 # ---------------------------------------------------------------- flags that apply
@@ -98,23 +87,20 @@ def check(names, *flags, label=None):
     check_flags(args, {name: methods[name] for name in names})
 
 
-@pytest.mark.parametrize(("flag", "value"), TRAINING.items())
-def test_training_flag_of_methods_without_training_is_refused(flag, value):
+@pytest.mark.parametrize("flag", TRAINING[::2])
+def test_training_flag_of_methods_without_training_is_refused(flag):
+    value = TRAINING[TRAINING.index(flag) + 1]
+    check(["finetune"], flag, value)
     with pytest.raises(UserError, match=f"{flag} .*ssd"):
         check(["ssd"], flag, value)
-    check(["ssd", "finetune"], *(() if flag == "--learning_rate" else (flag, value)))
 
 
-def test_learning_rate_of_several_methods_is_refused():
+def test_flag_that_suits_none_or_not_all_of_the_methods_is_refused():
+    check(["finetune", "ssd", "cpu_scrub"], "--num_epochs", 3, "--msteps", 3)
     with pytest.raises(UserError, match="--learning_rate"):
-        check(["finetune", "salun"], "--learning_rate", 0.1)
-    check(["finetune"], "--learning_rate", 0.1)
-
-
-def test_option_of_no_chosen_method_is_refused():
+        check(["finetune", "ssd"], "--learning_rate", 0.1)
     with pytest.raises(UserError, match="--msteps .*scrub.*salun"):
         check(["salun", "RL"], "--msteps", 3)
-    check(["salun", "cpu_scrub"], "--msteps", 3)
 
 
 @pytest.mark.parametrize("label", ["finetune", "cpu_salun", "original", "retrain"])
@@ -134,13 +120,13 @@ def test_jobs_under_torchrun_are_refused(monkeypatch):
         check(["finetune"], "--jobs", 2)
 
 
-# ---------------------------------------------------------------- earlier runs
+# ---------------------------------------------------------------- earlier runs and records
 
 
-def original_in(folder, *flags, label=None):
+def plan(folder, name, *flags, label=None):
     args = arguments(*flags)
     args.label = label
-    return main_unlearn.Original(
+    original = main_unlearn.Original(
         args=args,
         path=folder / "original_model.pth",
         split=small_job("finetune").split,
@@ -149,21 +135,18 @@ def original_in(folder, *flags, label=None):
         weights="1234",
         folder=folder,
     )
-
-
-def plan(folder, name, *flags, **options):
-    original = original_in(folder, *flags, **options)
     return main_unlearn.plan_run(name, unlearn.METHODS[name], original, term=None, device=CPU)
 
 
 def test_identity_has_recipe_options_original_forget_set_and_term(tmp_path):
-    original = original_in(tmp_path)
-    identity = run_identity(original, Recipe(3, 0.1), {"beta": 2}, term=None)
-    expected = asdict(Recipe(3, 0.1)) | {"beta": 2, "original": "1234"}
-    assert identity == expected | {"forget_set": original.split.fingerprint}
+    planned = plan(tmp_path, "scrub", "--beta", 2)
+    options = unlearn.METHODS["scrub"].options | {"beta": 2.0}
+    origin = {"original": "1234", "forget_set": planned.original.split.fingerprint}
+    assert planned.options == options and planned.recipe == Recipe(10, 2e-3)
+    assert planned.identity == asdict(planned.recipe) | options | origin
     term = small_job("cpu_finetune", lamda=0.4, alpha=0.3, delta=0.02).term
-    added = run_identity(original, None, {}, term=term).items() - identity.items()
-    assert dict(added) == {"alpha": 0.3, "delta": 0.02, "lamda": 0.4, "loss": "own"}
+    settings = {"alpha": 0.3, "delta": 0.02, "lamda": 0.4, "loss": "own"}
+    assert run_identity(planned.original, None, {}, term=term) == origin | settings
 
 
 def test_identity_has_the_content_of_a_mask_and_not_its_path(tmp_path):
@@ -176,13 +159,16 @@ def test_identity_has_the_content_of_a_mask_and_not_its_path(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_run_that_left_its_model_is_done_and_another_one_is_refused(tmp_path, capsys):
-    run = plan(tmp_path, "scrub", "--beta", 2, label="mine")
-    assert run.files.folder == tmp_path / "mine" and run.label == "mine" and not run.is_done
+def test_run_that_left_its_model_is_done_and_another_one_is_refused(tmp_path):
+    planned = plan(tmp_path, "scrub", "--beta", 2, label="mine")
+    assert (
+        planned.files.folder == tmp_path / "mine"
+        and planned.label == "mine"
+        and not planned.is_done
+    )
     assert plan(tmp_path, "scrub").files.folder == tmp_path / "scrub"
-    assert run.options["beta"] == 2 and run.options["gamma"] == 0.99
-    run.files.folder.mkdir()
-    checkpoint.save(run.files.model_path, {"w": torch.zeros(1)}, {"identity": run.identity})
+    planned.files.folder.mkdir()
+    checkpoint.save(planned.files.model_path, {"w": torch.zeros(1)}, {"identity": planned.identity})
     assert plan(tmp_path, "scrub", "--beta", 2, label="mine").is_done
     with pytest.raises(UserError, match=r"mine.unlearning_model\.pth.*beta: 2\.0 .* 3\.0 "):
         plan(tmp_path, "scrub", "--beta", 3, label="mine")
@@ -210,3 +196,53 @@ def test_earlier_run_with_other_settings_is_refused(tmp_path):
     assert earlier(identity, "--overwrite") is None
     path.unlink()
     assert earlier(identity) is None
+
+
+def run_in(folder, train, *flags):
+    args = arguments("--wandb_mode", "disabled", "--save_every", 1000, *flags)
+    files, meta = utils.RunFiles(folder / "run"), {"identity": {"a": 1}}
+    job = small_job("finetune", quiet=True)
+    return job, utils.run_and_save(train, job, files, meta=meta, args=args)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_run_saves_its_state_and_resumes_to_the_same_weights(error, tmp_path):
+    def interrupted(job):
+        log = job.log
+        job.log = lambda record: log(record) if record["epoch"] < 3 else raise_(error("stopped"))
+        unlearn.finetune(job)
+
+    with pytest.raises(error):
+        run_in(tmp_path, interrupted)
+    (state,) = tmp_path.rglob("resume.pth")
+    assert len(checkpoint.read_state(state)["records"]) == 2
+    assert not (tmp_path / "run/unlearning_model.pth").exists()
+    job, meta = run_in(tmp_path, unlearn.finetune, "--resume")
+    assert [record["epoch"] for record in job.records] == [1, 2, 3]
+    assert checkpoint.weights_hash(job.model.state_dict()) == checkpoint.weights_hash(
+        run(small_job("finetune", quiet=True))
+    )
+    record = json.loads((tmp_path / "run/results.json").read_text())
+    assert len(record["history"]) == 3 and record["accuracies"] == meta["accuracies"]
+    assert not state.exists()
+
+
+def raise_(error):
+    raise error
+
+
+def infinite_weight(job):
+    with torch.no_grad():
+        job.model[4].bias[0] = math.inf
+
+
+def infinite_logits(job):
+    with torch.no_grad():
+        job.model[4].weight[:] = 3e38
+
+
+@pytest.mark.parametrize("method", [infinite_weight, infinite_logits])
+def test_model_that_is_not_finite_is_not_saved(method, tmp_path):
+    with pytest.raises(Diverged, match="finetune"):
+        run_in(tmp_path, method)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".pth"]
