@@ -66,6 +66,11 @@ def test_loss_of_no_images_is_zero_with_a_gradient(loss):
     assert value.item() == 0
 
 
+def test_unknown_loss_is_refused():
+    with pytest.raises(UserError, match="--loss"):
+        arguments("--loss", "none")
+
+
 @pytest.mark.parametrize(
     ("flags", "function", "expected"),
     [
@@ -159,11 +164,10 @@ def test_step_adds_lamda_times_the_conformal_loss_of_its_forget_images(lamda):
     hand.assert_equal(job.model.state_dict(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["finetune", "scrub", "RL", "sfron", "amun"])
+@pytest.mark.parametrize("name", ["finetune", "scrub"])
 def test_lamda_zero_gives_exactly_the_weights_of_the_base_method(name):
-    base, variant = small_job(name, quiet=True), small_job(f"cpu_{name}", lamda=0, quiet=True)
-    expected, actual = run(base), run(variant)
+    expected = run(small_job(name, quiet=True))
+    variant = small_job(f"cpu_{name}", lamda=0, quiet=True)
+    actual, other = run(variant), run(small_job(f"cpu_{name}", lamda=0.5, quiet=True))
     assert all(actual[key].equal(tensor) for key, tensor in expected.items())
-    other = run(small_job(f"cpu_{name}", lamda=0.5, quiet=True))
-    assert not other["4.weight"].equal(expected["4.weight"])
-    assert len(variant.term.q_hats) == 3
+    assert not other["4.weight"].equal(expected["4.weight"]) and len(variant.term.q_hats) == 3
