@@ -145,14 +145,6 @@ def test_rows_of_a_batch_are_retain_images_then_forget_images():
     assert len(batch.retain[0]) == len(batch.retain[1]) == len(retain) > 0
 
 
-def test_logits_are_computed_once_from_the_inputs_at_their_first_use():
-    job, calls = small_job("amun"), []
-    job.model.register_forward_hook(lambda _, inputs, outputs: calls.append(inputs[0].mean()))
-    batch = next(one_epoch(job).batches("retain"))
-    batch.inputs[:] = 0.5
-    assert not calls and batch.logits is batch.logits and calls == [0.5]
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_teacher_has_the_precision_of_training_and_no_gradient(precision):
     job, teacher, types = small_job("teacher", precision=precision), SmallNet(3).eval(), set()
@@ -219,14 +211,14 @@ def test_step_of_one_image_normalizes_by_running_statistics(eval_mode):
 @pytest.mark.parametrize("retain", [17, 1])
 def test_training_stays_in_train_mode_and_changes_statistics_in_every_epoch(retain, lamda):
     """q̂ and the accuracies, which are computed in eval mode, leave the model in train mode."""
-    job, means = small_job("finetune", retain=retain, lamda=lamda), []
+    job, means = small_job("finetune", retain=retain, lamda=lamda), [torch.zeros(8)]
     for epoch in job.epochs():
         assert all(module.training for module in job.model.modules())
         for batch in epoch.batches("retain"):
             epoch.step(F.cross_entropy(*batch.retain), batch)
         means.append(job.model[1].running_mean.clone())
-    one_image = retain == 1 and not lamda
-    assert all(first.equal(second) == one_image for first, second in itertools.pairwise(means))
+        one_image = retain == 1 and not lamda and epoch.number > 1
+        assert means[-1].equal(means[-2]) == one_image
 
 
 def test_eval_mode_keeps_and_uses_the_statistics_of_the_original():
@@ -468,18 +460,6 @@ def test_training_ends_after_the_epoch_that_reaches_stop_at():
     assert forget_accuracies(min(whole) - 0.01) == whole
 
 
-def test_weights_after_every_epoch_are_kept_if_asked():
-    job, plain, expected = small_job("scrub"), small_job("scrub"), []
-    for epoch in job.epochs(keep_weights=True):
-        expected.append(len(job.weights_after))
-        for batch in epoch.batches("retain"):
-            epoch.step(F.cross_entropy(*batch.retain), batch)
-    train(plain)
-    assert plain.weights_after == [] and expected == [0, 1, 2]
-    assert same(job.weights_after[-1], plain.model.state_dict())
-    assert not same(*job.weights_after[:2])
-
-
 @pytest.mark.parametrize(
     ("name", "value", "quiet"),
     [("1.running_var", math.nan, True), ("4.weight", math.nan, True)]
@@ -508,21 +488,15 @@ def test_divergence_names_epoch_learning_rate_and_loss():
 # ---------------------------------------------------------------- resuming
 
 
-class Stop(Exception):
-    pass
-
-
 class Interrupting(Tensors):
-    """Raises Stop in the second step of an epoch of training, counted from 1."""
+    """Raises InterruptedError in the second step of an epoch of training, counted from 1."""
 
-    def __init__(self, images, epoch):
-        super().__init__(images.inputs, images.labels)
-        self.epoch = epoch
+    stop_in = None
 
     def batches(self, index_batches, augment=None):
         for number, inputs in enumerate(super().batches(index_batches, augment)):
-            if augment is not None and number == 1 and num_epochs_seen(self) == self.epoch:
-                raise Stop
+            if augment and number == 1 and num_epochs_seen(self) == self.stop_in:
+                raise InterruptedError
             yield inputs
 
 
@@ -535,15 +509,15 @@ def resumable(folder, label, *, resume=False, identity=1, stop_in=None, **settin
     progress = Progress(folder / "resume.pth", identity, resume=resume, save_every=math.inf)
     job, logged = job_of_all_epochs(label, num_epochs=3, progress=progress, **settings), []
     job.log = logged.append
-    if stop_in:
-        job.data.train = Interrupting(job.data.train, stop_in)
+    job.data.train = Interrupting(job.data.train.inputs, job.data.train.labels)
+    job.data.train.stop_in = stop_in
     return job, logged
 
 
 def interrupt(folder, label, stop_in, **settings):
     """Interrupt a job and save its state, if it has any."""
     job, _ = resumable(folder, label, stop_in=stop_in, **settings)
-    with pytest.raises(Stop):
+    with pytest.raises(InterruptedError):
         run(job)
     job.progress.save()
 
@@ -594,7 +568,7 @@ def test_resumed_neg_merge_begins_again_with_its_first_training(tmp_path):
 def test_resumed_scrub_with_rewind_returns_to_an_epoch_before_the_interruption(tmp_path):
     options = {"rewind": True, "msteps": 3, "learning_rate": 0.2, "quiet": False}
     resumed, _ = interrupt_and_resume(tmp_path, "scrub", 3, **options)
-    assert len(resumed.weights_after) == 3
+    assert len(resumed.weights_after) == 3 and not same(*resumed.weights_after[:2])
     assert any(same(resumed.weights_after[i], resumed.model.state_dict()) for i in range(2))
 
 
@@ -641,11 +615,3 @@ def test_state_is_saved_every_save_every_seconds_and_on_demand(tmp_path, monkeyp
     resumed = Progress(path, {}, resume=True, save_every=10.0)
     now[0] = 104.0
     assert resumed.seconds == 29 and resumed.save()  # 25 before it stopped, 4 since
-
-
-def test_second_process_saves_no_state(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("RANK", "1")
-    progress = Progress(tmp_path / "resume.pth", {}, resume=False, save_every=0.0)
-    progress.update(TrainingState(small_job("finetune")))
-    assert not progress.save() and not list(tmp_path.iterdir())
