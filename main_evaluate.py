@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-import merge_adapters  # noqa: F401  # merge: delete this line and the file
 import metrics
 import models
 import unlearn
@@ -83,7 +82,7 @@ def main():
 def parse_flags():
     parser = utils.make_parser(__doc__)
     methods = "original and the methods in the run folder"
-    utils.add_scenario_flags(parser, methods, unlearn.MODEL_FILE)
+    utils.add_scenario_flags(parser, methods, utils.MODEL_FILE)
     add = parser.add_argument_group("evaluation").add_argument
     size = "images per forward pass (default: chosen to fit the CPU cache or the GPU memory)"
     add("--batch_size", type=utils.number(int, 1), help=size)
@@ -444,11 +443,11 @@ def recorded_models(requested, evaluation):
     """
     names, originals = {saved.name for saved in requested}, {saved.original for saved in requested}
     recorded = []
-    for name in names_in(evaluation.folder, unlearn.MODEL_FILE):
+    for name in names_in(evaluation.folder, utils.MODEL_FILE):
         if name in names:
             continue
         try:
-            saved = read_model(name, evaluation.folder / name / unlearn.MODEL_FILE, evaluation)
+            saved = read_model(name, evaluation.folder / name / utils.MODEL_FILE, evaluation)
             has_logits = read_logits(saved, evaluation) is not None
         except utils.UserError:
             continue  # this model was not asked for
@@ -628,12 +627,12 @@ def rows_of(views, evaluation):
 
 def failures(folder, fingerprint):
     """{method: reason} of the methods that failed on the forget set and left no model."""
-    records = {path.parent: read_json(path) for path in folder.glob(f"*/{unlearn.FAILURE_FILE}")}
+    records = {path.parent: read_json(path) for path in folder.glob(f"*/{utils.FAILURE_FILE}")}
     return {
         path.name: records[path].get("error")
         for path in sorted(records, key=lambda path: position(path.name))
         if records[path].get("forget_set") == fingerprint
-        and not (path / unlearn.MODEL_FILE).exists()
+        and not (path / utils.MODEL_FILE).exists()
     }
 
 

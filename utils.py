@@ -54,17 +54,12 @@ from torch.nn import functional as F
 from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2 import functional as transforms
 
-from models import distributed
+import models
+from models import checkpoint, distributed
 from models.checkpoint import write_file
-from models.errors import (
-    UserError,
-    error_reason,
-    first_line,
-    printable,
-)
-from models.seeds import generator, permutation, seed_everything
-
-__all__ = ["generator", "permutation", "seed_everything"]  # imported from here, too
+from models.errors import NotFinite, UserError, error_reason, first_line, printable
+from models.seeds import permutation
+from models.training import Diverged, Progress, Recipe, weights_are_finite
 
 # ---------------------------------------------------------------- errors
 
@@ -1410,3 +1405,147 @@ def _environment(number, jobs):
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     return environment
+
+
+# ---------------------------------------------------------------- one run
+
+MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
+
+
+class RunFiles(NamedTuple):
+    """The files of a run in ``folder``: the names of its model and of its record."""
+
+    folder: Path
+    model: str = MODEL_FILE
+    record: str = "results.json"
+
+    @property
+    def model_path(self):
+        return self.folder / self.model
+
+
+def original_recipe(args, device):
+    """The recipe of the original model: flags, else the defaults of the data set.
+
+    A network that starts from ImageNet weights trains for at most 20 epochs at 0.01.
+    """
+    spec = SPECS[args.data_name]
+    num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
+    if not models.describe(args.model_name).trained_from_scratch:
+        num_epochs, learning_rate = min(num_epochs, 20), 0.01
+    return Recipe(
+        num_epochs=args.num_epochs or num_epochs,
+        learning_rate=args.learning_rate or learning_rate,
+        batch_size=args.batch_size or Recipe.batch_size,
+        milestones=args.milestones,
+        precision=pick_precision(args, device),
+    )
+
+
+def already_done(path, identity, args):
+    """The meta of an earlier run with the same ``identity`` that saved its model at ``path``.
+
+    ``identity`` is everything that determines the weights. Returns None if there is no file, or if
+    --overwrite is set. Raises UserError if the file cannot be read or comes from other settings.
+    With --precision auto the precision may differ, since it depends on the device.
+    """
+    if args.overwrite or not path.exists():
+        return None
+    try:
+        meta = checkpoint.read(path)[1]
+    except UserError as error:
+        raise UserError(f"{error}; pass --overwrite to replace it") from error
+    saved = meta.get("identity", {})
+    different = [key for key in identity | saved if saved.get(key) != identity.get(key)]
+    if args.precision == "auto" and "precision" in different:
+        different.remove("precision")
+    if not different:
+        return meta
+    differences = ", ".join(
+        f"{key}: {saved.get(key)} on disk, {identity.get(key)} requested" for key in different
+    )
+    raise UserError(
+        f"{path} already exists with different settings ({differences}); "
+        "pass --overwrite to replace it"
+    )
+
+
+def run_and_save(train, job, files, *, meta, args):
+    """Run a job and save its model and records, or return the meta of an equal earlier run.
+
+    ``train(job)`` changes ``job.model``. ``meta`` is saved with it and contains the "identity" (see
+    :func:`already_done`). Returns it with "seconds", the wall time, and the final "accuracies". All
+    files are written to an unfinished folder and moved up at the end, the model last: a failed run
+    saves nothing, and an interrupted one is either complete or can be resumed. Raises UserError.
+    """
+    with unfinished_folder(files.folder) as unfinished:
+        # Another run may have finished here since the flags were checked.
+        if earlier := already_done(files.model_path, meta["identity"], args):
+            return earlier
+        job.progress = Progress(
+            unfinished / RESUME_FILE,
+            meta["identity"],
+            resume=args.resume,
+            save_every=args.save_every,
+        )
+        if job.progress.restored:
+            print(f"{job.label}: resuming after epoch {len(job.progress.restored['records'])}")
+        history = History(unfinished / "history.jsonl")
+        with WandbRun(files.folder, job.label, meta, args.wandb_mode) as wandb_run:
+
+            def log(record):
+                history.add(record)
+                wandb_run.log(record)
+
+            job.log = log
+            if job.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(job.device)
+            with resumable(job):
+                train(job)
+            meta = meta | {"seconds": job.progress.seconds}
+            if job.device.type == "cuda":
+                meta["peak_memory"] = round(torch.cuda.max_memory_allocated(job.device) / 1e6)  # MB
+            meta["accuracies"] = final_accuracies(job)
+            if job.term is not None:
+                meta["q_hats"] = job.term.q_hats
+            for file_name, state in job.by_products.items():
+                checkpoint.save(unfinished / file_name, state, meta)
+            save_json(unfinished / files.record, meta | {"history": history.records})
+            checkpoint.save(unfinished / files.model, job.model.state_dict(), meta)
+            move_up(unfinished, last=files.model)
+            if not distributed.rank():
+                (files.folder / FAILURE_FILE).unlink(missing_ok=True)
+            row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
+            wandb_run.log_table("run", [row])
+    return meta
+
+
+@contextmanager
+def resumable(job):
+    """Save the state of the last epoch for --resume if an error or a signal ends the block."""
+    try:
+        yield
+    except Diverged:
+        raise
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        if job.progress.save():
+            reason = f"the state of {job.label} is saved; pass --resume to continue"
+            raise KeyboardInterrupt(reason) from error
+        raise
+    except Exception:  # e.g. a full disk, a failed rank
+        with suppress(UserError):
+            job.progress.save()
+        raise
+
+
+def final_accuracies(job):
+    """The accuracies on all images. Raises :class:`Diverged` for weights or logits that are not
+    finite, which methods without training can cause, too.
+    """
+    with suppress(NotFinite):
+        if weights_are_finite(job.model):
+            return job.accuracies()
+    raise Diverged(
+        f"{job.label} diverged: some of its weights or outputs are NaN or infinite; choose "
+        "a lower --learning_rate or a weaker setting (earlier results are unchanged)"
+    )

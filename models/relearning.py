@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .errors import UserError
 from .seeds import generator, permutation
+from .training import Job, Recipe
 
 LEARNING_RATE = 0.001
 
@@ -18,8 +19,6 @@ def relearn(model, data, split, *, trained, num_steps, seed, source):
     SGD at a constant rate, in batches of at most 64 augmented images, which the ``seed`` and the
     ``source`` shuffle. The caller may measure the model. Raises UserError where training diverges.
     """
-    from .training import Job, Recipe  # merge: to the top
-
     stops = sorted({2**power for power in range(num_steps.bit_length())} | {num_steps})
     purpose = ("order",) if source == "forget" else ("order", source)
     batches = shuffled_batches(trained, generator(seed, "relearn", *purpose))

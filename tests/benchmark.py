@@ -43,6 +43,7 @@ import models
 import unlearn
 from metrics import attack, classwise, samples
 from models import fisher as importances
+from models import seeds
 
 BENCHMARKS = {}
 
@@ -143,7 +144,7 @@ def augmentation(args):
     order = torch.randperm(args.images).to(args.device).split(args.batch_size)
 
     def ours():
-        for batch in data.train.batches(order, utils.generator(1, "benchmark", device=args.device)):
+        for batch in data.train.batches(order, seeds.generator(1, "benchmark", device=args.device)):
             batch.sum()
 
     def plain():

@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional as transforms
 
 import utils
-from models import distributed
+from models import distributed, seeds
 from models.seeds import derive
 
 PLAIN = utils.DataSpec((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), crop_padding=2, flip=False, grayscale=0.0)
@@ -44,7 +44,7 @@ def as_rank(monkeypatch):
 def augmented(spec, count=4000):
     image = random_pixels(1)[0]
     pixels = image.expand(count, -1, -1, -1)
-    return image, utils.random_augment(pixels, spec, utils.generator(1, "test"))
+    return image, utils.random_augment(pixels, spec, seeds.generator(1, "test"))
 
 
 def shares(actual, count):
@@ -94,13 +94,13 @@ def test_draw_equal_to_the_share_leaves_image_unchanged(monkeypatch):
                 return torch.full(size, draw)
 
             monkeypatch.setattr(torch, "rand", rand)
-            made = utils.random_augment(pixels, spec, utils.generator(1, "test"))
+            made = utils.random_augment(pixels, spec, seeds.generator(1, "test"))
             assert made.equal(pixels.float()) == (below == 0)
 
 
 def test_augmentation_of_digits_is_pinned(digits):
     """Other draws change every published result."""
-    batch = digits.train.batch(torch.arange(64), utils.generator(1, "augmentation", 1))
+    batch = digits.train.batch(torch.arange(64), seeds.generator(1, "augmentation", 1))
     assert batch.double().sum().item() == pytest.approx(-979.7265, abs=1e-3)
     assert batch[5, 0, 3, 4].item() == pytest.approx(1.3473392, abs=1e-6)
 
@@ -108,12 +108,12 @@ def test_augmentation_of_digits_is_pinned(digits):
 def test_augmentation_on_two_processes_equals_that_on_one(as_rank):
     spec = replace(PLAIN, flip=True, grayscale=0.3)
     pixels = random_pixels(17)
-    whole = utils.random_augment(pixels, spec, utils.generator(1, "test"), [8, 9])
-    assert whole.equal(utils.random_augment(pixels, spec, utils.generator(1, "test")))
+    whole = utils.random_augment(pixels, spec, seeds.generator(1, "test"), [8, 9])
+    assert whole.equal(utils.random_augment(pixels, spec, seeds.generator(1, "test")))
     for rank in (0, 1):
         as_rank(rank)
         mine = torch.cat([distributed.local_rows(batch) for batch in (pixels[:8], pixels[8:])])
-        made = utils.random_augment(mine, spec, utils.generator(1, "test"), [8, 9])
+        made = utils.random_augment(mine, spec, seeds.generator(1, "test"), [8, 9])
         assert made.equal(torch.cat([batch[rank::2] for batch in whole.split([8, 9])]))
 
 
@@ -133,15 +133,15 @@ def test_batches_are_normalised_images_of_their_indices():
 
 def test_batch_is_augmented_only_with_a_generator():
     data, indices = images(), torch.arange(6)
-    made = data.batch(indices, utils.generator(3, "test"))
-    expected = utils.random_augment(data.pixels[indices], PLAIN, utils.generator(3, "test"))
+    made = data.batch(indices, seeds.generator(3, "test"))
+    expected = utils.random_augment(data.pixels[indices], PLAIN, seeds.generator(3, "test"))
     torch.testing.assert_close(made, normalised(expected))
     assert not made.equal(data.batch(indices))
 
 
 def test_batches_on_a_cpu_are_augmented_one_after_the_other():
     data, index_batches = images(), torch.arange(20).split(6)
-    rng, other = utils.generator(3, "test"), utils.generator(3, "test")
+    rng, other = seeds.generator(3, "test"), seeds.generator(3, "test")
     for batch, indices in zip(data.batches(index_batches, rng), index_batches, strict=True):
         assert batch.equal(data.batch(indices, other))
 
@@ -150,7 +150,7 @@ def test_images_are_resized_to_the_input_size_of_the_model():
     data = images(size=13)
     expected = transforms.resize(data.pixels[:3], [13, 13], antialias=True)
     torch.testing.assert_close(data.batch(torch.arange(3)), normalised(expected))
-    assert data.batch(torch.arange(3), utils.generator(1, "test")).shape == (3, 3, 13, 13)
+    assert data.batch(torch.arange(3), seeds.generator(1, "test")).shape == (3, 3, 13, 13)
     rectangles = utils.Images(random_pixels(2)[:, :, :6], torch.zeros(2), PLAIN, 8)
     assert rectangles.batch(torch.arange(2)).shape == (2, 3, 8, 8)
 
@@ -158,16 +158,16 @@ def test_images_are_resized_to_the_input_size_of_the_model():
 def test_two_processes_get_every_second_image_of_each_batch(as_rank):
     data = images()
     index_batches = [torch.tensor([3, 1, 9]), torch.tensor([5]), torch.tensor([7, 6, 0, 2])]
-    whole = list(data.batches(index_batches, utils.generator(1, "test")))
+    whole = list(data.batches(index_batches, seeds.generator(1, "test")))
     for rank in (0, 1):
         as_rank(rank)
-        mine = list(data.batches(index_batches, utils.generator(1, "test")))
+        mine = list(data.batches(index_batches, seeds.generator(1, "test")))
         assert all(batch.equal(full[rank::2]) for batch, full in zip(mine, whole, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_images_beyond_gpu_memory_give_the_batches_of_images_on_the_gpu():
-    device, rng = torch.device("cuda"), utils.generator
+    device, rng = torch.device("cuda"), seeds.generator
     data = images(spec=replace(PLAIN, flip=True, grayscale=0.3))
     data.prepare(device, 8)
     assert data.pixels.is_cuda and data.labels.is_cuda
@@ -184,7 +184,7 @@ def test_images_beyond_gpu_memory_give_the_batches_of_images_on_the_gpu():
 def test_random_numbers_of_a_seed_and_purpose_are_pinned():
     """Changing these numbers changes every published result."""
     assert utils.permutation(1, "forget", 8).tolist() == [7, 4, 0, 5, 2, 6, 3, 1]
-    assert utils.generator(1, "order", "retain", 2).initial_seed() == 7433692491322154092
+    assert seeds.generator(1, "order", "retain", 2).initial_seed() == 7433692491322154092
 
 
 def test_another_seed_or_purpose_gives_other_random_numbers():
@@ -194,7 +194,7 @@ def test_another_seed_or_purpose_gives_other_random_numbers():
         for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
     }
     assert len(seeds) == 15 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
-    draw = torch.rand(3, generator=utils.generator(1, "a"))
-    assert draw.equal(torch.rand(3, generator=utils.generator(1, "a")))
-    utils.seed_everything(1, "a")
+    draw = torch.rand(3, generator=seeds.generator(1, "a"))
+    assert draw.equal(torch.rand(3, generator=seeds.generator(1, "a")))
+    seeds.seed_everything(1, "a")
     assert torch.rand(3).equal(draw)

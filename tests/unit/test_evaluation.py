@@ -18,10 +18,6 @@ import utils
 from models import checkpoint, inference, relearning
 
 ALPHAS = ["--alphas", "0.01,0.2"]
-needs_loop = pytest.mark.skipif(
-    not (main_evaluate.Path(models.__file__).parent / "training.py").exists(),
-    reason="merge: needs models/training.py",
-)
 
 
 class Bench:
@@ -285,7 +281,7 @@ def test_costs_and_changed_predictions_are_compared(bench, capsys):
 def test_failed_method_is_a_row_with_a_note(bench):
     fingerprint = utils.make_split(bench.data, utils.scenario_of(bench.args), 24).fingerprint
     for name, forget_set in (("sfron", fingerprint), ("scrub", "another")):
-        failure = bench.path(name).with_name(main_evaluate.unlearn.FAILURE_FILE)
+        failure = bench.path(name).with_name(utils.FAILURE_FILE)
         failure.write_text(json.dumps({"forget_set": forget_set, "error": "diverged"}))
     bench.evaluate("--unlearn_name", "all", "--alphas", "0.2")
     rows = bench.table()
@@ -464,14 +460,12 @@ def test_relearning_batches_are_near_equal_and_shuffled():
     assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == list(range(65))
 
 
-@needs_loop
 @pytest.mark.parametrize(("num_steps", "stops"), [(1, [1]), (4, [1, 2, 4]), (11, [1, 2, 4, 8, 11])])
 def test_relearning_stops_at_powers_of_two(num_steps, stops):
     job = small_job("finetune", forget=41)
     assert relearned(job, num_steps) == stops and len(used(job)) == num_steps
 
 
-@needs_loop
 def test_relearning_is_sgd_at_a_constant_rate_on_the_true_labels():
     job = small_job("finetune", forget=41)
     relearned(job, 6)
@@ -483,7 +477,6 @@ def test_relearning_is_sgd_at_a_constant_rate_on_the_true_labels():
     net.assert_equal(job.model.state_dict())
 
 
-@needs_loop
 def test_relearning_curves_are_in_the_record_and_need_the_model_file(bench, capsys):
     for name in ("original", "GA"):
         bench.save(name, 3)
