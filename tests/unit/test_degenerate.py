@@ -24,7 +24,7 @@ def test_method_on_few_images_gives_finite_weights_and_records(label, sizes):
     if label == "neg_merge":
         settings = {"learning_rate": 0.01}  # it trains with up to four times the rate
     records = []
-    job = small_job(label, num_epochs=2, epoch_done=records.append, **SIZES[sizes], **settings)
+    job = small_job(label, num_epochs=2, log=records.append, **SIZES[sizes], **settings)
     after = run(job)
     assert all(tensor.isfinite().all() for tensor in after.values())
     values = [value for record in records for value in record.values()]
