@@ -181,7 +181,13 @@ def test_wrong_labels_are_wrong_and_uniform_on_forget_images_alone():
     assert unlearn.wrong_labels(job).equal(targets)
 
 
-# ---------------------------------------------------------------- the teacher of classes
+# ---------------------------------------------------------------- teachers
+
+
+def test_frozen_network_is_in_eval_mode_without_gradients():
+    network = unlearn.frozen(SmallNet().train())
+    assert not network.training
+    assert not any(weight.requires_grad for weight in network.parameters())
 
 
 def class_job(name, **settings):
