@@ -164,9 +164,10 @@ def test_attack_on_very_many_different_images_trains_on_the_first(monkeypatch, w
 
 def test_points_of_rounded_images_have_their_numbers_as_weights():
     features, kinds = column([0.1, 0.1004, 0.1, 0.2, 0.2]), np.array([1, 1, 0, 0, 0])
-    points, is_member, weights = attack.weighted_points(features, kinds, 3)
-    assert points.tolist() == [[0.1], [0.1], [0.2]]
-    assert is_member.tolist() == [0, 1, 0] and weights.tolist() == [1, 2, 2]
+    points, weights = attack.weighted_points([features.round(3), kinds])
+    assert points.tolist() == [[0.1, 0], [0.1, 1], [0.2, 0]] and weights.tolist() == [1, 2, 2]
+    points, weights = attack.weighted_points([column([3, 1, 3]), np.zeros(3)], [0.5, 2, 4])
+    assert points[:, 0].tolist() == [1, 3] and weights.tolist() == [2, 4.5]
 
 
 def test_decision_of_zero_is_non_member():
