@@ -92,7 +92,7 @@ def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
         return check(run_forked(*command, cwd=tmp_path, root=project, before=before))
 
     run("main_original_model.py", *TINY, *QUIET, "--num_epochs", 1)
-    assert re.search("catastrophic +epochs: 5", run("main_unlearn.py", "--help").stdout)
+    assert re.search("catastrophic +num_epochs 5", run("main_unlearn.py", "--help").stdout)
     added = [*TINY, *QUIET, "--unlearn_name", "catastrophic", "--num_epochs", 1]
     run("main_unlearn.py", *added)
     run("main_unlearn_cpu.py", *added)
