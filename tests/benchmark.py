@@ -400,7 +400,7 @@ def mia(args):
 
 @benchmark
 def evaluation(args):
-    """A full evaluation of one model: 4 α, 100 resplits, all attacks and tables per image and class.
+    """A full evaluation of one model: 4 α, 100 resplits, attacks, tables per image and class.
 
     It is compared with the usual one (a pass of each set per α, one SVM with probabilities), and
     with one bare forward pass over its images. "Another α" is an evaluation of kept logits.

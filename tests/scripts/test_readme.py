@@ -102,3 +102,19 @@ def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
     assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}
     assert "conf_f %" in done.stdout
     assert all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)
+
+
+def test_logits_of_another_program_are_evaluated_as_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = readme_block("logits")
+    exec(program.replace('"..."', '""'), {})
+    evaluate = ["main_evaluate.py", *QUIET, "--unlearn_name", "all", "--no_pictures"]
+    done = check(run_forked(*evaluate, cwd=tmp_path))
+    fingerprint = re.search("^data=([0-9a-f]+)$", done.stdout, re.MULTILINE)[1]
+    exec(program.replace("...", fingerprint), {})
+    check(run_forked(*evaluate, cwd=tmp_path))
+    rows = read_table(tmp_path / "runs/resnet18_digits_seed1/random_0.9/results.csv")
+    assert {row["method"] for row in rows} == {"my_method"} and rows[0]["weights"] == "mine"
+    exec(program.replace("...", "0123"), {})
+    refused = run_forked(*evaluate, cwd=tmp_path)
+    assert refused.returncode == 2 and "my_method/logits.npz" in refused.stderr
