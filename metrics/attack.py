@@ -3,9 +3,9 @@
 The SVM is trained on as many members (retain images) as non-members (test images). Its targets are
 the forget images. :mod:`metrics.MIA` and :mod:`metrics.MIACR` choose the images of their attacks.
 
-Training takes minutes on tens of thousands of images. Features are therefore rounded, and images
-with equal features become one training point. Its weight, the number of these images, multiplies C:
-the SVM is the same as one trained on every rounded image.
+Training takes minutes on tens of thousands of images. Features of more than 2,000 images are
+therefore rounded, and images with equal features become one training point. Its weight, the number
+of these images, multiplies C: the SVM is the same as one trained on every rounded image.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from sklearn.svm import SVC
 C = 3.0
 FOLDS = 5  # of Platt scaling; an attack needs at least one member and non-member per fold
 DECIMALS = 3  # of the features; the RBF kernel of one feature is about 0.7 wide
-FINE_DECIMALS, FINE_POINTS = 4, 1000  # where at most 1,000 points remain with 4 decimals
+FEW_IMAGES = 2000  # train the SVM as they are
 MOST_POINTS = 10_000
 TOLERANCE = 1e-4  # libsvm's default of 1e-3 moves decisions near 0
 FARTHEST = 1e6  # beyond, libsvm loses the distance of neighbouring points to rounding
@@ -41,11 +41,9 @@ def weighted_points(columns, weights=None):
     return rows, np.bincount(inverse.ravel(), weights, len(rows))
 
 
-def rounded(features, is_member):
-    """Features N×d, rounded to 4 decimals, or to 3 if more than 1,000 training points remain."""
-    fine = features.round(FINE_DECIMALS)
-    few = len(weighted_points([fine, is_member])[0]) <= FINE_POINTS
-    return fine if few else features.round(DECIMALS)
+def rounded(features):
+    """Features N×d, rounded to 3 decimals if there are more than 2,000 images."""
+    return features if len(features) <= FEW_IMAGES else features.round(DECIMALS)
 
 
 class MergingSVC(SVC):
@@ -96,7 +94,7 @@ class Attack:
 
     def __init__(self, members, non_members):
         features, is_member = _training_set(members, non_members)
-        features = rounded(features, is_member)
+        features = rounded(features)
         if len(weighted_points([features, is_member])[0]) > MOST_POINTS:
             kinds = [np.flatnonzero(is_member == kind)[: MOST_POINTS // 2] for kind in (1, 0)]
             first = np.concatenate(kinds)
@@ -126,7 +124,7 @@ def membership_probabilities(members, non_members, points):
     features, is_member = _training_set(members[:, None], non_members[:, None])
     # Equal images of different folds stay apart: no image trains an SVM that decides on it.
     fold_of = np.concatenate([np.arange(N) * FOLDS // N for N in (len(members), len(non_members))])
-    rows, weights = weighted_points([rounded(features, is_member), is_member, fold_of])
+    rows, weights = weighted_points([rounded(features), is_member, fold_of])
     folds = PredefinedSplit(rows[:, -1])
     calibrated = CalibratedClassifierCV(_svm(1), cv=folds, ensemble=False)
     calibrated.fit(rows[:, :1], rows[:, 1], sample_weight=weights)

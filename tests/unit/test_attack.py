@@ -143,7 +143,7 @@ def test_attack_that_only_one_fold_can_train_has_probabilities():
 @pytest.mark.parametrize("width", [1, 2])
 def test_attack_on_very_many_different_images_trains_on_the_first(monkeypatch, width):
     monkeypatch.setattr(attack, "MOST_POINTS", 40)
-    monkeypatch.setattr(attack, "FINE_POINTS", 20)
+    monkeypatch.setattr(attack, "FEW_IMAGES", 20)
     rng = np.random.default_rng(0)
     members, non_members = rng.normal(0, 9, (60, width)), rng.normal(2, 9, (60, width))
     points = rng.normal(0, 9, (80, width))
