@@ -96,10 +96,8 @@ def parse_flags():
     relearn = "train each model for K steps, and measure relearning of the forget images"
     add("--relearn", type=utils.number(int, 0), default=0, metavar="K", help=relearn)
     sources = utils.list_of(utils.one_of(figures.RELEARNED))
-    kinds = (
-        "comma-separated images for --relearn: forget (a tenth of the forget images; the others "
-    )
-    kinds += "are measured), retain (all forget images are measured)"
+    kinds = "comma-separated images for --relearn: forget (a tenth of the forget images; the "
+    kinds += "others are measured), retain (all forget images are measured)"
     add("--relearn_on", type=sources, default="forget", help=kinds)
     columns = "columns of the printed tables; results.csv and report.html always have all"
     add("--columns", choices=["short", "all"], default="short", help=columns)
@@ -265,14 +263,14 @@ def read_model(name, path, evaluation):
         saved.weights = saved.meta.get("weights") or checkpoint.weights_hash(state)
     else:
         logits = read_logits(saved, evaluation)
-        tensors = {"train": logits.train, "held_out": logits.held_out}
-        saved.weights = logits.weights or checkpoint.weights_hash(tensors)
         if not logits.data:
             print(f"{logits_path}: no fingerprint; data={evaluation.data.fingerprint} is assumed")
+        tensors = {"train": logits.train, "held_out": logits.held_out}
+        saved.weights = logits.weights or checkpoint.weights_hash(tensors)
         record = read_json(saved.path_of("results.json"))
         if record.get("weights") == saved.weights:
-            made = record.keys() - {"metrics", "evaluation"}
-            saved.meta = {key: record[key] for key in record if key in made}
+            measured = ("metrics", "evaluation")
+            saved.meta = {key: record[key] for key in record if key not in measured}
     check_model(saved, evaluation)
     return saved
 
@@ -521,10 +519,11 @@ class ModelView:
 
 @dataclass
 class Views:
-    """The :class:`ModelView` of each method of one seed, and the rows of results.csv."""
+    """The :class:`ModelView` of each method of one seed, and the rows of the tables."""
 
     models: dict[str, ModelView]
     rows: list[dict]
+    class_rows: list[dict]
 
 
 def make_views(saved_models, evaluation):
@@ -533,11 +532,8 @@ def make_views(saved_models, evaluation):
     Verdicts on one seed tolerate two standard errors over the images.
     """
     saved_of = {saved.name: saved for saved in sorted(saved_models, key=lambda s: position(s.name))}
-    references = {
-        name: read_logits(saved_of[name], evaluation)
-        for name in ("original", "retrain")
-        if name in saved_of
-    }
+    present = [name for name in ("original", "retrain") if name in saved_of]
+    references = {name: read_logits(saved_of[name], evaluation) for name in present}
     views = {name: view_model(saved, references, evaluation) for name, saved in saved_of.items()}
     bare, retrain = {name: dict(view.numbers) for name, view in views.items()}, views.get("retrain")
     for name, view in views.items():
@@ -549,7 +545,8 @@ def make_views(saved_models, evaluation):
             view.numbers |= view.distances
         if "finetune" in views and name != "original":
             view.numbers |= comparison.costs(bare[name], bare["finetune"])
-    return Views(views, rows_of(views, evaluation))
+    class_rows = [row for view in views.values() for row in view.class_rows]
+    return Views(views, rows_of(views, evaluation), class_rows)
 
 
 def view_model(saved, references, evaluation):
@@ -611,29 +608,29 @@ def rows_of(views, evaluation):
     """The rows of results.csv: one per (score, calibration size, α) and model, failures last."""
     description, rows = evaluation.description, []
     failed = failures(evaluation.folder, description["forget_set"])
-    known = ("forget_set", "forget_class")
-    origin = {key: description[key] for key in known if description[key]}
+    origin = {key: description[key] for key in ("forget_set", "forget_class") if description[key]}
     for key in evaluation.keys:
         block = dict(zip(KEYS, key, strict=False))
         for name, view in views.items():
             if key in view.set_rows:
                 row = block | {"method": name} | view.numbers | view.set_rows[key] | origin
                 rows.append(row | {"weights": view.saved.weights})
-        for name, reason in failed.items():
-            note = f"seed {description['seed']}: {reason}"
-            rows.append(block | {"method": name, "note": note})
+        notes_of = {name: f"seed {description['seed']}: {failed[name]}" for name in failed}
+        rows += [block | {"method": name, "note": note} for name, note in notes_of.items()]
     return rows
 
 
 def failures(folder, fingerprint):
     """{method: reason} of the methods that failed on the forget set and left no model."""
-    records = {path.parent: read_json(path) for path in folder.glob(f"*/{utils.FAILURE_FILE}")}
-    return {
-        path.name: records[path].get("error")
-        for path in sorted(records, key=lambda path: position(path.name))
-        if records[path].get("forget_set") == fingerprint
-        and not (path / utils.MODEL_FILE).exists()
-    }
+    failed = {}
+    for path in folder.glob(f"*/{utils.FAILURE_FILE}"):
+        record = read_json(path)
+        if (
+            record.get("forget_set") == fingerprint
+            and not path.with_name(utils.MODEL_FILE).exists()
+        ):
+            failed[path.parent.name] = record.get("error")
+    return dict(sorted(failed.items(), key=lambda item: position(item[0])))
 
 
 def compare_trainings(seeds):
@@ -651,8 +648,7 @@ def compare_trainings(seeds):
 def save_seed(views, requested, evaluation):
     """Save the files of one seed: the views of all models, the records of the requested ones."""
     folder, description = evaluation.folder, evaluation.description
-    class_rows = [row for view in views.models.values() for row in view.class_rows]
-    drawn, files = {}, {folder / "classes.csv": tables.as_csv(class_rows)}
+    drawn, files = {}, {folder / "classes.csv": tables.as_csv(views.class_rows)}
     for saved in requested:
         made = saved.meta | {"method": saved.name, "weights": saved.weights}
         measured = {"metrics": saved.numbers, "evaluation": description}
@@ -688,8 +684,8 @@ def save_summary(rows, ensemble_rows, flags, data, device):
         dots = figures.klom_dots(ensemble_rows)
         drawn["klom.png"] = ("Distance to retrained models (KLOM)", dots)
     about = {"data": data, "description": description, "ensemble_rows": ensemble_rows}
-    drawn = {folder / file: figure for file, figure in drawn.items()}
-    save_views(folder, rows, {}, drawn=drawn, **about, ending=tables.SEEDS)
+    paths = {folder / file: figure for file, figure in drawn.items()}
+    save_views(folder, rows, {}, drawn=paths, **about, ending=tables.SEEDS)
     print(f"{folder / 'results.csv'}: mean and standard deviation over seeds {seeds}")
 
 
@@ -730,11 +726,9 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
 
 def draw_models(views, evaluation):
     """{file name: (caption, Figure)} of all models of a seed together."""
-    models, score = views.models, evaluation.settings.scores[0].name
-    drawn, alpha = (
-        figures.overview(views.rows, score, max(evaluation.cal_sizes)),
-        evaluation.settings.alphas[0],
-    )
+    models, settings = views.models, evaluation.settings
+    score, alpha = settings.scores[0].name, settings.alphas[0]
+    drawn = figures.overview(views.rows, score, max(evaluation.cal_sizes))
     if score == "thr":
         histograms = {name: view.histogram for name, view in models.items()}
         drawn["scores.png"] = "Non-conformity scores", figures.score_histograms(histograms, alpha)
@@ -791,11 +785,10 @@ def print_results(rows, seeds, flags):
     else:
         print("\n".join(tables.short_lines(rows, over_seeds=bool(flags.seeds))))
     seed_rows = [row for views in seeds for row in views.rows]
-    class_rows = [
-        row for views in seeds for view in views.models.values() for row in view.class_rows
-    ]
+    class_rows = [row for views in seeds for row in views.class_rows]
     lines = [*notes.missing_q_hats(seed_rows, class_rows), *notes.unchanged(seed_rows)]
-    for line in [*lines, *notes.advice([views.rows for views in seeds])]:
+    lines += notes.advice([views.rows for views in seeds])
+    for line in lines:
         print(line)
 
 

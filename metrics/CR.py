@@ -144,9 +144,6 @@ def forget_group(row):
     return "forget_by_retain" if "forget_by_retain_CR" in row else "forget"
 
 
-judged_forget_images = forget_group  # for metrics/report
-
-
 def prediction_sets(scores, q_hat):
     """C(x) = {y : S(x, y) ≤ q̂} as booleans. Scores N×K → sets N×K."""
     return scores <= q_hat

@@ -3,19 +3,20 @@
 The SVM is trained on as many members (retain images) as non-members (test images). Its targets are
 the forget images. :mod:`metrics.MIA` and :mod:`metrics.MIACR` choose the images of their attacks.
 
-Training takes minutes on tens of thousands of images. Features are therefore rounded, and images
-with equal features become one training point. Its weight, the number of these images, multiplies C:
-the SVM is the same as one trained on every rounded image.
+Training takes minutes on tens of thousands of images. Features of more than 2,000 images are
+therefore rounded, and images with equal features become one training point. Its weight, the number
+of these images, multiplies C: the SVM is the same as one trained on every rounded image.
 """
 
 import numpy as np
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.model_selection import PredefinedSplit
 from sklearn.svm import SVC
 
 C = 3.0
 FOLDS = 5  # of Platt scaling; an attack needs at least one member and non-member per fold
 DECIMALS = 3  # of the features; the RBF kernel of one feature is about 0.7 wide
-FINE_DECIMALS, FINE_POINTS = 4, 2000  # where at most 2,000 points remain with 4 decimals
+FEW_IMAGES = 2000  # train the SVM as they are
 MOST_POINTS = 10_000
 TOLERANCE = 1e-4  # libsvm's default of 1e-3 moves decisions near 0
 FARTHEST = 1e6  # beyond, libsvm loses the distance of neighbouring points to rounding
@@ -31,38 +32,46 @@ def check_sizes(members, non_members):
         )
 
 
-def weighted_points(features, is_member, decimals):
-    """Rounded features N×d and kinds N → (points n×d, kinds n, number of images n)."""
-    rows = np.column_stack([features.round(decimals), is_member])
-    rows, weights = np.unique(rows, axis=0, return_counts=True)
-    return rows[:, :-1], rows[:, -1], weights
+def weighted_points(columns, weights=None):
+    """Equal rows of ``columns`` (N or N×d each) as one → (rows n×D, their total weights n).
+
+    Each row has the weight 1 by default, so that a total is a number of images.
+    """
+    rows, inverse = np.unique(np.column_stack(columns), axis=0, return_inverse=True)
+    return rows, np.bincount(inverse.ravel(), weights, len(rows))
 
 
-class RoundedSVC(SVC):
-    """scikit-learn's SVC, trained on rounded features: equal images are one weighted point."""
+def rounded(features):
+    """Features N×d, rounded to 3 decimals if there are more than 2,000 images."""
+    return features if len(features) <= FEW_IMAGES else features.round(DECIMALS)
 
-    def fit(self, features, is_member):
-        """Features N×d and N times 1 (member) or 0.
 
-        Features are rounded to 4 decimals, or to 3 if more than 2,000 points remain. If then more
-        than 10,000 remain, only the first 5,000 images of each kind are used.
-        """
-        points = weighted_points(features, is_member, FINE_DECIMALS)
-        if len(points[0]) > FINE_POINTS:
-            points = weighted_points(features, is_member, DECIMALS)
-        if len(points[0]) > MOST_POINTS:
-            kinds = [np.flatnonzero(is_member == kind)[: MOST_POINTS // 2] for kind in (1, 0)]
-            first = np.concatenate(kinds)
-            points = weighted_points(features[first], is_member[first], DECIMALS)
-        return super().fit(*points)
+class MergingSVC(SVC):
+    """scikit-learn's SVC, trained on equal points of a kind as one point of their total weight."""
+
+    def fit(self, points, is_member, sample_weight=None):
+        rows, weights = weighted_points([points, is_member], sample_weight)
+        return super().fit(rows[:, :-1], rows[:, -1], weights)
 
     def tells_apart(self):
         """Whether decisions differ; not if features are constant or equal for both kinds."""
         return bool(np.ptp(self.decision_function(self.support_vectors_)) > ROUNDING)
 
 
+def interpolate(function, points):
+    """A smooth function of one feature (n×1 → n) at ``points`` N → N.
+
+    It is evaluated at multiples of 0.001 around the points, and is linear between them.
+    """
+    if not len(points):
+        return np.zeros(0)
+    below = np.floor(points * 10**DECIMALS)
+    nodes = np.unique([below, below + 1]) / 10**DECIMALS
+    return np.interp(points, nodes, function(nodes[:, None]))
+
+
 def _svm(num_features):
-    return RoundedSVC(C=C, gamma=1 / num_features, tol=TOLERANCE)
+    return MergingSVC(C=C, gamma=1 / num_features, tol=TOLERANCE)
 
 
 def _near(points):
@@ -79,16 +88,24 @@ class Attack:
     """An RBF SVM that tells members from non-members by their features N×d.
 
     ``members`` and ``non_members`` are equally many, at least five, in random order (else
-    ValueError). ``tells_apart`` is False if the decisions are the same for all training images.
+    ValueError). If more than 10,000 rounded points remain, only the first 5,000 images of each kind
+    train. ``tells_apart`` is False if the decisions are the same for all training images.
     """
 
     def __init__(self, members, non_members):
-        training_set = _training_set(members, non_members)
-        self._svm = _svm(members.shape[1]).fit(*training_set)
+        features, is_member = _training_set(members, non_members)
+        features = rounded(features)
+        if len(weighted_points([features, is_member])[0]) > MOST_POINTS:
+            kinds = [np.flatnonzero(is_member == kind)[: MOST_POINTS // 2] for kind in (1, 0)]
+            first = np.concatenate(kinds)
+            features, is_member = features[first], is_member[first]
+        self._svm = _svm(members.shape[1]).fit(features, is_member)
         self.tells_apart = self._svm.tells_apart()
 
     def decide(self, points):
         """Decisions of the SVM for features N×d → N, float64; positive for members."""
+        if points.shape[1] == 1:
+            return interpolate(self._svm.decision_function, _near(points[:, 0]))
         return self._svm.decision_function(_near(points))
 
     def says_member(self, points):
@@ -104,8 +121,13 @@ def membership_probabilities(members, non_members, points):
     without the fifth of the images that it decides on, and applied to the SVM trained on all. NaN
     if that SVM does not tell members from non-members.
     """
-    training_set = _training_set(members[:, None], non_members[:, None])
-    calibrated = CalibratedClassifierCV(_svm(1), cv=FOLDS, ensemble=False).fit(*training_set)
+    features, is_member = _training_set(members[:, None], non_members[:, None])
+    # Equal images of different folds stay apart: no image trains an SVM that decides on it.
+    fold_of = np.concatenate([np.arange(N) * FOLDS // N for N in (len(members), len(non_members))])
+    rows, weights = weighted_points([rounded(features), is_member, fold_of])
+    folds = PredefinedSplit(rows[:, -1])
+    calibrated = CalibratedClassifierCV(_svm(1), cv=folds, ensemble=False)
+    calibrated.fit(rows[:, :1], rows[:, 1], sample_weight=weights)
     if not calibrated.calibrated_classifiers_[0].estimator.tells_apart():
         return np.full(len(points), np.nan)
-    return calibrated.predict_proba(_near(points)[:, None])[:, 1]
+    return interpolate(lambda nodes: calibrated.predict_proba(nodes)[:, 1], _near(points))

@@ -58,8 +58,6 @@ RUN_COLUMNS = {
     "forget_set": Column("", "text", "", "fingerprint of the forget set"),
     "forget_class": Column("", "text", "", "the forgotten classes"),
     "weights": Column("", "text", "", "hash of the model's weights"),
-    "model": Column("", "text", "", "file of the model, relative to the folder of results.csv"),
-    "settings": Column("", "text", "", "hash of the data set and of the evaluation's settings"),
 }
 
 

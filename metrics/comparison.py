@@ -45,7 +45,6 @@ ROW_COLUMNS = {
 }
 CSV_COLUMNS = {
     "<column>_minus_retrain": Column("", "number", "near 0", "the model's number minus Retrain's"),
-    "compared_to": Column("", "text", "", "hash of the weights of Retrain in this comparison"),
 }
 GAP_OVER = ("UA", "RA", "TA", "MIA")
 WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"

@@ -115,11 +115,11 @@ def _forward_images(model, images, indices, *, batch_size, classifiers=()):
             size = max(1, size // 4)
     logits, features = zip(*outputs, strict=True)
     logits = distributed.gather_rows(torch.cat(logits), len(indices)).cpu()
-    num_finite = int(logits.isfinite().all(dim=1).sum())
-    if num_finite < len(logits):
-        counts = f"{len(logits) - num_finite} of {len(logits)} images"
+    infinite = len(logits) - int(logits.isfinite().all(dim=1).sum())
+    if infinite:
+        counts = f"NaN or infinite for {infinite} of {len(logits)} images"
         remedy = "train the network again, with a lower --learning_rate if it diverged"
-        raise NotFinite(f"the network's outputs are NaN or infinite for {counts}; {remedy}")
+        raise NotFinite(f"the network's outputs are {counts}; {remedy}")
     if features[0] is None:
         return logits, None
     return logits, distributed.gather_rows(torch.cat(features), len(indices)).cpu()
@@ -134,24 +134,22 @@ def _default_batch_size(images):
 def _forward_batch(model, inputs, calls):
     """Float32 logits of a batch, and its features or None. ``calls`` comes from _recorded."""
     # A forward pass that ran out of memory has left its calls behind.
-    for features in calls:
+    for features in calls.values():
         features.clear()
     logits = model(inputs).float()
-    features = [features for layer_calls in calls for features in layer_calls]
+    features = [features for layer_calls in calls.values() for features in layer_calls]
     return logits, torch.cat(features, dim=1) if features else None
 
 
 @contextmanager
 def _recorded(layers):
-    """Lists, one per layer, to which each call of a layer appends its pooled input."""
-    calls = [[] for _ in layers]
-    handles = []
-    for layer, layer_calls in zip(layers, calls, strict=True):
+    """{layer: list}, to which each call of the layer appends its pooled input."""
+    calls = {layer: [] for layer in layers}
 
-        def record(_, inputs, layer_calls=layer_calls):
-            layer_calls.append(_pooled(inputs[0].float()))
+    def record(layer, inputs):
+        calls[layer].append(_pooled(inputs[0].float()))
 
-        handles.append(layer.register_forward_pre_hook(record))
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         yield calls
     finally:

@@ -22,16 +22,9 @@ def relearn(model, data, split, *, trained, num_steps, seed, source):
     stops = sorted({2**power for power in range(num_steps.bit_length())} | {num_steps})
     purpose = ("order",) if source == "forget" else ("order", source)
     batches = shuffled_batches(trained, generator(seed, "relearn", *purpose))
-    job = Job(
-        name="relearn",
-        label="relearn",
-        model=model,
-        data=data,
-        split=split,
-        recipe=Recipe(len(stops), LEARNING_RATE, milestones=[len(stops)]),
-        seed=seed,
-        quiet=True,
-    )
+    recipe = Recipe(len(stops), LEARNING_RATE, milestones=[len(stops)])
+    about = {"name": "relearn", "label": "relearn", "seed": seed, "quiet": True}
+    job = Job(model=model, data=data, split=split, recipe=recipe, **about)
     # An epoch of this job ends at each stop.
     for epoch, stop, count in zip(job.epochs(), stops, np.diff([0, *stops]), strict=True):
         for batch in epoch.visit((next(batches), 0) for _ in range(count)):

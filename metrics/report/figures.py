@@ -148,7 +148,7 @@ def fake_bars(rows):
 
     ``rows`` have one α and no standard deviations.
     """
-    forget = CR.judged_forget_images(rows[0])
+    forget = CR.forget_group(rows[0])
     figure, axis = _rows_of_methods(rows, (6.6, 1.5, 0.27))
     _say_if_nothing(axis, [row.get(f"{forget}_fake") for row in rows])
     for position, row in enumerate(reversed(rows)):
@@ -188,7 +188,7 @@ def cr_plane(rows):
 
     ``rows`` have one α and no standard deviations.
     """
-    forget = CR.judged_forget_images(rows[0])
+    forget = CR.forget_group(rows[0])
     points = {row["method"]: (row["test_CR"], row.get(f"{forget}_CR")) for row in rows}
     points = {name: point for name, point in points.items() if not any(map(is_missing, point))}
     figure = Figure(figsize=(6.4, 4.8))
@@ -234,7 +234,7 @@ def against_alpha(rows):
 
     ``rows`` are those of all α, without standard deviations.
     """
-    forget = CR.judged_forget_images(rows[0])
+    forget = CR.forget_group(rows[0])
     figure = Figure(figsize=(8.2, 5.6))
     panels = {
         f"{forget}_coverage": "Coverage of forget images (low: forgotten)",

@@ -162,7 +162,7 @@ def short_model_table(rows):
 def short_set_table(rows):
     """The :class:`Table` of the prediction sets with the columns that an evaluation prints."""
     rows = rows_of_sets(rows)
-    forget = CR.judged_forget_images(rows[0]) if rows else "forget"
+    forget = CR.forget_group(rows[0]) if rows else "forget"
     shown = ("method", f"{forget}_coverage", f"{forget}_set_size", f"{forget}_CR")
     columns = {key: SET_COLUMNS[key] for key in (*shown, "test_coverage", "test_CR")}
     columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
@@ -198,7 +198,7 @@ def short_lines(rows, *, over_seeds=False):
         if table is None:
             lines += [f"{title}: no finite q̂", ""]
         else:
-            deciding = f"{CR.judged_forget_images(table.rows[0])}_CR"
+            deciding = f"{CR.forget_group(table.rows[0])}_CR"
             lines += [title, *lines_of(fit(table, (deciding,))), ""]
     return lines
 

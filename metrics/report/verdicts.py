@@ -65,4 +65,4 @@ def summarise_seeds(rows):
 
 def _deciding_ratio(row):
     """The key of the CR that decides the verdict."""
-    return f"{CR.judged_forget_images(row)}_CR"
+    return f"{CR.forget_group(row)}_CR"

@@ -92,7 +92,7 @@ def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
         return check(run_forked(*command, cwd=tmp_path, root=project, before=before))
 
     run("main_original_model.py", *TINY, *QUIET, "--num_epochs", 1)
-    assert re.search("catastrophic +epochs: 5", run("main_unlearn.py", "--help").stdout)
+    assert re.search("catastrophic +num_epochs 5", run("main_unlearn.py", "--help").stdout)
     added = [*TINY, *QUIET, "--unlearn_name", "catastrophic", "--num_epochs", 1]
     run("main_unlearn.py", *added)
     run("main_unlearn_cpu.py", *added)
@@ -102,3 +102,19 @@ def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
     assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}
     assert "conf_f %" in done.stdout
     assert all(0 <= float(row["forget_confidence"]) <= 1 for row in rows)
+
+
+def test_logits_of_another_program_are_evaluated_as_the_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = readme_block("logits")
+    exec(program.replace('"..."', '""'), {})
+    evaluate = ["main_evaluate.py", *QUIET, "--unlearn_name", "all", "--no_pictures"]
+    done = check(run_forked(*evaluate, cwd=tmp_path))
+    fingerprint = re.search("^data=([0-9a-f]+)$", done.stdout, re.MULTILINE)[1]
+    exec(program.replace("...", fingerprint), {})
+    check(run_forked(*evaluate, cwd=tmp_path))
+    rows = read_table(tmp_path / "runs/resnet18_digits_seed1/random_0.9/results.csv")
+    assert {row["method"] for row in rows} == {"my_method"} and rows[0]["weights"] == "mine"
+    exec(program.replace("...", "0123"), {})
+    refused = run_forked(*evaluate, cwd=tmp_path)
+    assert refused.returncode == 2 and "my_method/logits.npz" in refused.stderr

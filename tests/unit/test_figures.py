@@ -107,13 +107,6 @@ def test_overview_of_class_forgetting_draws_means_under_the_q_hat_of_the_retaine
     assert [axis.lines[0].get_ydata() for axis in curves.axes[::2]] == [[0.2], [0.1]]
 
 
-def test_overview_without_any_finite_q_hat_says_so_in_every_picture():
-    keys = ("test_coverage", "test_CR", "forget_coverage", "forget_CR", "forget_fake")
-    rows = [row("retrain", **dict.fromkeys(keys, NAN)), row("ga", **dict.fromkeys(keys))]
-    for figure in pictures(rows):
-        assert all("no finite q̂" in texts(axis.texts) for axis in figure.axes)
-
-
 def test_bars_show_shares_of_the_forget_images():
     numbers = {"retrain": (40, 10, 80), "ga": (20, 20, 80), "none wrong": (0, 0, 80)}
     numbers |= {"means": (12.5, 2.25, 80), "unknown": (30, NAN, 80), "nothing": (None, None, 80)}
@@ -191,34 +184,6 @@ def test_curves_against_alpha_show_every_known_number():
     assert list(legend(figure)) == ["retrain", "ga", "cpu_ga"]
 
 
-def test_relearning_has_a_row_of_panels_for_each_kind_of_images():
-    curve = {"step": [0, 5], "accuracy": [0.1, 0.2], "coverage": [NAN, 0.4]}
-    other = {"step": [0, 5], "accuracy": [0.5, 0.6], "coverage": [NAN, None]}
-    figure = figures.relearn_curves({"forget": {"ga": curve}, "retain": {"ga": other}}, 0.05)
-    assert [points(axis.lines[0]) for axis in figure.axes] == [
-        [(0, 0.1), (5, 0.2)], [(5, 0.4)], [(0, 0.5), (5, 0.6)], [],
-    ]  # fmt: skip
-    assert [axis.get_title() for axis in figure.axes] == [
-        "Accuracy of the other forget images", "Coverage (α = 0.05) of the other forget images",
-        "Accuracy of all forget images", "Coverage (α = 0.05) of all forget images",
-    ]  # fmt: skip
-    labels = [axis.get_xlabel() for axis in figure.axes]
-    assert labels == ["steps on a tenth of the forget images"] * 2 + ["steps on retain images"] * 2
-    assert [texts(axis.texts) for axis in figure.axes] == [[], [], [], ["no finite q̂"]]
-    assert list(legend(figure)) == ["ga"]
-
-
-def test_q_hat_curves_show_every_epoch_of_every_variant():
-    figure = figures.q_hat_curves({"cpu_ga": [0.9, 0.95, 0.97], "cpu_scrub": [0.9, 0.8]})
-    (axis,) = figure.axes
-    assert [points(line) for line in axis.lines] == [
-        [(1, 0.9), (2, 0.95), (3, 0.97)], [(1, 0.9), (2, 0.8)],
-    ]  # fmt: skip
-    assert axis.get_xlabel() == "epoch" and list(legend(figure)) == ["cpu_ga", "cpu_scrub"]
-    figure.draw_without_rendering()
-    assert all(float(tick).is_integer() for tick in axis.get_xticks())
-
-
 def test_klom_dots_are_medians_and_the_band_is_the_noise_floor():
     rows = [
         {"method": "retrain (halves)", "KLOM_forget": 0.2, "KLOM_retain": 0.3, "KLOM_test": 0.1},
@@ -245,32 +210,6 @@ def outline(axis, color):
     corners = drawn.get_xy()
     pairs = zip(corners, corners[1:], strict=False)
     return {(x0 + x1) / 2: y0 for (x0, y0), (x1, y1) in pairs if y0 == y1 and y0 > 0}
-
-
-def test_histograms_show_the_share_of_each_part_by_score():
-    sample = {"forget": [0.5, 0.5, 0.5, 1.0], "test": [0.0, 0.25], "calibration": []}
-    samples = {"ga": sample | {"q_hat": 0.75}, "retrain": sample | {"q_hat": NAN}}
-    figure = figures.score_histograms(samples, 0.05)
-    axis, other = figure.axes
-    forget, test, calibration, q_hat = legend(figure).values()
-    assert list(legend(figure))[:3] == ["forget", "test", "calibration"]
-    # Bins of half a logit from −14 to 14: 0.5 is at 0, and 0 and 1 are in the outer bins.
-    assert outline(axis, forget) == {0.25: 0.75, 13.75: 0.25}
-    assert outline(axis, test) == {-13.75: 0.5, -1.25: 0.5}
-    assert outline(axis, calibration) == {}
-    (line,) = axis.lines
-    assert line.get_xdata()[0] == pytest.approx(math.log(3)) and to_hex(line.get_color()) == q_hat
-    (area,) = (patch for patch in axis.patches if patch.get_alpha())
-    assert (area.get_bbox().x0, area.get_bbox().x1) == (-14, pytest.approx(math.log(3)))
-    assert axis.get_title() == "ga" and other.get_title() == "retrain (no finite q̂)"
-    assert not other.lines and "α = 0.05" in figure.get_suptitle()
-    lines = [handle.get_linestyle() for handle in figure.legends[0].legend_handles]
-    assert lines == ["-", "--", ":", "-"]
-    (beyond,) = figures.score_histograms({"ga": sample | {"q_hat": 1.0}}, 0.1).axes
-    assert beyond.lines[0].get_xdata()[0] == 14
-    odds = {"10⁻⁶": 1e-6, "10⁻³": 1e-3, "½": 1, ".999": 999}
-    for label, position in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True):
-        assert position == pytest.approx(math.log(odds[label.get_text()]), abs=0.01)
 
 
 def test_histogram_data_are_scores_of_the_image_sets_of_the_split():
@@ -309,9 +248,3 @@ def test_sheet_shows_each_image_with_its_prediction_and_set():
     assert figure.get_suptitle() == "t" * 60 + "…" + "t" * 59
     (width, height), many = figure.get_size_inches(), figures.fake_sheet(images * 3, classes, "")
     assert many.get_figwidth() > width and many.get_figheight() > 1.5 * height
-
-
-def test_sheet_without_images_names_the_reason():
-    for images, text in (([], "no misclassified image"), (None, "no finite q̂")):
-        (axis,) = figures.fake_sheet(images, ["cat"], "title").axes
-        assert texts(axis.texts)[0].startswith(text)

@@ -76,22 +76,6 @@ def test_labels_with_tied_1_minus_p_are_ordered_by_log_odds():
     assert image_scores.set_sizes(q_hats).sum() == 20 + 11  # label 2 at 60.5 is outside
 
 
-def test_labels_of_equal_logits_have_equal_scores():
-    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 3.0, -2.0, -2.0]])
-    actual = scores.thr_log_odds(logits)
-    assert actual[0].unique().numel() == 1 and actual[1].unique().numel() == 2
-    aps = scores.aps_log_odds(logits, torch.ones(2).double())
-    # Tied labels are ranked by number.
-    assert scores.from_log_odds(aps)[0].tolist() == pytest.approx([0.25, 0.5, 0.75, 1])
-
-
-def test_two_labels_of_one_half_each_have_equal_scores():
-    """The third label has p ≈ e⁻³⁶: the other p round to ½, but 1 − p of one of them does not."""
-    rest = torch.linspace(-36.7, -36.1, 50)
-    actual = scores.thr_log_odds(torch.stack([torch.zeros(50), torch.zeros(50), rest], dim=1))
-    assert torch.equal(actual[:, 0], actual[:, 1])
-
-
 def plain(log_odds):
     return scores.from_log_odds(log_odds).flatten().tolist()
 

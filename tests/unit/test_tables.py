@@ -46,16 +46,6 @@ def test_summary_over_seeds_by_hand():
     assert second["wrong"] == (4.5, pytest.approx(0.5**0.5)) and second["word"] is None
 
 
-def test_summary_takes_the_mean_of_a_number_with_a_spread_over_resplits():
-    seeds = [
-        {"method": "GA", "CR": Spread(mean, 9.0), "wrong": Spread(0.0, 7.0)} for mean in (1, 3)
-    ]
-    (row,) = tables.summarise(seeds, COLUMNS, ("method",))
-    assert row == {"method": "GA", "CR": (2.0, pytest.approx(2**0.5)), "wrong": 0.0}
-    (alone,) = tables.summarise(seeds[:1], COLUMNS, ("method",))
-    assert alone == {"method": "GA", "CR": 1, "wrong": 0.0}
-
-
 def set_row(alpha, method, **numbers):
     row = {"score": "thr", "cal_size": 20, "alpha": alpha, "method": method, "q_hat": 0.9}
     row |= {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "gap": 0.1, "UA_word": "under-forgets"}
@@ -114,19 +104,6 @@ def test_short_tables_of_class_forgetting_use_the_calibration_of_the_retained_cl
     headings, row = tables.short_lines([set_row(0.1, "GA", **numbers)])[-3:-1]
     assert " ".join(headings.split()).startswith("method Cov_f|r % Size_f|r CR_f|r Cov_t % CR_t")
     assert " ".join(row.split()) == "GA 10.0 3.000 0.033 90.0 0.600 2.2 of 9 over-forgets"
-
-
-def test_deviations_over_seeds_are_shown_where_they_fit():
-    row = set_row(0.1, "FisherForgetting", UA=Spread(0.5, 0.1), test_CR=Spread(0.5, 0.1))
-    text = "\n".join(tables.short_lines([row], over_seeds=True))
-    assert text.count("±") == 3 and "50.0±10.0" in text
-    assert "±" not in "\n".join(tables.short_lines([row]))
-    keys = ("RA", "TA", "MIA", "gap", "seconds", "test_coverage", "forget_CR", "forget_set_size")
-    lines = tables.short_lines([row | dict.fromkeys(keys, Spread(99.0, 9.0))], over_seeds=True)
-    models, sets = lines[1], lines[-2]
-    assert models.count("±") == 2 and "50.0±10.0" in models  # UA and gap
-    assert sets.count("±") == 1 and "99.000±9.000" in sets  # CR of the forget images
-    assert max(map(len, lines)) <= 100
 
 
 def test_numbers_within_the_noise_of_retrain_have_a_star():

@@ -25,13 +25,6 @@ def test_comparison_of_a_model_with_retrain_has_gap_and_verdict():
         assert verdicts.compare_model("GA", comparable(UA=ua), comparable())["UA_word"] == word
 
 
-@pytest.mark.parametrize("unknown", [None, 0.0, math.nan])
-def test_unknown_running_time_has_no_ratio(unknown):
-    for name, seconds, reference in (("original", 1, 2), ("GA", unknown, 2), ("GA", 1, unknown)):
-        numbers = comparable(seconds=seconds)
-        assert "RTE" not in verdicts.compare_model(name, numbers, comparable(seconds=reference))
-
-
 @pytest.mark.parametrize("key", ["forget_CR", "forget_by_retain_CR"])
 def test_sets_with_higher_CR_than_retrain_under_forget(key):
     reference = {"forget_CR": 0.9, "test_CR": 0.6, key: 0.5, f"{key}_error": 0.03}
@@ -80,12 +73,3 @@ def test_verdicts_over_seeds_tolerate_two_deviations_of_retrain():
     assert actual["GA"] == ("over-forgets", "matches")
     actual = words(reference, seeds_of("GA", [0.77] * 2, [0.01] * 2, 1000))
     assert actual["GA"] == ("matches", "over-forgets")
-
-
-def test_verdicts_over_seeds_without_numbers_are_none():
-    reference = seeds_of("retrain", [0.4, 0.5], [math.nan] * 2)
-    method = seeds_of("GA", [0.4] * 2, [1, 1])
-    assert words(reference, method) == {"retrain": ("matches", None), "GA": ("matches", None)}
-    single_seed = method[0] | {"UA_word": "over-forgets"}
-    assert words(reference, [single_seed])["GA"] == ("over-forgets", None)
-    assert words(method)["GA"] == (None, None)
