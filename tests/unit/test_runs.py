@@ -10,7 +10,6 @@ from helpers import (
     QUIET,
     TINY,
     check,
-    fails_in_one_line,
     flags,
     read_json,
     read_weights,
@@ -91,13 +90,6 @@ def test_original_is_trained_on_all_images_and_differs_between_seeds(trained, di
     assert not same_weights(path, other)
 
 
-def test_identity_of_conformal_variant_has_alpha_delta_and_lamda(trained):
-    identity = read_json(trained.root / "random_0.9/cpu_finetune/results.json")["identity"]
-    assert (identity["alpha"], identity["delta"], identity["lamda"]) == (0.3, 0.02, 0.4)
-    plain = read_json(trained.finetune / "results.json")["identity"]
-    assert not {"alpha", "delta", "lamda"} & plain.keys()
-
-
 def test_printed_table_has_a_row_for_every_method(trained):
     record = read_json(trained.finetune / "results.json")
     finetune, ssd = (line.split() for line in trained.output.splitlines()[-2:])
@@ -113,14 +105,6 @@ def test_finished_run_is_not_repeated(trained):
     assert "already done" in done.stdout and "epoch 1/" not in done.stdout
     assert done.stdout.splitlines()[-1].split()[0] == "finetune"
     assert path.stat().st_mtime_ns == before
-
-
-def test_overwritten_run_with_the_same_seed_has_the_same_weights(trained, original):
-    for more in ([], ["--overwrite"]):
-        finetune = ["--unlearn_name", "finetune", "--num_epochs", 1]
-        assert "epoch 1/1" in check(unlearn(original, *finetune, *more)).stdout
-        copy = original / RUN_FOLDER / "random_0.9/finetune/unlearning_model.pth"
-        assert same_weights(copy, trained.finetune / "unlearning_model.pth")
 
 
 def test_several_seeds_share_one_row_of_means(trained):
@@ -143,10 +127,3 @@ def test_failed_method_is_a_row_and_the_other_methods_still_run(original, monkey
     assert not (root / "retrain/unlearning_model.pth").exists()
     rows = [line.split()[0] for line in done.stdout.splitlines()[-2:]]
     assert rows == ["retrain", "finetune"]
-
-
-def test_label_names_the_folder_and_may_not_be_another_method(original):
-    labelled = ["--unlearn_name", "ssd", "--label", "ssd_twice"]
-    check(unlearn(original, *labelled))
-    assert (original / RUN_FOLDER / "random_0.9/ssd_twice/unlearning_model.pth").exists()
-    fails_in_one_line(unlearn(original, *labelled[:3], "RL"), "--label", "RL")
