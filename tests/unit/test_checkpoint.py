@@ -7,6 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -182,6 +184,28 @@ def test_weights_other_than_the_recorded_ones_are_refused(network, path):
     assert same(load(path)[0], state)
     torch.save({"model": state | {"fc.bias": torch.ones(10)}, "meta": meta}, path)
     assert refused(path, "damaged")
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=100)
+@given(kind=st.sampled_from(["flip", "cut", "insert"]), place=st.floats(0, 0.99999))
+def test_damaged_checkpoint_is_refused_or_unchanged(kind, place, network, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "damaged.pth"
+    checkpoint.save(path, network.state_dict(), {})
+    content = bytearray(path.read_bytes())
+    start = int(place * len(content))
+    if kind == "cut":
+        del content[start:]
+    elif kind == "insert":
+        content[start:start] = b"x"
+    else:
+        content[start] ^= 1 << start % 8
+    path.write_bytes(content)
+    try:
+        state, _ = checkpoint.read(path)
+    except UserError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+    else:
+        assert kind != "cut" and same(state, network.state_dict())
 
 
 def test_file_with_a_changed_byte_is_refused(path):

@@ -29,6 +29,12 @@ def test_timm_network_starts_from_weights_of_its_native_side(name, side):
     assert models.describe(name) == expected and models.input_size(name) == side
 
 
+def test_vit_is_the_papers_network_for_images_of_any_size():
+    model = models.create_model("vit", 10, image_size=32, pretrained=False)
+    assert len(model.blocks) == 12 and model.embed_dim == 384
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
 @pytest.mark.parametrize("name", ["resnet19", "resnet50.a1_in1K", "test_vit.none"])
 def test_unknown_name_or_tag_is_refused_in_one_short_line(name):
     for function in (models.describe, lambda name: models.create_model(name, 10)):

@@ -11,7 +11,7 @@ import torch
 from helpers import flags
 
 import utils
-from models import distributed
+from models import checkpoint, distributed
 from models.errors import UserError
 
 
@@ -122,6 +122,16 @@ def test_other_ranks_create_move_and_remove_nothing(tmp_path, monkeypatch):
     assert files(tmp_path) == {".unfinished/model.pth": "rank 0"}
     with utils.unfinished_folder(tmp_path / "new"):
         assert not (tmp_path / "new").exists()
+
+
+def test_run_that_another_process_finished_meanwhile_is_kept(tmp_path):
+    """Its model appears after the flags were checked and before the folder is locked."""
+    files, meta = utils.RunFiles(tmp_path), {"identity": {"a": 1}}
+    checkpoint.save(files.model_path, {"w": torch.zeros(1)}, meta | {"seconds": 2})
+    earlier = utils.run_and_save(None, None, files, meta=meta, args=flags())
+    assert earlier["seconds"] == 2
+    with pytest.raises(UserError, match="--overwrite"):
+        utils.run_and_save(None, None, files, meta={"identity": {"a": 2}}, args=flags())
 
 
 # ---------------------------------------------------------------- records

@@ -137,3 +137,9 @@ def test_failing_wandb_is_reported_once_per_run(moment, install, tmp_path, capsy
     assert len(lines) == 1 and "gone" in lines[0] and str(tmp_path) in lines[0]
     run(tmp_path)
     assert wandb.names().count("init") == 2  # the next run tries again
+
+
+def test_missing_wandb_is_reported_and_the_run_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # the import fails
+    run(tmp_path)
+    assert capsys.readouterr().out.count("\n") == 1
