@@ -18,9 +18,10 @@ main_evaluate.py --unlearn_name retrain --unlearn_type random --model_name resne
 def test_published_command_lines_run_and_use_their_flags(tmp_path):
     write_cifar10(tmp_path / "data", images_per_batch=12)
     for line in PUBLISHED:
-        fewer = [] if line.startswith("main_evaluate") else ["--num_epochs", "1"]
+        fewer = ["--width", "8"]
+        fewer += [] if line.startswith("main_evaluate") else ["--num_epochs", "1"]
         check(run_forked(*line.split(), *fewer, cwd=tmp_path, before=unchecked_cifar.install))
-    folder = tmp_path / "runs/resnet18_cifar10_seed1/random_0.9"
+    folder = tmp_path / "runs/resnet18w8_cifar10_seed1/random_0.9"
     assert [row["method"] for row in read_table(folder / "results.csv")] == ["original", "retrain"]
     assert read_json(folder / "retrain/results.json")["recipe"]["learning_rate"] == 0.01
     identity = read_json(folder / "cpu_finetune/results.json")["identity"]
