@@ -192,11 +192,6 @@ def check(done):
     return done
 
 
-def succeed(script, *arguments, cwd, **options):
-    """:func:`run_script` with an exit status of 0."""
-    return check(run_script(script, *arguments, cwd=cwd, **options))
-
-
 def fails_in_one_line(done, *words):
     """Assert that a script ended with status 2 and one line on stderr with all of ``words``."""
     lines = done.stderr.strip().splitlines()

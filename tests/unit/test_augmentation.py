@@ -117,13 +117,6 @@ def test_batches_are_normalised_images_of_their_indices():
     assert data.batch(index_batches[2]).equal(actual[2])
 
 
-def test_batches_on_a_cpu_are_augmented_one_after_the_other():
-    data, index_batches = images(), torch.arange(20).split(6)
-    rng, other = seeds.generator(3, "test"), seeds.generator(3, "test")
-    for batch, indices in zip(data.batches(index_batches, rng), index_batches, strict=True):
-        assert batch.equal(data.batch(indices, other))
-
-
 def test_images_are_resized_to_the_input_size_of_the_model():
     data = images(size=13)
     expected = transforms.resize(data.pixels[:3], [13, 13], antialias=True)

@@ -1,10 +1,8 @@
 """Checkpoints of this and other training code are loaded, or refused with one line."""
 
 import copy
-import hashlib
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -152,12 +150,6 @@ def test_failed_write_keeps_the_previous_file(path, monkeypatch):
     assert checkpoint.read_state(path) == {"epoch": 1} and list(path.parent.iterdir()) == [path]
 
 
-def test_hash_is_sha256_of_names_shapes_and_bytes():
-    state = {"b": torch.tensor(7), "a": torch.tensor([[1.0], [2.0]])}
-    content = b"a(2, 1)" + np.array([1, 2], dtype="<f4").tobytes() + b"b()7"
-    assert checkpoint.weights_hash(state) == hashlib.sha256(content).hexdigest()[:16]
-
-
 def test_hash_depends_on_values_names_and_shapes_only():
     weight = torch.arange(6.0).view(2, 3)
     state = {"w": weight, "b": torch.zeros(2)}
@@ -206,13 +198,6 @@ def test_damaged_checkpoint_is_refused_or_unchanged(kind, place, network, tmp_pa
         assert "\n" not in str(error) and str(path) in str(error)
     else:
         assert kind != "cut" and same(state, network.state_dict())
-
-
-def test_file_with_a_changed_byte_is_refused(path):
-    torch.save({"weights": torch.full((64,), 3.0)}, path)
-    content, values = path.read_bytes(), np.full(64, 3, dtype="<f4").tobytes()
-    path.write_bytes(content.replace(values, b"\1" + values[1:]))
-    assert refused(path, "checksum")
 
 
 OTHER_WEIGHTS = {

@@ -96,16 +96,6 @@ def test_diagonal_fisher_of_created_network_runs_in_its_memory_layout():
         torch.testing.assert_close(actual[key], square, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("hidden", "batches"), [(8, [2, 1]), (150_000, [1, 1, 1])])
-def test_diagonal_fisher_of_large_network_takes_single_images(hidden, batches):
-    data = images(3, 1)
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(48, hidden), nn.Linear(hidden, 5))
-    model = model.to_empty(device="cpu")
-    fisher.diagonal_fisher(model, data, torch.arange(3), fisher.observed_score, chunk=2)
-    assert [len(indices) for indices, _ in data.uses] == batches
-
-
 def test_scores_of_two_classes_by_hand():
     logits = torch.tensor([1.0, 3.0]).log()  # p = ¼ and ¾
     for label, expected in ((0, [0.75, -0.75]), (1, [-0.25, 0.25])):
@@ -191,13 +181,6 @@ def test_inverse_product_augments_all_passes_alike_and_ends_at_max_steps():
         model, data, torch.arange(5), random_vector(), augmentation=torch.Generator, **settings
     )
     assert data.uses == [([*range(5)], torch.Generator().initial_seed())] * 3
-
-
-def test_inverse_product_of_zero_is_zero():
-    vector = {name: torch.zeros_like(tensor) for name, tensor in random_vector().items()}
-    model = SmallNet().double()
-    solution = fisher.inverse_product(model, double_images(), INDICES, vector, damping=0.3)
-    assert not flat(solution).any()
 
 
 def test_last_layer_is_that_of_the_classifier():

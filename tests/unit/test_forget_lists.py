@@ -69,13 +69,6 @@ def test_unknown_or_doubled_entry_is_refused_with_its_line(content, line, entry,
         read(content)
 
 
-def test_list_for_data_without_file_names_takes_indices_only(read):
-    unnamed = data_set(names=None)
-    assert read("3\n", unnamed) == [3]
-    with pytest.raises(utils.UserError, match="line 1: ant/1.png"):
-        read("ant/1.png\n", unnamed)
-
-
 # ---------------------------------------------------------------- splits of lists
 
 

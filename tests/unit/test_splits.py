@@ -166,19 +166,6 @@ def test_several_classes_are_forgotten_together(kind):
     assert f"{chosen.sum()} of 40" in split.describe()
 
 
-def test_folder_of_many_classes_has_a_short_name():
-    data = labelled(400, 800, classes=100)
-
-    def folder(numbers):
-        chosen = ",".join(map(str, numbers))
-        return utils.make_split(data, Scenario("class", forget_class=chosen)).folder
-
-    assert folder(range(17)).endswith("_15_16")  # 40 characters
-    many = [folder(range(60)), folder(range(1, 61)), folder(reversed(range(60)))]
-    assert many[0] == many[2] != many[1] and all(len(name) < 60 for name in many)
-    assert all(name.startswith("class_60_classes_") for name in many)
-
-
 @pytest.mark.parametrize(("kind", "count"), [("class", 4), ("subclass", 8)])
 def test_unnamed_class_is_drawn_from_the_split_seed(kind, count):
     data = labelled(subclasses=8)
