@@ -116,8 +116,8 @@ def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None, r
         os.environ.clear()
         os.environ.update(environment)
         with (
-            open(cwd / "stdout.txt", "w", encoding=encoding) as out,
-            open(cwd / "stderr.txt", "w", encoding=encoding) as err,
+            open(cwd / "stdout.txt", "w", buffering=1, encoding=encoding) as out,
+            open(cwd / "stderr.txt", "w", buffering=1, encoding=encoding) as err,
         ):
             try:
                 with (

@@ -114,7 +114,7 @@ def earlier(undisturbed, tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(("name", "step"), [("salun", 7), ("cpu_scrub", 9)])
+@pytest.mark.parametrize(("name", "step"), [("salun", 9), ("cpu_scrub", 11)])
 def test_run_killed_at_any_moment_resumes_to_same_weights(name, step, undisturbed, tmp_path):
     source = tmp_path / "source"
     (source / RUN_FOLDER).mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_run_killed_while_it_replaces_a_result_leaves_earlier_or_new_model(
     undisturbed, earlier, tmp_path
 ):
     versions = [earlier / ORIGINAL, undisturbed.folder / ORIGINAL]
-    runs = disturbed(moments.kill, "original", undisturbed, earlier, tmp_path, step=4)
+    runs = disturbed(moments.kill, "original", undisturbed, earlier, tmp_path, step=7)
     for folder, killed in runs:
         assert killed.returncode in (0, -signal.SIGKILL), killed
         assert any(same_weights(folder / ORIGINAL, version) for version in versions), folder
@@ -142,7 +142,7 @@ def test_run_killed_while_it_replaces_a_result_leaves_earlier_or_new_model(
 def test_disk_that_fills_at_any_moment_leaves_earlier_result_and_resumes(
     undisturbed, earlier, tmp_path
 ):
-    runs = disturbed(moments.fill, "original", undisturbed, earlier, tmp_path, step=5)
+    runs = disturbed(moments.fill, "original", undisturbed, earlier, tmp_path, step=7)
     failed = []
     for folder, done in runs:
         failed.append(done.returncode != 0)

@@ -25,15 +25,16 @@ ORIGINAL = "resnet18w8_digits_seed1/original_model.pth"
 def three_runs(tmp_path_factory):
     """Folders of an original and a CPU variant: two with seed 1, then one with seed 2.
 
-    The first has interpreters of its own, the others are forks.
+    The first original has an interpreter of its own, the others are forks.
     """
     folder = tmp_path_factory.mktemp("seeds")
     seeds = {"first": 1, "second": 1, "third": 2}
     for runs, seed in seeds.items():
         run = run_script if runs == "first" else run_forked
-        common = [*TINY, *QUIET, "--runs_dir", runs, "--seed", seed, "--num_epochs", 2]
+        common = [*TINY, *QUIET, "--runs_dir", runs, "--seed", seed, "--num_epochs", 1]
         check(run("main_original_model.py", *common, cwd=folder))
-        check(run("main_unlearn_cpu.py", *common, "--unlearn_name", "finetune", cwd=folder))
+        cpu = ["main_unlearn_cpu.py", *common, "--unlearn_name", "finetune"]
+        check(run_forked(*cpu, cwd=folder))
     return [folder / runs / f"resnet18w8_digits_seed{seed}" for runs, seed in seeds.items()]
 
 

@@ -74,7 +74,7 @@ FLAG_MISTAKES = [
     ([*EVALUATE, "--score", "thr,lac"], ["--score", "lac"]),
     ([*EVALUATE, "--resplits", "0"], ["--resplits", "0"]),
     ([*EVALUATE, "--seed", 7], ["seed7"]),
-    ([*EVALUATE, "--model_dir", "some/file.pth"], ["--model_dir"]),
+    ([*EVALUATE, "--model_dir", "some/file.pth"], ["some/file.pth"]),
 ]
 
 
