@@ -1517,6 +1517,8 @@ def run_and_save(train, job, files, *, meta, args):
                 (files.folder / FAILURE_FILE).unlink(missing_ok=True)
             row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
             wandb_run.log_table("run", [row])
+    if distributed.world_size() > 1:
+        dist.barrier()  # the other ranks read the records that the first one has written
     return meta
 
 

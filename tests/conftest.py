@@ -7,7 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; forks need it t
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before timm is imported
 
 import pytest
-from helpers import PIPELINE_EVALUATION, TINY, flags, readme_block, succeed
+from helpers import PIPELINE_EVALUATION, TINY, check, flags, readme_block, run_forked
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,9 @@ def pipeline(tmp_path_factory):
     ``folder`` is where it ran, ``root`` the run folder, ``output`` the CompletedProcess of each
     script.
     """
+    import main_evaluate  # noqa: F401 - forks start faster when everything is imported
+    import main_unlearn_cpu  # noqa: F401
+
     folder = tmp_path_factory.mktemp("pipeline")
     fewer = {
         "main_original_model.py": ["--num_epochs", 6],
@@ -39,5 +42,5 @@ def pipeline(tmp_path_factory):
     assert [script for script, *_ in commands] == list(fewer)
     output = {}
     for script, *arguments in commands:
-        output[script] = succeed(script, *arguments, *TINY, *fewer[script], cwd=folder)
+        output[script] = check(run_forked(script, *arguments, *TINY, *fewer[script], cwd=folder))
     return Namespace(folder=folder, root=folder / "runs/resnet18w8_digits_seed1", output=output)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import runpy
+import socket
 import subprocess
 import sys
 import traceback
@@ -13,7 +14,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from models import distributed
 
 ROOT = Path(__file__).parents[1]
 FAULTS = ROOT / "tests/faults"
@@ -112,8 +116,8 @@ def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None, r
         os.environ.clear()
         os.environ.update(environment)
         with (
-            open(cwd / "stdout.txt", "w", encoding=encoding) as out,
-            open(cwd / "stderr.txt", "w", encoding=encoding) as err,
+            open(cwd / "stdout.txt", "w", buffering=1, encoding=encoding) as out,
+            open(cwd / "stderr.txt", "w", buffering=1, encoding=encoding) as err,
         ):
             try:
                 with (
@@ -142,6 +146,42 @@ def run_forked(script, *arguments, cwd, encoding=None, **options):
     return subprocess.CompletedProcess([script, *arguments], status, *texts)
 
 
+# ---------------------------------------------------------------- two processes
+
+
+def _process(rank, function, folder, port):
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.join_processes(torch.device("cpu"))
+    torch.save(function(), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def run_two_processes(function, folder):
+    """What ``function()`` returns in each of two forks that gloo connects, as torchrun does.
+
+    The results are tensors in lists and dicts, and are saved in ``folder``.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {"nprocs": 2, "start_method": "fork"}
+    torch.multiprocessing.start_processes(_process, (function, folder, port), **options)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+class Shares:
+    """Images of a test that give each process its share of a batch, as ``utils.Images`` do."""
+
+    def __init__(self, images):
+        self.images, self.labels, self.size = images, images.labels, images.size
+
+    def batches(self, batches, augment=None):
+        for indices in batches:
+            yield from self.images.batches([distributed.local_rows(indices)], augment)
+
+
 # ---------------------------------------------------------------- what a script did
 
 
@@ -150,11 +190,6 @@ def check(done):
     output = f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, f"{done.args}\n{output}"
     return done
-
-
-def succeed(script, *arguments, cwd, **options):
-    """:func:`run_script` with an exit status of 0."""
-    return check(run_script(script, *arguments, cwd=cwd, **options))
 
 
 def fails_in_one_line(done, *words):
@@ -172,8 +207,6 @@ def read_json(path):
 
 def read_weights(path):
     """The state_dict of a checkpoint, read by torch.load alone."""
-    import torch
-
     return torch.load(path, weights_only=True)["model"]
 
 

@@ -1,21 +1,15 @@
 """Scripts on image folders: decoded once, with the same weights each time; errors are one line."""
 
-import os
-
 import pytest
-from faults import worker_dies
 from helpers import (
     QUIET,
     TINY,
     check,
     fails_in_one_line,
-    run_forked,
     run_in_process,
     same_weights,
     write_pictures,
 )
-
-import main_original_model  # noqa: F401 - forks start faster when everything is imported
 
 ORIGINAL = ["main_original_model.py", *TINY, *QUIET, "--data_name", "image_folder"]
 ORIGINAL += ["--data_dir", "pictures", "--num_epochs", 1]
@@ -41,11 +35,3 @@ def test_decoded_array_and_any_number_of_workers_give_same_weights(workers, fold
 def test_unreadable_image_is_named_in_one_line(folder):
     (folder / "pictures/test/ant/0004.png").write_text("not a picture")
     fails_in_one_line(run_in_process(*ORIGINAL, cwd=folder), "test/ant/0004.png")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers inherit the fault")
-def test_dead_worker_is_reported_in_one_line(folder):
-    """The kernel kills a worker when memory runs out."""
-    command = [*ORIGINAL, "--image_size", 8, "--workers", 2]
-    done = run_forked(*command, cwd=folder, before=worker_dies.install)
-    fails_in_one_line(done, "--workers")

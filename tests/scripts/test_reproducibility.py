@@ -1,6 +1,7 @@
 """What must not change the weights: a second run, λ = 0, and the compiler."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from helpers import (
     TINY,
     check,
     read_json,
-    read_weights,
     run_forked,
     run_in_process,
     run_script,
@@ -18,32 +18,30 @@ from helpers import (
 
 import main_unlearn_cpu  # noqa: F401 - forks start faster when everything is imported
 
+ORIGINAL = "resnet18w8_digits_seed1/original_model.pth"
+
 
 @pytest.fixture(scope="module")
 def three_runs(tmp_path_factory):
     """Folders of an original and a CPU variant: two with seed 1, then one with seed 2.
 
-    The first has interpreters of its own, the others are forks.
+    The first original has an interpreter of its own, the others are forks.
     """
     folder = tmp_path_factory.mktemp("seeds")
     seeds = {"first": 1, "second": 1, "third": 2}
     for runs, seed in seeds.items():
         run = run_script if runs == "first" else run_forked
-        common = [*TINY, *QUIET, "--runs_dir", runs, "--seed", seed, "--num_epochs", 2]
+        common = [*TINY, *QUIET, "--runs_dir", runs, "--seed", seed, "--num_epochs", 1]
         check(run("main_original_model.py", *common, cwd=folder))
-        check(run("main_unlearn_cpu.py", *common, "--unlearn_name", "finetune", cwd=folder))
+        cpu = ["main_unlearn_cpu.py", *common, "--unlearn_name", "finetune"]
+        check(run_forked(*cpu, cwd=folder))
     return [folder / runs / f"resnet18w8_digits_seed{seed}" for runs, seed in seeds.items()]
 
 
-@pytest.mark.parametrize(
-    "name", ["original_model.pth", "random_0.9/cpu_finetune/unlearning_model.pth"]
-)
-def test_same_seed_gives_same_weights_and_another_seed_others(name, three_runs):
-    first, second, third = (folder / name for folder in three_runs)
-    assert same_weights(first, second) and not same_weights(first, third)
-
-
-def test_another_seed_forgets_other_images(three_runs):
+def test_same_seed_gives_same_weights_and_another_seed_others(three_runs):
+    for name in ("original_model.pth", "random_0.9/cpu_finetune/unlearning_model.pth"):
+        first, second, third = (folder / name for folder in three_runs)
+        assert same_weights(first, second) and not same_weights(first, third)
     name = "random_0.9/cpu_finetune/results.json"
     first, second, third = (read_json(folder / name)["forget_set"] for folder in three_runs)
     assert first == second != third
@@ -64,23 +62,10 @@ def test_lamda_zero_gives_the_weights_of_the_base_method(three_runs, tmp_path):
         assert len(lines) == 2 and all("q_hat" in json.loads(line) for line in lines)
 
 
-def test_compiled_network_gives_same_weights_and_torn_libraries_are_reported(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    common = [*TINY, *QUIET, "--num_epochs", 1, "--batch_size", 400]
+def test_compiled_network_gives_same_weights(tmp_path, monkeypatch):
+    """torch's backend "eager" captures the graphs and compiles no kernels, which takes minutes."""
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
+    common = ["main_original_model.py", *TINY, *QUIET, "--num_epochs", 1, "--batch_size", 400]
     for runs, more in (("plain", []), ("compiled", ["--compile"])):
-        arguments = [*common, *more, "--runs_dir", runs]
-        check(run_forked("main_original_model.py", *arguments, cwd=tmp_path))
-    plain, compiled = (
-        read_weights(tmp_path / runs / "resnet18w8_digits_seed1/original_model.pth")
-        for runs in ("plain", "compiled")
-    )
-    for name, tensor in plain.items():
-        assert torch.allclose(tensor.double(), compiled[name].double(), atol=1e-3), name
-
-    for library in (tmp_path / "cache").rglob("*.so"):
-        library.write_bytes(b"")
-    arguments = [*common, "--compile", "--runs_dir", "torn"]
-    torn = run_forked("main_original_model.py", *arguments, cwd=tmp_path)
-    error = torn.stderr.splitlines()[-1]  # torch may log a missing GPU before
-    assert torn.returncode == 2 and "Traceback" not in torn.stderr
-    assert "error: --compile: " in error and ".so: file too short; leave it out" in error
+        check(run_in_process(*common, *more, "--runs_dir", runs, cwd=tmp_path))
+    assert same_weights(*(tmp_path / runs / ORIGINAL for runs in ("plain", "compiled")))

@@ -133,11 +133,3 @@ def test_dead_process_ends_both_and_two_processes_resume(tmp_path):
     done = check(run_two(*common, "--resume", cwd=tmp_path))
     assert "epoch 2/" not in done.stdout
     assert len((tmp_path / FOLDER / "history.jsonl").read_text().splitlines()) == 30
-
-
-def test_mistake_is_printed_once(tmp_path):
-    done = run_two("main_unlearn.py", *COMMON, "--unlearn_name", "nothing", cwd=tmp_path)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("main_unlearn.py:")]
-    assert len(lines) == 1 and "--unlearn_name nothing" in lines[0]
-    assert not (tmp_path / "runs").exists()

@@ -84,20 +84,6 @@ def test_share_of_the_images_is_flipped_or_gray_and_the_rest_unchanged(change, s
     assert abs(sum(changed) / len(changed) - share) < 0.04
 
 
-def test_draw_equal_to_the_share_leaves_image_unchanged(monkeypatch):
-    """Draws are in [0, 1): draws < p have probability p, but draws <= p have more."""
-    pixels, still = random_pixels(2), replace(PLAIN, crop_padding=0)
-    for spec, share in ((replace(still, flip=True), 0.5), (replace(still, grayscale=0.25), 0.25)):
-        for below in (0.0, 2.0**-20):
-
-            def rand(size, draw=share - below, **options):
-                return torch.full(size, draw)
-
-            monkeypatch.setattr(torch, "rand", rand)
-            made = utils.random_augment(pixels, spec, seeds.generator(1, "test"))
-            assert made.equal(pixels.float()) == (below == 0)
-
-
 def test_augmentation_of_digits_is_pinned(digits):
     """Other draws change every published result."""
     batch = digits.train.batch(torch.arange(64), seeds.generator(1, "augmentation", 1))
@@ -131,21 +117,6 @@ def test_batches_are_normalised_images_of_their_indices():
     assert data.batch(index_batches[2]).equal(actual[2])
 
 
-def test_batch_is_augmented_only_with_a_generator():
-    data, indices = images(), torch.arange(6)
-    made = data.batch(indices, seeds.generator(3, "test"))
-    expected = utils.random_augment(data.pixels[indices], PLAIN, seeds.generator(3, "test"))
-    torch.testing.assert_close(made, normalised(expected))
-    assert not made.equal(data.batch(indices))
-
-
-def test_batches_on_a_cpu_are_augmented_one_after_the_other():
-    data, index_batches = images(), torch.arange(20).split(6)
-    rng, other = seeds.generator(3, "test"), seeds.generator(3, "test")
-    for batch, indices in zip(data.batches(index_batches, rng), index_batches, strict=True):
-        assert batch.equal(data.batch(indices, other))
-
-
 def test_images_are_resized_to_the_input_size_of_the_model():
     data = images(size=13)
     expected = transforms.resize(data.pixels[:3], [13, 13], antialias=True)
@@ -165,19 +136,6 @@ def test_two_processes_get_every_second_image_of_each_batch(as_rank):
         assert all(batch.equal(full[rank::2]) for batch, full in zip(mine, whole, strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_images_beyond_gpu_memory_give_the_batches_of_images_on_the_gpu():
-    device, rng = torch.device("cuda"), seeds.generator
-    data = images(spec=replace(PLAIN, flip=True, grayscale=0.3))
-    data.prepare(device, 8)
-    assert data.pixels.is_cuda and data.labels.is_cuda
-    index_batches = torch.arange(20, device=device).split(6)
-    expected = list(data.batches(index_batches, rng(1, "test", device="cuda")))
-    data.pixels = data.pixels.cpu()
-    actual = list(data.batches(index_batches, rng(1, "test", device="cuda")))
-    assert all(batch.equal(other) for batch, other in zip(actual, expected, strict=True))
-
-
 # ---------------------------------------------------------------- random numbers
 
 
@@ -188,12 +146,12 @@ def test_random_numbers_of_a_seed_and_purpose_are_pinned():
 
 
 def test_another_seed_or_purpose_gives_other_random_numbers():
-    seeds = {
+    derived = {
         derive(seed, purpose)
         for seed in (1, 2, 12)
         for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
     }
-    assert len(seeds) == 15 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
+    assert len(derived) == 15 and all(0 <= seed < 2**63 for seed in derived)
     draw = torch.rand(3, generator=seeds.generator(1, "a"))
     assert draw.equal(torch.rand(3, generator=seeds.generator(1, "a")))
     seeds.seed_everything(1, "a")

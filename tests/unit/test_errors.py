@@ -1,7 +1,4 @@
-"""A mistake gives one line that names the flag or file, exit status 2, and no lost results.
-
-The scripts run in this process. tests/scripts/test_error_messages.py starts interpreters.
-"""
+"""A mistake gives one line that names the flag or file, exit status 2, and no lost results."""
 
 import os
 import shutil
@@ -9,14 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
-    QUIET,
-    TINY,
-    check,
-    fails_in_one_line,
-    read_json,
-    run_in_process,
-)
+from helpers import QUIET, TINY, check, fails_in_one_line, read_json, run_in_process
 
 COMMON = [*TINY, *QUIET]
 ORIGINAL = ["main_original_model.py", *COMMON]
@@ -58,34 +48,25 @@ FLAG_MISTAKES = [
     ([*ORIGINAL, "--learning_rate", "-1"], ["--learning_rate", "-1"]),
     ([*ORIGINAL, "--num_epochs", "many"], ["--num_epochs", "many"]),
     ([*ORIGINAL, "--unknown_flag", 1], ["--unknown_flag"]),
-    ([*ORIGINAL, "--memory_gb", 1], ["--memory_gb"]),
+    ([*ORIGINAL, "--runs_dir="], ["--runs_dir"]),
+    ([*ORIGINAL, "--wandb_mode", "sometimes"], ["--wandb_mode", "sometimes"]),
     ([*UNLEARN, "--label", "a/b"], ["--label", "a/b"]),
     ([*ORIGINAL, "--model_name", "resnet19"], ["--model_name resnet19"]),
     ([*ORIGINAL, "--device", "cuda:99"], ["--device cuda:99", "--device cpu"]),
     ([*ORIGINAL, *IMAGES_NOWHERE], ["nowhere"]),
     (VIT, ["--pretrained_path FILE", "--no_pretrained"]),
     ([*VIT, "--pretrained_path", "w.pth"], ["w.pth"]),
-    ([*UNLEARN, "--retain_ratio", "1.5"], ["--retain_ratio 1.5"]),
     ([*UNLEARN, "--retain_ratio", "0.9999"], ["0 of 797"]),
-    ([*UNLEARN, "--unlearn_type", "list"], ["--forget_list"]),
     ([*UNLEARN, "--unlearn_type", "class", "--forget_class", "ten"], ["--forget_class ten"]),
-    ([*UNLEARN, "--forget_class", "3"], ["--forget_class", "--unlearn_type class"]),
     ([*UNLEARN_ANY, "--unlearn_name", "forget"], ["--unlearn_name forget", "finetune"]),
-    (
-        [*UNLEARN_ANY, "--unlearn_name", "all", "--learning_rate", 0.1],
-        ["--learning_rate"],
-    ),
-    ([*UNLEARN, "--unlearn_type", "subclass"], ["--unlearn_type subclass", "cifar20"]),
+    ([*UNLEARN_ANY, "--unlearn_name", "all", "--learning_rate", 0.1], ["--learning_rate"]),
     ([*UNLEARN, "--msteps", 3], ["--msteps", "scrub", "finetune"]),
     ([*UNLEARN_ANY, "--unlearn_name", "salun", "--mask_path", "no.pth"], ["no.pth"]),
     ([*UNLEARN_ANY, "--unlearn_name", "ssd", "--num_epochs", 3], ["--num_epochs", "ssd"]),
     ([*CPU[:-1], "GA"], ["--unlearn_name GA", "cpu_scrub"]),
     ([*UNLEARN, "--seeds", "1,1"], ["--seeds", "1,1"]),
     ([*UNLEARN, "--num_epochs", 1, "--seeds", "1,9"], ["seed9"]),
-    (
-        [*UNLEARN, "--runs_dir", "empty"],
-        ["original_model.pth", "main_original_model.py"],
-    ),
+    ([*UNLEARN, "--runs_dir", "empty"], ["original_model.pth", "main_original_model.py"]),
     ([*CPU, "--alpha", "0"], ["--alpha", "0"]),
     ([*CPU, "--alpha", "0.005", "--num_epochs", 1], ["--alpha 0.005", "199", "100"]),
     ([*EVALUATE, "--alphas", "0.05,1"], ["--alphas", "1"]),
@@ -93,8 +74,7 @@ FLAG_MISTAKES = [
     ([*EVALUATE, "--score", "thr,lac"], ["--score", "lac"]),
     ([*EVALUATE, "--resplits", "0"], ["--resplits", "0"]),
     ([*EVALUATE, "--seed", 7], ["seed7"]),
-    ([*EVALUATE, "--alpha", "0.05"], ["--alpha"]),
-    ([*EVALUATE, "--model_dir", "some/file.pth"], ["--model_dir"]),
+    ([*EVALUATE, "--model_dir", "some/file.pth"], ["some/file.pth"]),
 ]
 
 
@@ -103,23 +83,6 @@ def test_mistake_in_a_flag_is_reported_in_one_line_and_changes_nothing(command, 
     before = sorted(trained.folder.rglob("*"))
     fails_in_one_line(run_in_process(*command, cwd=trained.folder), *words)
     assert sorted(trained.folder.rglob("*")) == before
-
-
-def test_mistake_in_a_forget_list_names_both_lines(trained, tmp_path):
-    (tmp_path / "twice.txt").write_text("4\n5\n4\n")
-    chosen = ["--unlearn_type", "list", "--forget_list", tmp_path / "twice.txt"]
-    done = run_in_process(*UNLEARN, *chosen, cwd=trained.folder)
-    fails_in_one_line(done, "twice.txt", "line 3", "line 1")
-
-
-@pytest.mark.parametrize("script", ["original_model", "unlearn", "unlearn_cpu", "evaluate"])
-def test_help_shows_groups_and_defaults(script, tmp_path):
-    done = check(run_in_process(f"main_{script}.py", "--help", cwd=tmp_path))
-    text = " ".join(done.stdout.split())
-    assert all(group in text for group in ("model:", "data:"))
-    assert all(f"(default: {default})" in text for default in ("digits", "64"))
-    if script.startswith("unlearn"):
-        assert "finetune epochs: 20" in text and "(default: 0.9)" in text
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -169,13 +132,6 @@ def test_models_of_two_originals_are_not_compared(copy):
     fails_in_one_line(run_in_process(*EVALUATE, cwd=copy.folder), "--overwrite")
 
 
-def test_unlearned_model_is_not_a_mask(trained, tmp_path):
-    path = trained.root / "random_0.9/finetune/unlearning_model.pth"
-    arguments = ["--unlearn_name", "salun", "--mask_path", path, "--runs_dir", tmp_path / "runs"]
-    done = run_in_process(*UNLEARN_ANY, *arguments, "--model_dir", trained.original, cwd=tmp_path)
-    fails_in_one_line(done, "--mask_path")
-
-
 # ---------------------------------------------------------------- earlier results
 
 
@@ -195,12 +151,3 @@ def test_diverging_run_leaves_earlier_files(trained):
     done = run_in_process(*UNLEARN, *arguments, cwd=trained.folder)
     fails_in_one_line(done, "finetune", "1e+09")
     assert {path: path.read_bytes() for path in before} == before
-
-
-def test_read_only_folder_is_named(tmp_path):
-    """Root can write everywhere except to /proc. A folder's mode keeps other users out."""
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    where = "/proc/runs" if os.access(closed, os.W_OK) else closed / "runs"
-    done = run_in_process(*ORIGINAL, "--runs_dir", where, cwd=tmp_path)
-    fails_in_one_line(done, str(where))

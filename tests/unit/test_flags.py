@@ -2,10 +2,8 @@
 
 import sys
 from argparse import ArgumentTypeError, Namespace
-from pathlib import Path
 
 import pytest
-import torch
 from helpers import flags, training_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,31 +38,20 @@ def test_list_is_split_at_commas_and_may_not_repeat_a_value():
 
 
 @pytest.mark.parametrize(
-    "flag", ["--runs_dir", "--data_dir", "--pretrained_path", "--model_dir", "--forget_list"]
+    ("flag", "text"), [("--runs_dir", " "), ("--runs_dir", "~nobody-here/x"), ("--label", "a/b")]
 )
-def test_home_directory_in_a_flag_is_expanded(flag, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
-    for text, expected in [("~/x", "/home/someone/x"), ("./~x", "./~x"), ("x y", "x y")]:
-        args = training_parser().parse_args(["--unlearn_name", "all", f"{flag}={text}"])
-        assert getattr(args, flag[2:]) == expected
+def test_implausible_path_or_label_is_refused(flag, text):
+    with pytest.raises(UserError, match=flag):
+        training_parser().parse_args(["--unlearn_name", "RL", f"{flag}={text}"])
 
 
-@pytest.mark.parametrize("text", ["", "  ", "~nobody-here/x"])
-def test_implausible_path_is_refused(text):
-    with pytest.raises(UserError, match="--runs_dir"):
-        utils.make_parser("").parse_args([f"--runs_dir={text}"])
-
-
-@pytest.mark.parametrize("label", ["RL_0.003", "9", "-a", "a.b-c"])
-def test_label_that_is_a_folder_name_is_accepted(label):
-    args = training_parser().parse_args(["--unlearn_name", "RL", f"--label={label}"])
-    assert args.label == label
-
-
-@pytest.mark.parametrize("label", ["", ".", "..", ".a", "a/b", "a b", "ä", "a\n"])
-def test_label_that_is_no_plain_folder_name_is_refused(label):
-    with pytest.raises(UserError, match="--label"):
-        training_parser().parse_args(["--unlearn_name", "RL", f"--label={label}"])
+def test_mode_of_wandb_comes_from_flag_else_variable(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "OFFLINE")
+    assert utils.make_parser("").parse_args([]).wandb_mode == "offline"
+    assert utils.make_parser("").parse_args(["--wandb_mode", "online"]).wandb_mode == "online"
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="WANDB_MODE"):
+        utils.make_parser("").parse_args([])
 
 
 @pytest.mark.parametrize(
@@ -94,58 +81,14 @@ def test_each_seed_has_its_own_flags_and_split_seed():
     assert utils.split_seed(flags(seed=7, split_seed=0)) == 0
 
 
-@pytest.mark.parametrize(("variable", "mode"), [("OFFLINE", "offline"), ("", None), (None, None)])
-def test_wandb_mode_comes_from_the_variable(variable, mode, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("WANDB_MODE", variable)
-    assert utils.make_parser("").parse_args([]).wandb_mode == mode
-    assert utils.make_parser("").parse_args(["--wandb_mode", "online"]).wandb_mode == "online"
-
-
-def test_unknown_mode_of_wandb_names_the_variable(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "sometimes")
-    with pytest.raises(UserError, match="WANDB_MODE"):
-        utils.make_parser("").parse_args([])
-
-
 # ---------------------------------------------------------------- devices
 
 
-@pytest.mark.parametrize("device", ["xla", "meta", "cuda:99", "CPU", "", "gpu", "cpu:x", "hpu"])
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "", "gpu"])
 def test_missing_device_is_refused_in_one_short_line(device):
     with pytest.raises(UserError, match=f"--device {device}: ") as caught:
         utils.pick_device(Namespace(device=device))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 320
-
-
-@pytest.mark.parametrize(("flag", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
-def test_gpu_is_selected_by_its_number(flag, number, monkeypatch):
-    """torch.cuda.set_device refuses "cuda" without a number."""
-    selected = []
-    gpu = Namespace(device=torch.device("cuda", number))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.empty", lambda size, device: gpu)
-    monkeypatch.setattr("torch.cuda.set_device", selected.append)
-    assert utils.pick_device(Namespace(device=flag)) == torch.device("cuda", number)
-    assert [device.index for device in selected] == [number]
-
-
-def test_automatic_precision_is_fp32_on_a_cpu():
-    device = torch.device("cpu")
-    assert utils.pick_precision(Namespace(precision="auto"), device) == "fp32"
-    assert utils.pick_precision(Namespace(precision="bf16"), device) == "bf16"
-
-
-def test_every_script_imports_utils_before_torch():
-    """utils sets OpenMP's variable, which torch reads when it is imported."""
-    for script in Path(utils.__file__).parent.glob("main_*.py"):
-        lines = script.read_text().splitlines()
-        imports = [line for line in lines if line.startswith(("import ", "from "))]
-        assert imports[0].startswith("import utils"), script
-    lines = Path(utils.__file__).read_text().splitlines()
-    policy = next(number for number, line in enumerate(lines) if "OMP_WAIT_POLICY" in line)
-    assert policy < lines.index("import torch")
 
 
 # ---------------------------------------------------------------- the command of a run

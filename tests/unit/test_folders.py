@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,12 +21,6 @@ def save_picture(path, value=0, side=4, kind="PNG"):
     with open(path, "wb") as file:
         Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(file, kind)
     return path
-
-
-@pytest.fixture(autouse=True)
-def torch_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    return tmp_path / "torch"
 
 
 @pytest.fixture
@@ -98,12 +91,6 @@ def test_names_that_begin_with_a_dot_are_left_out_at_any_depth(name, root):
     assert load(root).fingerprint == fingerprint
 
 
-def test_folder_inside_a_hidden_folder_is_read(root, tmp_path):
-    hidden = tmp_path / ".data/pictures"
-    shutil.copytree(root, hidden)
-    assert load(hidden).fingerprint == load(root).fingerprint
-
-
 def test_images_are_resized_by_the_shorter_side_and_centre_cropped(root):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 31, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(root / "train/ant/0.png")
@@ -113,60 +100,47 @@ def test_images_are_resized_by_the_shorter_side_and_centre_cropped(root):
 
 
 @pytest.mark.parametrize(
-    ("options", "pixels", "size"),
-    [({}, 4, 4), ({"native_side": 6}, 4, 6), ({"image_size": 3, "native_side": 6}, 3, 3)],
+    ("options", "other_side", "pixels", "size"),
+    [
+        ({}, 4, 4, 4),
+        ({"native_side": 6}, 4, 4, 6),
+        ({"image_size": 3, "native_side": 6}, 4, 3, 3),
+        ({}, 5, 64, 64),
+        ({"native_side": 6}, 5, 6, 6),
+    ],
 )
-def test_equal_squares_keep_their_size_unless_image_size_is_given(options, pixels, size, root):
+def test_side_is_image_size_else_that_of_the_images_else_that_of_the_model_or_64(
+    options, other_side, pixels, size, root
+):
+    save_picture(root / "test/bee/1.png", side=other_side)
     data = load(root, **options)
     assert data.train.pixels.shape[-2:] == (pixels, pixels) and data.train.size == size
-
-
-@pytest.mark.parametrize(("options", "side"), [({}, 64), ({"native_side": 6}, 6)])
-def test_images_of_several_sizes_get_the_side_of_the_model_or_64(options, side, root):
-    save_picture(root / "test/bee/1.png", side=5)
-    assert load(root, **options).train.pixels.shape[-2:] == (side, side)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="names of other bytes than UTF-8 need a POSIX system")
-def test_names_that_are_not_utf8_are_escaped(root):
-    try:
-        save_picture(os.fsencode(root) + b"/train/ant/caf\xe9.png")
-    except OSError:
-        pytest.skip("the file system refuses names that are not UTF-8")
-    assert "ant/caf\\xe9.png" in load(root).train.names
 
 
 # ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "word"),
     [
-        (lambda root: shutil.rmtree(root), ["train"]),
-        (lambda root: shutil.rmtree(root / "test"), ["test"]),
-        (lambda root: shutil.rmtree(root / "test/bee"), ["2", "1", "bee"]),
-        (lambda root: (root / "test/bee").rename(root / "test/Bee"), ["bee", "Bee"]),
-        (lambda root: [shutil.rmtree(root / f"{s}/bee") for s in ("train", "test")], ["1"]),
-        (lambda root: [shutil.rmtree(root / f"{s}/bee") for s in ("train", "test")]
-            + [shutil.rmtree(root / f"{s}/ant") for s in ("train", "test")], ["train"]),
-        (lambda root: (shutil.rmtree(root / "train/bee"), (root / "train/bee").mkdir()), ["bee"]),
+        (lambda root: shutil.rmtree(root / "test"), "test"),
+        (lambda root: (root / "test/bee").rename(root / "test/Bee"), "Bee"),
+        (lambda root: (shutil.rmtree(root / "train/bee"), (root / "train/bee").mkdir()), "bee"),
     ],
-)  # fmt: skip
-def test_wrong_layout_is_refused(change, words, root):
+)
+def test_wrong_layout_is_refused(change, word, root):
     change(root)
-    refused(root, "--data_dir", str(root), *words)
+    refused(root, "--data_dir", str(root), word)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("content", [b"", b"<html>", "truncated", "16-bit RGB"])
-def test_file_that_cannot_be_read_is_named(content, workers, root):
+@pytest.mark.parametrize("kind", ["text", "16-bit TIFF"])
+def test_file_that_cannot_be_read_is_named(kind, workers, root):
     path = root / "test/ant/1.png"
-    if content == "truncated":
-        content = path.read_bytes()[:50]
-    elif content == "16-bit RGB":
+    if kind == "text":
+        path.write_text("<html>")
+    else:
         Image.fromarray(np.zeros((4, 4), np.uint16)).save(path, "TIFF")
-        content = path.read_bytes()
-    path.write_bytes(content)
     for number in range(150):
         save_picture(root / f"train/ant/n{number}.png")
     refused(root, str(path), image_size=4, workers=workers)
@@ -181,18 +155,6 @@ def test_file_that_cannot_be_read_is_named(content, workers, root):
 def test_link_that_puts_an_image_in_two_places_is_refused(make, link, target, root):
     make(root / target, root / link)
     refused(root, link, target)
-
-
-def test_loop_of_links_is_refused(root):
-    (root / "train/ant/loop").symlink_to(root / "train/ant")
-    refused(root, "0.png")
-
-
-def test_link_to_an_image_elsewhere_is_read_and_a_broken_one_named(root, tmp_path):
-    (root / "train/ant/9.png").symlink_to(save_picture(tmp_path / "elsewhere/9.png", 77))
-    assert 77 in grey(load(root).train)
-    (root / "train/bee/9.png").symlink_to("nowhere.png")
-    refused(root, "train/bee/9.png")
 
 
 # ---------------------------------------------------------------- the array that is kept
@@ -235,23 +197,6 @@ def test_arrays_of_several_sizes_are_kept_together(root):
     assert load(root, image_size=3).fingerprint == load(root, image_size=5).fingerprint
 
 
-def test_runs_that_start_together_get_the_same_images(root):
-    with ThreadPoolExecutor(4) as pool:
-        loaded = list(pool.map(load, [root] * 8))
-    assert len({data.fingerprint for data in loaded}) == 1 and len(arrays(root)) == 1
-    assert all(data.train.pixels.equal(loaded[0].train.pixels) for data in loaded)
-
-
-def test_read_only_folder_is_decoded_into_the_cache_of_torch(root, torch_home):
-    expected = load(root)
-    shutil.rmtree(root / ".decoded")
-    (root / ".decoded").write_text("a file, so that no folder can be made")
-    data = load(root)
-    assert data.fingerprint == expected.fingerprint
-    assert data.train.pixels.equal(expected.train.pixels)
-    assert len(list(torch_home.rglob("*.npy"))) == 1
-
-
 # ---------------------------------------------------------------- fingerprint
 
 
@@ -268,13 +213,10 @@ def test_fingerprint_ignores_place_time_and_size_of_the_arrays(root, tmp_path):
     "change",
     [
         lambda root: save_picture(root / "train/ant/0.png", 201),
-        lambda root: save_picture(root / "test/bee/1.png", 201),
         lambda root: (root / "train/ant/0.png").rename(root / "train/ant/00.png"),
         lambda root: (root / "train/ant/2.png").rename(root / "train/bee/9.png"),
-        lambda root: (root / "train/ant/2.png").rename(root / "test/ant/2.png"),
         lambda root: swap(root / "train/ant/0.png", root / "train/bee/1.png"),
         lambda root: (root / "test/bee/0.png").unlink(),
-        lambda root: save_picture(root / "train/ant/4.png"),
     ],
 )
 def test_fingerprint_changes_with_bytes_names_and_classes(change, root):

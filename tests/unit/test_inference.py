@@ -1,10 +1,12 @@
 """Logits and features: batch sizes, full memory, modes and classifiers of every kind."""
 
+import sys
+
 import pytest
 import torch
+from helpers import Shares, run_two_processes
 from small import SmallNet, images
 from torch import nn
-from turns import Processes, Shares
 
 from models import inference
 
@@ -75,14 +77,12 @@ def test_features_after_full_memory_equal_those_of_one_attempt(calls, data, monk
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_features_on_several_processes_equal_those_on_one(world, data, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="forks the test process")
+def test_features_on_two_processes_equal_those_on_one(data, tmp_path):
     network = Calls(2)
     expected = inference.compute_features(network, data, INDICES)
-    results = Processes(monkeypatch, world).run(
-        lambda: inference.compute_features(network, Shares(data), INDICES, 2)
-    )
-    for logits, labels, features in results:
+    compute = lambda: inference.compute_features(network, Shares(data), INDICES, 2)  # noqa: E731
+    for logits, labels, features in run_two_processes(compute, tmp_path):
         torch.testing.assert_close(logits, expected[0])
         torch.testing.assert_close(features, expected[2])
         assert labels.equal(data.labels[INDICES])

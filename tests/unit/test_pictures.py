@@ -24,9 +24,7 @@ def gradient_with_glyph():
 
 GREY = gradient_with_glyph()
 COLOURS = np.stack([GREY, np.rot90(GREY), GREY // 64 * 64], axis=-1)
-OPACITY = np.full(
-    (SIDE, SIDE), 255, np.uint8
-)  # but for a transparent and a half transparent column
+OPACITY = np.full((SIDE, SIDE), 255, np.uint8)
 OPACITY[:, 0], OPACITY[:, 1] = 0, 128
 TABLE = np.array([[0, 0, 0], [255, 255, 255], [200, 30, 60], [10, 120, 240]], np.uint8)
 
@@ -114,17 +112,13 @@ FOUR_COLOURS = (b"PLTE", bytes([9] * 3 + [20] * 3 + [30] * 3 + [40] * 3))
 @pytest.mark.parametrize(
     ("depth", "colour_type", "row", "chunks", "wanted"),
     [
-        (1, G, b"\x50", [], [0, 255, 0, 255]),
         (1, G, b"\x50", [(b"tRNS", b"\0\0")], [255, 255, 255, 255]),
-        (2, G, b"\x1b", [], [0, 85, 170, 255]),
         (4, G, b"\x12\x3f", [], [17, 34, 51, 255]),
         (8, G, b"\1\2\3\4", [(b"tRNS", b"\0\3")], [1, 2, 255, 4]),
-        (8, RGB, b"\1\1\1\2\2\2\3\3\3\4\4\4", [(b"tRNS", b"\0\3" * 3)], [1, 2, 255, 4]),
         (16, G, b"\0\0\1\1\x80\x80\xff\xff", [], [0, 1, 128, 255]),
         (16, GA, b"\5\5\xff\xff" + b"\5\5\0\0" * 3, [], [5, 255, 255, 255]),
         (16, RGB, SEVENS_AND_NINES, [], [7, 7, 9, 9]),
         (16, RGBA, b"\3\3\3\3\3\3\xff\xff" * 2 + b"\0" * 16, [], [3, 3, 255, 255]),
-        (2, PALETTE, b"\x1b", [FOUR_COLOURS], [9, 20, 30, 40]),
         (2, PALETTE, b"\x1b", [FOUR_COLOURS, (b"tRNS", b"\xff\0")], [9, 255, 30, 40]),
     ],
 )
@@ -135,12 +129,7 @@ def test_png_of_any_depth_is_read_as_it_looks(depth, colour_type, row, chunks, w
 
 @pytest.mark.parametrize(
     ("depth", "colour_type", "row", "colour"),
-    [
-        (2, G, b"\x1b", b"\0\1"),
-        (4, G, b"\x12\x3f", b"\0\2"),
-        (16, G, b"\0\0\1\1\x80\x80\xff\xff", b"\1\1"),
-        (16, RGB, SEVENS_AND_NINES, b"\7\xff" * 3),
-    ],
+    [(4, G, b"\x12\x3f", b"\0\2"), (16, RGB, SEVENS_AND_NINES, b"\7\xff" * 3)],
 )
 def test_transparent_colour_of_other_than_8_bits_is_refused(depth, colour_type, row, colour):
     """Pillow compares it with pixels that are scaled to 8 bits, and makes others transparent."""
@@ -197,23 +186,6 @@ def test_tiff_without_unsigned_8_bits_is_refused(planes, dtype, byte_order):
         decoded(tiff(planes.astype(dtype), byte_order))
 
 
-def test_16_bit_rgb_tiff_of_interleaved_channels_is_refused():
-    content = tiff(PLANES.astype(np.uint16), t284=[1], t273=[8], t279=[PLANES.size * 2])
-    with pytest.raises(ValueError):
-        decoded(content)
-
-
-def test_12_and_4_bit_tiff_are_refused():
-    for bits in (4, 12):
-        with pytest.raises(ValueError):
-            decoded(tiff(GREY[None], t258=[bits], t256=[SIDE * 8 // bits]))
-
-
-def test_raw_photograph_is_not_read_for_its_thumbnail():
-    with pytest.raises(ValueError):
-        decoded(tiff(GREY[None], t254=[1]))
-
-
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_wide_modes_of_other_formats_are_refused(mode):
     """PGM of 16 bits and PFM, of which Pillow scales the first only."""
@@ -221,25 +193,14 @@ def test_wide_modes_of_other_formats_are_refused(mode):
         decoded(encoded(Image.fromarray(GREY).convert(mode), "PPM"))
 
 
-# ---------------------------------------------------------------- frames and orientation
-
-
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_first_frame_of_an_animation_is_read(kind):
-    others = [Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue")]
-    options = {"save_all": True, "append_images": others}
-    options |= {"lossless": True} if kind == "WEBP" else {}
-    first = palette_picture().convert("RGB")
-    assert np.abs(decoded(encoded(first, kind, **options)) - TABLE[GREY // 64]).max() <= 1
+# ---------------------------------------------------------------- orientation
 
 
 WIDE = np.concatenate([COLOURS[:8], 255 - COLOURS[:8]], axis=1)
 
 
 @pytest.mark.parametrize(
-    ("kind", "upright"),
-    [("PNG", WIDE), ("WEBP", WIDE), ("TIFF", WIDE), ("PNG", WIDE[..., 0].astype(np.uint16) * 257)],
-    ids=["PNG", "WEBP", "TIFF", "16-bit PNG"],
+    ("kind", "upright"), [("TIFF", WIDE), ("PNG", WIDE[..., 0].astype(np.uint16) * 257)]
 )
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_rotated_picture_is_read_upright(orientation, kind, upright):
@@ -249,7 +210,7 @@ def test_rotated_picture_is_read_upright(orientation, kind, upright):
     exif[0x0112] = {6: 8, 8: 6}.get(orientation, orientation)
     stored = Image.fromarray(np.asarray(ImageOps.exif_transpose(picture)))
     exif[0x0112] = orientation
-    content = encoded(stored, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    content = encoded(stored, kind, exif=exif)
     wanted = upright if upright.ndim == 3 else grey_as_rgb(upright // 257)
     assert np.array_equal(decoded(content), wanted)
 
@@ -258,7 +219,7 @@ def test_rotated_picture_is_read_upright(orientation, kind, upright):
 
 
 @pytest.mark.filterwarnings("ignore:::PIL")
-@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
 def test_truncated_picture_is_an_error_unless_all_pixels_are_present(kind):
     content = encoded(palette_picture().convert("RGB"), kind)
     whole, num_refused = decoded(content), 0
@@ -268,9 +229,3 @@ def test_truncated_picture_is_an_error_unless_all_pixels_are_present(kind):
         except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, TypeError):
             num_refused += 1
     assert num_refused > 0.7 * len(content) / 9
-
-
-def test_picture_too_large_for_pillow_is_an_error(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(Image.DecompressionBombError):
-        decoded(encoded(Image.fromarray(COLOURS)))

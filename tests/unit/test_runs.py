@@ -10,7 +10,6 @@ from helpers import (
     QUIET,
     TINY,
     check,
-    fails_in_one_line,
     flags,
     read_json,
     read_weights,
@@ -36,9 +35,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     original = ["main_original_model.py", *COMMON, "--num_epochs", 1, "--seeds", "1,2"]
     check(run_in_process(*original, cwd=folder))
-    done = check(unlearn(folder, "--unlearn_name", "finetune", "ssd", "--num_epochs", 1))
-    cpu = ["main_unlearn_cpu.py", *COMMON, "--unlearn_name", "finetune", "--num_epochs", 1]
-    check(run_in_process(*cpu, "--alpha", 0.3, "--lamda", 0.4, "--delta", 0.02, cwd=folder))
+    done = check(unlearn(folder, "--unlearn_name", "finetune", "GA", "--num_epochs", 1))
     root = folder / RUN_FOLDER
     return SimpleNamespace(
         folder=folder, root=root, output=done.stdout, finetune=root / "random_0.9/finetune"
@@ -91,19 +88,11 @@ def test_original_is_trained_on_all_images_and_differs_between_seeds(trained, di
     assert not same_weights(path, other)
 
 
-def test_identity_of_conformal_variant_has_alpha_delta_and_lamda(trained):
-    identity = read_json(trained.root / "random_0.9/cpu_finetune/results.json")["identity"]
-    assert (identity["alpha"], identity["delta"], identity["lamda"]) == (0.3, 0.02, 0.4)
-    plain = read_json(trained.finetune / "results.json")["identity"]
-    assert not {"alpha", "delta", "lamda"} & plain.keys()
-
-
 def test_printed_table_has_a_row_for_every_method(trained):
     record = read_json(trained.finetune / "results.json")
-    finetune, ssd = (line.split() for line in trained.output.splitlines()[-2:])
+    finetune, ascent = (line.split() for line in trained.output.splitlines()[-2:])
     accuracies = [f"{100 * record['accuracies'][key]:.1f}" for key in ("retain", "forget", "test")]
-    assert finetune[0] == "finetune" and finetune[3:6] == accuracies
-    assert ssd[:3] == ["ssd", "–", "–"]
+    assert finetune[0] == "finetune" and finetune[3:6] == accuracies and ascent[0] == "GA"
 
 
 def test_finished_run_is_not_repeated(trained):
@@ -115,21 +104,13 @@ def test_finished_run_is_not_repeated(trained):
     assert path.stat().st_mtime_ns == before
 
 
-def test_overwritten_run_with_the_same_seed_has_the_same_weights(trained, original):
-    for more in ([], ["--overwrite"]):
-        finetune = ["--unlearn_name", "finetune", "--num_epochs", 1]
-        assert "epoch 1/1" in check(unlearn(original, *finetune, *more)).stdout
-        copy = original / RUN_FOLDER / "random_0.9/finetune/unlearning_model.pth"
-        assert same_weights(copy, trained.finetune / "unlearning_model.pth")
-
-
 def test_several_seeds_share_one_row_of_means(trained):
-    seeds = ["--unlearn_name", "ssd", "--seeds", "1,2"]
+    seeds = ["--unlearn_name", "GA", "--num_epochs", 1, "--seeds", "1,2"]
     done = check(unlearn(trained.folder, *seeds))
-    paths = trained.folder.glob("runs/*_seed[12]/random_0.9/ssd/results.json")
+    paths = trained.folder.glob("runs/*_seed[12]/random_0.9/GA/results.json")
     accuracies = [read_json(path)["accuracies"]["test"] for path in paths]
     row = done.stdout.splitlines()[-1]
-    assert len(accuracies) == 2 and row.split()[0] == "ssd"
+    assert len(accuracies) == 2 and row.split()[0] == "GA"
     assert f"{50 * sum(accuracies):.1f}±" in row
 
 
@@ -143,10 +124,3 @@ def test_failed_method_is_a_row_and_the_other_methods_still_run(original, monkey
     assert not (root / "retrain/unlearning_model.pth").exists()
     rows = [line.split()[0] for line in done.stdout.splitlines()[-2:]]
     assert rows == ["retrain", "finetune"]
-
-
-def test_label_names_the_folder_and_may_not_be_another_method(original):
-    labelled = ["--unlearn_name", "ssd", "--label", "ssd_twice"]
-    check(unlearn(original, *labelled))
-    assert (original / RUN_FOLDER / "random_0.9/ssd_twice/unlearning_model.pth").exists()
-    fails_in_one_line(unlearn(original, *labelled[:3], "RL"), "--label", "RL")

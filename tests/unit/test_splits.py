@@ -67,13 +67,6 @@ def test_split_without_a_scenario_forgets_nothing():
     assert split.folder == "" and split.forget_classes == ()
 
 
-def test_fingerprint_of_the_forget_set_ignores_its_order():
-    split = utils.make_split(labelled(), RANDOM)
-    shuffled = replace(split, forget=split.forget.flip(0))
-    assert shuffled.fingerprint == split.fingerprint and len(split.fingerprint) == 16
-    assert replace(split, forget=split.forget[1:]).fingerprint != split.fingerprint
-
-
 @given(
     train=st.integers(4, 60),
     held_out=st.integers(12, 80),
@@ -138,8 +131,9 @@ def test_calibration_size_leaves_at_least_one_test_image():
 # ---------------------------------------------------------------- classes
 
 
-@pytest.mark.parametrize("seed", [1, 5])
-@pytest.mark.parametrize(("kind", "number"), [("class", 2), ("class", 0), ("subclass", 5)])
+@pytest.mark.parametrize(
+    ("kind", "number", "seed"), [("class", 2, 1), ("class", 0, 5), ("subclass", 5, 1)]
+)
 def test_class_forgetting_excludes_its_held_out_images_from_test_set(kind, number, seed):
     data = labelled(subclasses=8)
     name = f"{'class' if kind == 'class' else 'fine'} {number}"
@@ -168,24 +162,8 @@ def test_several_classes_are_forgotten_together(kind):
     chosen = torch.isin(groups, torch.tensor([1, 3]))
     assert split.forget.equal(chosen.nonzero().flatten())
     assert split.forget_classes == (1, 3) and split.folder == f"{kind}_1_3"
-    assert split.forget_name.startswith(f"{kind}es {word} 1, {word} 3")
+    assert f"{word} 1, {word} 3" in split.forget_name
     assert f"{chosen.sum()} of 40" in split.describe()
-    assert kind == "class" or "of classes class 1, class 3" in split.forget_name
-
-
-def test_folder_of_many_classes_has_a_short_name():
-    data = labelled(400, 800, classes=100)
-
-    def folder(numbers):
-        chosen = ",".join(map(str, numbers))
-        return utils.make_split(data, Scenario("class", forget_class=chosen)).folder
-
-    assert folder(range(8)) == "class_0_1_2_3_4_5_6_7"
-    assert folder(range(17)).endswith("_15_16")  # 40 characters
-    assert folder(range(18)).startswith("class_18_classes_")
-    many = [folder(range(60)), folder(range(1, 61)), folder(reversed(range(60)))]
-    assert many[0] == many[2] != many[1] and all(len(name) < 60 for name in many)
-    assert all(name.startswith("class_60_classes_") for name in many)
 
 
 @pytest.mark.parametrize(("kind", "count"), [("class", 4), ("subclass", 8)])
@@ -209,16 +187,12 @@ PETS = ["ant", "cat", "dog"]
     [
         ("cat", PETS, (1,)),
         ("1", PETS, (1,)),
-        (" cat ", PETS, (1,)),
         ("dog, cat", PETS, (1, 2)),
-        ("2,0,2", PETS, (0, 2)),
-        ("dog,0", PETS, (0, 2)),
+        ("2,dog,0", PETS, (0, 2)),
         ("cat,dog", ["cat", "cat,dog", "dog"], (1,)),
         ("cat,dog,cat", ["cat", "cat,dog", "dog"], (0, 2)),
-        ("10", PADDED, (9,)),
         ("10,02", PADDED, (1, 9)),
         ("2", ["2", "5", "9"], (0,)),
-        ("3", list("0123456789"), (3,)),
     ],
 )
 def test_class_name_takes_precedence_over_class_number(text, classes, numbers):
@@ -231,14 +205,10 @@ def test_class_name_takes_precedence_over_class_number(text, classes, numbers):
     ("text", "classes"),
     [
         ("1", PADDED),
-        ("1", ["2", "5", "9"]),
         ("1", ["0", "cat", "dog"]),
-        ("007", ["7", "8"]),
         ("Cat", PETS),
         ("3", PETS),
         ("-1", PETS),
-        ("\u00b2", PETS),
-        ("", PETS),
         ("cat,", PETS),
         ("cat,dgo", PETS),
     ],
@@ -253,13 +223,6 @@ def test_unknown_or_ambiguous_class_is_refused(text, classes):
 # ---------------------------------------------------------------- scenarios
 
 
-def test_suffix_ends_the_folder_name_only():
-    data = labelled()
-    plain, other = (utils.make_split(data, Scenario("random", suffix=s)) for s in ("", "_split3"))
-    assert other.folder == plain.folder + "_split3" == "random_0.9_split3"
-    assert other.fingerprint == plain.fingerprint and other.test.equal(plain.test)
-
-
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [
@@ -267,7 +230,6 @@ def test_suffix_ends_the_folder_name_only():
         (Scenario("random", 0.0), "--retain_ratio 0.0"),
         (Scenario("random", 0.99), "random .* 0 of 40"),
         (Scenario("random", 0.01), "random .* 40 of 40"),
-        (Scenario("random", forget_list="a.txt"), "random --forget_list"),
         (Scenario("class", forget_list="a.txt"), "class --forget_list"),
         (Scenario("random", forget_class="0"), "--forget_class .* random"),
         (Scenario("list", forget_list="a.txt", forget_class="0"), "--forget_class .* list"),
@@ -278,18 +240,3 @@ def test_suffix_ends_the_folder_name_only():
 def test_impossible_scenario_is_refused(scenario, words):
     with pytest.raises(utils.UserError, match=words):
         utils.make_split(labelled(), scenario)
-
-
-@pytest.mark.parametrize(("name", "count"), [("class 1", 40), ("class 2", 0)])
-def test_class_of_all_or_no_training_images_is_refused(name, count):
-    data = labelled()
-    data.train.labels = torch.ones(40, dtype=torch.int64)
-    with pytest.raises(utils.UserError, match=f"--unlearn_type class .*: {count} of 40"):
-        utils.make_split(data, Scenario("class", forget_class=name))
-
-
-def test_class_forgetting_without_retained_test_images_is_refused():
-    data = labelled()
-    data.held_out.labels = torch.ones(120, dtype=torch.int64)
-    with pytest.raises(utils.UserError, match="--unlearn_type class .* 84 test images"):
-        utils.make_split(data, Scenario("class", forget_class="1"))

@@ -88,12 +88,12 @@ def test_numbers_tables_and_pictures_are_logged_in_this_order(install, tmp_path,
 @pytest.mark.parametrize(
     ("flag", "saved", "logged_in", "expected"),
     [
-        ("offline", "online", True, "offline"),
-        ("online", "offline", True, "online"),
-        ("online", "online", False, "offline"),
-        (None, "offline", True, "offline"),
-        (None, "online", True, "online"),
-        (None, "online", False, "offline"),
+        ("online", "offline", True, ["online"]),
+        ("online", "online", False, ["offline"]),
+        (None, "offline", True, ["offline"]),
+        (None, "online", True, ["online"]),
+        ("disabled", "online", True, []),
+        (None, "disabled", True, []),
     ],
 )
 def test_wandb_mode_comes_from_flag_then_settings_then_login(
@@ -101,7 +101,14 @@ def test_wandb_mode_comes_from_flag_then_settings_then_login(
 ):
     wandb = install(mode=saved, logged_in=logged_in)
     run(tmp_path, flag)
-    assert wandb.calls[0][1]["mode"] == expected
+    assert [options["mode"] for name, options in wandb.calls if name == "init"] == expected
+
+
+def test_only_the_first_rank_logs(install, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    wandb = install()
+    run(tmp_path)
+    assert not wandb.calls
 
 
 def test_names_and_folder_of_wandb_take_precedence(install, tmp_path, monkeypatch):
@@ -121,15 +128,6 @@ def test_only_the_first_run_of_a_process_has_the_run_id_of_a_sweep(install, tmp_
     assert ids[0] is None and None not in ids[1:] and ids[1] != ids[2]  # None is WANDB_RUN_ID
 
 
-@pytest.mark.parametrize("way", ["flag", "settings", "rank"])
-def test_disabled_wandb_is_not_called(way, install, tmp_path, monkeypatch, capsys):
-    wandb = install(mode="disabled" if way == "settings" else "online")
-    if way == "rank":
-        monkeypatch.setattr(distributed, "rank", lambda: 1)
-    run(tmp_path / "runs", "disabled" if way == "flag" else None)
-    assert not wandb.calls and not capsys.readouterr().out and not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
 def test_failing_wandb_is_reported_once_per_run(moment, install, tmp_path, capsys):
     wandb = install(fails={moment: OSError("gone\nmore")})
@@ -144,5 +142,4 @@ def test_failing_wandb_is_reported_once_per_run(moment, install, tmp_path, capsy
 def test_missing_wandb_is_reported_and_the_run_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # the import fails
     run(tmp_path)
-    output = capsys.readouterr().out
-    assert output.count("\n") == 1 and "wandb: " in output
+    assert capsys.readouterr().out.count("\n") == 1

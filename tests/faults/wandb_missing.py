@@ -1,7 +1,0 @@
-"""wandb is not installed."""
-
-import sys
-
-
-def install():
-    sys.modules["wandb"] = None
