@@ -95,7 +95,7 @@ def parse_flags():
     add("--resplits", type=utils.number(int, 1), default=100, help=f"number of {resplits}")
     relearn = "train each model for K steps, and measure relearning of the forget images"
     add("--relearn", type=utils.number(int, 0), default=0, metavar="K", help=relearn)
-    sources = utils.list_of(utils.one_of(figures.RELEARNED))
+    sources = utils.list_of(str, figures.RELEARNED)
     kinds = (
         "comma-separated images for --relearn: forget (a tenth of the forget images; the others "
     )
@@ -105,7 +105,7 @@ def parse_flags():
     add("--columns", choices=["short", "all"], default="short", help=columns)
     add("--no_pictures", action="store_true", help="write no figures and no report.html")
     score = f"comma-separated non-conformity scores: {', '.join(scores.NAMES)}"
-    add("--score", type=utils.list_of(utils.one_of(scores.NAMES)), default="thr", help=score)
+    add("--score", type=utils.list_of(str, scores.NAMES), default="thr", help=score)
     return parser.parse_args()
 
 
@@ -631,8 +631,7 @@ def failures(folder, fingerprint):
     return {
         path.name: records[path].get("error")
         for path in sorted(records, key=lambda path: position(path.name))
-        if records[path].get("forget_set") == fingerprint
-        and not (path / utils.MODEL_FILE).exists()
+        if records[path].get("forget_set") == fingerprint and not (path / utils.MODEL_FILE).exists()
     }
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Every script imports this module first, because this setting must precede the import of torch.
-# OpenMP's idle threads spin by default. On a busy machine they take the cores from the thread that
-# they wait for. With no spin at all, training on an idle machine would be 20 % slower.
+# Before the import of torch: idle threads of OpenMP spin, and on a busy machine take the cores from
+# the thread that they wait for. With no spin at all, an idle machine would be 20 % slower.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -18,8 +17,6 @@ import json
 import math
 import pickle
 import platform
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -56,9 +53,8 @@ from models.training import Diverged, Progress, Recipe, weights_are_finite
 def run_script(main):
     """Run a script's ``main`` and exit with its status.
 
-    A UserError is one line on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP raise
-    KeyboardInterrupt, whose message is printed; status 130. A closed output pipe gives 141. Under
-    torchrun only the first process prints.
+    A UserError or OSError is one line on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP raise
+    KeyboardInterrupt; status 130. A closed output pipe gives 141.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs do
@@ -119,34 +115,17 @@ def number(kind, minimum=-math.inf, maximum=math.inf, *, exclusive=False):
     return number
 
 
-def list_of(parse_item):
-    """An argparse type: comma-separated values without duplicates."""
+def list_of(parse_item, choices=None):
+    """An argparse type: comma-separated values without duplicates, all of them in ``choices``."""
 
     def parse(text):
         items = [parse_item(item.strip()) for item in text.split(",") if item.strip()]
-        if not items or len(set(items)) < len(items):
-            raise argparse.ArgumentTypeError(f"{text!r} is empty or names a value twice")
+        if not items or len(set(items)) < len(items) or not set(items) <= set(choices or items):
+            expected = f"different values of {', '.join(choices or ['this kind'])}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {expected}")
         return items
 
     return parse
-
-
-def one_of(names):
-    """An argparse type: one of ``names``."""
-
-    def parse(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(names)}")
-        return text
-
-    return parse
-
-
-def _label(text):
-    """An argparse type: a plain folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: only letters, digits, '.', '_' and '-'")
-    return text
 
 
 expand_path = os.path.expanduser  # an argparse type: shells leave the ~ in --flag=~/x
@@ -205,29 +184,20 @@ def add_training_flags(parser, defaults):
     add("--save_every", type=number(float, 0), **seconds)
 
 
-def describe_recipes():
-    """Epochs and learning rate of each data set, for --help."""
-    recipes = [f"{spec.num_epochs} epochs at {spec.learning_rate:g}" for spec in SPECS.values()]
-    return "\n".join(f"  {name:16}  {recipe}" for name, recipe in zip(SPECS, recipes, strict=True))
-
-
 def add_scenario_flags(parser, methods, model_dir, *, label=False):
     """Flags that define what is forgotten and with which methods. ``label`` adds ``--label``."""
     add = parser.add_argument_group("unlearning").add_argument
     names = {"metavar": "METHOD", "help": f"one or more of {methods}, or all"}
     add("--unlearn_name", nargs="+", required=True, **names)
     if label:
-        add("--label", type=_label, help="folder and row of the run; default: the method's name")
+        add("--label", help="folder and row of the run; default: the method's name")
     add("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
     add("--retain_ratio", type=float, default=0.9, help="random: fraction of images to retain")
     classes = "class, subclass: names or numbers, e.g. 3 or cat,dog; default: drawn from the seed"
     add("--forget_class", help=classes)
     add("--forget_list", type=expand_path, help="list: file of training indices or image names")
-    path = {
-        "default": model_dir,
-        "help": "a name in the implied run folder, or a path with a slash",
-    }
-    add("--model_dir", type=expand_path, **path)
+    path = "model file: a name in the implied run folder, or a path with a slash"
+    add("--model_dir", type=expand_path, default=model_dir, help=path)
 
 
 def method_names(items, known, prefix=""):
@@ -236,15 +206,11 @@ def method_names(items, known, prefix=""):
     A name that is unknown is tried with ``prefix``. Raises UserError for unknown names.
     """
     names = [name for name in ",".join(items).split(",") if name]
-    if "all" in names:
-        return list(known)
+    names = list(known) if "all" in names else names
     names = list(dict.fromkeys(name if name in known else prefix + name for name in names))
     if not names or not set(names) <= set(known):
         raise UserError(f"--unlearn_name {' '.join(items)}: choose from {', '.join(known)}, or all")
     return names
-
-
-# ---------------------------------------------------------------- seeds and device
 
 
 def each_seed(args):
@@ -259,10 +225,7 @@ def split_seed(args):
 
 
 def pick_device(args):
-    """The device of ``--device``, prepared for ``--precision``. Joins the ranks under torchrun.
-
-    Raises UserError for a device that does not exist.
-    """
+    """The device of ``--device``, prepared for ``--precision``. Joins the ranks under torchrun."""
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,8 +236,7 @@ def pick_device(args):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("not one of cpu, cuda and mps")
     except Exception as error:  # each backend raises its own kind
-        reason = first_line(error)[:200]
-        raise UserError(f"--device {name}: {reason}; use --device cpu or auto") from error
+        raise UserError(f"--device {name}: {first_line(error)[:200]}; try --device cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         tf32 = getattr(args, "precision", None) == "tf32"
@@ -357,9 +319,9 @@ def load_data(
 ):
     """The data set ``name``, a key of SPECS, in ``folder``; its tensors are on ``device``.
 
-    Batches have ``image_size`` pixels per side, else ``native_side`` (what the model was made for,
-    None if it takes any), else as many as the images. ``workers`` processes decode image files.
-    Raises UserError for data that is missing, unreadable or not of ``num_classes`` classes.
+    Batches have ``image_size`` pixels per side, else ``native_side`` (of the network), else as many
+    as the images. ``workers`` processes decode image files. Raises UserError for data that is
+    missing, unreadable or not of ``num_classes`` classes.
     """
     loaders = {
         "digits": _load_digits,
@@ -425,14 +387,17 @@ def _load_tiny_imagenet(folder, workers):
         with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as part:
             download_and_extract_archive(TINY_IMAGENET_URL, folder, part, md5=TINY_IMAGENET_MD5)
             (Path(part) / root.name).rename(root)
+
+    def read_table(file):
+        lines = (root / file).read_text("utf-8").splitlines()
+        return dict(line.split("\t")[:2] for line in sorted(lines))
+
     wnids, train = _list_folder(root, "train", ending=".JPEG")
-    held_out = []
-    for line in sorted((root / "val/val_annotations.txt").read_text("utf-8").splitlines()):
-        file, wnid = line.split("\t")[:2]
-        path = f"val/images/{file}"
-        held_out.append(Sample(str(root / path), path, wnids.index(wnid)))
-    lines = (root / "words.txt").read_text("utf-8").splitlines()
-    words = dict(line.split("\t")[:2] for line in lines)
+    held_out = [
+        Sample(str(root / f"val/images/{file}"), f"val/images/{file}", wnids.index(wnid))
+        for file, wnid in read_table("val/val_annotations.txt").items()
+    ]
+    words = read_table("words.txt")
     names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     classes = [  # two are "crane"
         name if names.count(name) == 1 else f"{name} ({wnid})"
@@ -440,9 +405,6 @@ def _load_tiny_imagenet(folder, workers):
     ]
     options = {"side": 64, "workers": workers}
     return _read_pictures(root, train, held_out, classes, tag="tiny_imagenet", **options)
-
-
-# ---------------------------------------------------------------- batches of images
 
 
 @dataclass
@@ -565,8 +527,8 @@ def _load_image_folder(root, image_size, default_side, workers):
         reason = f"train/ has {len(classes)} classes, test/ {len(test_classes)} ({differing})"
         raise ValueError(f"{reason}, not the same two or more")
     tag = f"image_folder-{printable(Path(root).resolve().name)}".replace("\\", "-")
-    options = {"side": image_size, "default_side": default_side, "workers": workers}
-    return _read_pictures(root, train, held_out, list(map(printable, classes)), tag=tag, **options)
+    options = {"tag": tag, "side": image_size, "default_side": default_side, "workers": workers}
+    return _read_pictures(root, train, held_out, [*map(printable, classes)], **options)
 
 
 def _list_folder(root, subset, ending=""):
@@ -588,8 +550,7 @@ def _read_pictures(root, train, held_out, classes, *, tag, side, workers, defaul
 
     Without ``side``, it is that of the images if all are squares of one size, else
     ``default_side``. Arrays are in ``root``/.decoded, or in torch's cache folder if ``root`` is
-    read-only. Their key covers every file's name, class, size and modification time (ns), so a
-    change that preserves size and time is not noticed. The file name ends in the fingerprint.
+    read-only. A change that preserves a file's name, size and modification time is not noticed.
     """
     samples = train + held_out
     key, folder = _files_key(samples), Path(root, ".decoded")
@@ -624,14 +585,13 @@ def _files_key(samples):
 
 def _common_side(samples):
     """The side length in pixels of images that are all squares of one size, else None."""
-    sizes = set()
+    sides = set()
     for sample in samples:
         with Image.open(sample.path) as image:
-            sizes.add(image.size)
-        if len(sizes) > 1:
+            sides.update(image.size)
+        if len(sides) > 1:
             return None
-    width, height = sizes.pop()
-    return width if width == height else None
+    return sides.pop()
 
 
 def _decode_files(samples, side, workers, prefix):
@@ -681,25 +641,15 @@ def decode_image(file):
     have 8 bits per channel, and one of Pillow's errors for a file that it cannot read.
     """
     image = Image.open(file)
-    is_png, tags = image.format == "PNG", getattr(image, "tag_v2", {})
-    if (
-        image.mode not in EIGHT_BIT_MODES | ({"I", "I;16"} if is_png else set())
-        # TIFF with 16 or signed bits, and a raw photograph's thumbnail. The tags: BitsPerSample,
-        # SampleFormat (1 is unsigned), NewSubfileType. Pillow may open these as if they had 8 bits.
-        or not set(tags.get(258, (8,))) <= {1, 8}
-        or set(tags.get(339, (1,))) != {1}
-        or tags.get(254, 0) & 1
-        # Pillow does not scale the transparent color of a PNG with 2, 4 or 16 bits.
-        or (
-            is_png
-            and image.mode != "P"
-            and ";" in image.tile[0][3]
-            and "transparency" in image.info
-        )
-    ):
+    is_grey_16 = image.format == "PNG" and image.mode in ("I", "I;16")
+    # TIFF tags 258 and 339: bits per sample, and its format (1 is unsigned). Pillow opens some
+    # files of 16 or of signed bits as if they had 8.
+    tags = getattr(image, "tag_v2", {})
+    is_plain = set(tags.get(258, (8,))) <= {1, 8} and set(tags.get(339, (1,))) == {1}
+    if not is_plain or not (is_grey_16 or image.mode in EIGHT_BIT_MODES):
         raise ValueError(f"{image.format} of mode {image.mode} without plain 8 bits per channel")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
+    if is_grey_16:
         grey = (np.asarray(image).astype(np.int64) * 255 + 32767) // 65535  # rounded
         image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
@@ -750,9 +700,8 @@ class Split:
 
     def describe(self):
         """What is forgotten, by name and count, with the scenario's folder and the fingerprint."""
-        count, total = len(self.forget), len(self.forget) + len(self.retain)
-        place = f"({self.folder}, {self.fingerprint})"
-        return f"{self.forget_name}: {count} of {total} training images {place}"
+        counts = f"{len(self.forget)} of {len(self.forget) + len(self.retain)} training images"
+        return f"{self.forget_name}: {counts} ({self.folder}, {self.fingerprint})"
 
     @property
     def fingerprint(self):
@@ -765,6 +714,7 @@ def _hash_indices(indices):
 
 
 def default_cal_size(data):
+    """A fifth of the held-out images, at most 2,000."""
     return min(2000, max(1, len(data.held_out) // 5))
 
 
@@ -857,10 +807,10 @@ def _make_forget_set(data, scenario):
 
 
 def _class_numbers(scenario, names):
-    """The positions of --forget_class among the class names, in ascending order.
+    """The positions of --forget_class among the class names, ascending; default: one is drawn.
 
-    Items are separated by commas, and are names, or positions from 0 unless some name is a number:
-    there, a position could be another class. Without the flag, one is drawn from the split seed.
+    Items between commas are names, or positions from 0 unless some name is a number: there, a
+    position could be another class.
     """
     if scenario.forget_class is None:
         return (int(permutation(scenario.split_seed, "forget class", len(names))[0]),)
@@ -899,9 +849,6 @@ def read_forget_list(path, data):
             raise UserError(f"{flag}, line {number}: {printable(entry)}: {reason}")
         line_of[index] = number
     return np.array(list(line_of), dtype=np.int64)
-
-
-# ---------------------------------------------------------------- from flags to values
 
 
 def scenario_of(args):
@@ -944,8 +891,8 @@ def describe_run(args, data, device):
 
 # ---------------------------------------------------------------- run folders
 
-UNFINISHED = ".unfinished"
-RESUME_FILE = "resume.pth"
+MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
+UNFINISHED, RESUME_FILE = ".unfinished", "resume.pth"
 
 
 def model_tag(args):
@@ -984,8 +931,8 @@ def locate(model_dir, folder):
 def unfinished_folder(folder):
     """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
-    Files of an interrupted run are removed, except the resume checkpoint. Raises UserError if
-    another run is writing there. Ranks other than 0 check, create and remove nothing.
+    Files of an interrupted run are removed, except the resume checkpoint, by rank 0. Raises
+    UserError if another run is writing there.
     """
     unfinished = folder / UNFINISHED
     if distributed.rank():
@@ -1008,34 +955,27 @@ def unfinished_folder(folder):
 
 def _remove_files(unfinished):
     """Remove everything but the resume checkpoint, and the folder if it is then empty."""
-    for path in unfinished.glob("*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != RESUME_FILE:
-            path.unlink()
-    with suppress(OSError):
-        unfinished.rmdir()
+    for path in sorted(unfinished.rglob("*"), reverse=True) + [unfinished]:  # files before folders
+        with suppress(OSError):
+            if path.name != RESUME_FILE:
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def move_up(unfinished, last=None):
     """Move all files of an :func:`unfinished_folder` to its parent, those named ``last`` last.
 
-    Existing files are replaced. The resume checkpoint is removed afterwards: a run killed before
-    the last move can be resumed, and one killed after it leaves a checkpoint that nothing reads.
-    Only the first process moves files.
+    Existing files are replaced by rank 0. The resume checkpoint is removed afterwards: a run killed
+    before the last move can be resumed.
     """
     if distributed.rank():
         return
-    state = unfinished / RESUME_FILE
-    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file() and path != state]
+    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
     for path in sorted(files, key=lambda path: path.name == last):
         target = unfinished.parent / path.relative_to(unfinished)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    state.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- records
+        if path.name != RESUME_FILE:
+            os.replace(path, target)
+    (unfinished / RESUME_FILE).unlink(missing_ok=True)
 
 
 def save_json(path, content):
@@ -1065,9 +1005,8 @@ def save_bytes(path, content):
 class WandbRun:
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
-    ``mode`` is online, offline, disabled, or None: that of ``wandb offline`` or ``wandb disabled``,
-    else online if logged in, else offline. If wandb is missing or fails, a line is printed and the
-    run continues without it. Only the first process logs.
+    ``mode`` None is that of wandb's settings, else online if logged in, else offline. If wandb is
+    missing or fails, a line is printed and the run continues without it. Only rank 0 logs.
     """
 
     def __init__(self, folder, name, config, mode=None):
@@ -1112,13 +1051,13 @@ class WandbRun:
         options = {"silent": True, "console": "off", "init_timeout": 30}
         settings = wandb.setup(settings=wandb.Settings(**options)).settings
         mode = mode or settings.mode
-        if mode == "disabled":
-            self._active = False
+        folder, self._active = Path(os.environ.get("WANDB_DIR", self._folder)), mode != "disabled"
+        if not self._active:
             return
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
-            print(f"wandb: logging offline; upload: wandb sync {self._folder}/wandb/offline-run-*")
-        self._folder.mkdir(parents=True, exist_ok=True)
+            print(f"wandb: logging offline; upload: wandb sync {folder}/wandb/offline-run-*")
+        folder.mkdir(parents=True, exist_ok=True)
         self._wandb, self._run = (
             wandb,
             wandb.init(
@@ -1126,14 +1065,14 @@ class WandbRun:
                 name=settings.run_name or name,
                 group=settings.run_group or self._folder.parent.name,
                 config=config,
-                dir=os.environ.get("WANDB_DIR", self._folder),
+                dir=folder,
                 mode=mode,
                 reinit="finish_previous",
             ),
         )
 
 
-# ---------------------------------------------------------------- several runs in parallel
+# ---------------------------------------------------------------- runs
 
 
 def command_line(parser, args, **changes):
@@ -1154,8 +1093,8 @@ def command_line(parser, args, **changes):
 def run_commands(commands, jobs, titles=None):
     """Run commands (lists of words), ``jobs`` at a time. → their exit statuses, in order.
 
-    They share the CPU cores, or take the GPUs in turn. Their output is printed line by line, after
-    ``title: ``. An interruption ends all of them, after they have saved their states.
+    They share the CPU cores, or take the GPUs in turn. Lines are printed after ``title: ``. An
+    interruption ends all of them, after they have saved their states.
     """
     prefixes = [f"{title}: " for title in titles] if titles else [""] * len(commands)
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -1190,11 +1129,6 @@ def _environment(number, jobs):
     return environment | ({"CUDA_VISIBLE_DEVICES": str(gpus[number % len(gpus)])} if gpus else {})
 
 
-# ---------------------------------------------------------------- one run
-
-MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
-
-
 class RunFiles(NamedTuple):
     """The files of a run in ``folder``: the names of its model and of its record."""
 
@@ -1212,8 +1146,10 @@ def original_recipe(args, device):
 
     A network that starts from ImageNet weights trains for at most 20 epochs at 0.01.
     """
-    spec = SPECS[args.data_name]
-    num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
+    num_epochs, learning_rate = (
+        SPECS[args.data_name].num_epochs,
+        SPECS[args.data_name].learning_rate,
+    )
     if not models.describe(args.model_name).trained_from_scratch:
         num_epochs, learning_rate = min(num_epochs, 20), 0.01
     return Recipe(
@@ -1228,9 +1164,9 @@ def original_recipe(args, device):
 def already_done(path, identity, args):
     """The meta of an earlier run with the same ``identity`` that saved its model at ``path``.
 
-    ``identity`` is everything that determines the weights. Returns None if there is no file, or if
-    --overwrite is set. Raises UserError if the file cannot be read or comes from other settings.
-    With --precision auto the precision may differ, since it depends on the device.
+    ``identity`` is everything that determines the weights, but with --precision auto the precision
+    may differ. None if there is no file, or with --overwrite. Raises UserError for a file that is
+    unreadable or from other settings.
     """
     if args.overwrite or not path.exists():
         return None
@@ -1252,8 +1188,8 @@ def run_and_save(train, job, files, *, meta, args):
 
     ``train(job)`` changes ``job.model``. ``meta`` is saved with it and contains the "identity" (see
     :func:`already_done`). Returns it with "seconds", the wall time, and the final "accuracies". All
-    files are written to an unfinished folder and moved up at the end, the model last: a failed run
-    saves nothing, and an interrupted one is either complete or can be resumed. Raises UserError.
+    files are moved up together, the model last: a failed run saves nothing, and an interrupted one
+    is either complete or can be resumed.
     """
     identity, history, is_gpu = meta["identity"], [], job.device.type == "cuda"
     with (
@@ -1275,8 +1211,15 @@ def run_and_save(train, job, files, *, meta, args):
         job.log = log
         if is_gpu:
             torch.cuda.reset_peak_memory_stats(job.device)
-        with resumable(job):
+        try:
             train(job)
+        except Diverged:
+            raise
+        except BaseException as error:  # e.g. Ctrl-C, a closed pipe, a full disk, a failed rank
+            with suppress(UserError):
+                if job.progress.save() and isinstance(error, KeyboardInterrupt):
+                    error.args = (f"{job.label} is saved after its last epoch; pass --resume",)
+            raise
         meta = meta | {"seconds": job.progress.seconds}
         if is_gpu:
             meta["peak_memory"] = round(torch.cuda.max_memory_allocated(job.device) / 1e6)  # MB
@@ -1297,24 +1240,8 @@ def run_and_save(train, job, files, *, meta, args):
     return meta
 
 
-@contextmanager
-def resumable(job):
-    """Save the state of the last epoch for --resume if an error or a signal ends the block."""
-    try:
-        yield
-    except Diverged:
-        raise
-    except BaseException as error:  # e.g. Ctrl-C, a closed pipe, a full disk, a failed rank
-        with suppress(UserError):
-            if job.progress.save() and isinstance(error, KeyboardInterrupt):
-                error.args = (f"the state of {job.label} is saved; pass --resume to continue",)
-        raise
-
-
 def final_accuracies(job):
-    """The accuracies on all images. Raises :class:`Diverged` for weights or logits that are not
-    finite, which methods without training can cause, too.
-    """
+    """The accuracies on all images. Raises :class:`Diverged` for a model that is not finite."""
     with suppress(NotFinite):
         if weights_are_finite(job.model):
             return job.accuracies()

@@ -188,12 +188,12 @@ def test_random_numbers_of_a_seed_and_purpose_are_pinned():
 
 
 def test_another_seed_or_purpose_gives_other_random_numbers():
-    seeds = {
+    numbers = {
         derive(seed, purpose)
         for seed in (1, 2, 12)
         for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
     }
-    assert len(seeds) == 15 and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
+    assert len(numbers) == 15 and all(0 <= n < 2**63 for n in numbers) and max(numbers) > 2**62
     draw = torch.rand(3, generator=seeds.generator(1, "a"))
     assert draw.equal(torch.rand(3, generator=seeds.generator(1, "a")))
     seeds.seed_everything(1, "a")

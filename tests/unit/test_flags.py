@@ -49,24 +49,6 @@ def test_home_directory_in_a_flag_is_expanded(flag, monkeypatch):
         assert getattr(args, flag[2:]) == expected
 
 
-@pytest.mark.parametrize("text", ["", "  ", "~nobody-here/x"])
-def test_implausible_path_is_refused(text):
-    with pytest.raises(UserError, match="--runs_dir"):
-        utils.make_parser("").parse_args([f"--runs_dir={text}"])
-
-
-@pytest.mark.parametrize("label", ["RL_0.003", "9", "-a", "a.b-c"])
-def test_label_that_is_a_folder_name_is_accepted(label):
-    args = training_parser().parse_args(["--unlearn_name", "RL", f"--label={label}"])
-    assert args.label == label
-
-
-@pytest.mark.parametrize("label", ["", ".", "..", ".a", "a/b", "a b", "ä", "a\n"])
-def test_label_that_is_no_plain_folder_name_is_refused(label):
-    with pytest.raises(UserError, match="--label"):
-        training_parser().parse_args(["--unlearn_name", "RL", f"--label={label}"])
-
-
 @pytest.mark.parametrize(
     ("items", "names"),
     [
@@ -101,12 +83,6 @@ def test_wandb_mode_comes_from_the_variable(variable, mode, monkeypatch):
         monkeypatch.setenv("WANDB_MODE", variable)
     assert utils.make_parser("").parse_args([]).wandb_mode == mode
     assert utils.make_parser("").parse_args(["--wandb_mode", "online"]).wandb_mode == "online"
-
-
-def test_unknown_mode_of_wandb_names_the_variable(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "sometimes")
-    with pytest.raises(UserError, match="WANDB_MODE"):
-        utils.make_parser("").parse_args([])
 
 
 # ---------------------------------------------------------------- devices
@@ -191,6 +167,6 @@ def test_command_has_changed_flags_and_no_defaults():
     parser = training_parser()
     args = parser.parse_args(["--unlearn_name", "RL", "--seeds", "1,2", "--label", "x", "--resume"])
     words = utils.command_line(parser, args, unlearn_name="GA", seed=0, label=None)[2:]
-    assert words == ["--seed", "0", "--unlearn_name", "GA", "--resume"]
+    assert words == ["--seed=0", "--unlearn_name=GA", "--resume"]
     words = utils.command_line(parser, args, learning_rate=-1e-5, seed=1)
-    assert "--learning_rate=-1e-05" in words and "--seed" not in words
+    assert "--learning_rate=-1e-05" in words and "--seed=1" not in words

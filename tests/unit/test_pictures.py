@@ -133,21 +133,6 @@ def test_png_of_any_depth_is_read_as_it_looks(depth, colour_type, row, chunks, w
     assert np.array_equal(actual, np.broadcast_to(np.array(wanted)[:, None], (4, 4, 3)))
 
 
-@pytest.mark.parametrize(
-    ("depth", "colour_type", "row", "colour"),
-    [
-        (2, G, b"\x1b", b"\0\1"),
-        (4, G, b"\x12\x3f", b"\0\2"),
-        (16, G, b"\0\0\1\1\x80\x80\xff\xff", b"\1\1"),
-        (16, RGB, SEVENS_AND_NINES, b"\7\xff" * 3),
-    ],
-)
-def test_transparent_colour_of_other_than_8_bits_is_refused(depth, colour_type, row, colour):
-    """Pillow compares it with pixels that are scaled to 8 bits, and makes others transparent."""
-    with pytest.raises(ValueError):
-        decoded(png(depth, colour_type, row, (b"tRNS", colour)))
-
-
 def test_16_bit_greyscale_png_is_divided_by_257_and_rounded():
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     actual = decoded(encoded(Image.fromarray(values)))
@@ -207,11 +192,6 @@ def test_12_and_4_bit_tiff_are_refused():
     for bits in (4, 12):
         with pytest.raises(ValueError):
             decoded(tiff(GREY[None], t258=[bits], t256=[SIDE * 8 // bits]))
-
-
-def test_raw_photograph_is_not_read_for_its_thumbnail():
-    with pytest.raises(ValueError):
-        decoded(tiff(GREY[None], t254=[1]))
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
