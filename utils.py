@@ -948,17 +948,17 @@ def unfinished_folder(folder):
             finally:
                 _remove_files(unfinished)
     except Timeout:
-        raise UserError(
-            f"{folder}: another run is writing here; choose another --runs_dir"
-        ) from None
+        reason = "another run is writing here; choose another --runs_dir"
+        raise UserError(f"{folder}: {reason}") from None
 
 
 def _remove_files(unfinished):
     """Remove everything but the resume checkpoint, and the folder if it is then empty."""
-    for path in sorted(unfinished.rglob("*"), reverse=True) + [unfinished]:  # files before folders
-        with suppress(OSError):
-            if path.name != RESUME_FILE:
-                path.rmdir() if path.is_dir() else path.unlink()
+    for path in sorted(unfinished.rglob("*"), reverse=True):  # files before their folders
+        if path.name != RESUME_FILE:
+            path.rmdir() if path.is_dir() else path.unlink()
+    with suppress(OSError):  # not empty, or never made
+        unfinished.rmdir()
 
 
 def move_up(unfinished, last=None):
@@ -1048,27 +1048,26 @@ class WandbRun:
             os.environ["WANDB_MODE"] = mode  # wandb itself refuses capitals
         import wandb  # half a second, and it may be missing
 
-        options = {"silent": True, "console": "off", "init_timeout": 30}
-        settings = wandb.setup(settings=wandb.Settings(**options)).settings
-        mode = mode or settings.mode
+        self._wandb, options = wandb, wandb.Settings(silent=True, console="off", init_timeout=30)
+        saved = wandb.setup(settings=options).settings
+        mode = mode or saved.mode
         folder, self._active = Path(os.environ.get("WANDB_DIR", self._folder)), mode != "disabled"
         if not self._active:
             return
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
+        if mode == "offline":
             print(f"wandb: logging offline; upload: wandb sync {folder}/wandb/offline-run-*")
         folder.mkdir(parents=True, exist_ok=True)
-        self._wandb, self._run = (
-            wandb,
-            wandb.init(
-                project=settings.project or "conformal-prediction-unlearning",
-                name=settings.run_name or name,
-                group=settings.run_group or self._folder.parent.name,
-                config=config,
-                dir=folder,
-                mode=mode,
-                reinit="finish_previous",
-            ),
+        self._run = wandb.init(
+            project=saved.project or "conformal-prediction-unlearning",
+            name=saved.run_name or name,
+            group=saved.run_group or self._folder.parent.name,
+            config=config,
+            dir=folder,
+            mode=mode,
+            reinit="finish_previous",
+            settings=options,
         )
 
 
@@ -1146,10 +1145,8 @@ def original_recipe(args, device):
 
     A network that starts from ImageNet weights trains for at most 20 epochs at 0.01.
     """
-    num_epochs, learning_rate = (
-        SPECS[args.data_name].num_epochs,
-        SPECS[args.data_name].learning_rate,
-    )
+    spec = SPECS[args.data_name]
+    num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
     if not models.describe(args.model_name).trained_from_scratch:
         num_epochs, learning_rate = min(num_epochs, 20), 0.01
     return Recipe(
