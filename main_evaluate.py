@@ -95,7 +95,7 @@ def parse_flags():
     add("--resplits", type=utils.number(int, 1), default=100, help=f"number of {resplits}")
     relearn = "train each model for K steps, and measure relearning of the forget images"
     add("--relearn", type=utils.number(int, 0), default=0, metavar="K", help=relearn)
-    sources = utils.list_of(utils.one_of(figures.RELEARNED))
+    sources = utils.list_of(str, figures.RELEARNED)
     kinds = "comma-separated images for --relearn: forget (a tenth of the forget images; the "
     kinds += "others are measured), retain (all forget images are measured)"
     add("--relearn_on", type=sources, default="forget", help=kinds)
@@ -103,7 +103,7 @@ def parse_flags():
     add("--columns", choices=["short", "all"], default="short", help=columns)
     add("--no_pictures", action="store_true", help="write no figures and no report.html")
     score = f"comma-separated non-conformity scores: {', '.join(scores.NAMES)}"
-    add("--score", type=utils.list_of(utils.one_of(scores.NAMES)), default="thr", help=score)
+    add("--score", type=utils.list_of(str, scores.NAMES), default="thr", help=score)
     return parser.parse_args()
 
 

@@ -18,9 +18,12 @@ from models import distributed, seeds
 from models.errors import UserError
 from models.training import Job, Recipe
 
+RECIPES = "".join(
+    f"\n  {name:16}  {spec.num_epochs} epochs at {spec.learning_rate:g}"
+    for name, spec in utils.SPECS.items()
+)
 DEFAULTS = f"""training defaults: {Recipe.batch_size} images per step, and
-  ImageNet weights  at most 20 epochs at 0.01
-{utils.describe_recipes()}"""
+  ImageNet weights  at most 20 epochs at 0.01{RECIPES}"""
 
 
 def main():

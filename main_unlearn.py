@@ -12,6 +12,7 @@ import utils  # before torch
 import argparse
 import copy
 import json
+import re
 import shlex
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -167,7 +168,8 @@ def check_flags(args, methods):
             "omit it or choose one method"
         )
     reserved = {"original", *unlearn.METHODS, *(f"cpu_{name}" for name in unlearn.METHODS)}
-    if args.label and (len(methods) > 1 or args.label in reserved):
+    is_name = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.label or "_")
+    if args.label and (len(methods) > 1 or args.label in reserved or not is_name):
         raise UserError(f"--label {args.label}: needs one method, and a name that no method has")
     if not any(method.trained for method in methods.values()):
         for flag in TRAINING_FLAGS:

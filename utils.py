@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 
-# Ctrl-C during a script's imports ends it without a traceback.
-if (
-    os.path.basename(sys.argv[0]).startswith("main_")
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Before the import of torch: idle threads of OpenMP spin, and on a busy machine take the cores from
+# the thread that they wait for. With no spin at all, an idle machine would be 20 % slower.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # isort: split
 import argparse
@@ -20,30 +17,19 @@ import json
 import math
 import pickle
 import platform
-import re
-import secrets
-import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
-
-# ---------------------------------------------------------------- start-up
-
-# Every script imports this module first, because these settings must precede the import of torch.
-# OpenMP's idle threads spin by default. On a busy machine they take the cores from the thread that
-# they wait for. With no spin at all, training on an idle machine would be 20 % slower.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -57,7 +43,7 @@ from torchvision.transforms.v2 import functional as transforms
 import models
 from models import checkpoint, distributed
 from models.checkpoint import write_file
-from models.errors import NotFinite, UserError, error_reason, first_line, printable
+from models.errors import NotFinite, UserError, first_line, printable
 from models.seeds import permutation
 from models.training import Diverged, Progress, Recipe, weights_are_finite
 
@@ -67,63 +53,37 @@ from models.training import Diverged, Progress, Recipe, weights_are_finite
 def run_script(main):
     """Run a script's ``main`` and exit with its status.
 
-    A UserError is one line on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP raise
-    KeyboardInterrupt, whose message is printed; status 130. A closed output pipe gives 141. Under
-    torchrun only the first process prints.
+    A UserError or OSError is one line on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP raise
+    KeyboardInterrupt; status 130. A closed output pipe gives 141.
     """
-    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # from a closed terminal; not on Windows
-    numbers = {signal.SIGINT, signal.SIGTERM, hang_up}
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in handlers.items():
-        if handler is not signal.SIG_IGN:  # nohup and background jobs ignore some of them
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs do
             signal.signal(number, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # "?" for q̂, λ and ± on a terminal without Unicode
-            stream.reconfigure(errors="replace")
-    status, message = _call_main(main)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if message:
-        if distributed.rank():  # torchrun stops the other ranks when the first one has printed it
-            time.sleep(5)
-        line = f"{Path(sys.argv[0]).name}: {message}"
-        characters = (char if char.isprintable() else ascii(char)[1:-1] for char in line)
-        with suppress(OSError):  # the terminal is closed
-            print("".join(characters), file=sys.stderr, flush=True)
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python flushes once more at exit, which must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = status or 141
-    sys.exit(status)
-
-
-def _call_main(main):
-    """``(exit status, message)`` of ``main()``. Errors of the program itself are raised."""
+    status, message = 0, None
     try:
         with redirect_stdout(None) if distributed.rank() else nullcontext():
             status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
-        return status, None
     except SystemExit as error:  # argparse ends --help this way
-        return error.code, None
+        status = error.code
     except BrokenPipeError:
-        return 141, None  # what a shell reports for SIGPIPE
-    except UserError as error:
-        return 2, f"error: {error}"
+        status = 141  # what a shell reports for SIGPIPE
     except KeyboardInterrupt as error:
-        return 130, f"interrupted; {str(error) or 'finished results are kept'}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return 2, f"error: out of memory ({first_line(error)}); lower --batch_size"
-    except (RuntimeError, OSError) as error:
-        lost = isinstance(error, dist.DistError | ConnectionError) or "gloo" in str(error).lower()
-        if distributed.world_size() > 1 and lost:
-            return 1, "error: another rank failed or stopped responding; continue with --resume"
-        if getattr(error, "filename", None) is None:
-            raise
-        # Permissions, paths that are too long, full or failing disks.
-        return 2, f"error: {printable(error.filename)}: cannot be used ({error_reason(error)})"
+        status, message = 130, f"interrupted; {str(error) or 'finished results are kept'}"
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        status, message = 2, f"error: {str(error) or 'out of memory'}"
+    if message:
+        if distributed.rank():  # torchrun stops the other ranks when the first one has printed it
+            time.sleep(5)
+        line = f"{Path(sys.argv[0]).name}: {message}"
+        characters = (char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        print("".join(characters), file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # Python flushes once more at exit, which must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------- flags
@@ -145,67 +105,34 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def number(kind, minimum=-math.inf, maximum=math.inf, *, exclusive=False):
     """An argparse type: a finite number within bounds. ``exclusive`` excludes the bounds."""
 
-    def parse(text):
+    def number(text):  # argparse prints the name: invalid number value
         value = kind(text)
         within = minimum < value < maximum if exclusive else minimum <= value <= maximum
         if not within or abs(value) == math.inf:
-            bounds = f"{minimum} and {maximum}{', exclusive' if exclusive else ''}"
-            raise argparse.ArgumentTypeError(f"{text} is not between {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
         return value
 
-    parse.__name__ = "integer" if kind is int else "number"  # argparse: invalid integer value
-    return parse
+    return number
 
 
-def list_of(parse_item):
-    """An argparse type: comma-separated values without duplicates."""
+def list_of(parse_item, choices=None):
+    """An argparse type: comma-separated values without duplicates, all of them in ``choices``."""
 
     def parse(text):
-        items = [parse_item(item) for item in text.split(",") if item.strip()]
-        if not items or len(set(items)) < len(items):
-            raise argparse.ArgumentTypeError(f"{text!r} is empty or names a value twice")
+        items = [parse_item(item.strip()) for item in text.split(",") if item.strip()]
+        if not items or len(set(items)) < len(items) or not set(items) <= set(choices or items):
+            expected = f"different values of {', '.join(choices or ['this kind'])}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {expected}")
         return items
 
     return parse
 
 
-def one_of(names):
-    """An argparse type: one of ``names``."""
-
-    def parse(text):
-        if text.strip() not in names:
-            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(names)}")
-        return text.strip()
-
-    return parse
-
-
-def expand_path(text):
-    """An argparse type: a path. A leading ``~`` is the home directory, also in ``--flag=~/x``."""
-    path = os.path.expanduser(text)
-    if not text.strip() or path.startswith("~"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a path")
-    return path
-
-
-def _label(text):
-    """An argparse type: a plain folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: only letters, digits, '.', '_' and '-'")
-    return text
-
-
-def _wandb_mode(text):
-    """An argparse type: a mode of wandb, in capitals too. The default is WANDB_MODE."""
-    if text.lower() not in WANDB_MODES:
-        choices = ", ".join(WANDB_MODES)
-        raise argparse.ArgumentTypeError(f"or WANDB_MODE: {text!r}: choose from {choices}")
-    return text.lower()
-
-
-WANDB_MODES = ("online", "offline", "disabled")
+expand_path = os.path.expanduser  # an argparse type: shells leave the ~ in --flag=~/x
 ALPHA = number(float, 0, 1, exclusive=True)
+POSITIVE = number(float, 0, exclusive=True)
 SEED = number(int, 0, 2**32 - 1)
+WANDB_MODES = ("online", "offline", "disabled")
 
 
 def make_parser(description, epilog=None):
@@ -216,8 +143,7 @@ def make_parser(description, epilog=None):
     add = parser.add_argument_group("model").add_argument
     add("--model_name", default="resnet18", help="resnet18, vit, or the name of a timm model")
     add("--width", type=number(int, 1, 512), default=64, help="channels in resnet18's first stage")
-    side = "side of the images in pixels; default: the data's own (resnet18) or the network's"
-    add("--image_size", type=number(int, 1, 4096), help=side)
+    add("--image_size", type=number(int, 1, 4096), help="pixels per side; default: unchanged")
     add("--pretrained_path", type=expand_path, help="file with ImageNet weights (no download)")
     add("--no_pretrained", action="store_true", help="start vit or a timm model untrained")
 
@@ -225,19 +151,17 @@ def make_parser(description, epilog=None):
     add("--data_name", choices=DATA_NAMES, default="digits", help="data set")
     add("--data_dir", type=expand_path, default="./data", help="folder of the data set")
     add("--num_classes", type=number(int, 2), help="checked against the data; default: inferred")
-    workers = "number of processes that read image files; results do not depend on it"
-    add("--workers", type=number(int, 0, 1024), default=os.cpu_count(), help=workers)
+    workers = {"default": os.cpu_count(), "help": "number of processes that read image files"}
+    add("--workers", type=number(int, 0, 1024), **workers)
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=SEED, default=1, help="random seed for the split and for training")
     add("--split_seed", type=SEED, help="random seed for the split; default: the seed")
     add("--seeds", type=list_of(SEED), help="comma-separated seeds, e.g. 1,2,3 (overrides --seed)")
-    device = "auto (a GPU if there is one), cpu, cuda, cuda:1, ..., mps"
-    add("--device", default="auto", help=device)
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
-    modes = f"{', '.join(WANDB_MODES)}; default: WANDB_MODE, else online if logged in"
-    variable = os.environ.get("WANDB_MODE") or None
-    add("--wandb_mode", type=_wandb_mode, default=variable, help=modes)
+    mode, text = os.environ.get("WANDB_MODE") or None, "default: online if logged in, else offline"
+    add("--wandb_mode", type=str.lower, choices=WANDB_MODES, default=mode, help=text)
     return parser
 
 
@@ -246,67 +170,47 @@ def add_training_flags(parser, defaults):
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=number(int, 3), help=f"images per step; {defaults}")
     add("--num_epochs", type=number(int, 1), help=f"number of epochs; {defaults}")
-    rate = f"initial learning rate; {defaults}"
-    add("--learning_rate", type=number(float, 0, exclusive=True), help=rate)
+    add("--learning_rate", type=POSITIVE, help=f"initial learning rate; {defaults}")
     schedule = "epochs that divide the rate by 10, e.g. 91,136; default: cosine decay to zero"
     add("--milestones", type=list_of(number(int, 1)), help=schedule)
-    precision = "of the network; auto: bf16 on a GPU that supports it, else fp32"
-    add("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto", help=precision)
+    precision = {"choices": ["auto", "fp32", "tf32", "bf16"], "default": "auto"}
+    add("--precision", **precision, help="auto: bf16 on a GPU that supports it, else fp32")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--overwrite", action="store_true", help="replace results that already exist")
-    jobs = "number of runs (methods and seeds) in parallel, on shared CPU cores or GPUs"
-    add("--jobs", type=number(int, 1, 1024), default=1, metavar="N", help=jobs)
+    add("--jobs", type=number(int, 1, 1024), default=1, help="number of runs in parallel")
     add("--dry_run", action="store_true", help="only print the command of every run")
     add("--resume", action="store_true", help="resume an interrupted run, with the same result")
-    seconds = "minimum seconds between resume checkpoints"
-    add("--save_every", type=number(float, 0), default=30.0, metavar="SECONDS", help=seconds)
-
-
-def describe_recipes():
-    """Epochs and learning rate of each data set, for --help."""
-    recipes = [f"{spec.num_epochs} epochs at {spec.learning_rate:g}" for spec in SPECS.values()]
-    return "\n".join(f"  {name:16}  {recipe}" for name, recipe in zip(SPECS, recipes, strict=True))
+    seconds = {"default": 30.0, "help": "minimum seconds between resume checkpoints"}
+    add("--save_every", type=number(float, 0), **seconds)
 
 
 def add_scenario_flags(parser, methods, model_dir, *, label=False):
     """Flags that define what is forgotten and with which methods. ``label`` adds ``--label``."""
     add = parser.add_argument_group("unlearning").add_argument
-    names = f"one or more of {methods}, or all"
-    add("--unlearn_name", nargs="+", required=True, metavar="METHOD", help=names)
+    names = {"metavar": "METHOD", "help": f"one or more of {methods}, or all"}
+    add("--unlearn_name", nargs="+", required=True, **names)
     if label:
-        add("--label", type=_label, help="folder and row of the run; default: the method's name")
+        add("--label", help="folder and row of the run; default: the method's name")
     add("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
-    ratio = "random: fraction of the training images to retain"
-    add("--retain_ratio", type=float, default=0.9, help=ratio)
+    add("--retain_ratio", type=float, default=0.9, help="random: fraction of images to retain")
     classes = "class, subclass: names or numbers, e.g. 3 or cat,dog; default: drawn from the seed"
     add("--forget_class", help=classes)
-    lines = "list: text file with one training index or class/image.jpg per line"
-    add("--forget_list", type=expand_path, help=lines)
-    path = "model file: a bare name is in the implied run folder, anything with a slash is a path"
+    add("--forget_list", type=expand_path, help="list: file of training indices or image names")
+    path = "model file: a name in the implied run folder, or a path with a slash"
     add("--model_dir", type=expand_path, default=model_dir, help=path)
 
 
-def split_names(items):
-    """The names in ``--unlearn_name``, separated by blanks or commas."""
-    return [name for item in items for name in item.split(",") if name]
-
-
 def method_names(items, known, prefix=""):
-    """The methods of ``--unlearn_name``; ``all`` is every known one.
+    """The methods of ``--unlearn_name``, separated by blanks or commas; ``all`` is every known one.
 
     A name that is unknown is tried with ``prefix``. Raises UserError for unknown names.
     """
-    names = split_names(items)
-    if "all" in names:
-        names = list(known)
+    names = [name for name in ",".join(items).split(",") if name]
+    names = list(known) if "all" in names else names
     names = list(dict.fromkeys(name if name in known else prefix + name for name in names))
     if not names or not set(names) <= set(known):
-        choices = ", ".join(known) or "nothing yet"
-        raise UserError(f"--unlearn_name {' '.join(items)}: choose from {choices}, or all")
+        raise UserError(f"--unlearn_name {' '.join(items)}: choose from {', '.join(known)}, or all")
     return names
-
-
-# ---------------------------------------------------------------- seeds and device
 
 
 def each_seed(args):
@@ -321,10 +225,7 @@ def split_seed(args):
 
 
 def pick_device(args):
-    """The device of ``--device``, prepared for ``--precision``. Joins the ranks under torchrun.
-
-    Raises UserError for a device that does not exist.
-    """
+    """The device of ``--device``, prepared for ``--precision``. Joins the ranks under torchrun."""
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -335,8 +236,7 @@ def pick_device(args):
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("not one of cpu, cuda and mps")
     except Exception as error:  # each backend raises its own kind
-        reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"--device {name}: {reason}; use --device cpu or auto") from error
+        raise UserError(f"--device {name}: {first_line(error)[:200]}; try --device cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         tf32 = getattr(args, "precision", None) == "tf32"
@@ -358,7 +258,7 @@ def pick_precision(args, device):
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Constants of a data set: normalisation, augmentation, and training from scratch."""
+    """Constants of a data set: normalization, augmentation, and training from scratch."""
 
     mean: tuple
     std: tuple
@@ -419,11 +319,10 @@ def load_data(
 ):
     """The data set ``name``, a key of SPECS, in ``folder``; its tensors are on ``device``.
 
-    Batches have ``image_size`` pixels per side, else ``native_side`` (what the model was made for,
-    None if it takes any), else as many as the images. ``workers`` processes decode image files.
-    Raises UserError for data that is missing, unreadable or not of ``num_classes`` classes.
+    Batches have ``image_size`` pixels per side, else ``native_side`` (of the network), else as many
+    as the images. ``workers`` processes decode image files. Raises UserError for data that is
+    missing, unreadable or not of ``num_classes`` classes.
     """
-
     loaders = {
         "digits": _load_digits,
         "tiny_imagenet": lambda: _load_tiny_imagenet(folder, workers),
@@ -433,10 +332,8 @@ def load_data(
     try:
         data = distributed.first_process_first(load)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        flag = f"--data_name {name} --data_dir {printable(folder)}"
-        if "DataLoader worker" in str(error):
-            flag = f"--workers {workers}: try fewer"
-        raise UserError(f"{flag}: {printable(str(error))[:500]}") from error
+        flags = f"--data_name {name} --data_dir {folder} --workers {workers}"
+        raise UserError(printable(f"{flags}: {error}")) from error
     if num_classes not in (None, len(data.classes)):
         raise UserError(f"--num_classes {num_classes}: {name} has {len(data.classes)} classes")
     size = image_size or native_side or data.train.pixels.shape[-1]
@@ -454,7 +351,6 @@ def _load_digits():
     labels = torch.from_numpy(scans.target.astype(np.int64))
     # The scans are ordered by writer and have no test set: a fixed permutation holds out 1,000.
     order = torch.from_numpy(permutation(0, "digits", len(labels)))
-
     train, held_out = (
         Images(pixels[indices], labels[indices], SPECS["digits"], size=8)
         for indices in (order[1000:].sort().values, order[:1000].sort().values)
@@ -491,24 +387,24 @@ def _load_tiny_imagenet(folder, workers):
         with tempfile.TemporaryDirectory(dir=folder, suffix=".part") as part:
             download_and_extract_archive(TINY_IMAGENET_URL, folder, part, md5=TINY_IMAGENET_MD5)
             (Path(part) / root.name).rename(root)
+
+    def read_table(file):
+        lines = (root / file).read_text("utf-8").splitlines()
+        return dict(line.split("\t")[:2] for line in sorted(lines))
+
     wnids, train = _list_folder(root, "train", ending=".JPEG")
-    held_out = []
-    for line in sorted((root / "val/val_annotations.txt").read_text("utf-8").splitlines()):
-        file, wnid = line.split("\t")[:2]
-        path = f"val/images/{file}"
-        held_out.append(Sample(str(root / path), path, wnids.index(wnid)))
-    lines = (root / "words.txt").read_text("utf-8").splitlines()
-    words = dict(line.split("\t")[:2] for line in lines)
-    words = {wnid: words.get(wnid, wnid).split(",")[0] for wnid in wnids}
-    names = list(words.values())  # two are "crane"
-    classes = [
-        word if names.count(word) == 1 else f"{word} ({wnid})" for wnid, word in words.items()
+    held_out = [
+        Sample(str(root / f"val/images/{file}"), f"val/images/{file}", wnids.index(wnid))
+        for file, wnid in read_table("val/val_annotations.txt").items()
+    ]
+    words = read_table("words.txt")
+    names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    classes = [  # two are "crane"
+        name if names.count(name) == 1 else f"{name} ({wnid})"
+        for name, wnid in zip(names, wnids, strict=True)
     ]
     options = {"side": 64, "workers": workers}
     return _read_pictures(root, train, held_out, classes, tag="tiny_imagenet", **options)
-
-
-# ---------------------------------------------------------------- batches of images
 
 
 @dataclass
@@ -541,7 +437,7 @@ class Images:
             self.pixels = self.pixels.to(device)
 
     def batches(self, index_batches, augment=None):
-        """Normalised float images B×3×size×size for each of ``index_batches`` (int64 tensors B).
+        """Normalized float images B×3×size×size for each of ``index_batches`` (int64 tensors B).
 
         Each process gets its :func:`distributed.local_rows`. Images are augmented only with a
         generator in ``augment``.
@@ -554,8 +450,7 @@ class Images:
         for start in range(0, len(index_batches), together):
             group = index_batches[start : start + together]
             local = [distributed.local_rows(indices) for indices in group]
-            indices = torch.cat(local).to(self.pixels.device)
-            pixels = self.pixels.index_select(0, indices).to(device)
+            pixels = self.pixels.index_select(0, torch.cat(local).to(self.pixels.device)).to(device)
             if pixels.shape[-2:] != (self.size, self.size):
                 pixels = transforms.resize(pixels, [self.size, self.size], antialias=True)
             if augment is not None:
@@ -589,8 +484,6 @@ def random_augment(pixels, spec, rng, batch_sizes=None):
 
     def draw(distribution, *bounds):
         numbers = distribution(*bounds, (sum(sizes), 1), generator=rng, device=device)
-        if batch_sizes is None:
-            return numbers
         return torch.cat([distributed.local_rows(rows) for rows in numbers.split(sizes)])
 
     def crop():
@@ -630,12 +523,12 @@ def _load_image_folder(root, image_size, default_side, workers):
     classes, train = _list_folder(root, "train")
     test_classes, held_out = _list_folder(root, "test")
     if len(classes) < 2 or classes != test_classes:
-        differing = ", ".join(map(printable, sorted(set(classes) ^ set(test_classes))[:5]))
+        differing = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
         reason = f"train/ has {len(classes)} classes, test/ {len(test_classes)} ({differing})"
-        raise UserError(f"--data_dir {printable(root)}: {reason}, not the same two or more")
+        raise ValueError(f"{reason}, not the same two or more")
     tag = f"image_folder-{printable(Path(root).resolve().name)}".replace("\\", "-")
-    options = {"side": image_size, "default_side": default_side, "workers": workers}
-    return _read_pictures(root, train, held_out, list(map(printable, classes)), tag=tag, **options)
+    options = {"tag": tag, "side": image_size, "default_side": default_side, "workers": workers}
+    return _read_pictures(root, train, held_out, [*map(printable, classes)], **options)
 
 
 def _list_folder(root, subset, ending=""):
@@ -643,19 +536,13 @@ def _list_folder(root, subset, ending=""):
     folder = os.path.join(os.path.abspath(root), subset)
 
     def is_picture(path):
-        return os.sep + "." not in path[len(folder) :] and path.endswith(ending)
+        return "/." not in path[len(folder) :] and path.endswith(ending)
 
-    try:
-        classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
-        labels = {name: label for label, name in enumerate(classes)}
-        files = make_dataset(folder, labels, is_valid_file=is_picture) if classes else []
-    except OSError as error:
-        reason = f"{printable(str(error))}; expected train/<class>/ and test/<class>/"
-        raise UserError(f"--data_dir {printable(root)}: {reason}") from error
+    classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+    labels = {name: label for label, name in enumerate(classes)}
+    files = make_dataset(folder, labels, is_valid_file=is_picture)
     start = len(folder) - len(subset)
-    return classes, [
-        Sample(path, printable(path[start:]).replace(os.sep, "/"), label) for path, label in files
-    ]
+    return classes, [Sample(path, printable(path[start:]), label) for path, label in files]
 
 
 def _read_pictures(root, train, held_out, classes, *, tag, side, workers, default_side=None):
@@ -663,21 +550,17 @@ def _read_pictures(root, train, held_out, classes, *, tag, side, workers, defaul
 
     Without ``side``, it is that of the images if all are squares of one size, else
     ``default_side``. Arrays are in ``root``/.decoded, or in torch's cache folder if ``root`` is
-    read-only. Their key covers every file's name, class, size and modification time (ns), so a
-    change that preserves size and time is not noticed. The file name ends in the fingerprint.
+    read-only. A change that preserves a file's name, size and modification time is not noticed.
     """
     samples = train + held_out
-    key, folder = _files_key(samples), _cache_folder(root)
+    key, folder = _files_key(samples), Path(root, ".decoded")
+    if not os.access(root, os.W_OK):
+        folder = Path(torch.hub.get_dir(), "decoded", key)
+    folder.mkdir(parents=True, exist_ok=True)
     prefix = f"{key}-{side or f'auto{default_side}'}-"
     with FileLock(folder / ".lock"):  # one process decodes while others wait
         if not (paths := list(folder.glob(f"{prefix}*.npy"))):
-            for path in folder.glob("*.npy"):
-                if not path.name.startswith(key):  # of files that have changed
-                    path.unlink()
-            side = side or _common_side(samples)
-            if side is None:
-                side = default_side
-                print(f"{printable(root)}: images of several sizes become {side}×{side} pixels")
+            side = side or _common_side(samples) or default_side
             paths = [_decode_files(samples, side, workers, folder / prefix)]
         # Copy on write, because torch warns of read-only arrays. Nothing writes to it.
         pixels = torch.from_numpy(np.load(paths[0], mmap_mode="c"))
@@ -691,54 +574,24 @@ def _read_pictures(root, train, held_out, classes, *, tag, side, workers, defaul
     return Data(*image_sets, classes, tag=tag, fingerprint=paths[0].stem.rpartition("-")[2])
 
 
-def _cache_folder(root):
-    name = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:16]
-    for folder in (Path(root, ".decoded"), Path(torch.hub.get_dir(), "decoded", name)):
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
-    raise UserError(f"--data_dir {printable(root)}: neither it nor {folder} is writable")
-
-
 def _files_key(samples):
-    """A hash of the files' names, classes, sizes and times.
-
-    Raises UserError for two names of one file, which could make a training image a test image.
-    """
-    digest, first_names = hashlib.sha256(b"%d" % DECODER_VERSION), {}
+    """A hash of the files' names, classes, sizes and modification times."""
+    digest = hashlib.sha256(b"%d" % DECODER_VERSION)
     for path, name, label in samples:
-        with _image_errors(path):
-            status = os.stat(path)
-        first = first_names.setdefault((status.st_dev, status.st_ino or path), name)
-        if first != name:
-            raise UserError(f"{printable(path)}: the same file as {first} (a link); remove one")
+        status = os.stat(path)
         digest.update(f"{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
 
-@contextmanager
-def _image_errors(path):
-    """Turn any error inside the block into a UserError that names the image file."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's readers raise many kinds
-        reason = f"cannot read image ({printable(error_reason(error))}); fix or delete it"
-        raise UserError(f"{printable(path)}: {reason}") from error
-
-
 def _common_side(samples):
     """The side length in pixels of images that are all squares of one size, else None."""
-    common = None
+    sides = set()
     for sample in samples:
-        with _image_errors(sample.path), Image.open(sample.path) as image:
-            width, height = image.size
-        if width != height or common not in (None, width):
+        with Image.open(sample.path) as image:
+            sides.update(image.size)
+        if len(sides) > 1:
             return None
-        common = width
-    return common
+    return sides.pop()
 
 
 def _decode_files(samples, side, workers, prefix):
@@ -746,52 +599,39 @@ def _decode_files(samples, side, workers, prefix):
 
     The fingerprint is a hash of every file's name, class and bytes, the same on every machine.
     """
-    size = max(1, min(64, 2**24 // (3 * side**2)))  # at most 16 MB wait in each worker
-    loader = torch.utils.data.DataLoader(
-        samples,
-        batch_size=size,
-        num_workers=min(workers, len(samples) // size),
-        collate_fn=partial(_decode_batch, side=side),
-        generator=torch.Generator(),  # the default is the global one, which dropout draws from
-    )
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(samples), 3, side, side)}
     unfinished, digest = prefix.with_name("unfinished"), hashlib.sha256()
-    try:
-        with open(unfinished, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for batch in distributed.progress_bar(iterable=loader, desc="decoding images"):
-                if isinstance(batch, UserError):
-                    raise batch
-                for pixels, image_hash in batch:
-                    file.write(pixels)
-                    digest.update(image_hash)
-            file.flush()
-            os.fsync(file.fileno())
-        return unfinished.rename(f"{prefix}{digest.hexdigest()[:32]}.npy")
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        open(unfinished, "wb") as file,
+        ProcessPoolExecutor(workers or 1, None, torch.set_num_threads, (1,)) as pool,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
+        images = pool.map(partial(_decode, side=side), samples, chunksize=32)
+        bar = distributed.progress_bar(iterable=images, total=len(samples), desc="decoding images")
+        for pixels, image_hash in bar:
+            file.write(pixels)
+            digest.update(image_hash)
+        file.flush()
+        os.fsync(file.fileno())
+    return unfinished.rename(f"{prefix}{digest.hexdigest()[:32]}.npy")
 
 
-def _decode_batch(samples, side):
-    """A list of (pixels uint8 3×side×side, hash of name, class and bytes), in a worker process.
+def _decode(sample, side):
+    """(pixels uint8 3×side×side, hash of name, class and bytes) of an image, in a worker process.
 
-    Returns the UserError of an unreadable file, as a worker would put an exception into a
-    traceback. Pixels are NumPy arrays: tensors need shared memory, of which containers have little.
+    The shorter side is resized, and the center is kept. Raises ValueError, which names the file.
     """
-    images = []
-    for path, name, label in samples:
-        try:
-            with _image_errors(path), open(path, "rb") as file:
-                image_hash = hashlib.file_digest(file, "sha256")
-                image_hash.update(f"{name}\0{label}".encode())
-                pixels = transforms.pil_to_tensor(decode_image(file))
-        except UserError as error:
-            return error
-        if pixels.shape[-2:] != (side, side):  # the shorter side is resized, the centre is kept
-            pixels = transforms.resize(pixels, [side], antialias=True)
-            pixels = transforms.center_crop(pixels, [side])
-        images.append((pixels.contiguous().numpy(), image_hash.digest()))
-    return images
+    try:
+        with open(sample.path, "rb") as file:
+            image_hash = hashlib.file_digest(file, "sha256")
+            image_hash.update(f"{sample.name}\0{sample.label}".encode())
+            pixels = transforms.pil_to_tensor(decode_image(file))
+    except Exception as error:  # Pillow's readers raise many kinds
+        raise ValueError(f"{sample.path}: {first_line(error)}") from error
+    if pixels.shape[-2:] != (side, side):
+        pixels = transforms.resize(pixels, [side], antialias=True)
+        pixels = transforms.center_crop(pixels, [side])
+    return pixels.contiguous().numpy(), image_hash.digest()
 
 
 def decode_image(file):
@@ -801,32 +641,21 @@ def decode_image(file):
     have 8 bits per channel, and one of Pillow's errors for a file that it cannot read.
     """
     image = Image.open(file)
-    _check_depth(image)
+    is_grey_16 = image.format == "PNG" and image.mode in ("I", "I;16")
+    # TIFF tags 258 and 339: bits per sample, and its format (1 is unsigned). Pillow opens some
+    # files of 16 or of signed bits as if they had 8.
+    tags = getattr(image, "tag_v2", {})
+    is_plain = set(tags.get(258, (8,))) <= {1, 8} and set(tags.get(339, (1,))) == {1}
+    if not is_plain or not (is_grey_16 or image.mode in EIGHT_BIT_MODES):
+        raise ValueError(f"{image.format} of mode {image.mode} without plain 8 bits per channel")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
+    if is_grey_16:
         grey = (np.asarray(image).astype(np.int64) * 255 + 32767) // 65535  # rounded
         image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _check_depth(image):
-    """Raise ValueError for an opened picture whose values may not be read correctly."""
-    is_png = image.format == "PNG"
-    wide = image.mode not in EIGHT_BIT_MODES and not (is_png and image.mode.startswith("I"))
-    if tags := getattr(image, "tag_v2", None):
-        # Pillow opens some TIFF files of 16 or of signed bits as if they had 8, and raw photographs
-        # as their thumbnail. Tags: BitsPerSample, SampleFormat (1 is unsigned), NewSubfileType.
-        wide |= not set(tags.get(258, (1,))) <= {1, 8} or set(tags.get(339, (1,))) != {1}
-        if tags.get(254, 0) & 1:
-            raise ValueError("only a thumbnail; save the picture as PNG")
-    if wide:
-        raise ValueError(f"{image.format} of mode {image.mode} without 8 bits per channel")
-    # Pillow does not scale the transparent colour of a PNG with 2, 4 or 16 bits.
-    if is_png and image.mode != "P" and ";" in image.tile[0][3] and "transparency" in image.info:
-        raise ValueError("PNG with a transparent colour of other than 8 bits")
 
 
 # ---------------------------------------------------------------- splits
@@ -871,9 +700,8 @@ class Split:
 
     def describe(self):
         """What is forgotten, by name and count, with the scenario's folder and the fingerprint."""
-        count, total = len(self.forget), len(self.forget) + len(self.retain)
-        place = f"({self.folder}, {self.fingerprint})"
-        return f"{self.forget_name}: {count} of {total} training images {place}"
+        counts = f"{len(self.forget)} of {len(self.forget) + len(self.retain)} training images"
+        return f"{self.forget_name}: {counts} ({self.folder}, {self.fingerprint})"
 
     @property
     def fingerprint(self):
@@ -886,6 +714,7 @@ def _hash_indices(indices):
 
 
 def default_cal_size(data):
+    """A fifth of the held-out images, at most 2,000."""
     return min(2000, max(1, len(data.held_out) // 5))
 
 
@@ -896,12 +725,11 @@ def make_split(data, scenario, cal_size=None):
     calibrates the CPU loss, the next ``cal_size`` the metrics, and the rest is the test set.
     Raises UserError for a scenario that contradicts the data.
     """
-    forget_set = make_forget_set(data, scenario)
+    forget_set = _make_forget_set(data, scenario)
     flag = f"--unlearn_type {scenario.unlearn_type} ({forget_set.name})"
     num_forget, num_train = forget_set.mask.sum(), len(data.train)
     if scenario.unlearn_type and not 0 < num_forget < num_train:
-        counts = f"{num_forget} of {num_train} training images would be forgotten"
-        raise UserError(f"{flag}: {counts}; some must be forgotten and some retained")
+        raise UserError(f"{flag}: {num_forget} of {num_train} training images would be forgotten")
 
     order = permutation(scenario.split_seed, "held-out", len(data.held_out))
     first = min(1000, max(1, len(order) // 10))
@@ -914,8 +742,7 @@ def make_split(data, scenario, cal_size=None):
     groups = data.held_out.subclasses if by_subclass else data.held_out.labels
     is_forgotten = np.isin(groups.cpu().numpy(), forget_set.classes)
     if is_forgotten[test].all():
-        reason = f"none of the {len(test)} test images is of a retained class"
-        raise UserError(f"{flag}: {reason}; add held-out images or lower --cal_sizes")
+        raise UserError(f"{flag}: none of the {len(test)} test images is of a retained class")
 
     def indices(array):
         return torch.from_numpy(array).to(data.train.labels.device)
@@ -928,17 +755,14 @@ def make_split(data, scenario, cal_size=None):
         test=indices(test[~is_forgotten[test]]),
         forget_test=indices(test[is_forgotten[test]]),
         is_forgotten=torch.from_numpy(is_forgotten[calibration]),
-        folder=forget_set.folder,
+        folder=forget_set.folder + scenario.suffix,
         forget_classes=forget_set.classes,
         forget_name=forget_set.name,
     )
 
 
-@dataclass(frozen=True)
-class ForgetSet:
-    """The forgotten training images (a bool mask), the scenario's folder and its name in words, and
-    the numbers of the forgotten classes or subclasses.
-    """
+class ForgetSet(NamedTuple):
+    """A bool mask of training images, the scenario's folder and name, and the class numbers."""
 
     mask: np.ndarray
     folder: str = ""
@@ -946,60 +770,47 @@ class ForgetSet:
     classes: tuple[int, ...] = ()
 
 
-def make_forget_set(data, scenario):
+def _make_forget_set(data, scenario):
     """The :class:`ForgetSet` of a scenario. Raises UserError for contradictory settings."""
     kind, seed, ratio = scenario.unlearn_type, scenario.split_seed, scenario.retain_ratio
     mask = np.zeros(len(data.train), bool)
     if kind is None:
         return ForgetSet(mask)
     if (scenario.forget_list is not None) != (kind == "list"):
-        reason = "FILE belongs to --unlearn_type list, which needs it"
-        raise UserError(f"--unlearn_type {kind} --forget_list: {reason}")
+        raise UserError(
+            f"--unlearn_type {kind} --forget_list: list needs a file, the others do not"
+        )
     if scenario.forget_class is not None and kind not in ("class", "subclass"):
         raise UserError(f"--forget_class goes with --unlearn_type class or subclass, not {kind}")
     if kind == "random":
         if not 0 < ratio < 1:
             raise UserError(f"--retain_ratio {ratio}: must be between 0 and 1")
         mask[permutation(seed, "forget", len(mask))[round(len(mask) * ratio) :]] = True
-        forget_set = ForgetSet(mask, f"random_{ratio:g}", f"a random share drawn from seed {seed}")
-    elif kind == "list":
+        return ForgetSet(mask, f"random_{ratio:g}", f"a random share drawn from seed {seed}")
+    if kind == "list":
         path = Path(scenario.forget_list)
         mask[read_forget_list(path, data)] = True
         stem = printable(path.stem).replace("\\", "-")[:100]
         folder = f"list_{stem}_{_hash_indices(np.flatnonzero(mask))[:8]}"
-        forget_set = ForgetSet(mask, folder, f"the images in {printable(path)}")
-    else:
-        forget_set = _class_forget_set(data, scenario)
-    return replace(forget_set, folder=forget_set.folder + scenario.suffix)
-
-
-def _class_forget_set(data, scenario):
-    """All images of the forgotten classes or subclasses."""
-    kind, groups, names = scenario.unlearn_type, data.train.labels, data.classes
+        return ForgetSet(mask, folder, f"the images in {printable(path)}")
+    groups, names = data.train.labels, data.classes
     if kind == "subclass":
         groups, names = data.train.subclasses, data.subclass_names
         if names is None:
             raise UserError(f"--unlearn_type subclass: {data.tag} has no subclasses; cifar20 has")
     numbers = _class_numbers(scenario, names)
-    mask = np.isin(groups.cpu().numpy(), numbers)
-    name = f"{kind if len(numbers) == 1 else f'{kind}es'} {', '.join(names[n] for n in numbers)}"
-    if scenario.forget_class is None:
-        name += f" (drawn from seed {scenario.split_seed})"
-    if kind == "subclass":
-        labels = np.unique(data.train.labels.cpu().numpy()[mask])
-        noun = "class" if len(labels) == 1 else "classes"
-        name += f" of {noun} {', '.join(data.classes[label] for label in labels)}"
     folder = "_".join(map(str, (kind, *numbers)))
     if len(folder) > len(kind) + 41:
         folder = f"{kind}_{len(numbers)}_classes_{_hash_indices(np.array(numbers))[:8]}"
-    return ForgetSet(mask, folder, name, numbers)
+    name = f"{kind} {', '.join(names[number] for number in numbers)}"
+    return ForgetSet(np.isin(groups.cpu().numpy(), numbers), folder, name, numbers)
 
 
 def _class_numbers(scenario, names):
-    """The positions of --forget_class among the class names, in ascending order.
+    """The positions of --forget_class among the class names, ascending; default: one is drawn.
 
-    Items are separated by commas, and are names, or positions from 0 unless some name is a number:
-    there, a position could be another class. Without the flag, one is drawn from the split seed.
+    Items between commas are names, or positions from 0 unless some name is a number: there, a
+    position could be another class.
     """
     if scenario.forget_class is None:
         return (int(permutation(scenario.split_seed, "forget class", len(names))[0]),)
@@ -1024,83 +835,55 @@ def read_forget_list(path, data):
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{flag}: cannot be read ({printable(error_reason(error))})") from error
+        raise UserError(f"{flag}: {printable(str(error))}") from error
     by_name = {name: index for index, name in enumerate(data.train.names or ())}
-    first_lines = {}
+    line_of = {}
     for number, line in enumerate(lines, 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
         index = int(entry) if entry.isdecimal() else by_name.get(entry, -1)
-        place = f"{flag}, line {number}: {printable(entry)}"
-        if not 0 <= index < len(data.train):
-            expected = f"an index below {len(data.train)} or, for image files, class/file.png"
-            raise UserError(f"{place}: not a training image; expected {expected}")
-        if index in first_lines:
-            raise UserError(f"{place}: the same image as in line {first_lines[index]}")
-        first_lines[index] = number
-    return np.array(list(first_lines), dtype=np.int64)
-
-
-# ---------------------------------------------------------------- from flags to values
+        if not 0 <= index < len(data.train) or index in line_of:
+            repeated = f" (repeats line {line_of[index]})" if index in line_of else ""
+            reason = f"not another index below {len(data.train)} or class/file.png{repeated}"
+            raise UserError(f"{flag}, line {number}: {printable(entry)}: {reason}")
+        line_of[index] = number
+    return np.array(list(line_of), dtype=np.int64)
 
 
 def scenario_of(args):
-    """The :class:`Scenario` of the flags. Without scenario flags, nothing is forgotten."""
-    seed = split_seed(args)
-    if "unlearn_type" not in args:
-        return Scenario(None, split_seed=seed)
-    return Scenario(
-        args.unlearn_type,
-        retain_ratio=args.retain_ratio,
-        forget_class=args.forget_class,
-        forget_list=args.forget_list,
-        split_seed=seed,
-        suffix="" if seed == args.seed else f"_split{seed}",
-    )
+    """The :class:`Scenario` of the flags."""
+    names, seed = ("unlearn_type", "retain_ratio", "forget_class", "forget_list"), split_seed(args)
+    suffix = "" if seed == args.seed else f"_split{seed}"
+    options = {name: getattr(args, name) for name in names}
+    return Scenario(**options, split_seed=seed, suffix=suffix)
 
 
 def read_data(args, device, native_side=None):
     """:func:`load_data` with the flags. ``native_side`` is the image size of the network."""
-    return load_data(
-        args.data_name,
-        args.data_dir,
-        device=device,
-        image_size=args.image_size,
-        native_side=native_side,
-        num_classes=args.num_classes,
-        workers=args.workers,
-    )
+    sizes = {"image_size": args.image_size, "native_side": native_side}
+    options = sizes | {"num_classes": args.num_classes, "workers": args.workers}
+    return load_data(args.data_name, args.data_dir, device=device, **options)
 
 
 def model_facts(args, data):
     """What the metadata of a checkpoint must agree with: see ``models.checkpoint.check_meta``."""
-    return {
-        "model_name": args.model_name,
-        "width": args.width,
-        "num_classes": len(data.classes),
-        "image_size": data.train.size,
-        "data_name": args.data_name,
-        "data_fingerprint": data.fingerprint,
-    }
+    facts = {name: getattr(args, name) for name in ("model_name", "width", "data_name")}
+    facts |= {"num_classes": len(data.classes), "image_size": data.train.size}
+    return facts | {"data_fingerprint": data.fingerprint}
 
 
 def describe_run(args, data, device):
     """What every record contains: flags, seed, model and data, versions, machine."""
-    flags = vars(args).items()
-    machine = f"cpu, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
+    is_gpu, threads = device.type == "cuda", torch.get_num_threads()
+    packages = ("torchvision", "timm", "numpy", "scikit-learn")
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("torchvision", "timm", "numpy", "scikit-learn", "wandb"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
     return model_facts(args, data) | {
-        "flags": {name: printable(flag) if isinstance(flag, str) else flag for name, flag in flags},
+        "flags": vars(args),
         "seed": args.seed,
         "split_seed": split_seed(args),
-        "versions": versions,
-        "device": machine,
+        "versions": versions | {package: metadata.version(package) for package in packages},
+        "device": torch.cuda.get_device_name(device) if is_gpu else f"cpu, {threads} threads",
         "processes": distributed.world_size(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
@@ -1108,8 +891,8 @@ def describe_run(args, data, device):
 
 # ---------------------------------------------------------------- run folders
 
-UNFINISHED = ".unfinished"
-RESUME_FILE = "resume.pth"
+MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
+UNFINISHED, RESUME_FILE = ".unfinished", "resume.pth"
 
 
 def model_tag(args):
@@ -1136,77 +919,63 @@ def scenario_folder(args, data):
     if draws_class and args.split_seed is None:
         return args.unlearn_type
     suffix = "" if args.split_seed is None else f"_split{args.split_seed}"
-    return make_forget_set(data, replace(scenario_of(args), suffix=suffix)).folder
+    return make_split(data, replace(scenario_of(args), suffix=suffix)).folder
 
 
 def locate(model_dir, folder):
     """The file of --model_dir: a bare name is in ``folder``, anything with a slash is a path."""
-    return Path(model_dir) if "/" in model_dir or os.sep in model_dir else folder / model_dir
+    return Path(model_dir) if "/" in model_dir else folder / model_dir
 
 
 @contextmanager
 def unfinished_folder(folder):
     """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
-    Files of an interrupted run are removed, except the resume checkpoint. Raises UserError if
-    another run is writing there, and OSError if the folder cannot be created. Ranks other than 0
-    check, create and remove nothing.
+    Files of an interrupted run are removed, except the resume checkpoint, by rank 0. Raises
+    UserError if another run is writing there.
     """
     unfinished = folder / UNFINISHED
     if distributed.rank():
         yield unfinished
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / ".lock", timeout=0):
+            _remove_files(unfinished)
+            unfinished.mkdir(exist_ok=True)
+            try:
+                yield unfinished
+            finally:
+                _remove_files(unfinished)
     except Timeout:
-        remedy = "wait for it, or choose another --runs_dir"
-        raise UserError(f"{folder}: another run is writing here; {remedy}") from None
-    except (OSError, NotImplementedError) as error:  # e.g. a file system without locks
-        reason = f"cannot be locked ({first_line(error)})"
-        print(f"{folder}: {reason}; make sure that no other run writes to it")
-    try:
-        if lock.is_locked:  # else these files may be another run's
-            _remove_files(unfinished)
-        unfinished.mkdir(exist_ok=True)
-        yield unfinished
-    finally:
-        with suppress(OSError):  # the next run removes them
-            _remove_files(unfinished)
-        lock.release()
+        reason = "another run is writing here; choose another --runs_dir"
+        raise UserError(f"{folder}: {reason}") from None
 
 
 def _remove_files(unfinished):
     """Remove everything but the resume checkpoint, and the folder if it is then empty."""
-    for path in unfinished.glob("*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != RESUME_FILE:
-            path.unlink()
-    with suppress(OSError):
+    for path in sorted(unfinished.rglob("*"), reverse=True):  # files before their folders
+        if path.name != RESUME_FILE:
+            path.rmdir() if path.is_dir() else path.unlink()
+    with suppress(OSError):  # not empty, or never made
         unfinished.rmdir()
 
 
 def move_up(unfinished, last=None):
     """Move all files of an :func:`unfinished_folder` to its parent, those named ``last`` last.
 
-    Existing files are replaced. The resume checkpoint is removed afterwards: a run killed before
-    the last move can be resumed, and one killed after it leaves a checkpoint that nothing reads.
-    Only the first process moves files.
+    Existing files are replaced by rank 0. The resume checkpoint is removed afterwards: a run killed
+    before the last move can be resumed.
     """
     if distributed.rank():
         return
-    state = unfinished / RESUME_FILE
-    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file() and path != state]
+    files = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
     for path in sorted(files, key=lambda path: path.name == last):
         target = unfinished.parent / path.relative_to(unfinished)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-    state.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------- records
+        if path.name != RESUME_FILE:
+            os.replace(path, target)
+    (unfinished / RESUME_FILE).unlink(missing_ok=True)
 
 
 def save_json(path, content):
@@ -1233,106 +1002,76 @@ def save_bytes(path, content):
     write_file(path, lambda file: file.write(content))
 
 
-class History:
-    """The numbers of every epoch: ``records``, and a line of JSON each in the file ``path``."""
-
-    def __init__(self, path):
-        self.path, self.records = path, []
-        save_text(path, "")
-
-    def add(self, record):
-        self.records.append(record)
-        save_text(self.path, "".join(json.dumps(line) + "\n" for line in self.records))
-
-
 class WandbRun:
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
-    ``mode`` is online, offline, disabled, or None: that of ``wandb offline`` or ``wandb disabled``,
-    else online if logged in, else offline. If wandb is missing or fails, a line is printed and the
-    run continues without it. Only the first process logs.
+    ``mode`` None is that of wandb's settings, else online if logged in, else offline. If wandb is
+    missing or fails, a line is printed and the run continues without it. Only rank 0 logs.
     """
 
-    count = 0  # of the runs that this process has started
-
     def __init__(self, folder, name, config, mode=None):
-        self._folder, self._run = folder, None
-        if mode != "disabled" and not distributed.rank():
-            self._try(lambda: self._start(name, config, mode))
+        self._folder, self._active = folder, mode != "disabled" and not distributed.rank()
+        self._try(lambda: self._start(name, config, mode))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._run:
-            self._try(lambda: self._run.finish())
+        self._try(lambda: self._run.finish())
 
     def log(self, numbers):
         """Numbers by name."""
-        if self._run:
-            self._try(lambda: self._run.log(numbers))
+        self._try(lambda: self._run.log(numbers))
 
     def log_table(self, title, rows):
         """A table from rows (dicts)."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[row.get(key) for key in columns] for row in rows]
         options = {"columns": columns, "data": cells, "allow_mixed_types": True}
-        if self._run:
-            self._try(lambda: self._run.log({title: self._wandb.Table(**options)}))
+        self._try(lambda: self._run.log({title: self._wandb.Table(**options)}))
 
     def log_pictures(self, paths):
         """Pictures from {name: file}."""
-        if self._run:
-            image = lambda path: self._wandb.Image(str(path))  # noqa: E731
-            self._try(lambda: self._run.log({name: image(path) for name, path in paths.items()}))
+        image = lambda name: self._wandb.Image(str(paths[name]))  # noqa: E731
+        self._try(lambda: self._run.log({name: image(name) for name in paths}))
 
     def _try(self, action):
-        try:
-            action()
-        except Exception as error:  # training is worth more than its log, whatever wandb raises
-            self._run = None
-            records = f"records are in {printable(self._folder)}"
-            print(f"wandb: {first_line(error)}; continuing without it, {records}")
+        if self._active:
+            try:
+                action()
+            except Exception as error:  # training is worth more than its log
+                self._active = False
+                print(f"wandb: {first_line(error)}; continuing without it, see {self._folder}")
 
     def _start(self, name, config, mode):
         if mode:
             os.environ["WANDB_MODE"] = mode  # wandb itself refuses capitals
         import wandb  # half a second, and it may be missing
 
-        self._wandb = wandb
-        settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
-        mode = mode or settings.mode
-        if mode == "online" and not _logged_in(wandb):
-            mode = "offline"
-        if mode == "disabled":
+        self._wandb, options = wandb, wandb.Settings(silent=True, console="off", init_timeout=30)
+        saved = wandb.setup(settings=options).settings
+        mode = mode or saved.mode
+        folder, self._active = Path(os.environ.get("WANDB_DIR", self._folder)), mode != "disabled"
+        if not self._active:
             return
-        folder = Path(os.environ.get("WANDB_DIR") or self._folder)
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            mode = "offline"
+        if mode == "offline":
+            print(f"wandb: logging offline; upload: wandb sync {folder}/wandb/offline-run-*")
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
-            project=settings.project or "conformal-prediction-unlearning",
-            name=settings.run_name or name,
-            group=settings.run_group or self._folder.parent.name,
-            # The WANDB_RUN_ID of a sweep is only for the first run of a process.
-            id=secrets.token_hex(4) if WandbRun.count else None,
+            project=saved.project or "conformal-prediction-unlearning",
+            name=saved.run_name or name,
+            group=saved.run_group or self._folder.parent.name,
             config=config,
             dir=folder,
             mode=mode,
             reinit="finish_previous",
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=options,
         )
-        WandbRun.count += 1
-        if mode == "offline" and WandbRun.count == 1:
-            print(f"wandb: logging offline; upload: wandb sync {folder / 'wandb'}/offline-run-*")
 
 
-def _logged_in(wandb):
-    try:
-        return wandb.login(prompt=False, verify=False)
-    except TypeError:  # older releases, e.g. 0.20, have no argument prompt
-        return bool(wandb.api.api_key)
-
-
-# ---------------------------------------------------------------- several runs in parallel
+# ---------------------------------------------------------------- runs
 
 
 def command_line(parser, args, **changes):
@@ -1346,70 +1085,47 @@ def command_line(parser, args, **changes):
         if is_default or name in ("seeds", "jobs", "dry_run"):
             continue
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        if value is True:
-            words.append(f"--{name}")
-        elif text.startswith("-"):  # argparse takes -1e-05 for a flag
-            words.append(f"--{name}={text}")
-        else:
-            words += [f"--{name}", text]
+        words.append(f"--{name}" if value is True else f"--{name}={text}")
     return words
 
 
 def run_commands(commands, jobs, titles=None):
     """Run commands (lists of words), ``jobs`` at a time. → their exit statuses, in order.
 
-    They share the CPU cores, or take the GPUs in turn. Their output is printed line by line, after
-    ``title: ``. An interruption is passed on to all of them, and raised after they have saved their
-    states. Raises UserError under torchrun.
+    They share the CPU cores, or take the GPUs in turn. Lines are printed after ``title: ``. An
+    interruption ends all of them, after they have saved their states.
     """
-    if distributed.world_size() > 1:
-        raise UserError("--jobs under torchrun: omit one of them; torchrun divides every run")
     prefixes = [f"{title}: " for title in titles] if titles else [""] * len(commands)
-    environments, running = SimpleQueue(), []
-    for number in range(jobs):
-        environments.put(_environment(number, min(jobs, len(commands))))
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options |= {"start_new_session": True, "text": True, "errors": "replace"}  # Ctrl-C: from here
+    running = []
 
-    def run(command, prefix):
-        environment = environments.get()
-        options = {"stdin": subprocess.DEVNULL, "text": True, "errors": "replace"}
-        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        options["start_new_session"] = True  # Ctrl-C reaches it once, from here
-        try:
-            with subprocess.Popen(command, env=environment, **options) as child:
-                running.append(child)
-                for line in child.stdout:
-                    print(f"{prefix}{line}", end="", flush=True)
-            return child.returncode
-        finally:
-            environments.put(environment)
+    def run(number):
+        environment = _environment(number, min(jobs, len(commands)))
+        with subprocess.Popen(commands[number], env=environment, **options) as child:
+            running.append(child)
+            for line in child.stdout:
+                print(f"{prefixes[number]}{line}", end="", flush=True)
+        return child.returncode
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            return list(pool.map(run, commands, prefixes))
+            return list(pool.map(run, range(len(commands))))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in running:
                 child.terminate()
-            pool.shutdown()
-            saved = "runs that had completed an epoch are saved"
-            raise KeyboardInterrupt(f"{saved}; pass --resume to continue") from None
+            raise KeyboardInterrupt("pass --resume to continue the runs") from None
 
 
 def _environment(number, jobs):
-    """The environment of the process with this number among ``jobs``: its threads and its GPU."""
+    """The environment of the command with this number, of ``jobs`` at a time: threads and GPU."""
     environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     environment |= dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
     environment.pop("WANDB_RUN_ID", None)  # each is a run of its own in wandb
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = gpus.split(",") if gpus else list(map(str, range(torch.cuda.device_count())))
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    return environment
-
-
-# ---------------------------------------------------------------- one run
-
-MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or range(torch.cuda.device_count())
+    gpus = gpus.split(",") if isinstance(gpus, str) else gpus
+    return environment | ({"CUDA_VISIBLE_DEVICES": str(gpus[number % len(gpus)])} if gpus else {})
 
 
 class RunFiles(NamedTuple):
@@ -1445,29 +1161,23 @@ def original_recipe(args, device):
 def already_done(path, identity, args):
     """The meta of an earlier run with the same ``identity`` that saved its model at ``path``.
 
-    ``identity`` is everything that determines the weights. Returns None if there is no file, or if
-    --overwrite is set. Raises UserError if the file cannot be read or comes from other settings.
-    With --precision auto the precision may differ, since it depends on the device.
+    ``identity`` is everything that determines the weights, but with --precision auto the precision
+    may differ. None if there is no file, or with --overwrite. Raises UserError for a file that is
+    unreadable or from other settings.
     """
     if args.overwrite or not path.exists():
         return None
-    try:
-        meta = checkpoint.read(path)[1]
-    except UserError as error:
-        raise UserError(f"{error}; pass --overwrite to replace it") from error
+    meta = checkpoint.read(path)[1]
     saved = meta.get("identity", {})
-    different = [key for key in identity | saved if saved.get(key) != identity.get(key)]
-    if args.precision == "auto" and "precision" in different:
-        different.remove("precision")
-    if not different:
-        return meta
-    differences = ", ".join(
-        f"{key}: {saved.get(key)} on disk, {identity.get(key)} requested" for key in different
-    )
-    raise UserError(
-        f"{path} already exists with different settings ({differences}); "
-        "pass --overwrite to replace it"
-    )
+    differences = [
+        f"{key}: {saved.get(key)} on disk, {identity.get(key)} requested"
+        for key in identity | saved
+        if saved.get(key) != identity.get(key) and (key, args.precision) != ("precision", "auto")
+    ]
+    if differences:
+        reason = f"already exists with different settings ({', '.join(differences)})"
+        raise UserError(f"{path} {reason}; pass --overwrite to replace it")
+    return meta
 
 
 def run_and_save(train, job, files, *, meta, args):
@@ -1475,79 +1185,63 @@ def run_and_save(train, job, files, *, meta, args):
 
     ``train(job)`` changes ``job.model``. ``meta`` is saved with it and contains the "identity" (see
     :func:`already_done`). Returns it with "seconds", the wall time, and the final "accuracies". All
-    files are written to an unfinished folder and moved up at the end, the model last: a failed run
-    saves nothing, and an interrupted one is either complete or can be resumed. Raises UserError.
+    files are moved up together, the model last: a failed run saves nothing, and an interrupted one
+    is either complete or can be resumed.
     """
-    with unfinished_folder(files.folder) as unfinished:
+    identity, history, is_gpu = meta["identity"], [], job.device.type == "cuda"
+    with (
+        unfinished_folder(files.folder) as unfinished,
+        WandbRun(files.folder, job.label, meta, args.wandb_mode) as wandb_run,
+    ):
         # Another run may have finished here since the flags were checked.
-        if earlier := already_done(files.model_path, meta["identity"], args):
+        if earlier := already_done(files.model_path, identity, args):
             return earlier
-        job.progress = Progress(
-            unfinished / RESUME_FILE,
-            meta["identity"],
-            resume=args.resume,
-            save_every=args.save_every,
-        )
+        saving = {"resume": args.resume, "save_every": args.save_every}
+        job.progress = Progress(unfinished / RESUME_FILE, identity, **saving)
         if job.progress.restored:
             print(f"{job.label}: resuming after epoch {len(job.progress.restored['records'])}")
-        history = History(unfinished / "history.jsonl")
-        with WandbRun(files.folder, job.label, meta, args.wandb_mode) as wandb_run:
 
-            def log(record):
-                history.add(record)
-                wandb_run.log(record)
+        def log(record):
+            history.append(record)
+            wandb_run.log(record)
 
-            job.log = log
-            if job.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(job.device)
-            with resumable(job):
-                train(job)
-            meta = meta | {"seconds": job.progress.seconds}
-            if job.device.type == "cuda":
-                meta["peak_memory"] = round(torch.cuda.max_memory_allocated(job.device) / 1e6)  # MB
-            meta["accuracies"] = final_accuracies(job)
-            if job.term is not None:
-                meta["q_hats"] = job.term.q_hats
-            for file_name, state in job.by_products.items():
-                checkpoint.save(unfinished / file_name, state, meta)
-            save_json(unfinished / files.record, meta | {"history": history.records})
-            checkpoint.save(unfinished / files.model, job.model.state_dict(), meta)
-            move_up(unfinished, last=files.model)
-            if not distributed.rank():
-                (files.folder / FAILURE_FILE).unlink(missing_ok=True)
-            row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
-            wandb_run.log_table("run", [row])
+        job.log = log
+        if is_gpu:
+            torch.cuda.reset_peak_memory_stats(job.device)
+        try:
+            train(job)
+        except Diverged:
+            raise
+        except BaseException as error:  # e.g. Ctrl-C, a closed pipe, a full disk, a failed rank
+            with suppress(UserError):
+                if job.progress.save() and isinstance(error, KeyboardInterrupt):
+                    error.args = (f"{job.label} is saved after its last epoch; pass --resume",)
+            raise
+        meta = meta | {"seconds": job.progress.seconds}
+        if is_gpu:
+            meta["peak_memory"] = round(torch.cuda.max_memory_allocated(job.device) / 1e6)  # MB
+        meta["accuracies"] = final_accuracies(job)
+        if job.term is not None:
+            meta["q_hats"] = job.term.q_hats
+        for file_name, state in job.by_products.items():
+            checkpoint.save(unfinished / file_name, state, meta)
+        lines = "".join(json.dumps(record) + "\n" for record in history)
+        save_text(unfinished / "history.jsonl", lines)
+        save_json(unfinished / files.record, meta | {"history": history})
+        checkpoint.save(unfinished / files.model, job.model.state_dict(), meta)
+        move_up(unfinished, last=files.model)
+        if not distributed.rank():
+            (files.folder / FAILURE_FILE).unlink(missing_ok=True)
+        row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
+        wandb_run.log_table("run", [row])
     if distributed.world_size() > 1:
         dist.barrier()  # the other ranks read the records that the first one has written
     return meta
 
 
-@contextmanager
-def resumable(job):
-    """Save the state of the last epoch for --resume if an error or a signal ends the block."""
-    try:
-        yield
-    except Diverged:
-        raise
-    except (KeyboardInterrupt, BrokenPipeError) as error:
-        if job.progress.save():
-            reason = f"the state of {job.label} is saved; pass --resume to continue"
-            raise KeyboardInterrupt(reason) from error
-        raise
-    except Exception:  # e.g. a full disk, a failed rank
-        with suppress(UserError):
-            job.progress.save()
-        raise
-
-
 def final_accuracies(job):
-    """The accuracies on all images. Raises :class:`Diverged` for weights or logits that are not
-    finite, which methods without training can cause, too.
-    """
+    """The accuracies on all images. Raises :class:`Diverged` for a model that is not finite."""
     with suppress(NotFinite):
         if weights_are_finite(job.model):
             return job.accuracies()
-    raise Diverged(
-        f"{job.label} diverged: some of its weights or outputs are NaN or infinite; choose "
-        "a lower --learning_rate or a weaker setting (earlier results are unchanged)"
-    )
+    raise Diverged(f"{job.label}: weights or outputs are NaN or infinite; lower --learning_rate")

@@ -127,8 +127,6 @@ def test_dead_process_ends_both_and_two_processes_resume(tmp_path):
     began = time.monotonic()
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and time.monotonic() - began < 90
-    lines = [line for line in errors.splitlines() if line.startswith("main_original_model.py:")]
-    assert len(lines) == 1 and "--resume" in lines[0], errors
     assert not (tmp_path / FOLDER / "original_model.pth").exists()
     done = check(run_two(*common, "--resume", cwd=tmp_path))
     assert "epoch 2/" not in done.stdout
