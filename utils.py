@@ -23,10 +23,10 @@ import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -562,6 +562,9 @@ def _read_pictures(root, train, held_out, classes, *, tag, side, workers, defaul
         if not (paths := list(folder.glob(f"{prefix}*.npy"))):
             side = side or _common_side(samples) or default_side
             paths = [_decode_files(samples, side, workers, folder / prefix)]
+        for stale in folder.glob("*.npy"):
+            if not stale.name.startswith(key):
+                stale.unlink()
         # Copy on write, because torch warns of read-only arrays. Nothing writes to it.
         pixels = torch.from_numpy(np.load(paths[0], mmap_mode="c"))
     labels = torch.tensor([sample.label for sample in samples])
@@ -601,14 +604,15 @@ def _decode_files(samples, side, workers, prefix):
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(samples), 3, side, side)}
     unfinished, digest = prefix.with_name("unfinished"), hashlib.sha256()
-    with (
-        open(unfinished, "wb") as file,
-        ProcessPoolExecutor(workers or 1, None, torch.set_num_threads, (1,)) as pool,
-    ):
+    # A generator of its own, since the default is the global one, which dropout draws from.
+    options = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
+    images = torch.utils.data.DataLoader(Decoder(samples, side), num_workers=workers, **options)
+    with open(unfinished, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        images = pool.map(partial(_decode, side=side), samples, chunksize=32)
-        bar = distributed.progress_bar(iterable=images, total=len(samples), desc="decoding images")
-        for pixels, image_hash in bar:
+        for image in distributed.progress_bar(iterable=images, desc="decoding images"):
+            if isinstance(image, Exception):
+                raise image
+            pixels, image_hash = image
             file.write(pixels)
             digest.update(image_hash)
         file.flush()
@@ -616,22 +620,36 @@ def _decode_files(samples, side, workers, prefix):
     return unfinished.rename(f"{prefix}{digest.hexdigest()[:32]}.npy")
 
 
-def _decode(sample, side):
-    """(pixels uint8 3×side×side, hash of name, class and bytes) of an image, in a worker process.
+def _unchanged(image):
+    return image
 
-    The shorter side is resized, and the center is kept. Raises ValueError, which names the file.
+
+class Decoder(torch.utils.data.Dataset):
+    """Pairs (pixels uint8 3×side×side, hash of name, class and bytes) of image files.
+
+    The shorter side is resized, and the center is kept. A file that cannot be read is a ValueError,
+    returned because workers raise tracebacks.
     """
-    try:
-        with open(sample.path, "rb") as file:
-            image_hash = hashlib.file_digest(file, "sha256")
-            image_hash.update(f"{sample.name}\0{sample.label}".encode())
-            pixels = transforms.pil_to_tensor(decode_image(file))
-    except Exception as error:  # Pillow's readers raise many kinds
-        raise ValueError(f"{sample.path}: {first_line(error)}") from error
-    if pixels.shape[-2:] != (side, side):
-        pixels = transforms.resize(pixels, [side], antialias=True)
-        pixels = transforms.center_crop(pixels, [side])
-    return pixels.contiguous().numpy(), image_hash.digest()
+
+    def __init__(self, samples, side):
+        self.samples, self.side = samples, side
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        sample, size = self.samples[index], [self.side] * 2
+        try:
+            with open(sample.path, "rb") as file:
+                image_hash = hashlib.file_digest(file, "sha256")
+                image_hash.update(f"{sample.name}\0{sample.label}".encode())
+                pixels = transforms.pil_to_tensor(decode_image(file))
+        except Exception as error:  # Pillow's readers raise many kinds
+            return ValueError(f"{sample.path}: {first_line(error)}")
+        if list(pixels.shape[-2:]) != size:
+            pixels = transforms.resize(pixels, size[:1], antialias=True)
+            pixels = transforms.center_crop(pixels, size)
+        return pixels.contiguous().numpy(), image_hash.digest()
 
 
 def decode_image(file):
@@ -643,9 +661,12 @@ def decode_image(file):
     image = Image.open(file)
     is_grey_16 = image.format == "PNG" and image.mode in ("I", "I;16")
     # TIFF tags 258 and 339: bits per sample, and its format (1 is unsigned). Pillow opens some
-    # files of 16 or of signed bits as if they had 8.
+    # files of 16 or of signed bits as if they had 8, and raw photographs as their thumbnail (254).
     tags = getattr(image, "tag_v2", {})
     is_plain = set(tags.get(258, (8,))) <= {1, 8} and set(tags.get(339, (1,))) == {1}
+    is_plain = is_plain and not tags.get(254, 0) & 1
+    if image.format == "PNG" and "transparency" in image.info:  # it is not scaled to 8 bits
+        is_plain = image.mode == "P" or image.tile[0][3] == image.mode
     if not is_plain or not (is_grey_16 or image.mode in EIGHT_BIT_MODES):
         raise ValueError(f"{image.format} of mode {image.mode} without plain 8 bits per channel")
     image = ImageOps.exif_transpose(image)
