@@ -17,6 +17,7 @@ import json
 import math
 import pickle
 import platform
+import secrets
 import signal
 import subprocess
 import sys
@@ -1084,6 +1085,7 @@ class WandbRun:
             project=saved.project or "conformal-prediction-unlearning",
             name=saved.run_name or name,
             group=saved.run_group or self._folder.parent.name,
+            id=os.environ.pop("WANDB_RUN_ID", None) or secrets.token_hex(4),  # a sweep's, only once
             config=config,
             dir=folder,
             mode=mode,
