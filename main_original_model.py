@@ -48,7 +48,9 @@ def run_in_children(parser, args):
     if args.dry_run:
         print("\n".join(map(shlex.join, commands)))
         return 0
-    return max(utils.run_commands(commands, args.jobs, [f"seed {seed}" for seed in all_seeds]))
+    return max(
+        distributed.run_commands(commands, args.jobs, [f"seed {seed}" for seed in all_seeds])
+    )
 
 
 def train_original(args, data, device):

@@ -81,8 +81,8 @@ def unlearn_all(parser, args, methods, make_term=None):
             print(shlex.join(command))
         return 0
     if args.jobs > 1:
-        titles = [f"seed {run.original.args.seed}" if args.seeds else "" for run in pending]
-        utils.run_commands(commands, args.jobs, titles)
+        titles = [f"seed {run.original.args.seed}" for run in pending] if args.seeds else None
+        distributed.run_commands(commands, args.jobs, titles)
     else:
         for run in pending:
             with failure_recorded(run, is_only_run=len(runs) == 1):

@@ -19,12 +19,10 @@ import pickle
 import platform
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -1110,45 +1108,6 @@ def command_line(parser, args, **changes):
         text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         words.append(f"--{name}" if value is True else f"--{name}={text}")
     return words
-
-
-def run_commands(commands, jobs, titles=None):
-    """Run commands (lists of words), ``jobs`` at a time. → their exit statuses, in order.
-
-    They share the CPU cores, or take the GPUs in turn. Lines are printed after ``title: ``. An
-    interruption ends all of them, after they have saved their states.
-    """
-    prefixes = [f"{title}: " for title in titles] if titles else [""] * len(commands)
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    options |= {"start_new_session": True, "text": True, "errors": "replace"}  # Ctrl-C: from here
-    running = []
-
-    def run(number):
-        environment = _environment(number, min(jobs, len(commands)))
-        with subprocess.Popen(commands[number], env=environment, **options) as child:
-            running.append(child)
-            for line in child.stdout:
-                print(f"{prefixes[number]}{line}", end="", flush=True)
-        return child.returncode
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return list(pool.map(run, range(len(commands))))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in running:
-                child.terminate()
-            raise KeyboardInterrupt("pass --resume to continue the runs") from None
-
-
-def _environment(number, jobs):
-    """The environment of the command with this number, of ``jobs`` at a time: threads and GPU."""
-    environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
-    environment |= dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
-    environment.pop("WANDB_RUN_ID", None)  # each is a run of its own in wandb
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or range(torch.cuda.device_count())
-    gpus = gpus.split(",") if isinstance(gpus, str) else gpus
-    return environment | ({"CUDA_VISIBLE_DEVICES": str(gpus[number % len(gpus)])} if gpus else {})
 
 
 class RunFiles(NamedTuple):

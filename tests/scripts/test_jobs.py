@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import QUIET, ROOT, TINY, check, run_in_process, same_weights, start_script
 
-import utils
+from models import distributed
 from models.errors import UserError
 
 ORIGINAL = ["main_original_model.py", *TINY, *QUIET]
@@ -28,7 +28,7 @@ def test_output_has_titles_and_statuses_have_the_order_of_the_commands(capfd, mo
         python("import os; os.kill(os.getpid(), 9)"),
         python(show.format("OMP_NUM_THREADS")),
     ]
-    assert utils.run_commands(commands, 2, ["a", "b", "c", "d"]) == [3, 0, -9, 0]
+    assert distributed.run_commands(commands, 2, ["a", "b", "c", "d"]) == [3, 0, -9, 0]
     lines = capfd.readouterr().out.splitlines()
     assert sorted(lines) == ["b: None", "b: end", "d: 1", "d: end"]
 
@@ -36,14 +36,14 @@ def test_output_has_titles_and_statuses_have_the_order_of_the_commands(capfd, mo
 def test_runs_in_parallel_take_the_gpus_in_turn(capfd, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     wait = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"
-    assert utils.run_commands([python(wait)] * 2, 2) == [0, 0]
+    assert distributed.run_commands([python(wait)] * 2, 2) == [0, 0]
     assert sorted(capfd.readouterr().out.split()) == ["4", "6"]
 
 
 def test_jobs_under_torchrun_are_refused(monkeypatch):
     monkeypatch.setattr("models.distributed.world_size", lambda: 2)
     with pytest.raises(UserError, match="--jobs"):
-        utils.run_commands([python("")], 2)
+        distributed.run_commands([python("")], 2)
 
 
 def test_dry_run_prints_commands_that_give_the_results_of_jobs(tmp_path):
