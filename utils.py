@@ -160,6 +160,8 @@ def make_parser(description, epilog=None):
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
     mode, text = os.environ.get("WANDB_MODE") or None, "default: online if logged in, else offline"
+    if mode and mode.lower() not in WANDB_MODES:
+        raise UserError(f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}")
     add("--wandb_mode", type=str.lower, choices=WANDB_MODES, default=mode, help=text)
     return parser
 
@@ -899,7 +901,7 @@ def describe_run(args, data, device):
     packages = ("torchvision", "timm", "numpy", "scikit-learn")
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return model_facts(args, data) | {
-        "flags": vars(args),
+        "flags": {key: printable(v) if isinstance(v, str) else v for key, v in vars(args).items()},
         "seed": args.seed,
         "split_seed": split_seed(args),
         "versions": versions | {package: metadata.version(package) for package in packages},
@@ -1029,6 +1031,8 @@ class WandbRun:
     missing or fails, a line is printed and the run continues without it. Only rank 0 logs.
     """
 
+    announced = False  # whether the line about logging offline has been printed
+
     def __init__(self, folder, name, config, mode=None):
         self._folder, self._active = folder, mode != "disabled" and not distributed.rank()
         self._try(lambda: self._start(name, config, mode))
@@ -1076,7 +1080,8 @@ class WandbRun:
             return
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
-        if mode == "offline":
+        if mode == "offline" and not WandbRun.announced:
+            WandbRun.announced = True
             print(f"wandb: logging offline; upload: wandb sync {folder}/wandb/offline-run-*")
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
@@ -1170,7 +1175,7 @@ def run_and_save(train, job, files, *, meta, args):
     files are moved up together, the model last: a failed run saves nothing, and an interrupted one
     is either complete or can be resumed.
     """
-    identity, history, is_gpu = meta["identity"], [], job.device.type == "cuda"
+    identity, history = meta["identity"], []
     with (
         unfinished_folder(files.folder) as unfinished,
         WandbRun(files.folder, job.label, meta, args.wandb_mode) as wandb_run,
@@ -1178,7 +1183,8 @@ def run_and_save(train, job, files, *, meta, args):
         # Another run may have finished here since the flags were checked.
         if earlier := already_done(files.model_path, identity, args):
             return earlier
-        saving = {"resume": args.resume, "save_every": args.save_every}
+        is_gpu, saving = job.device.type == "cuda", {"resume": args.resume}
+        saving["save_every"] = args.save_every
         job.progress = Progress(unfinished / RESUME_FILE, identity, **saving)
         if job.progress.restored:
             print(f"{job.label}: resuming after epoch {len(job.progress.restored['records'])}")

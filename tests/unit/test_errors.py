@@ -48,7 +48,6 @@ FLAG_MISTAKES = [
     ([*ORIGINAL, "--learning_rate", "-1"], ["--learning_rate", "-1"]),
     ([*ORIGINAL, "--num_epochs", "many"], ["--num_epochs", "many"]),
     ([*ORIGINAL, "--unknown_flag", 1], ["--unknown_flag"]),
-    ([*ORIGINAL, "--runs_dir="], ["--runs_dir"]),
     ([*ORIGINAL, "--wandb_mode", "sometimes"], ["--wandb_mode", "sometimes"]),
     ([*UNLEARN, "--label", "a/b"], ["--label", "a/b"]),
     ([*ORIGINAL, "--model_name", "resnet19"], ["--model_name resnet19"]),

@@ -37,14 +37,6 @@ def test_list_is_split_at_commas_and_may_not_repeat_a_value():
             parse(text)
 
 
-@pytest.mark.parametrize(
-    ("flag", "text"), [("--runs_dir", " "), ("--runs_dir", "~nobody-here/x"), ("--label", "a/b")]
-)
-def test_implausible_path_or_label_is_refused(flag, text):
-    with pytest.raises(UserError, match=flag):
-        training_parser().parse_args(["--unlearn_name", "RL", f"{flag}={text}"])
-
-
 def test_mode_of_wandb_comes_from_flag_else_variable(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "OFFLINE")
     assert utils.make_parser("").parse_args([]).wandb_mode == "offline"
@@ -134,6 +126,6 @@ def test_command_has_changed_flags_and_no_defaults():
     parser = training_parser()
     args = parser.parse_args(["--unlearn_name", "RL", "--seeds", "1,2", "--label", "x", "--resume"])
     words = utils.command_line(parser, args, unlearn_name="GA", seed=0, label=None)[2:]
-    assert words == ["--seed", "0", "--unlearn_name", "GA", "--resume"]
+    assert words == ["--seed=0", "--unlearn_name=GA", "--resume"]
     words = utils.command_line(parser, args, learning_rate=-1e-5, seed=1)
-    assert "--learning_rate=-1e-05" in words and "--seed" not in words
+    assert "--learning_rate=-1e-05" in words and "--seed=1" not in words

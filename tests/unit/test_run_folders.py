@@ -125,25 +125,15 @@ def test_other_ranks_create_move_and_remove_nothing(tmp_path, monkeypatch):
 def test_run_that_another_process_finished_meanwhile_is_kept(tmp_path):
     """Its model appears after the flags were checked and before the folder is locked."""
     files, meta = utils.RunFiles(tmp_path), {"identity": {"a": 1}}
+    job = SimpleNamespace(label="finetune")
     checkpoint.save(files.model_path, {"w": torch.zeros(1)}, meta | {"seconds": 2})
-    earlier = utils.run_and_save(None, None, files, meta=meta, args=flags())
+    earlier = utils.run_and_save(None, job, files, meta=meta, args=flags())
     assert earlier["seconds"] == 2
     with pytest.raises(UserError, match="--overwrite"):
-        utils.run_and_save(None, None, files, meta={"identity": {"a": 2}}, args=flags())
+        utils.run_and_save(None, job, files, meta={"identity": {"a": 2}}, args=flags())
 
 
 # ---------------------------------------------------------------- records
-
-
-def test_history_is_a_list_and_a_line_of_json_per_epoch(tmp_path):
-    path = tmp_path / "history.jsonl"
-    path.write_text("an earlier history\n")
-    history = utils.History(path)
-    assert path.read_text() == ""
-    history.add({"epoch": 1, "loss": 0.5})
-    history.add({"epoch": 2, "loss": 0.25})
-    assert path.read_text() == '{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": 0.25}\n'
-    assert history.records == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
 
 
 def test_record_of_a_run_has_flags_facts_and_versions():

@@ -46,7 +46,7 @@ class Wandb:
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch):
     """No run has been started, and no variable of wandb is set."""
-    monkeypatch.setattr(utils.WandbRun, "count", 0)
+    monkeypatch.setattr(utils.WandbRun, "announced", False)
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.setenv(name, "")  # restored even if the run sets it
         monkeypatch.delenv(name)
@@ -120,12 +120,13 @@ def test_names_and_folder_of_wandb_take_precedence(install, tmp_path, monkeypatc
     assert options["dir"] == tmp_path / "logs" and not (tmp_path / "runs").exists()
 
 
-def test_only_the_first_run_of_a_process_has_the_run_id_of_a_sweep(install, tmp_path):
+def test_only_the_first_run_of_a_process_has_the_run_id_of_a_sweep(install, tmp_path, monkeypatch):
     wandb = install()
+    monkeypatch.setenv("WANDB_RUN_ID", "sweeps")
     for _ in range(3):
         run(tmp_path)
     ids = [options["id"] for name, options in wandb.calls if name == "init"]
-    assert ids[0] is None and None not in ids[1:] and ids[1] != ids[2]  # None is WANDB_RUN_ID
+    assert ids[0] == "sweeps" and len({*ids}) == 3
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
