@@ -58,6 +58,9 @@ def run_script(main):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and background jobs do
             signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # "?" for q̂, λ and ± on a terminal without Unicode
+            stream.reconfigure(errors="replace")
     status, message = 0, None
     try:
         with redirect_stdout(None) if distributed.rank() else nullcontext():

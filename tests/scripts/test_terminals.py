@@ -1,9 +1,6 @@
-"""Terminals without Unicode, closed pipes, and Ctrl-C while a script starts."""
+"""Terminals without Unicode, and closed output pipes."""
 
-import signal
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from helpers import QUIET, TINY, check, fails_in_one_line, run_forked, run_script, start_script
@@ -41,22 +38,5 @@ def test_closed_pipe_ends_a_training_that_can_be_resumed(tmp_path):
         assert process.poll() is None
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(60) == 130
-    assert "Traceback" not in errors and "--resume" in errors.splitlines()[-1]
+    assert process.wait(60) == 141 and "Traceback" not in errors
     assert next(tmp_path.rglob("resume.pth")).stat().st_size > 100_000
-
-
-@pytest.mark.parametrize("library", ["numpy", "sklearn"])
-def test_ctrl_c_while_a_script_imports_prints_no_traceback(library, tmp_path):
-    """The script is in the middle of its imports when it has mapped the library."""
-    interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    command = ["main_evaluate.py", *COMMON, "--unlearn_name", "all"]
-    process = start_script(*command, cwd=tmp_path, preexec_fn=interruptible)
-    while library not in Path(f"/proc/{process.pid}/maps").read_text():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    # Status 2: the script had already ended, because there is no model.
-    assert process.returncode in (-signal.SIGINT, 130, 2)
-    assert len(errors.splitlines()) <= 1, errors
