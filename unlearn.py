@@ -115,7 +115,9 @@ def describe_methods(methods):
         settings = settings if entry.trained else {"no training": ""}
         settings |= {name: entry.options[name] for name in entry.flags}
         shown = [
-            f"{name} {value}" for name, value in settings.items() if value not in (None, False)
+            f"{name} {value}".strip()
+            for name, value in settings.items()
+            if value not in (None, False)
         ]
         digits = ", ".join(f"{name} {value}" for name, value in entry.digits.items())
         shown += [f"(digits: {digits})"] if digits else []

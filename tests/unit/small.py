@@ -1,5 +1,6 @@
 """A small unlearning problem, and the same network and optimizer from their formulas in float64."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -9,10 +10,11 @@ from torch import nn
 import unlearn
 import unlearn_cpu
 import utils
+from models.training import Job, Recipe
 
 CLASSES = 5
 BRIGHTER = 1.25  # augmentation multiplies the small images by this
-JOB_FIELDS = ("seed", "model", "new_model", "epoch_done", "quiet", "compile", "progress", "split")
+JOB_FIELDS = ("seed", "model", "new_model", "log", "quiet", "compile", "progress", "split")
 
 
 def arguments(*flags, methods=unlearn.METHODS, data="cifar10"):
@@ -54,8 +56,8 @@ class Tensors:
     spec = utils.DataSpec(mean=(0.5, 0.4, 0.6), std=(0.2, 0.1, 0.15))
 
     def __init__(self, inputs, labels):
-        self.inputs, self.labels, self.uses = inputs, labels, []
-        self.pixels = inputs
+        self.inputs = self.pixels = inputs
+        self.labels, self.uses = labels, []
 
     def __len__(self):
         return len(self.labels)
@@ -69,8 +71,8 @@ class Tensors:
 def images(count, seed):
     rng = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=rng)
-    inputs = torch.randn(count, 3, 4, 4, generator=rng) + labels[:, None, None, None] / CLASSES
-    return Tensors(inputs, labels)
+    shift = labels[:, None, None, None] / CLASSES
+    return Tensors(torch.randn(count, 3, 4, 4, generator=rng) + shift, labels)
 
 
 def small_job(
@@ -85,16 +87,15 @@ def small_job(
     forget_class=None,
     **settings,
 ):
-    """A job of ``retain`` and ``forget`` images.
+    """A job of ``retain`` and ``forget`` images, with the options of its method in ``options``.
 
     ``settings`` are fields of the job, fields of its recipe, or options of the method.
     """
     train, held_out = images(retain + forget, 1), images(40, 2)
     name = label.removeprefix("cpu_")
-    recipe = {"num_epochs": 3, "learning_rate": 0.05, "batch_size": 8}
-    recipe |= {"momentum": 0.8, "weight_decay": 0.03}
-    recipe_fields = (*recipe, "milestones", "precision", "schedule", "optimizer")
-    recipe |= {key: settings.pop(key) for key in recipe_fields if key in settings}
+    recipe = Recipe(3, 0.05, batch_size=8, momentum=0.8, weight_decay=0.03)
+    chosen = [field.name for field in dataclasses.fields(Recipe) if field.name in settings]
+    recipe = dataclasses.replace(recipe, **{key: settings.pop(key) for key in chosen})
     order = torch.randperm(retain + forget, generator=torch.Generator().manual_seed(3))
     held_out_sets = torch.arange(40).split([train_calibration, 32 - train_calibration, 8])
     nothing = torch.empty(0, dtype=torch.int64)
@@ -113,23 +114,26 @@ def small_job(
         term = unlearn_cpu.ConformalTerm(
             held_out, split.train_calibration, alpha=alpha, delta=delta, lamda=lamda
         )
-    fields = {"seed": 4, "model": SmallNet(), "new_model": lambda: SmallNet(7), "split": split}
-    fields |= {key: settings.pop(key) for key in JOB_FIELDS if key in settings}
-    return unlearn.Job(
+    defaults = {"seed": 4, "model": SmallNet(), "new_model": lambda: SmallNet(7), "split": split}
+    fields = defaults | {key: settings.pop(key) for key in JOB_FIELDS if key in settings}
+    method, data = unlearn.METHODS[name], SimpleNamespace(train=train, held_out=held_out)
+    data.classes = [*"abcde"]
+    job = Job(
         name=name,
         label=label,
-        data=SimpleNamespace(train=train, held_out=held_out, classes=[*"abcde"]),
-        recipe=unlearn.Recipe(**recipe) if unlearn.METHODS[name].trained else None,
-        options=unlearn.METHODS[name].options | settings,
+        data=data,
+        recipe=recipe if method.trained else None,
         term=term,
         **fields,
     )
+    job.options = method.options | settings
+    return job
 
 
 def run(job):
     """The weights and statistics after the method, by name."""
-    model = unlearn.METHODS[job.name].run(job)
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    unlearn.METHODS[job.name].run(job, **job.options)
+    return {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
 
 
 def training_steps(job):
@@ -149,8 +153,7 @@ class ByHand:
     """The network and SGD with momentum m by hand: v ← m·v + g + wd·w, w ← w − rate·v."""
 
     def __init__(self, model):
-        state = model.state_dict()
-        state = {name: tensor.detach().double().clone() for name, tensor in state.items()}
+        state = {name: tensor.double().clone() for name, tensor in model.state_dict().items()}
         self.mean, self.var = state.pop("1.running_mean"), state.pop("1.running_var")
         state.pop("1.num_batches_tracked")
         self.weights = {name: tensor.requires_grad_() for name, tensor in state.items()}
@@ -186,11 +189,14 @@ class ByHand:
                 self.velocity[name] = momentum * self.velocity[name] + gradient
                 weight -= rate * self.velocity[name] * (1 if masks is None else masks[name])
 
-    def adapt(self, gradients, rate, weight_decay, step):
-        """Adam's step number ``step``, with β = 0.9 and 0.999 (Kingma & Ba 2015, algorithm 1)."""
+    def adapt(self, gradients, rate, weight_decay, *, step, decoupled=False):
+        """Adam's step number ``step``, with β = 0.9 and 0.999 (Kingma & Ba 2015, algorithm 1), or
+        that of AdamW, with a decay of the weights alone (Loshchilov & Hutter 2019).
+        """
         with torch.no_grad():
             for name, weight in self.weights.items():
-                gradient = gradients[name] + weight_decay * weight
+                gradient = gradients[name] + (0 if decoupled else weight_decay * weight)
+                weight *= 1 - rate * weight_decay * decoupled
                 self.velocity[name] = 0.9 * self.velocity[name] + 0.1 * gradient
                 self.squares[name] = 0.999 * self.squares[name] + 0.001 * gradient.square()
                 mean = self.velocity[name] / (1 - 0.9**step)
@@ -208,11 +214,7 @@ class ByHand:
 
     def empirical_fisher(self, inputs, labels):
         """Mean over images of (∂ log p_label / ∂ w)²."""
-        squares = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        for image, label in zip(inputs, labels, strict=True):
-            for name, gradient in self.gradients(self.log_p(image[None])[0, label]).items():
-                squares[name] += gradient.square() / len(labels)
-        return squares
+        return self.batch_fisher(inputs, labels, torch.arange(len(labels)).split(1))
 
     def expected_fisher(self, inputs):
         """Mean over images of Σ_c p_c·(∂ log p_c / ∂ w)²."""
@@ -226,8 +228,8 @@ class ByHand:
         return squares
 
     def state(self):
-        weights = {name: weight.detach() for name, weight in self.weights.items()}
-        return weights | {"1.running_mean": self.mean, "1.running_var": self.var}
+        statistics = {"1.running_mean": self.mean, "1.running_var": self.var}
+        return {name: weight.detach() for name, weight in self.weights.items()} | statistics
 
     def assert_equal(self, state, rtol=1e-4, atol=1e-6):
         for name, tensor in self.state().items():
@@ -239,13 +241,10 @@ class ByHand:
 def rates(recipe):
     """The learning rate of each epoch: constant, a cosine, or divided by 10 at milestones."""
     for epoch in range(recipe.num_epochs):
-        if recipe.milestones:
-            drops = sum(epoch >= milestone for milestone in recipe.milestones)
-            yield recipe.learning_rate * 0.1**drops
-        elif recipe.schedule == "constant":
-            yield recipe.learning_rate
-        else:
-            yield recipe.learning_rate * (1 + math.cos(math.pi * epoch / recipe.num_epochs)) / 2
+        factor = 0.1 ** sum(epoch >= milestone for milestone in recipe.milestones or ())
+        if not recipe.milestones and recipe.schedule == "cosine":
+            factor = (1 + math.cos(math.pi * epoch / recipe.num_epochs)) / 2
+        yield recipe.learning_rate * factor
 
 
 def by_definition(model, images, labels, expected):
