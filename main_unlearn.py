@@ -42,9 +42,9 @@ RUN_COLUMNS = {
 
 def main():
     parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn.METHODS))
-    utils.add_scenario_flags(parser, ", ".join(unlearn.METHODS), "original_model.pth")
+    names = ", ".join(unlearn.METHODS)
+    utils.add_scenario_flags(parser, names, "original_model.pth", label=True)
     utils.add_training_flags(parser, "default: depends on the method, listed below")
-    utils.add_label_flag(parser)
     unlearn.add_option_flags(parser, unlearn.METHODS)
     args = parser.parse_args()
     names = utils.method_names(args.unlearn_name, unlearn.METHODS)

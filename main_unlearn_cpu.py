@@ -16,9 +16,9 @@ import unlearn_cpu
 
 def main():
     parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn_cpu.METHODS))
-    utils.add_scenario_flags(parser, ", ".join(unlearn_cpu.METHODS), "original_model.pth")
+    names = ", ".join(unlearn_cpu.METHODS)
+    utils.add_scenario_flags(parser, names, "original_model.pth", label=True)
     utils.add_training_flags(parser, "default: depends on the method, listed below")
-    utils.add_label_flag(parser)
     unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()

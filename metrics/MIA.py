@@ -1,9 +1,9 @@
 """Membership inference: SVM attacks on five features, and the ranking attack on confidence.
 
-Five attacks are trained per model, one on each feature: on retain images (members) and as many test
-images of the split (non-members), see :func:`attack_images`. Their targets are the forget images.
-The features are those of Song & Mittal 2021 (2003.10595), the SVM is that of the unlearning
-literature (:mod:`metrics.attack`).
+Five attacks are trained per model, one per feature, on retain images (members) and as many test
+images of the split (non-members). Their targets are the forget images. The features are those of
+Song & Mittal 2021 (2003.10595), the SVM is that of the unlearning literature
+(:mod:`metrics.attack`).
 """
 
 import math
@@ -18,47 +18,24 @@ from .columns import Column
 
 COLUMNS = {
     "MIA": Column(
-        "MIA",
-        "percent",
-        "near Retrain",
-        "MIA efficacy: share of the forget images that the attack (an SVM on the confidence in the "
-        "true label) calls non-members",
+        "MIA", "percent", "near Retrain", "MIA efficacy: share of forget images called non-members"
     ),
     "MIA_privacy": Column(
-        "privacy",
-        "percent",
-        "near 50",
-        "accuracy of this attack on retain and held-out images that it was not trained on; "
-        "50 % is a coin flip",
+        "privacy", "percent", "near 50", "its accuracy on other retain and held-out images"
     ),
     "AUC": Column(
-        "AUC",
-        "number",
-        "near Retrain",
-        "area under the ROC curve of telling forget images from test images by confidence; "
-        "0.5 cannot tell them apart",
+        "AUC", "number", "near Retrain", "ROC area of confidence: forget images against test images"
     ),
     "TPR@1%": Column(
-        "TPR@1%",
-        "percent",
-        "near Retrain",
-        "share of the forget images whose confidence passes a threshold that 1 % of the test "
-        "images pass",
+        "TPR@1%", "percent", "near Retrain", "forget images surer than 99 % of the test images"
     ),
     "TPR@0.1%": Column(
-        "TPR@.1%",
-        "percent",
-        "near Retrain",
-        "the same for a threshold that 0.1 % of the test images pass",
+        "TPR@.1%", "percent", "near Retrain", "the same for 0.1 % of the test images"
     ),
 }
 CSV_COLUMNS = {
     "MIA_<feature>": Column(
-        "",
-        "percent",
-        "near Retrain",
-        "MIA efficacy of the attack on another feature: correctness, entropy, modified_entropy or "
-        "probabilities",
+        "", "percent", "near Retrain", "MIA efficacy of the attack on another feature"
     ),
     "MIA_<feature>_privacy": Column(
         "", "percent", "near 50", "accuracy of that attack, like MIA_privacy"
@@ -75,12 +52,12 @@ FALSE_POSITIVES = (0.01, 0.001)
 
 
 def confidences(logits, labels):
-    """p_y(x) of each image's own label. Logits N×K, labels N → N, float64."""
+    """p_y(x) of each image's true label. Logits N×K, labels N → N, float64."""
     return 1 - scores.true_label_scores(logits, labels)
 
 
 def entropy(logits):
-    """−Σ p log p of the model's answer. Logits N×K → N, float64 in [0, log K]."""
+    """−Σ p log p of the predicted probabilities. Logits N×K → N, float64 in [0, log K]."""
     log_p = torch.log_softmax(logits.double(), dim=1)
     return torch.special.entr(log_p.exp()).sum(dim=1)
 
@@ -88,8 +65,8 @@ def entropy(logits):
 def modified_entropy(logits, labels):
     """−(1 − p_y) log p_y − Σ p_i log(1 − p_i) over the other labels i (Song & Mittal 2021, eq. 8).
 
-    0 for a confident correct answer, unbounded for a confident wrong one. Logits N×K, labels N → N,
-    float64.
+    0 for a confident correct prediction, unbounded for a confident wrong one. Logits N×K, labels
+    N → N, float64.
     """
     log_p = torch.log_softmax(logits.double(), dim=1)
     # log(1 − p) of the top label is summed from the other labels: 1 − p would round to 0.
@@ -97,8 +74,8 @@ def modified_entropy(logits, labels):
     log_others = log_p.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
     log_rest = torch.log1p(-log_p.exp()).scatter(1, top, log_others)
     terms = -log_p.exp() * log_rest
-    own = labels[:, None]
-    terms = terms.scatter(1, own, -log_rest.gather(1, own).exp() * log_p.gather(1, own))
+    true = labels[:, None]
+    terms = terms.scatter(1, true, -log_rest.gather(1, true).exp() * log_p.gather(1, true))
     return terms.sum(dim=1)
 
 
@@ -117,9 +94,9 @@ def attack_features(logits, labels):
 def ranking_attack(member_scores, non_member_scores):
     """How well confidence ranks members before non-members (Carlini et al. 2022, 2112.03570).
 
-    Both arguments are scores, 1 − p_y or its log-odds, which distinguish nearly certain answers.
-    → (area under the ROC curve, [true-positive rates at 1 % and 0.1 % false positives]), NaN where
-    one of the two is empty.
+    Both arguments are scores: 1 − p_y, or its log-odds, which also order nearly certain images. →
+    (area under the ROC curve, [true-positive rates at 1 % and 0.1 % false positives]), NaN if one
+    of the two is empty.
     """
     if not len(member_scores) or not len(non_member_scores):
         return math.nan, [math.nan] * len(FALSE_POSITIVES)
@@ -133,8 +110,8 @@ def ranking_attack(member_scores, non_member_scores):
 class AttackImages(NamedTuple):
     """The images of the attacks: indices into retain (members) and into held_out (non-members).
 
-    The attacks are trained on ``members`` and ``non_members``, equally many. The privacy of an
-    attack is measured on the other two, which train no attack.
+    Equally many ``members`` and ``non_members`` train the attacks. Their privacy is measured on the
+    other two.
     """
 
     members: torch.Tensor
@@ -146,9 +123,9 @@ class AttackImages(NamedTuple):
 def attack_images(outputs, seed):
     """The :class:`AttackImages` of the split itself, in an order drawn by the seed.
 
-    As many retain images are held out as the largest calibration set has (at most half of them). As
-    many of the others as there are test images train the attacks, on as many test images. Where a
-    class is forgotten, calibration and test images are those of the retained classes.
+    As many retain images are held out as there are calibration images (at most half of them). Of
+    the others, as many train the attacks as there are test images. For class-wise forgetting,
+    calibration and test images are those of the retained classes.
     """
     rng = np.random.default_rng([seed, 0])
     members = torch.from_numpy(rng.permutation(len(outputs.retain.labels)))
@@ -167,8 +144,8 @@ def attack_images(outputs, seed):
 class AttackShares(NamedTuple):
     """How well an attack works, two floats in [0, 1] or NaN.
 
-    ``efficacy`` is the share of the targets that it calls non-members, ``privacy`` the accuracy on
-    members and non-members that it was not trained on.
+    ``efficacy`` is the share of the targets that it calls non-members, ``privacy`` the balanced
+    accuracy on members and non-members that did not train it.
     """
 
     efficacy: float
@@ -179,8 +156,8 @@ def attack_shares(features, forget_features):
     """The :class:`AttackShares` of an attack on one kind of feature.
 
     ``features`` are the :class:`AttackImages`' N×d features, ``forget_features`` the targets' M×d.
-    Both shares are NaN where the attack has no answer: fewer than five images to train on, or
-    features that do not differ between members and non-members. A share of no images is NaN too.
+    Both are NaN with fewer than five training images of a kind, or if the features do not differ
+    between members and non-members. A share of no images is NaN too.
     """
     if len(features.members) < attack.FOLDS:
         return AttackShares(math.nan, math.nan)
@@ -198,11 +175,8 @@ def attack_shares(features, forget_features):
 
 
 def report(outputs, conformal_scores, settings):
-    """The attacks' efficacy on the forget images and their privacy, and the ranking attack. Returns
-    ``(scalars, {})``.
-
-    ``MIA`` is the attack on confidence. The ranking attack tells the forget images from the test
-    images of the split by their confidence. NaN where an attack has no answer.
+    """Efficacy on the forget images and privacy of each attack, and the ranking attack between
+    forget images and test images of the split. Returns ``(scalars, {})``.
     """
     images = attack_images(outputs, settings.seed)
     retain = attack_features(*outputs.retain)

@@ -1,12 +1,11 @@
 """MIACR: the conformal version of the membership attack (arXiv 2501.19403).
 
-The attack is an SVM on the confidence in the own label. Its probabilities give a score for each of
-the two answers, {non-member, member}, which held-out members and non-members calibrate.
+The attack is an SVM on the confidence in the true label. Its probabilities give a score for each of
+the two labels, {non-member, member}, which is calibrated on held-out members and non-members.
 
-One attack is trained per model: non-members are half of the test images of the split, members as
-many retain images (fewer where half of the retain images are not enough). All other retain images
-and all other held-out images may calibrate. The split itself calibrates on its calibration images.
-Every other draw redraws as many of them.
+One attack is trained per model, on half of the split's test images (non-members) and as many retain
+images (members). All other retain and held-out images can be calibration images. The split itself
+has its own calibration images as non-members; every other draw redraws as many.
 """
 
 import math
@@ -20,16 +19,12 @@ from .columns import Column
 
 ROW_COLUMNS = {
     "MIACR": Column(
-        "MIACR",
-        "percent",
-        "near Retrain",
-        "share of the forget images whose conformal set over {member, non-member} is exactly "
-        "{non-member}",
+        "MIACR", "percent", "near Retrain", "forget images with the membership set {non-member}"
     ),
 }
 CSV_COLUMNS = {
     "MIACR_calibration_images": Column(
-        "", "count", "", "members and non-members that calibrate MIACR, one half each"
+        "", "count", "", "calibration images of MIACR: members and non-members, one half each"
     ),
 }
 NON_MEMBER, MEMBER = 0, 1
@@ -43,28 +38,29 @@ class Images(NamedTuple):
 
 
 def training_images(outputs, seed):
-    """The :class:`Images` that train the attack of one model, drawn by the seed.
+    """The training :class:`Images` of one model's attack, drawn by the seed.
 
     They are the same for every draw and calibration size.
     """
     rng = np.random.default_rng(seed)
     members = _shuffled(torch.arange(len(outputs.retain.labels)), rng)
     test = _shuffled(outputs.test(), rng)
-    calibrating = min(len(members) // 2, len(outputs.calibration(max(outputs.cal_sizes))))
-    count = min(len(members) - calibrating, len(test) // 2)
+    # Retain images that are left for calibration: at most half of all.
+    calibration = min(len(members) // 2, len(outputs.calibration(max(outputs.cal_sizes))))
+    count = min(len(members) - calibration, len(test) // 2)
     return Images(members[:count], test[:count])
 
 
 def calibration_images(outputs, training, size, seed, draw):
-    """The :class:`Images` that calibrate one draw, none of which trains the attack.
+    """The calibration :class:`Images` of one draw, without the ``training`` images.
 
     As many of each kind as the split has calibration images of the retained classes among the first
-    ``size``, or as there are retain images left. The first draw takes the split's own non-members.
+    ``size``, or as there are other retain images.
     """
     rng = np.random.default_rng([seed, draw])
-    left = torch.ones(len(outputs.retain.labels), dtype=torch.bool)
-    left[training.members] = False
-    members = _shuffled(left.nonzero().flatten(), rng)
+    unused = torch.ones(len(outputs.retain.labels), dtype=torch.bool)
+    unused[training.members] = False
+    members = _shuffled(unused.nonzero().flatten(), rng)
     held_out = outputs.retained(draw)
     non_members = held_out[~torch.isin(held_out, training.non_members)]
     count = min(len(members), len(outputs.calibration(size)))
@@ -84,8 +80,8 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
     """Share of the targets whose conformal set is exactly {non-member}.
 
     All scores are M×2 from :func:`membership_scores`. q̂ is the conformal quantile of the scores of
-    the true membership on held-out members and non-members, which did not train the attack. NaN
-    where these are too few for a finite q̂, or where the attack has no answer (its scores are NaN).
+    the true membership on held-out members and non-members. NaN without a finite q̂, or if the
+    attack has no probabilities (scores of NaN).
     """
     if target_scores.isnan().any():
         return math.nan
@@ -100,8 +96,7 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
 def score_by_attack(outputs, training):
     """The membership scores of every image: {"retain", "held_out", "forget": N×2, float64}.
 
-    NaN where fewer than five members and non-members train the attack, or where it does not tell
-    them apart.
+    NaN with fewer than five training images of a kind, or if the attack does not tell them apart.
     """
     parts = ("retain", "held_out", "forget")
     confidence = {part: MIA.confidences(*getattr(outputs, part)) for part in parts}
@@ -120,11 +115,9 @@ def score_by_attack(outputs, training):
 
 
 def report(outputs, conformal_scores, settings):
-    """MIACR per (score, calibration size, α), which is the same for every score. Returns ``({},
-    rows)``.
+    """MIACR per (score, calibration size, α), equal for every score. Returns ``({}, rows)``.
 
-    ``MIACR_calibration_images`` counts the members and non-members that calibrate. MIACR is NaN
-    where too few images train or calibrate the attack.
+    NaN if there are too few training or calibration images.
     """
     training = training_images(outputs, settings.seed)
     scores = score_by_attack(outputs, training)

@@ -3,8 +3,8 @@
 A metric is one file, named in ``MODULES``, with
 
 * ``report(outputs, conformal_scores, settings)``, which returns ``(scalars, rows)``: numbers of the
-  model as a whole, and numbers per (score, calibration size, α). A number that varies over resplits
-  is a :class:`~metrics.columns.Spread`.
+  model, and numbers per (score, calibration size, α). A number that varies over resplits is a
+  :class:`~metrics.columns.Spread`.
 * ``COLUMNS`` (scalars), ``ROW_COLUMNS`` (rows) and ``CSV_COLUMNS`` (numbers that only results.csv
   has): {key: :class:`~metrics.columns.Column`}, the heading, kind, direction and meaning of each
   number.
@@ -56,24 +56,24 @@ def readme_tables():
 
 
 class Output(NamedTuple):
-    """A model's answers for one part of the data: logits N×K and labels N, on the CPU."""
+    """A model's outputs on one part of the data: logits N×K and labels N, on the CPU."""
 
     logits: torch.Tensor
     labels: torch.Tensor
 
     def select(self, indices):
-        """The answers for some of the images (indices or booleans)."""
+        """The outputs on some of the images (indices or booleans)."""
         return Output(self.logits[indices], self.labels[indices])
 
 
 @dataclass
 class Outputs:
-    """One model's answers for every part of the data.
+    """One model's outputs on every part of the data.
 
-    ``held_out`` are the P images that calibrate and test. Each row of ``draws`` (R×P, int64) orders
-    them, the calibration images first. The first row is the split itself. Where a class is
-    forgotten, ``forgotten`` (booleans P) tells which of them belong to it. The calibration and test
-    images are then those of the retained classes.
+    ``held_out`` are the P calibration and test images. Each row of ``draws`` (R×P, int64) orders
+    them, calibration images first. The first row is the split itself. For class-wise forgetting,
+    ``forgotten`` (booleans P) marks the forgotten class's images, and the calibration and test
+    images are those of the retained classes.
     """
 
     forget: Output
@@ -88,13 +88,13 @@ class Outputs:
         return len(self.draws)
 
     def calibration(self, size, draw=0):
-        """Indices into ``held_out`` of the first ``size`` images but the forgotten class's."""
+        """Indices into ``held_out`` of the first ``size`` images, without the forgotten class's."""
         return self._retained(self.draws[draw, :size])
 
     def test(self, draw=0):
         """Indices into ``held_out`` of the test images, without the forgotten class's.
 
-        The test images are those behind the largest calibration size.
+        Test images come after the largest calibration size.
         """
         return self._retained(self.draws[draw, max(self.cal_sizes) :])
 
@@ -107,7 +107,7 @@ class Outputs:
         return self._forgotten(self.draws[draw, max(self.cal_sizes) :])
 
     def retained(self, draw=0):
-        """Indices into ``held_out`` of all but the forgotten class's images, in a draw's order."""
+        """Indices into ``held_out`` of all retained classes' images, in the order of a draw."""
         return self._retained(self.draws[draw])
 
     def _retained(self, indices):
@@ -135,11 +135,9 @@ def draw_splits(num_images, num_draws, seed=0):
 
 
 def evaluate(conformal_scores):
-    """Every metric of one model: ``(scalars, rows)`` with rows keyed by (score name, calibration
-    size, α).
+    """Every metric of one model's :class:`~metrics.conformal.ConformalScores`.
 
-    ``conformal_scores`` is a :class:`~metrics.conformal.ConformalScores`, which holds the outputs
-    and the settings.
+    Returns ``(scalars, rows)`` with rows keyed by (score name, calibration size, α).
     """
     outputs, settings = conformal_scores.outputs, conformal_scores.settings
     rows = {
@@ -157,15 +155,5 @@ def evaluate(conformal_scores):
     return scalars, rows
 
 
-__all__ = [
-    "Column",
-    "ConformalScores",
-    "Output",
-    "Outputs",
-    "Settings",
-    "Spread",
-    "columns_of",
-    "draw_splits",
-    "evaluate",
-    "readme_tables",
-]
+__all__ = ["Column", "ConformalScores", "Output", "Outputs", "Settings", "Spread"]
+__all__ += ["columns_of", "draw_splits", "evaluate", "readme_tables"]

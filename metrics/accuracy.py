@@ -4,28 +4,16 @@ from .columns import Column
 
 COLUMNS = {
     "UA": Column(
-        "UA",
-        "percent",
-        "near Retrain",
-        "unlearning accuracy: share of the forget images that are misclassified",
+        "UA", "percent", "near Retrain", "unlearning accuracy: misclassified share of forget images"
     ),
     "RA": Column(
-        "RA",
-        "percent",
-        "high",
-        "retain accuracy: share of the retain images that are classified correctly",
+        "RA", "percent", "high", "retain accuracy: correctly classified share of retain images"
     ),
     "TA": Column(
-        "TA",
-        "percent",
-        "high",
-        "test accuracy: share of the test images that are classified correctly",
+        "TA", "percent", "high", "test accuracy: correctly classified share of test images"
     ),
     "UA_test": Column(
-        "UA_test",
-        "percent",
-        "near Retrain",
-        "share of the forgotten class's test images that are misclassified",
+        "UA_test", "percent", "near Retrain", "the same of the forgotten class's test images"
     ),
 }
 
@@ -43,7 +31,7 @@ def unlearning_accuracy(logits, labels):
 def report(outputs, conformal_scores, settings):
     """UA on the forget set, RA on the retain set, TA on the test images of the split itself.
 
-    Returns ``(scalars, {})``. ``UA_test`` is there where the forgotten class has test images.
+    Returns ``(scalars, {})``. ``UA_test`` exists only if a forgotten class has test images.
     """
     scalars = {
         "UA": unlearning_accuracy(*outputs.forget),

@@ -1,7 +1,7 @@
-"""Coverage class by class, under the common q̂ and under each class's own.
+"""Coverage of each class, under the common q̂ and under the q̂ of this class.
 
-A class's own q̂ is class-conditional (Mondrian) conformal prediction (Vovk et al. 2005). The common
-q̂ covers 1 − α on average and may leave a class far below.
+The latter is class-conditional (Mondrian) conformal prediction (Vovk et al. 2005). The common q̂
+covers 1 − α of all images on average, but its coverage of a single class can be far lower.
 """
 
 import torch
@@ -12,9 +12,9 @@ from . import CR, scores
 def class_rows(conformal_scores, classes):
     """One row (dict) per score, α and class, for the largest calibration size and the split itself.
 
-    ``classes`` are the K names. The common q̂ comes from the calibration images of all retained
-    classes, the own q̂ from those of the class. The images are the class's test images and its
-    forget images. Numbers are floats, NaN where the class has no image or too few images calibrate.
+    ``classes`` are the K names. ``q_hat`` is the common one, from all retained classes;
+    ``own_q_hat`` is that of the class. Both are measured on the class's test and forget images.
+    Numbers are floats, NaN if the class has no image or no finite q̂.
     """
     settings = conformal_scores.settings
     rows = []
@@ -27,17 +27,17 @@ def class_rows(conformal_scores, classes):
                 row = {"score": score.name, "alpha": alpha, "class": name}
                 row["calibration_images"] = len(conformal_scores.class_calibration()[label])
                 row["q_hat"], row["own_q_hat"] = scores.from_log_odds(q_hats).tolist()
-                for group, parts in groups.items():
-                    row[f"{group}_images"] = len(parts[label].true_label)
-                    described = CR.describe(parts[label], q_hats)
+                for group, images in groups.items():
+                    row[f"{group}_images"] = len(images[label].true_label)
+                    numbers = CR.set_metrics(images[label], q_hats)
                     for key in ("coverage", "set_size"):
-                        row[f"{group}_{key}"], row[f"own_{group}_{key}"] = described[key].tolist()
+                        row[f"{group}_{key}"], row[f"own_{group}_{key}"] = numbers[key].tolist()
                 rows.append(row)
     return rows
 
 
 def _class_groups(conformal_scores, score, num_classes):
-    """The test and forget images of each class: {"test", "forget": K PartScores}."""
+    """The test and forget images of each class: {"test", "forget": K ImageScores}."""
     outputs = conformal_scores.outputs
     # Unlike outputs.test(), this includes the forgotten class's images.
     test = outputs.draws[0, conformal_scores.largest_size :]

@@ -1,7 +1,6 @@
-"""How far a method is from Retrain, the model that never saw the forget images: the reference of
-unlearning.
+"""Differences to Retrain, the model trained without the forget images: the reference of unlearning.
 
-Forgetting too little is a fault, and so is forgetting too much.
+Both under-forgetting and over-forgetting are errors.
 """
 
 import math
@@ -22,54 +21,32 @@ COLUMNS = {
         "by UA",
         "text",
         "matches",
-        "whether the model under-forgets, matches or over-forgets Retrain, judged by UA; a match "
-        "is within two standard errors over the images, or within two standard deviations of "
-        "Retrain over several seeds",
+        "under-forgets, matches (within two standard errors over the images or two standard "
+        "deviations of Retrain over seeds) or over-forgets",
     ),
     "ToW": Column(
-        "ToW",
-        "number",
-        "high",
-        "tug of war: product of 1 less the absolute difference to Retrain over UA, RA and TA",
+        "ToW", "number", "high", "tug of war: product of 1 − distance to Retrain in UA, RA, TA"
     ),
     "JSD_forget": Column(
-        "JSD_f",
-        "number",
-        "low",
-        "mean Jensen-Shannon divergence (in bits, 0 to 1) from Retrain's probabilities on the "
-        "forget images",
+        "JSD_f", "number", "low", "Jensen-Shannon divergence from Retrain, forget images, in bits"
     ),
     "JSD_test": Column("JSD_t", "number", "low", "the same on the test images"),
     "calibrated_AUC": Column(
-        "cal. AUC",
-        "number",
-        "near 0.5",
-        "area under the ROC curve of telling forget images from test images by the model's "
-        "confidence less Retrain's on the same image; Retrain saw neither",
+        "cal. AUC", "number", "near 0.5", "AUC of the confidence less Retrain's on the same image"
     ),
     "RTE": Column(
-        "RTE",
-        "number",
-        "low",
-        "running-time efficiency: running time divided by Retrain's running time",
+        "RTE", "number", "low", "running-time efficiency: running time divided by Retrain's"
     ),
 }
 ROW_COLUMNS = {
     "CR_word": Column(
-        "by CR",
-        "text",
-        "matches",
-        "the same verdict, judged by the CR of the forget images (under the q̂ of the retained "
-        "classes where a class is forgotten)",
+        "by CR", "text", "matches", "the same by forget_CR (or forget_by_retain_CR if it exists)"
     ),
 }
 CSV_COLUMNS = {
     "<column>_minus_retrain": Column("", "number", "near 0", "the model's number minus Retrain's"),
-    "compared_to": Column(
-        "", "text", "", "hash of the weights of the Retrain model that the row is compared to"
-    ),
+    "compared_to": Column("", "text", "", "hash of the weights of Retrain in this comparison"),
 }
-SECOND_RETRAIN = "retrain′"  # Retrain of another seed, scored like any method
 GAP_OVER = ("UA", "RA", "TA", "MIA")
 WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"
 
@@ -77,7 +54,7 @@ WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"
 def gap(scalars, reference):
     """The mean absolute difference to Retrain over UA, RA, TA and MIA, as a fraction.
 
-    Both are {key: number}. Numbers that one of them lacks are left out. NaN where nothing remains.
+    Both are {key: number}. Numbers that only one of them has are left out. NaN if none remains.
     """
     distances = differences({key: scalars.get(key) for key in GAP_OVER}, reference)
     return sum(map(abs, distances.values())) / len(distances) if distances else math.nan
@@ -94,7 +71,7 @@ def differences(numbers, reference):
 
 
 def costs(numbers, finetune):
-    """{"time_ratio", "memory_ratio"} to fine-tuning, as far as both numbers are known."""
+    """{"time_ratio", "memory_ratio"} to fine-tuning, if both numbers are known."""
     pairs = {"time_ratio": "seconds", "memory_ratio": "peak_memory"}
     return {
         ratio: numbers[key] / finetune[key]
@@ -111,7 +88,7 @@ def changed_share(predictions, original):
 def tug_of_war(numbers, reference):
     """ToW (Zhao et al. 2024, 2406.01257): Π (1 − |difference to Retrain|) over UA, RA and TA.
 
-    Both are {key: fraction}. NaN where one of them lacks a number.
+    Both are {key: fraction}. NaN if a number is missing.
     """
     distances = differences({key: numbers.get(key) for key in ("UA", "RA", "TA")}, reference)
     if len(distances) < 3:
@@ -120,18 +97,18 @@ def tug_of_war(numbers, reference):
 
 
 class Answers(NamedTuple):
-    """What a model answers for the forget and the test images: logits N×K and labels N of each."""
+    """A model's outputs on the forget and the test images: logits N×K and labels N of each."""
 
     forget: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
 
 
-def answer_distances(answers, reference):
+def answer_distances(outputs, reference):
     """The columns that compare the :class:`Answers` of a model with Retrain's, image by image."""
     return {
-        "JSD_forget": jensen_shannon(answers.forget[0], reference.forget[0]),
-        "JSD_test": jensen_shannon(answers.test[0], reference.test[0]),
-        "calibrated_AUC": calibrated_auc(answers, reference),
+        "JSD_forget": jensen_shannon(outputs.forget[0], reference.forget[0]),
+        "JSD_test": jensen_shannon(outputs.test[0], reference.test[0]),
+        "calibrated_AUC": calibrated_auc(outputs, reference),
     }
 
 
@@ -146,15 +123,15 @@ def jensen_shannon(logits, reference_logits):
     return (divergences.clamp(min=0).mean() / 2 / math.log(2)).item()
 
 
-def calibrated_auc(answers, reference):
+def calibrated_auc(outputs, reference):
     """AUC of a membership attack with Retrain as reference model (Watson et al. 2022, 2111.08440).
 
     The score of an image is the log-odds of its label less Retrain's, which removes the difficulty
-    of the image. Forget images against test images; NaN where there are none of one kind.
+    of the image. Forget images are positives, test images negatives; NaN if a kind has no image.
     """
     forget, test = (
         margins(*images) - margins(*reference_images)
-        for images, reference_images in zip(answers, reference, strict=True)
+        for images, reference_images in zip(outputs, reference, strict=True)
     )
     if not len(forget) or not len(test):
         return math.nan
@@ -176,11 +153,10 @@ def verdict(difference, tolerance):
 
 
 def share_tolerance(share, reference, n):
-    """Two standard errors of the difference between two shares of n images, if both are equal.
+    """Two standard errors of the difference between two equal shares of n images → a fraction.
 
-    The share of all images is then the mean of both: the error of the two-proportion z-test. The
-    reference alone would have no error where none of its images is wrong. At least one image.
-    → a fraction.
+    As in the two-proportion z-test, the pooled share is the mean of both. (The reference's share
+    alone would give no error where none of its images is wrong.) At least 1/n.
     """
     pooled = (share + reference) / 2
     return at_least_one_image(2 * math.sqrt(2 * pooled * (1 - pooled) / n), n)

@@ -1,26 +1,24 @@
-"""Which q̂ judges which images: computed once per model, used by every metric, figure and file.
+"""Calibration: the scores of all images and the threshold q̂ of every group, computed once per
+model.
 
     conformal_scores = ConformalScores(outputs, settings)
     conformal_scores.part("forget")     # the forget images, scored for every label
     conformal_scores.q_hats()           # q̂ of every draw and α from all retained classes
-    conformal_scores.class_q_hats()     # q̂ of every class and α from the class's own images
-    conformal_scores.judgements()       # {group of images: its scores and the q̂ that judges it}
+    conformal_scores.class_q_hats()     # q̂ of every class and α from this class's images
+    conformal_scores.groups()           # {group of images: its scores and q̂}
     accuracy_and_coverage(images, calibration, settings)   # for images that are not in outputs
 
 Methods take a :class:`metrics.scores.Score` and a calibration size. The defaults are the first
 score of the settings and the largest calibration size. Results are cached.
 
-Which images calibrate:
-
-* Each draw divides the held-out images. Its first ``size`` images calibrate. The images behind the
-  largest calibration size are its test images. The first draw is the split itself.
-* Random forgetting: all calibration images give one q̂, which judges every group.
-* Class-wise forgetting: the calibration images of the retained classes give the q̂ of ``retain``,
-  ``test`` and every group ``…_by_retain``. The forgotten class's own calibration images give the q̂
-  of ``forget`` and ``forget_test``.
+Each draw orders the held-out images: the first ``size`` are its calibration images, those after the
+largest size its test images. The first draw is the split itself. Random forgetting has one q̂, from
+all calibration images. Class-wise forgetting has two: that of the retained classes, for ``retain``,
+``test`` and every group ``…_by_retain``, and that of the forgotten class, for ``forget`` and
+``forget_test``.
 
 All scores and q̂ here are log-odds of S in float64 (see :mod:`metrics.scores`). q̂ is an exact
-order statistic. It is NaN where too few images calibrate for a finite one.
+order statistic. It is NaN if there are too few calibration images for a finite one.
 """
 
 from typing import NamedTuple
@@ -29,14 +27,12 @@ import torch
 
 from . import CR
 
-PARTS = ("forget", "retain", "held_out")
 
+class ImageScores(NamedTuple):
+    """N images scored for every label. Scores are log-odds, float64.
 
-class PartScores(NamedTuple):
-    """Images scored for every label. Scores are log-odds, float64.
-
-    ``true_label`` N: the score of each image's own label. ``ranked`` N×K: the scores of all labels,
-    ascending. ``misclassified`` N: whether the argmax is another label.
+    ``true_label`` N: the score of each image's true label. ``ranked`` N×K: the scores of all
+    labels, ascending. ``misclassified`` N: whether the argmax is another label.
     """
 
     true_label: torch.Tensor
@@ -44,44 +40,44 @@ class PartScores(NamedTuple):
     misclassified: torch.Tensor
 
     def select(self, indices):
-        """The same for some of the images (indices or booleans)."""
-        return PartScores(*(values[indices] for values in self))
+        """The scores of some of the images (indices or booleans)."""
+        return ImageScores(*(values[indices] for values in self))
 
     def in_set(self, q_hats):
-        """Whether the set under each q̂ holds the image's own label. Q log-odds → booleans Q×N."""
+        """Whether the set under each q̂ contains the true label. Q log-odds → booleans Q×N."""
         return self.true_label <= q_hats[:, None]
 
     def set_sizes(self, q_hats):
-        """How many labels the prediction set under each q̂ holds. Q log-odds → Q×N, int64.
+        """The number of labels in the set under each q̂. Q log-odds → Q×N, int64.
 
-        Scores are sorted, so a binary search per image counts those up to q̂. A q̂ of NaN gives a
-        meaningless count.
+        Scores are sorted, so a binary search per image counts those up to q̂. The count under a q̂
+        of NaN is meaningless.
         """
         columns = q_hats.expand(len(self.ranked), -1).contiguous()
         return torch.searchsorted(self.ranked, columns, right=True).T.contiguous()
 
 
-class Judgement(NamedTuple):
-    """A group of images and the q̂ that judges it.
+class Group(NamedTuple):
+    """A group of images and its thresholds.
 
-    ``images`` holds one index tensor per draw, or None where every draw judges all images of
-    ``part``. ``q_hats`` are draws×alphas log-odds.
+    ``images`` has one index tensor into ``part`` per draw, or is None if every draw uses all images
+    of ``part``. ``q_hats`` are draws×alphas log-odds.
     """
 
-    part: PartScores
+    part: ImageScores
     images: list[torch.Tensor] | None
     q_hats: torch.Tensor
 
 
 def score_images(output, score, part):
-    """:class:`PartScores` of an Output (logits N×K, labels N).
+    """:class:`ImageScores` of an Output (logits N×K, labels N).
 
     ``part`` ("forget", "retain" or "held_out") selects the random numbers of a randomised score.
     """
     log_odds = score.log_odds(output.logits, part)
     true_label = log_odds.gather(1, output.labels[:, None]).squeeze(1)
     misclassified = output.logits.argmax(dim=1) != output.labels
-    return PartScores(true_label, log_odds.sort().values, misclassified)
+    return ImageScores(true_label, log_odds.sort().values, misclassified)
 
 
 class ConformalScores:
@@ -96,16 +92,17 @@ class ConformalScores:
         self._q_hats = {}
 
     def part(self, name, score=None):
-        """The :class:`PartScores` of the ``forget``, ``retain`` or ``held_out`` images."""
+        """The :class:`ImageScores` of the ``forget``, ``retain`` or ``held_out`` images."""
         score = score or self.first_score
         if (name, score) not in self._parts:
             self._parts[name, score] = score_images(getattr(self.outputs, name), score, name)
         return self._parts[name, score]
 
     def q_hats(self, score=None, size=None, *, forgotten_class=False):
-        """q̂ of each draw and α → draws×alphas, log-odds; NaN where too few images calibrate.
+        """q̂ of each draw and α → draws×alphas, log-odds; NaN without a finite q̂.
 
-        Calibrated on the retained classes' images, or on the forgotten class's own.
+        Calibrated on images of the retained classes or, if ``forgotten_class``, of the forgotten
+        class.
         """
         key = (score or self.first_score, size or self.largest_size, forgotten_class)
         if key not in self._q_hats:
@@ -113,10 +110,9 @@ class ConformalScores:
         return self._q_hats[key]
 
     def class_q_hats(self, score=None):
-        """q̂ of each class and α, from the class's own calibration images of the split → K×alphas,
-        log-odds.
+        """q̂ of each class and α in the split → K×alphas, log-odds; NaN without a finite q̂.
 
-        The calibration size is the largest one. NaN where too few images of the class calibrate.
+        The calibration size is the largest one.
         """
         return torch.stack(
             [self._finite_quantiles(images, score) for images in self.class_calibration()]
@@ -129,25 +125,23 @@ class ConformalScores:
         num_classes = self.outputs.held_out.logits.shape[1]
         return [calibration[labels == number] for number in range(num_classes)]
 
-    def judgements(self, score=None, size=None):
-        """{group: :class:`Judgement`} of every group of images that the metrics report."""
+    def groups(self, score=None, size=None):
+        """{name: :class:`Group`} of every group of images that the metrics report."""
         outputs = self.outputs
-        forget, held_out = self.part("forget", score), self.part("held_out", score)
-        draws = range(outputs.num_draws)
-        retained = self.q_hats(score, size)
-        groups = {
-            "retain": Judgement(self.part("retain", score), None, retained),
-            "test": Judgement(held_out, [outputs.test(draw) for draw in draws], retained),
-        }
+        retain, forget = self.part("retain", score), self.part("forget", score)
+        held_out, draws = self.part("held_out", score), range(outputs.num_draws)
+        test = [outputs.test(draw) for draw in draws]
+        q_hats = self.q_hats(score, size)
+        groups = {"retain": Group(retain, None, q_hats), "test": Group(held_out, test, q_hats)}
         if outputs.forgotten is None:
-            return groups | {"forget": Judgement(forget, None, retained)}
+            return groups | {"forget": Group(forget, None, q_hats)}
         forget_test = [outputs.forget_test(draw) for draw in draws]
-        own = self.q_hats(score, size, forgotten_class=True)
+        forget_q_hats = self.q_hats(score, size, forgotten_class=True)
         return groups | {
-            "forget": Judgement(forget, None, own),
-            "forget_test": Judgement(held_out, forget_test, own),
-            "forget_by_retain": Judgement(forget, None, retained),
-            "forget_test_by_retain": Judgement(held_out, forget_test, retained),
+            "forget": Group(forget, None, forget_q_hats),
+            "forget_test": Group(held_out, forget_test, forget_q_hats),
+            "forget_by_retain": Group(forget, None, q_hats),
+            "forget_test_by_retain": Group(held_out, forget_test, q_hats),
         }
 
     def _compute_q_hats(self, score, size, forgotten_class):
@@ -166,7 +160,7 @@ class ConformalScores:
 
 
 class AccuracyAndCoverage(NamedTuple):
-    """Two shares of the same images, floats in [0, 1]; the coverage is NaN where no q̂ is finite."""
+    """Two shares of the same images, floats in [0, 1]; coverage is NaN without a finite q̂."""
 
     accuracy: float
     coverage: float
@@ -182,4 +176,4 @@ def accuracy_and_coverage(images, calibration, settings):
     forget = score_images(images, score, "forget")
     q_hat = CR.finite_quantile(score_images(calibration, score, "held_out").true_label, alpha)
     accuracy = 1 - forget.misclassified.double().mean().item()
-    return AccuracyAndCoverage(accuracy, CR.describe(forget, [q_hat])["coverage"].item())
+    return AccuracyAndCoverage(accuracy, CR.set_metrics(forget, [q_hat])["coverage"].item())

@@ -1,7 +1,6 @@
-"""What became of each forget image: the rows of an audit.
+"""The forget images one by one: the rows of samples.csv and the clearest fake forgetting.
 
-Where a class is forgotten its images are judged by the q̂ of the retained classes, like any image
-that a user submits.
+For class-wise forgetting, the q̂ is that of the retained classes.
 """
 
 import math
@@ -15,35 +14,33 @@ from . import scores
 def sample_rows(conformal_scores, indices, names=None):
     """One row (dict) per forget image, under the first score and the largest calibration size.
 
-    ``indices`` are the images' indices in the training set, ``names`` their file names if there are
-    any. Each row has, for each α under the split's own q̂: the set size, whether the label is in
-    the set, and whether the image is fake-forgotten (misclassified with its label in the set).
-    ``in_set_share`` is the share of the draws with a finite q̂ that have the label in the set.
-    These are None where the split has no finite q̂.
+    ``indices`` are the images' indices in the training set, ``names`` their file names if any. For
+    each α, a row has the set size, whether the set contains the label, and whether the image is
+    fake-forgotten (misclassified with its label in the set), all under the split's own q̂, and
+    ``in_set_share``, the share of the draws with a finite q̂ whose set contains the label. These are
+    None if the split has no finite q̂.
     """
-    forget, logits_labels = conformal_scores.part("forget"), conformal_scores.outputs.forget
-    probabilities = torch.softmax(logits_labels.logits.double(), dim=1)
+    forget, output = conformal_scores.part("forget"), conformal_scores.outputs.forget
+    probabilities = torch.softmax(output.logits.double(), dim=1)
     columns = {
         "index": indices.tolist(),
         **({"file": names} if names else {}),
-        "label": logits_labels.labels.tolist(),
-        "prediction": logits_labels.logits.argmax(dim=1).tolist(),
-        "p_true": probabilities.gather(1, logits_labels.labels[:, None]).squeeze(1).tolist(),
+        "label": output.labels.tolist(),
+        "prediction": output.logits.argmax(dim=1).tolist(),
+        "p_true": probabilities.gather(1, output.labels[:, None]).squeeze(1).tolist(),
         "score": scores.from_log_odds(forget.true_label).tolist(),
     }
     alphas = conformal_scores.settings.alphas
     for alpha, q_hats in zip(alphas, conformal_scores.q_hats().T, strict=True):
-        columns |= {f"{key}@{alpha:g}": values for key, values in _under(forget, q_hats).items()}
+        numbers = _set_columns(forget, q_hats)
+        columns |= {f"{key}@{alpha:g}": values for key, values in numbers.items()}
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
 
 
-def _under(forget, q_hats):
-    """The columns of one α: lists of N numbers (None without a finite q̂ of the split).
-
-    ``q_hats`` are those of the draws.
-    """
+def _set_columns(forget, q_hats):
+    """The columns of one α: lists of N numbers, or of None. ``q_hats`` are those of the draws."""
     split_q_hat, finite = q_hats[:1], q_hats[~q_hats.isnan()]
     inside = forget.in_set(split_q_hat)[0]
     columns = {
@@ -58,7 +55,7 @@ def _under(forget, q_hats):
 
 
 class FakeForgotten(NamedTuple):
-    """A fake-forgotten image: position in the forget set, prediction, its set by score."""
+    """A fake-forgotten image: position in the forget set, prediction, set (most probable first)."""
 
     position: int
     prediction: int
@@ -66,10 +63,9 @@ class FakeForgotten(NamedTuple):
 
 
 def most_fake(conformal_scores, count):
-    """The clearest fake-forgotten images at the first α: misclassified, label in the set, smallest
-    score of the label.
+    """The ``count`` fake-forgotten images with the smallest scores of their labels, at the first α.
 
-    Returns up to ``count`` :class:`FakeForgotten`, or None where the split has no finite q̂.
+    Returns a list of :class:`FakeForgotten`, or None if the split has no finite q̂.
     """
     forget, logits = conformal_scores.part("forget"), conformal_scores.outputs.forget.logits
     q_hat = conformal_scores.q_hats()[:1, 0]

@@ -20,14 +20,13 @@ class Network:
 
     ``name`` is the value of --model_name. ``trained_from_scratch`` is False for a network that
     starts from ImageNet weights by default. ``has_width`` is True if --width applies.
-    ``is_transformer`` is True if the defaults for transformers apply. ``native_side`` is the side
-    in pixels of the square images that the network was pre-trained on, None if it takes any size.
+    ``native_side`` is the side in pixels of the square images that the network was pre-trained on,
+    None if it takes any size.
     """
 
     name: str
     trained_from_scratch: bool
     has_width: bool
-    is_transformer: bool
     native_side: int | None
 
 
@@ -38,18 +37,11 @@ def describe(model_name):
     Raises UserError for an unknown name.
     """
     if model_name == "resnet18":
-        return Network(
-            name=model_name,
-            trained_from_scratch=True,
-            has_width=True,
-            is_transformer=False,
-            native_side=None,
-        )
+        return Network(model_name, trained_from_scratch=True, has_width=True, native_side=None)
     return Network(
         name=model_name,
         trained_from_scratch=False,
         has_width=False,
-        is_transformer=vit.is_transformer(model_name),
         native_side=vit.native_side(model_name),
     )
 

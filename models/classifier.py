@@ -1,4 +1,4 @@
-"""The last layer of a network: with a class more, and with the first classes only."""
+"""The last layer of a network: adding a class, and keeping only the first classes."""
 
 import math
 
@@ -10,7 +10,7 @@ from .inference import classifier_layers
 
 
 def widen(model, num_classes, rng):
-    """Add one class behind the ``num_classes`` of a network, with weights drawn as by nn.Linear.
+    """Add one class after the ``num_classes`` of a network, with weights drawn as by nn.Linear.
 
     ``rng`` is a generator on the CPU. Raises UserError for a last layer that is not linear.
     """
@@ -34,7 +34,7 @@ def narrow(model, num_classes):
 
 
 def _set_rows(layer, weight, more_bias=None):
-    """Give a linear layer another weight, and a bias of as many rows."""
+    """Replace the weight of a linear layer, and cut or extend its bias to as many rows."""
     layer.out_features = len(weight)
     layer.weight = nn.Parameter(weight.detach().clone())
     if layer.bias is not None:

@@ -1,22 +1,73 @@
-"""Logits and features of images: eval mode, no augmentation, one forward pass per image."""
+"""Logits and features of images: eval mode, no augmentation, one forward pass per image.
+
+A model's logits of all images are kept in a ``logits.npz``, so that no metric needs the network
+twice.
+"""
 
 from contextlib import contextmanager
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from . import distributed
-from .errors import NotFinite
+from . import checkpoint, distributed
+from .errors import NotFinite, UserError, first_line
+
+
+class Logits(NamedTuple):
+    """A model's logits of all training images N×K and all held-out images P×K, in their order.
+
+    ``weights`` is the hash of the model's weights, ``data`` the fingerprint of the data.
+    """
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+    weights: str
+    data: str
+
+
+def save_logits(path, *, train, held_out, weights, data):
+    """Save the fields of :class:`Logits` as a NumPy archive. Atomic."""
+    arrays = {"train": train.numpy(), "held_out": held_out.numpy(), "weights": weights}
+    checkpoint.write_file(path, lambda file: np.savez(file, **arrays, data=data))
+
+
+def read_logits(path, *, num_train, num_held_out, num_classes, data, weights=None):
+    """The :class:`Logits` in a file, float32 on the CPU.
+
+    Where ``weights`` is given, None if the file belongs to other weights or other data. Raises
+    UserError for other data, a wrong shape or type, and logits that are not finite. A file of
+    another program may lack weights and data, which are then "".
+    """
+    shapes = {"train": (num_train, num_classes), "held_out": (num_held_out, num_classes)}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            texts = {key: str(file[key]) if key in file else "" for key in ("weights", "data")}
+            if weights is not None and texts != {"weights": weights, "data": data}:
+                return None
+            arrays = {key: file[key] for key in shapes}
+    except Exception as error:  # NumPy and zipfile raise their own kinds
+        reason = f"cannot be read ({first_line(error)})"
+        raise UserError(f"{path}: {reason}; it needs the arrays train and held_out") from error
+    if texts["data"] not in ("", data):
+        raise UserError(f"{path}: logits of other data ({texts['data']}; this data is {data})")
+    for key, shape in shapes.items():
+        if arrays[key].dtype != np.float32 or arrays[key].shape != shape:
+            actual = f"{arrays[key].dtype} {arrays[key].shape}"
+            raise UserError(f"{path}: {key} is {actual}; float32 {shape} is needed")
+        if not np.isfinite(arrays[key]).all():
+            raise UserError(f"{path}: {key} contains logits that are NaN or infinite")
+    return Logits(**{key: torch.from_numpy(array) for key, array in arrays.items()}, **texts)
 
 
 def compute_logits(model, images, indices, batch_size=None):
     """Logits and labels of the images at ``indices``: N×K float32 and N int64, on the CPU.
 
     Every process runs the model on its :func:`distributed.local_rows` and gets all rows.
-    ``batch_size`` is the number of images per forward pass and process. By default it is what fits
-    in a CPU's cache (64 images of 32×32, twice as fast there as 512), on a GPU 32 times as many
-    (2,048), and a quarter of that after each time the memory is full. Every module keeps its
-    training mode. Raises NotFinite where a logit is NaN or infinite.
+    ``batch_size`` is the number of images per forward pass and process. By default it is 64 images
+    of 32×32 on a CPU, 2,048 on a GPU, and a quarter of that whenever the memory is full. Every
+    module keeps its training mode. Raises NotFinite where a logit is NaN or infinite.
     """
     logits, _ = _forward_images(model, images, indices, batch_size=batch_size)
     return logits, images.labels[indices].cpu()
@@ -29,10 +80,8 @@ def compute_features(model, images, indices, batch_size=None):
     classifiers, or of several calls of a classifier, are concatenated. If the network never calls
     its classifier as a module, the logits serve as features.
     """
-    layers = classifier_layers(model)
-    logits, features = _forward_images(
-        model, images, indices, batch_size=batch_size, classifiers=layers
-    )
+    options = {"batch_size": batch_size, "classifiers": classifier_layers(model)}
+    logits, features = _forward_images(model, images, indices, **options)
     return logits, images.labels[indices].cpu(), logits if features is None else features
 
 
@@ -66,7 +115,11 @@ def _forward_images(model, images, indices, *, batch_size, classifiers=()):
             size = max(1, size // 4)
     logits, features = zip(*outputs, strict=True)
     logits = distributed.gather_rows(torch.cat(logits), len(indices)).cpu()
-    _check_finite(logits)
+    num_finite = int(logits.isfinite().all(dim=1).sum())
+    if num_finite < len(logits):
+        counts = f"{len(logits) - num_finite} of {len(logits)} images"
+        remedy = "train the network again, with a lower --learning_rate if it diverged"
+        raise NotFinite(f"the network's outputs are NaN or infinite for {counts}; {remedy}")
     if features[0] is None:
         return logits, None
     return logits, distributed.gather_rows(torch.cat(features), len(indices)).cpu()
@@ -116,16 +169,6 @@ def _eval_mode(model):
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _check_finite(logits):
-    finite = logits.isfinite().all(dim=1)
-    if not finite.all():
-        raise NotFinite(
-            f"the network's outputs are NaN or infinite for {(~finite).sum()} of {len(logits)} "
-            "images: its training diverged, or its BatchNorm statistics are damaged; "
-            "train it again, with a lower --learning_rate if it diverged"
-        )
 
 
 def _pooled(features):

@@ -104,7 +104,7 @@ class Job:
             for record in self.records:
                 self.log(record)
         network = self._training_network()
-        with distributed.progress_bar(desc=self.label, unit="img", unit_scale=True) as bar:
+        with distributed.progress_bar(total=0, unit="img", unit_scale=True) as bar:
             for number in range(len(self.records) + 1, self.recipe.num_epochs + 1):
                 if state.ended:
                     break
@@ -215,7 +215,9 @@ class Epoch:
         self._augmentation = self.generator("augmentation")
         self._loss = torch.zeros((), device=job.device)
         self._num_correct = torch.zeros((), device=job.device)
-        self._num_images = self._num_steps = self._num_planned = 0
+        self._num_images = self._num_steps = 0
+        bar.set_description(f"{job.label} {number}/{job.recipe.num_epochs}", refresh=False)
+        bar.reset(total=0)
 
     def generator(self, *purpose):
         """A torch.Generator on the training device for a purpose in this epoch."""
@@ -274,8 +276,7 @@ class Epoch:
         steps = list(steps)
         if self.job.adds_term:
             steps = self._join_forget(steps)
-        self._num_planned += sum(len(indices) for indices, _ in steps)
-        self._bar.total = self.job.recipe.num_epochs * self._num_planned
+        self._bar.total += sum(len(indices) for indices, _ in steps)
         all_inputs = self.job.data.train.batches(
             (indices for indices, _ in steps), self._augmentation
         )
@@ -357,7 +358,7 @@ class Epoch:
         distributed.add_up([sums, counts])
         loss, accuracy = (sums / counts).tolist()
         record = self._record | {"loss": loss, "train_acc": accuracy}
-        self._bar.set_postfix(epoch=self.number, loss=f"{loss:.3f}", acc=f"{accuracy:.3f}")
+        self._bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
         training_seconds = time.perf_counter() - self._start
         if not math.isfinite(loss) or not weights_are_finite(job.model):
             raise Diverged(

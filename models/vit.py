@@ -13,13 +13,18 @@ PAPER_VIT = "vit_small_patch16_224"
 def timm_name(model_name):
     """The timm name behind --model_name: ``vit`` is the paper's ``vit_small_patch16_224``.
 
-    Raises UserError for a name that timm does not know.
+    Raises UserError for a name, or a tag behind its dot, that timm does not know.
     """
     name = PAPER_VIT if model_name == "vit" else model_name
-    if not timm.is_model(name.split(".")[0]):
+    try:
+        timm.get_pretrained_cfg(name)  # raises RuntimeError for an unknown tag
+        known = timm.is_model(name.split(".")[0])
+    except RuntimeError:
+        known = False
+    if not known:
         raise UserError(
-            f"--model_name {model_name}: not resnet18, vit or a timm model; "
-            'list them with python -c "import timm; print(*timm.list_models())"'
+            f"--model_name {model_name}: not resnet18, vit or a timm model; list them with "
+            'python -c "import timm; print(*timm.list_models(), *timm.list_pretrained())"'
         )
     return name
 
@@ -33,42 +38,18 @@ def native_side(model_name):
     return config.input_size[-1] if config else 224
 
 
-def is_transformer(model_name):
-    """Whether a timm model has at least two layers of multi-head attention.
-
-    ViT, DeiT, BEiT and Swin have one per block. So do hybrids of convolution and attention, e.g.
-    CoAtNet. Squeeze-and-excitation is not multi-head attention, and a convolutional network with
-    one attention layer that pools its features (CLIP's ResNet) is not a transformer. Builds the
-    network without its weights. Raises UserError for an unknown name.
-    """
-    model = _skeleton(timm_name(model_name))
-    # timm has one attention class per architecture; all of them store their number of heads.
-    heads = [module for module in model.modules() if {"num_heads", "heads"} & vars(module).keys()]
-    return len(heads) >= 2
-
-
-def _skeleton(name):
-    """A timm model that is not for use: no weights in memory, no random numbers drawn."""
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name, pretrained=False)
-    except RuntimeError:  # older timm reads values of tensors while it builds a transformer
-        with torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=False)
-
-
 def create(model_name, num_classes, *, image_size=None, pretrained=True, pretrained_path=None):
     """A timm model with a new head for ``num_classes``.
 
-    If ``image_size`` (side in pixels) differs from the model's own, timm interpolates the position
-    embedding. ``pretrained`` loads ImageNet weights from ``pretrained_path``, else by download. A
-    model without published weights starts at random. Raises UserError where the weights cannot be
-    loaded or do not fit.
+    If ``image_size`` (side in pixels) differs from :func:`native_side`, timm interpolates the
+    position embedding. ``pretrained`` loads ImageNet weights from ``pretrained_path``, else by
+    download. A model without published weights starts at random. Raises UserError if the weights
+    cannot be loaded or do not fit.
     """
     name = timm_name(model_name)
+    options = {"num_classes": num_classes}
     if not pretrained:
         pretrained_path = None
-    options = {"num_classes": num_classes}
     if pretrained_path:
         if not Path(pretrained_path).is_file():
             raise UserError(f"--pretrained_path {pretrained_path}: no such file")
@@ -102,6 +83,6 @@ def _create(name, image_size, options):
 
 
 def _refuse_code(path):
-    """Raise an error for a pickle of anything but tensors, whose code older timm would run."""
+    """Raise an error for a pickle of anything but tensors: timm might run its code."""
     if path.suffix not in (".safetensors", ".npz"):
         torch.load(path, map_location="cpu", weights_only=True)

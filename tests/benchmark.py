@@ -43,6 +43,7 @@ import models
 import unlearn
 from metrics import attack, classwise, samples
 from models import fisher as importances
+from models import seeds
 
 BENCHMARKS = {}
 
@@ -143,7 +144,7 @@ def augmentation(args):
     order = torch.randperm(args.images).to(args.device).split(args.batch_size)
 
     def ours():
-        for batch in data.train.batches(order, utils.generator(1, "benchmark", device=args.device)):
+        for batch in data.train.batches(order, seeds.generator(1, "benchmark", device=args.device)):
             batch.sum()
 
     def plain():
@@ -460,7 +461,7 @@ def evaluation(args):
     flags = Namespace(
         **vars(flags), cal_sizes=[utils.default_cal_size(data)], resplits=100, batch_size=None
     )
-    split = utils.make_split(data, flags)
+    split = utils.make_split(data, utils.scenario_of(flags))
     model = models.create_model("resnet18", 10, width=args.width).to(args.device)
     settings = metrics.Settings((0.05, 0.1, 0.15, 0.2))
     evaluated = main_evaluate.Evaluation(

@@ -16,7 +16,7 @@ def digits():
 
     import utils
 
-    return utils.load_data(flags(), torch.device("cpu"))
+    return utils.read_data(flags(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

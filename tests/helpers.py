@@ -1,6 +1,4 @@
-"""What the tests share: running a script in a process of its own, in this process or in a fork of
-it.
-"""
+"""What the tests share: ways to run a script, and what it leaves."""
 
 import contextlib
 import io
@@ -78,15 +76,8 @@ def start_script(script, *arguments, cwd, **options):
     )
 
 
-def forget_earlier_scripts():
-    """Reset what a script remembers about wandb until its process ends."""
-    if utils := sys.modules.get("utils"):
-        utils.wandb_state = utils.WandbState()
-
-
 def run_in_process(script, *arguments, cwd):
     """Run a script as ``__main__`` in this process. Returns what :func:`run_script` returns."""
-    forget_earlier_scripts()
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [script, *map(str, arguments)]
     try:
@@ -130,7 +121,6 @@ def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None, r
                     contextlib.redirect_stderr(err),
                     contextlib.chdir(cwd),
                 ):
-                    forget_earlier_scripts()
                     if before:
                         before()
                     sys.argv = [script, *map(str, arguments)]
@@ -201,13 +191,19 @@ def visible_files(folder):
 # ---------------------------------------------------------------- flags and data
 
 
-def flags(**chosen):
-    """Parsed flags: ``chosen``, and the default of every other flag."""
+def training_parser():
+    """A parser with the flags of the unlearning scripts but for the methods' options."""
     import utils
 
     parser = utils.make_parser("")
-    utils.add_scenario_flags(parser, "", "original_model.pth")
-    args = parser.parse_args(["--unlearn_name", "all", *TINY])
+    utils.add_scenario_flags(parser, "", "original_model.pth", label=True)
+    utils.add_training_flags(parser, "")
+    return parser
+
+
+def flags(**chosen):
+    """Parsed flags: ``chosen``, and the default of every other flag."""
+    args = training_parser().parse_args(["--unlearn_name", "all", *TINY])
     return Namespace(**vars(args) | chosen)
 
 
@@ -235,18 +231,8 @@ def write_cifar10(folder, images_per_batch=30):
         pixels = rng.integers(0, 80, size=(count, 3072)) + 17 * labels[:, None]
         batch = {"data": pixels.astype(np.uint8), "labels": labels.tolist()}
         (folder / name).write_bytes(pickle.dumps(batch))
-    names = [
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    ]
+    names = ["airplane", "automobile", "bird", "cat", "deer"]
+    names += ["dog", "frog", "horse", "ship", "truck"]
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
 
 

@@ -1,132 +1,63 @@
-"""Figures of an evaluation: pure functions from numbers to matplotlib Figures.
+"""Pictures of an evaluation: each function takes numbers and returns a matplotlib Figure.
 
-The colors are those of Okabe and Ito, which color-blind readers can distinguish. Methods of one
-color differ in marker or line. Names of classes and methods are drawn as plain text in any script:
-see :func:`printable` and :func:`font_families`.
+The colors are those of Okabe and Ito, which color-blind readers can distinguish. Methods of the
+same color differ in marker or line. Numbers that are missing (None, NaN) are left out.
 """
 
 import functools
 import math
-import unicodedata
+import textwrap
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from scipy.special import logit
-from sklearn.isotonic import IsotonicRegression
 
 from .. import CR, ensembles, scores
-from ..comparison import SECOND_RETRAIN
 from . import tables
+from .tables import is_missing
 
+FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "Arial Unicode MS")
 STYLE = {
     "figure.dpi": 110,
-    "savefig.dpi": 160,
     "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "figure.titlesize": 10,
-    "axes.labelsize": 9,
+    "font.size": 8.5,
+    "axes.titlesize": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "legend.fontsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "lines.linewidth": 1.3,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4.5,
     "text.parse_math": False,  # a $ in a name is a dollar sign
 }
-ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, BLACK = (
-    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000",
+ORANGE, SKY, GREEN, BLUE, RED, PINK, BLACK, GREY = (
+    "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000", "#999999",
 )  # fmt: skip
 PALETTE = (BLUE, RED, GREEN, ORANGE, PINK, SKY)
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d", "o")
+MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")  # with 6 colors: 66 looks
 PARTS = {"forget": (RED, "-"), "test": (BLUE, "--"), "calibration": (BLACK, ":")}
-
-
-# Layout: sizes in points or inches, and line widths.
-SMALL, TINY = {"fontsize": 7.5}, {"fontsize": 6.5}
-THICK, THIN = 2.2, 1.1
-CURVE = {"markersize": 4.5}
+GUIDE = {"color": GREY, "linewidth": 0.8}
 POINT = {"markersize": 7, "markeredgewidth": 1.3, "linestyle": "none"}
-RING = {
-    "marker": "o",
-    "markersize": 15,
-    "color": "none",
-    "markeredgecolor": BLACK,
-    "markeredgewidth": 1.2,
-}
-GUIDE = {"color": "#999999", "linewidth": 0.8}
-LEADER = {"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
-HISTOGRAM = {"histtype": "step", "linewidth": 1.2}
-Q_HAT_LINE = {"color": GREEN, "linewidth": 1.6}
-Q_HAT_AREA = {"color": GREEN, "alpha": 0.08, "linewidth": 0}
-BAR, SWATCH = {"height": 0.7}, {"linewidth": 6}
+RING = {"marker": "o", "markersize": 15, "markeredgecolor": BLACK, "markerfacecolor": "none"}
+LEADER = {"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkB": 3, "relpos": (0, 0.5)}
 MIDDLE = {"ha": "center", "va": "center"}
-LEGEND_BELOW = {"loc": "outside lower center", "ncols": 4}
 LEGEND_RIGHT = {"loc": "outside right center"}
-SIZES = {  # inches: width and height of the figure, or of each panel and of the frame around all
-    "curves": (8.2, 5.6),
-    "plane": (6.4, 4.8),
-    "bars": (6.6, 1.5, 0.27),
-    "histograms": (2.6, 1.7, 0.7),
-    "sheet": (1.55, 2.0, 0.5),
-    "relearn": (8.2, 3.4, 0.19, 0.8),
-    "q_hat": (7.2, 3.2),
-    "distances": (8.2, 1.3, 0.25),
-}
-PER_ROW = {"histograms": 4, "sheet": 6}
-MARGIN = 0.16  # around the points of the plane, as a share of its side
-BAR_MARGINS, BETWEEN_BARS = {"x": 0.2}, 0.6  # room for the text after a bar, and around all bars
-LABELS_AT, LABEL_GAP = 1.03, 0.042  # labels of the plane: x position, least vertical distance
-LONGEST_NAME, LONGEST_LINE, LONGEST_TITLE = 24, 22, 120  # characters
+LEGEND_BELOW = {"loc": "outside lower center", "ncols": 4}
+LONGEST_NAME, LONGEST_TITLE = 24, 120  # characters
 MOST_LABELS = 8  # labels of a prediction set that the sheet lists
 LOGIT_EDGES = np.linspace(-14, 14, 57)
 NO_Q_HAT = "no finite q̂"
 NOTHING_FAKE = "no misclassified image\nkeeps its label in the set"
-IN_SET, OUT_OF_SET = "label still in the set (fake)", "label out of the set"
-
-
-class Look(NamedTuple):
-    """How a method is drawn."""
-
-    color: str
-    marker: str
-    line: str
-
-    @property
-    def face(self):
-        """The inside of a marker. The markers of CPU variants are hollow."""
-        return "white" if self.line == "--" else self.color
-
-
-class Relearned(NamedTuple):
-    """What a model learns again, and which images are then measured, in words."""
-
-    trained: str
-    measured: str
-
-
-RELEARNED = {
-    "forget": Relearned("a tenth of the forget images", "the others"),
-    "retain": Relearned("retain images", "all forget images"),
+RELEARNED = {  # what the model is trained on again, and the images that are measured
+    "forget": ("a tenth of the forget images", "the other forget images"),
+    "retain": ("retain images", "all forget images"),
 }
-
-
-class FakeCounts(NamedTuple):
-    """Numbers of forget images: misclassified, fake-forgotten among these, and all."""
-
-    misclassified: float | None
-    fake: float | None
-    num_forget: int | None
 
 
 class SheetImage(NamedTuple):
@@ -142,105 +73,53 @@ class SheetImage(NamedTuple):
 
 
 def styled(function):
-    """Draw with STYLE and with fonts for all text in the arguments.
-
-    The caller's matplotlib settings are left unchanged.
-    """
+    """Draw with STYLE and the installed FONTS. The caller's settings are left unchanged."""
 
     @functools.wraps(function)
     def draw(*arguments, **options):
-        with rc_context(STYLE | {"font.family": font_families(_texts((arguments, options)))}):
+        installed = {font.name for font in font_manager.fontManager.ttflist}
+        fonts = [font for font in FONTS if font in installed]
+        with rc_context(STYLE | {"font.family": fonts}):
             return function(*arguments, **options)
 
     return draw
 
 
 def printable(name, longest=LONGEST_NAME):
-    """A name as one line of drawable text of at most ``longest`` characters.
-
-    Longer names lose their middle. White space becomes a space, and format characters (directions,
-    joiners) are dropped. Control codes and bytes that are not UTF-8 become �.
-    """
-    replaced = {"Cc": "\ufffd", "Cs": "\ufffd", "Cf": "", "Zs": " ", "Zl": " ", "Zp": " "}
-    characters = (
-        " " if c in "\t\n\r" else replaced.get(unicodedata.category(c), c) for c in str(name)
-    )
-    text = "".join(characters).strip()
+    """A name on one line of at most ``longest`` characters. Longer names lose their middle."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(name).split()))
     if len(text) > longest:
         half = (longest - 1) // 2
         text = f"{text[: longest - 1 - half]}…{text[-half:]}"
-    return text or "(no name)"
-
-
-def _texts(nest):
-    """All strings in a nest of dicts, lists and tuples."""
-    if isinstance(nest, str):
-        yield nest
-    elif isinstance(nest, dict | list | tuple):
-        for item in [*nest, *nest.values()] if isinstance(nest, dict) else nest:
-            yield from _texts(item)
-
-
-def font_families(texts):
-    """``font.family``: matplotlib's font, and installed fonts for the characters that it lacks."""
-    characters = {character for text in texts for character in text if not character.isascii()}
-    drawn = frozenset(c for c in characters if unicodedata.category(c)[0] not in "CZ")
-    return ["DejaVu Sans", *_fallbacks(drawn)]
-
-
-@functools.cache
-def _fallbacks(characters):
-    default = font_manager.findfont("DejaVu Sans")
-    missing = {character for character in characters if not _has_glyph(default, character)}
-    # Matplotlib's other fonts are mathematical, and one has boxes for every character.
-    bundled = matplotlib.get_data_path()
-    installed = font_manager.fontManager.ttflist
-    fonts = [font for font in installed if not font.fname.startswith(bundled)]
-
-    def preference(font):
-        return font.style != "normal", font.weight != 400, "Sans" not in font.name
-
-    families = []
-    for font in sorted(fonts, key=preference):
-        if not missing:
-            break
-        covered = {character for character in missing if _has_glyph(font.fname, character)}
-        if covered and font.name not in families:
-            families.append(font.name)
-            missing -= covered
-    return families
-
-
-def _has_glyph(path, character):
-    """Whether a font can draw a character. Bitmap fonts (color emoji) and damaged files cannot."""
-    try:
-        font = font_manager.get_font(path)
-        return bool(font.scalable and font.get_char_index(ord(character)))
-    except (OSError, RuntimeError):
-        return False
+    return text
 
 
 def looks(names):
-    """{method: :class:`Look`}. A CPU variant has its base's color and marker, hollow and dashed."""
-    reserved = {"original": Look(BLACK, "*", ":"), "retrain": Look(BLACK, "o", "-")}
-    reserved[SECOND_RETRAIN] = reserved["retrain"]._replace(line="--")
-    bases = [name.removeprefix("cpu_") for name in names if name not in reserved]
-    known = dict(reserved)
-    for number, base in enumerate(dict.fromkeys(base for base in bases if base != "retrain")):
-        color, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-        known[base] = Look(color, marker, "-")
+    """{method: keywords of a plot}. A CPU variant looks like its base, but hollow and dashed."""
+    styles = {"original": (BLACK, "*"), "retrain": (BLACK, "o")}
+    bases = dict.fromkeys(name.removeprefix("cpu_") for name in names)
+    for number, base in enumerate(base for base in bases if base not in styles):
+        styles[base] = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
+    drawn = {}
     for name in names:
-        if name not in known:
-            base = known.get(name.removeprefix("cpu_"), reserved["retrain"])
-            known[name] = base._replace(line="--")
-    return {name: known[name] for name in names}
+        color, marker = styles[name.removeprefix("cpu_")]
+        is_cpu = name.startswith("cpu_")
+        face, line = ("white", "--") if is_cpu else (color, "-")
+        drawn[name] = {"color": color, "markerfacecolor": face, "marker": marker, "linestyle": line}
+    return drawn
 
 
-# ---------------------------------------------------------------- all models in one figure
+def _say_if_nothing(axis, values):
+    """Where all of ``values`` are missing, the axes give the reason."""
+    if all(map(is_missing, values)):
+        axis.text(0.5, 0.5, NO_Q_HAT, transform=axis.transAxes, **MIDDLE)
+
+
+# ---------------------------------------------------------------- all models in one picture
 
 
 def overview(rows, score, cal_size):
-    """The figures that compare all models: {file name: (caption, Figure)}.
+    """The pictures that compare all models: {file name: (caption, Figure)}.
 
     ``rows`` are those of results.csv. The rows of ``score`` and ``cal_size`` are drawn. The bars
     and the plane show the smallest α at which most methods have a finite q̂. {} without such rows.
@@ -252,50 +131,227 @@ def overview(rows, score, cal_size):
     ]
     if not rows:
         return {}
-    alpha = _most_known_alpha(rows)
-    at_alpha = {row["method"]: row for row in rows if row["alpha"] == alpha}
-    forget = CR.judged_forget_images(rows[0])
-    points = {name: (row["test_CR"], row.get(f"{forget}_CR")) for name, row in at_alpha.items()}
-    counts = {
-        name: FakeCounts(
-            row.get(f"{forget}_misclassified"), row.get(f"{forget}_fake"), row.get("num_forget")
-        )
-        for name, row in at_alpha.items()
-    }
-    curves = against_alpha(_curves(rows, forget))
-    return {
-        "fake_forgetting.png": ("Fake forgetting", fake_bars(counts, alpha)),
-        "cr_plane.png": ("CR on forget against CR on test images", ratio_plane(points, alpha)),
-        "against_alpha.png": ("Coverage and CR against α", curves),
-    }
-
-
-def _most_known_alpha(rows):
-    """The smallest α of those at which most rows have a finite q̂."""
-    known = [row["alpha"] for row in rows if not _missing(row["test_CR"])]
+    known = [row["alpha"] for row in rows if not is_missing(row["test_CR"])]
     known = known or [row["alpha"] for row in rows]
-    return max(sorted(known), key=known.count)
+    alpha = max(sorted(known), key=known.count)
+    at_alpha = [row for row in rows if row["alpha"] == alpha]
+    return {
+        "fake_forgetting.png": ("Fake forgetting", fake_bars(at_alpha)),
+        "cr_plane.png": ("CR on forget against CR on test images", cr_plane(at_alpha)),
+        "against_alpha.png": ("Coverage and CR against α", against_alpha(rows)),
+    }
 
 
-def _curves(rows, forget):
-    """What :func:`against_alpha` draws, with ``forget`` as the name of the forget images' keys."""
-    keys = {"alpha": "alpha", "test_coverage": "test_coverage", "test_CR": "test_CR"}
-    keys |= {"forget_coverage": f"{forget}_coverage", "forget_CR": f"{forget}_CR"}
-    curves = {row["method"]: {key: [] for key in keys} for row in rows}
+@styled
+def fake_bars(rows):
+    """Bars: how many of the misclassified forget images keep their label in the set.
+
+    ``rows`` have one α and no standard deviations.
+    """
+    forget = CR.judged_forget_images(rows[0])
+    figure, axis = _rows_of_methods(rows, (6.6, 1.5, 0.27))
+    _say_if_nothing(axis, [row.get(f"{forget}_fake") for row in rows])
+    for position, row in enumerate(reversed(rows)):
+        wrong, fake = row.get(f"{forget}_misclassified"), row.get(f"{forget}_fake")
+        total, end = row.get("num_forget"), 0
+        text = f"{tables.short_count(fake)} of {tables.short_count(wrong)}"
+        if total and not is_missing(wrong) and not is_missing(fake):
+            end = wrong / total
+            axis.barh(position, fake / total, color=RED, height=0.7)
+            axis.barh(position, end - fake / total, left=fake / total, color=SKY, height=0.7)
+            text += f" ({fake / wrong:.0%})" if wrong else ""
+        axis.text(end, position, f" {text}", va="center", fontsize=7.5)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.set_xlabel("share of the forget images that are misclassified")
+    axis.grid(axis="y", visible=False)
+    axis.margins(x=0.2)  # for the text to the right of a bar
+    axis.set_title(f"Fake forgetting (α = {rows[0]['alpha']:g}): misclassified, label in the set")
+    swatches = [Line2D([], [], color=color, linewidth=6) for color in (RED, SKY)]
+    figure.legend(swatches, ["label in the set (fake)", "label out of the set"], **LEGEND_BELOW)
+    return figure
+
+
+def _rows_of_methods(rows, size, columns=1):
+    """A figure (width, height around, height per method; inches) with the names on the y axis."""
+    width, around, height = size
+    figure = Figure(figsize=(width, around + height * len(rows)))
+    axes = figure.subplots(1, columns, sharey=True)
+    for axis in axes if columns > 1 else [axes]:
+        axis.set_yticks(range(len(rows)), [printable(row["method"]) for row in reversed(rows)])
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+    return figure, axes
+
+
+@styled
+def cr_plane(rows):
+    """CR on forget images against CR on test images: a labeled point per method, Retrain marked.
+
+    ``rows`` have one α and no standard deviations.
+    """
+    forget = CR.judged_forget_images(rows[0])
+    points = {row["method"]: (row["test_CR"], row.get(f"{forget}_CR")) for row in rows}
+    points = {name: point for name, point in points.items() if not any(map(is_missing, point))}
+    figure = Figure(figsize=(6.4, 4.8))
+    axis = figure.subplots()
+    _say_if_nothing(axis, [x for x, _ in points.values()])
+    if "retrain" in points:
+        x, y = points["retrain"]
+        axis.axvline(x, linestyle=":", **GUIDE)
+        axis.axhline(y, linestyle=":", **GUIDE)
+        axis.plot(x, y, **RING)
+    for name, look in looks(points).items():
+        axis.plot(*points[name], **(look | POINT))
+    axis.margins(0.16)
+    _label_points(axis, points)
+    axis.set_xlabel("CR on test images (right: useful)")
+    axis.set_ylabel("CR on forget images (down: forgotten)")
+    reference = ": the dotted lines meet at Retrain" if "retrain" in points else ""
+    axis.set_title(f"Forgetting against usefulness (α = {rows[0]['alpha']:g}){reference}")
+    return figure
+
+
+def _label_points(axis, points):
+    """Names to the right of the axes, from high to low points, with a line to each point."""
+    for rank, name in enumerate(sorted(points, key=lambda name: points[name][1])):
+        axis.annotate(
+            printable(name),
+            points[name],
+            xytext=(1.03, (rank + 0.5) / len(points)),
+            textcoords="axes fraction",
+            va="center",
+            arrowprops=LEADER,
+            weight="bold" if name == "retrain" else "normal",
+            fontsize=7.5,
+        )
+
+
+# ---------------------------------------------------------------- curves
+
+
+@styled
+def against_alpha(rows):
+    """Coverage and CR of forget and test images against α, for all models.
+
+    ``rows`` are those of all α, without standard deviations.
+    """
+    forget = CR.judged_forget_images(rows[0])
+    figure = Figure(figsize=(8.2, 5.6))
+    panels = {
+        f"{forget}_coverage": "Coverage of forget images (low: forgotten)",
+        "test_coverage": "Coverage of test images (1 − α, by construction)",
+        f"{forget}_CR": "CR of forget images (low: forgotten)",
+        "test_CR": "CR of test images (high: useful)",
+    }
+    alphas = {}
     for row in rows:
-        for key, column in keys.items():
-            curves[row["method"]][key].append(row.get(column))
-    return curves
+        alphas.setdefault(row["method"], {})[row["alpha"]] = row
+    levels = sorted({row["alpha"] for row in rows})
+    axes = figure.subplots(2, 2, sharex=True)
+    axes[0, 1].plot(levels, [1 - alpha for alpha in levels], zorder=1, **GUIDE)
+    for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
+        curves = {
+            name: (list(at), [row.get(key) for row in at.values()]) for name, at in alphas.items()
+        }
+        lines = _draw_curves(axis, curves)
+        axis.set(title=title, xlabel="miscoverage level α" if axis in axes[1] else "")
+    figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
+    return figure
 
 
-# ---------------------------------------------------------------- scores of each model
+def _draw_curves(axis, curves):
+    """A line for each of {method: (x, y)}, with Retrain's thick and in front. → {method: line}"""
+    lines = {}
+    for name, look in looks(curves).items():
+        x, y = curves[name]
+        (lines[name],) = axis.plot(x, np.array(y, dtype=float), zorder=2, **look)
+        if name == "retrain":
+            lines[name].set(zorder=3, linewidth=2.2)
+    _say_if_nothing(axis, [value for _, y in curves.values() for value in y])
+    return lines
+
+
+@styled
+def relearn_curves(curves, alpha):
+    """Accuracy and coverage of forget images while the model is trained on other images.
+
+    A row of panels for each kind of these images. ``curves`` is {"forget" or "retain": {method:
+    {"step": [...], "accuracy": [...], "coverage": [...]}}}.
+    """
+    most = max(map(len, curves.values()))
+    figure = Figure(figsize=(8.2, max(3.4 * len(curves), 0.19 * most + 0.8)))
+    axes = figure.subplots(len(curves), 2, sharex="row", squeeze=False)
+    titles = {"accuracy": "Accuracy", "coverage": f"Coverage (α = {alpha:g})"}
+    lines = {}
+    for row, (source, methods) in zip(axes, curves.items(), strict=True):
+        trained, images = RELEARNED[source]
+        for axis, (key, title) in zip(row, titles.items(), strict=True):
+            measured = {name: (curve["step"], curve[key]) for name, curve in methods.items()}
+            lines |= _draw_curves(axis, measured)
+            axis.set(title=f"{title} of {images}", xlabel=f"steps on {trained}")
+    figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
+    figure.suptitle("Relearning of the forget images")
+    return figure
+
+
+@styled
+def q_hat_curves(q_hats):
+    """q̂ at the start of each epoch of the conformal loss. ``q_hats`` is {method: list of q̂}."""
+    figure = Figure(figsize=(7.2, 3.2))
+    axis = figure.subplots()
+    curves = {name: (range(1, len(values) + 1), values) for name, values in q_hats.items()}
+    lines = _draw_curves(axis, curves)
+    figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="epoch", ylabel="q̂ (score 1 − p)")
+    axis.set_title("q̂ of the conformal loss, recomputed at the start of every epoch")
+    return figure
+
+
+@styled
+def klom_dots(rows):
+    """KLOM of forget, retain and test images: a dot per method, with the noise floor as a band.
+
+    ``rows`` are those of :func:`metrics.ensembles.rows`. Dots are medians over the images. The
+    line of the forget images ends at the 95th percentile.
+    """
+    floor = next((row for row in rows if row["method"] == ensembles.NOISE_FLOOR), {})
+    methods = [row for row in rows if row is not floor]
+    look_of = looks([row["method"] for row in methods])
+    figure, axes = _rows_of_methods(methods, (8.2, 1.3, 0.25), len(ensembles.PARTS))
+    for axis, part in zip(axes, ensembles.PARTS, strict=True):
+        key = f"KLOM_{part}"
+        if not is_missing(floor.get(key)):
+            axis.axvspan(0, floor[key], color=GREY, alpha=0.3, linewidth=0)
+        for position, row in enumerate(reversed(methods)):
+            if is_missing(row.get(key)):
+                continue
+            look = look_of[row["method"]]
+            axis.plot(row[key], position, **(look | POINT))
+            if part == "forget":
+                axis.plot([row[key], row["KLOM_forget_95"]], [position] * 2, color=look["color"])
+        axis.set(title=f"{part} images", xlabel="KLOM (0: like Retrain)")
+        axis.set_xlim(left=0)
+    band = "; grey: half of Retrain's trainings against the other half" if floor else ""
+    figure.suptitle(f"Distance to retrained models{band}")
+    return figure
+
+
+# ---------------------------------------------------------------- a panel for each model or image
+
+
+def _panels(count, per_row, size):
+    """A figure of ``count`` panels (width, height, height around all; inches), and their axes."""
+    width, height, around = size
+    columns = min(per_row, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(6.2, width * columns), height * rows + around))  # title: 6.2
+    return figure, [figure.add_subplot(rows, columns, 1 + number) for number in range(count)]
 
 
 def histogram_data(conformal_scores):
     """What :func:`score_histograms` draws of a model: its scores by part, and q̂ at the first α.
 
-    Both belong to the split itself and the first score. See
-    :class:`metrics.conformal.ConformalScores`.
+    Both are those of the split itself and the first score.
     """
     outputs = conformal_scores.outputs
     held_out = scores.from_log_odds(conformal_scores.part("held_out").true_label)
@@ -313,344 +369,33 @@ def histogram_data(conformal_scores):
 def score_histograms(samples, alpha):
     """Histograms of the true label's score for forget, test and calibration images, with q̂.
 
-    Each model has a panel. ``samples`` is {method: {"forget": N, "test": N, "calibration": N,
-    "q_hat": float}} with scores in numpy arrays. q̂ is NaN where it is infinite. Scores crowd at
-    both ends, so the axis is the logit of the score.
+    A panel for each model. ``samples`` is {method: {"forget": N, "test": N, "calibration": N,
+    "q_hat": float}} with scores in arrays. q̂ is NaN where it is infinite. Most scores are near 0
+    or 1, so the axis is the logit of the score.
     """
-    figure, axes = _panels("histograms", len(samples), sharex=True)
-    for axis, (name, sample) in zip(axes, samples.items(), strict=False):
-        _draw_histograms(axis, name, sample)
-    for number, axis in enumerate(axes):
-        axis.set_visible(number < len(samples))
-        # Panels of a column share their ticks. The lowest one shows the labels.
-        axis.tick_params(labelbottom=number + PER_ROW["histograms"] >= len(samples))
-    handles = [Line2D([], [], color=color, linestyle=line) for color, line in PARTS.values()]
-    handles.append(Line2D([], [], **Q_HAT_LINE))
-    labels = [*PARTS, "q̂: labels to its left are in the set"]
-    figure.legend(handles, labels, **LEGEND_BELOW)
-    figure.suptitle(
-        "Score 1 − p of the true label. The prediction set holds the label of every image to the "
-        f"left of q̂ (α = {alpha:g})"
-    )
-    return figure
-
-
-def _draw_histograms(axis, name, sample):
-    """The panel of one model."""
+    figure, axes = _panels(len(samples), 4, (2.6, 1.8, 0.7))
     low, high = LOGIT_EDGES[0], LOGIT_EDGES[-1]
-    for part, (color, line) in PARTS.items():
-        values = np.clip(logit(sample[part]), low, high)
-        shares = np.ones_like(values) / len(values)
-        style = {"color": color, "linestyle": line} | HISTOGRAM
-        axis.hist(values, LOGIT_EDGES, weights=shares, **style)
-    has_q_hat = not _missing(sample["q_hat"])
-    if has_q_hat:
-        position = np.clip(logit(sample["q_hat"]), low, high)
-        axis.axvline(position, **Q_HAT_LINE)
-        axis.axvspan(low, position, **Q_HAT_AREA)
-    axis.set_title(printable(name) if has_q_hat else f"{printable(name)} ({NO_Q_HAT})")
-    axis.set_yticks([])
-    axis.grid(False)
-    axis.set_xticks(logit([1e-6, 1e-3, 0.5, 1 - 1e-3]), ["10⁻⁶", "10⁻³", "½", ".999"])
-
-
-def _panels(kind, count, **options):
-    """A figure of at least ``count`` equal panels in full rows, and their axes."""
-    columns = min(PER_ROW[kind], max(1, count))
-    rows = max(1, math.ceil(count / columns))
-    width, height, around = SIZES[kind]
-    figure = Figure(figsize=(width * columns, height * rows + around))
-    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
-
-
-def _missing(value):
-    """Whether a number is unknown: None, NaN or infinite."""
-    return value is None or not math.isfinite(value)
-
-
-# ---------------------------------------------------------------- curves
-
-
-@styled
-def against_alpha(curves):
-    """Coverage and CR of forget and test images against α, for all models.
-
-    ``curves`` is {method: {"alpha": [...], "forget_coverage": [...], "test_coverage": [...],
-    "forget_CR": [...], "test_CR": [...]}}. Missing numbers (None, NaN) are left out.
-    """
-    figure = Figure(figsize=SIZES["curves"])
-    rows = [["forget_coverage", "test_coverage"], ["forget_CR", "test_CR"]]
-    axes = figure.subplot_mosaic(rows, sharex=True)
-    titles = {
-        "forget_coverage": "Coverage of forget images (low: forgotten)",
-        "test_coverage": "Coverage of test images (1 − α, by construction)",
-        "forget_CR": "CR of forget images (low: forgotten)",
-        "test_CR": "CR of test images (high: useful)",
-    }
-    for key, axis in axes.items():
-        lines = {name: (curve["alpha"], curve[key]) for name, curve in curves.items()}
-        handles = _draw_curves(axis, lines)
-        if key == "test_coverage":
-            alphas = sorted({alpha for curve in curves.values() for alpha in curve["alpha"]})
-            axis.plot(alphas, [1 - alpha for alpha in alphas], zorder=1, **GUIDE)
-        axis.set_title(titles[key])
-        if key.endswith("_CR"):  # the lower row
-            axis.set_xlabel("miscoverage level α")
-    _name_curves(figure, handles, curves)
+    for axis, (name, sample) in zip(axes, samples.items(), strict=True):
+        for part, (color, line) in PARTS.items():
+            values = np.clip(logit(sample[part]), low, high)
+            style = {"color": color, "linestyle": line, "histtype": "step"}
+            axis.hist(values, LOGIT_EDGES, weights=np.ones(len(values)) / len(values), **style)
+        if is_missing(sample["q_hat"]):
+            axis.set_title(f"{printable(name)} ({NO_Q_HAT})")
+        else:
+            position = np.clip(logit(sample["q_hat"]), low, high)
+            axis.axvline(position, color=GREEN, linewidth=1.6)
+            axis.axvspan(low, position, color=GREEN, alpha=0.08, linewidth=0)
+            axis.set_title(printable(name))
+        axis.set_xticks(logit([1e-6, 1e-3, 0.5, 1 - 1e-3]), ["10⁻⁶", "10⁻³", "½", ".999"])
+        axis.set_xlim(low - 1, high + 1)
+        axis.set_yticks([])
+        axis.grid(False)
+    legend = PARTS | {"q̂: labels to its left are in the set": (GREEN, "-")}
+    handles = [Line2D([], [], color=color, linestyle=line) for color, line in legend.values()]
+    figure.legend(handles, legend, **LEGEND_BELOW)
+    figure.suptitle(f"Score 1 − p of the true label, and q̂ at α = {alpha:g}")
     return figure
-
-
-def _draw_curves(axis, curves):
-    """A line for each of {method: (x, y)}, with Retrain's thick and in front. Returns the lines."""
-    look_of, lines = looks(curves), []
-    for name, (x, y) in curves.items():
-        look = look_of[name]
-        is_retrain = name == "retrain"
-        known = [number for number, value in enumerate(y) if not _missing(value)]
-        lines += axis.plot(
-            [x[number] for number in known],
-            [y[number] for number in known],
-            color=look.color,
-            marker=look.marker,
-            linestyle=look.line,
-            markerfacecolor=look.face,
-            zorder=3 if is_retrain else 2,
-            linewidth=THICK if is_retrain else THIN,
-            **CURVE,
-        )
-    _say_if_nothing(axis, [value for _, y in curves.values() for value in y])
-    return lines
-
-
-def _name_curves(figure, handles, names):
-    """The legend. Matplotlib omits a label that starts with an underscore, so it gets a space."""
-    labels = [printable(name) for name in names]
-    labels = [f" {label}" if label.startswith("_") else label for label in labels]
-    figure.legend(handles, labels, **LEGEND_RIGHT)
-
-
-@styled
-def relearn_curves(curves, alpha):
-    """Accuracy and coverage of forget images while the model learns other images.
-
-    A row of panels for each kind of these images. ``curves`` is {"forget" or "retain": {method:
-    {"step": [...], "accuracy": [...], "coverage": [...]}}}. Missing numbers (None, NaN) are left
-    out.
-    """
-    names = dict.fromkeys(name for methods in curves.values() for name in methods)
-    width, least, height, around = SIZES["relearn"]
-    size = width, max(least * len(curves), height * len(names) + around)
-    figure = Figure(figsize=size)
-    axes = figure.subplots(len(curves), 2, sharex="row", squeeze=False)
-    titles = {"accuracy": "Accuracy", "coverage": f"Coverage (α = {alpha:g})"}
-    for row, (source, methods) in zip(axes, curves.items(), strict=True):
-        for axis, (key, title) in zip(row, titles.items(), strict=True):
-            lines = {name: (curve["step"], curve[key]) for name, curve in methods.items()}
-            handles = _draw_curves(axis, lines)
-            axis.set_title(f"{title} of {RELEARNED[source].measured}")
-            axis.set_xlabel(f"training steps on {RELEARNED[source].trained}")
-    _name_curves(figure, handles, names)
-    figure.suptitle("Relearning: do the forget images come back?")
-    return figure
-
-
-@styled
-def q_hat_curves(q_hats):
-    """q̂ at the start of each epoch of the conformal loss. ``q_hats`` is {method: list of q̂}."""
-    figure = Figure(figsize=SIZES["q_hat"])
-    axis = figure.subplots()
-    lines = {name: (range(1, len(values) + 1), values) for name, values in q_hats.items()}
-    handles = _draw_curves(axis, lines)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("q̂ (score 1 − p)")
-    axis.set_title("q̂ of the conformal loss, recomputed at the start of every epoch")
-    _name_curves(figure, handles, q_hats)
-    return figure
-
-
-# ---------------------------------------------------------------- several trainings
-
-
-@styled
-def margin_histograms(images, names):
-    """Margins over the trainings of a method and of Retrain: four forget images of each method.
-
-    ``images`` is {method: list of :class:`metrics.ensembles.ImageMargins`}, ``names`` the names of
-    the forget images. A row of panels for each method, from the image nearest to Retrain to the
-    farthest.
-    """
-    figure, axes = _panels("histograms", PER_ROW["histograms"] * len(images))
-    look_of = {"unlearned": (RED, "-"), "retrained": (BLACK, "--")}
-    for row, (method, chosen) in enumerate(images.items()):
-        panels = axes[row * PER_ROW["histograms"] :][: PER_ROW["histograms"]]
-        for axis, image in zip(panels, chosen, strict=False):
-            both = np.concatenate([image.unlearned, image.retrained])
-            edges = np.histogram_bin_edges(both, ensembles.BINS)
-            for kind, (color, line) in look_of.items():
-                values = getattr(image, kind).numpy()
-                style = {"color": color, "linestyle": line} | HISTOGRAM
-                axis.hist(values, edges, weights=np.full(len(values), 1 / len(values)), **style)
-            name = printable(names[image.position], LONGEST_NAME // 2)
-            axis.set_title(f"{printable(method)}: {name}\nKLOM {image.klom:.2f}", **SMALL)
-            axis.set_yticks([])
-            axis.grid(False)
-        for axis in panels[len(chosen) :]:
-            axis.set_visible(False)
-    handles = [Line2D([], [], color=color, linestyle=line) for color, line in look_of.values()]
-    figure.legend(handles, ["trainings of the method", "trainings of Retrain"], **LEGEND_BELOW)
-    figure.suptitle("Margins of the forget images nearest to Retrain (left) and farthest (right)")
-    return figure
-
-
-@styled
-def klom_dots(rows):
-    """KLOM of forget, retain and test images: a dot per method, with the noise floor as a band.
-
-    ``rows`` are those of :func:`metrics.ensembles.rows`. Dots are medians over the images. The
-    line of the forget images ends at the 95th percentile. Missing numbers are left out.
-    """
-    floor = next((row for row in rows if row["method"] == ensembles.NOISE_FLOOR), {})
-    shown = [row for row in rows if row is not floor]
-    look_of = looks([row["method"] for row in shown])
-    width, around, height = SIZES["distances"]
-    figure = Figure(figsize=(width, height * len(shown) + around))
-    axes = figure.subplots(1, len(ensembles.PARTS))
-    names = [printable(row["method"]) for row in reversed(shown)]
-    for axis, part in zip(axes, ensembles.PARTS, strict=True):
-        noise = floor.get(f"KLOM_{part}")
-        if not _missing(noise):
-            axis.axvspan(0, noise, color=GUIDE["color"], alpha=0.3, linewidth=0)
-        for position, row in enumerate(reversed(shown)):
-            look, median = look_of[row["method"]], row.get(f"KLOM_{part}")
-            if _missing(median):
-                continue
-            style = {"marker": look.marker, "color": look.color, "markerfacecolor": look.face}
-            axis.plot(median, position, **style, **POINT)
-            if part == "forget":
-                end = row["KLOM_forget_95"]
-                axis.plot([median, end], [position] * 2, color=look.color, linewidth=THIN)
-        axis.set_title(f"{part} images")
-        axis.set_xlabel("KLOM (0: like Retrain)")
-        axis.set_xlim(left=0)
-        axis.set_yticks(range(len(shown)), names if axis is axes[0] else [""] * len(shown))
-        axis.set_ylim(-BETWEEN_BARS, len(shown) - 1 + BETWEEN_BARS)
-    band = "; grey: half of Retrain's trainings against the other half" if floor else ""
-    figure.suptitle(f"Distance to retrained models{band}")
-    return figure
-
-
-# ---------------------------------------------------------------- plane
-
-
-@styled
-def ratio_plane(points, alpha):
-    """CR on forget images against CR on test images: a labeled point per method, Retrain marked.
-
-    ``points`` is {method: (test_CR, forget_CR)}. Methods with a missing number are left out.
-    """
-    figure = Figure(figsize=SIZES["plane"])
-    axis = figure.subplots()
-    points = {name: point for name, point in points.items() if not any(map(_missing, point))}
-    _say_if_nothing(axis, [x for x, _ in points.values()])
-    if "retrain" in points:
-        x, y = points["retrain"]
-        axis.axvline(x, linestyle=":", **GUIDE)
-        axis.axhline(y, linestyle=":", **GUIDE)
-        axis.plot(x, y, **RING)
-    for name, look in looks(points).items():
-        style = {"marker": look.marker, "color": look.color, "markerfacecolor": look.face}
-        axis.plot(*points[name], **style, **POINT)
-    axis.margins(MARGIN)
-    _label_points(axis, points)
-    axis.set_xlabel("CR on test images (right: useful)")
-    axis.set_ylabel("CR on forget images (down: forgotten)")
-    reference = ": the dotted lines meet at Retrain" if "retrain" in points else ""
-    axis.set_title(f"Forgetting against usefulness (α = {alpha:g}){reference}")
-    return figure
-
-
-def _label_points(axis, points):
-    """Names to the right of the axes, far enough apart, with a line to each point."""
-    low, high = axis.get_ylim()
-    heights = spread_heights([(y - low) / (high - low) for _, y in points.values()], LABEL_GAP)
-    for (name, point), height in zip(points.items(), heights, strict=True):
-        axis.annotate(
-            printable(name),
-            point,
-            xytext=(LABELS_AT, height),
-            textcoords="axes fraction",
-            va="center",
-            arrowprops=LEADER,
-            weight="bold" if name == "retrain" else "normal",
-            **SMALL,
-        )
-
-
-def spread_heights(heights, gap):
-    """The heights in [0, 1] nearest to ``heights`` (least squares) that are ``gap`` apart.
-
-    The order is kept. The gap is smaller where there is no room for it.
-    """
-    order = np.argsort(heights, kind="stable")
-    if not len(order):
-        return []
-    # Less the steps, heights that are apart are a non-decreasing sequence: isotonic regression.
-    steps = min(gap, 1 / len(order)) * np.arange(len(order))
-    regression = IsotonicRegression(y_min=0, y_max=1 - steps[-1])
-    spread = np.empty(len(order))
-    targets = np.array(heights)[order] - steps
-    spread[order] = steps + regression.fit_transform(np.arange(len(order)), targets)
-    return spread.tolist()
-
-
-# ---------------------------------------------------------------- fake forgetting
-
-
-@styled
-def fake_bars(counts, alpha):
-    """Bars: of the misclassified forget images, how many keep their label in the set.
-
-    ``counts`` is {method: :class:`FakeCounts`}, with NaN as ``fake`` where no q̂ is finite. A method
-    with a missing number has no bar.
-    """
-    width, around, height = SIZES["bars"]
-    figure = Figure(figsize=(width, height * len(counts) + around))
-    axis = figure.subplots()
-    positions = {name: position for position, name in enumerate(reversed(counts))}
-    _say_if_nothing(axis, [count.fake for count in counts.values()])
-    for name, count in counts.items():
-        _draw_bar(axis, positions[name], count)
-    axis.set_yticks(list(positions.values()), map(printable, positions))
-    axis.set_ylim(-BETWEEN_BARS, len(counts) - 1 + BETWEEN_BARS)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axis.set_xlabel("share of the forget images that are misclassified")
-    axis.grid(axis="y", visible=False)
-    axis.margins(**BAR_MARGINS)
-    axis.set_title(f"Fake forgetting (α = {alpha:g}): misclassified, but the label is in the set")
-    swatches = [Line2D([], [], color=color, **SWATCH) for color in (RED, SKY)]
-    figure.legend(swatches, [IN_SET, OUT_OF_SET], **LEGEND_BELOW)
-    return figure
-
-
-def _draw_bar(axis, position, count):
-    """The bar of one method, with its numbers as text."""
-    wrong, fake, total = count
-    if _missing(wrong) or _missing(fake) or not total:
-        axis.text(0, position, f" – of {tables.short_count(wrong)}", va="center", **SMALL)
-        return
-    axis.barh(position, fake / total, color=RED, **BAR)
-    axis.barh(position, (wrong - fake) / total, left=fake / total, color=SKY, **BAR)
-    text = f"{tables.short_count(fake)} of {tables.short_count(wrong)}"
-    if wrong:
-        text += f" ({fake / wrong:.0%})"
-    axis.text(wrong / total, position, f" {text}", va="center", **SMALL)
-
-
-def _say_if_nothing(axis, values):
-    """Where all of ``values`` are missing, the axes give the reason."""
-    if all(map(_missing, values)):
-        axis.text(0.5, 0.5, NO_Q_HAT, transform=axis.transAxes, **MIDDLE)
 
 
 @styled
@@ -659,12 +404,12 @@ def fake_sheet(images, classes, title):
 
     ``images`` are :class:`SheetImage`, or None where no q̂ is finite.
     """
-    figure, axes = _panels("sheet", len(images or []))
+    figure, axes = _panels(max(1, len(images or [])), 6, (1.55, 2.0, 0.5))
     for axis in axes:
         axis.set_axis_off()
     for axis, image in zip(axes, images or [], strict=False):
         axis.imshow(image.pixels, interpolation="nearest")
-        axis.set_title(_sheet_title(image, classes), **TINY)
+        axis.set_title(_sheet_title(image, classes), fontsize=6.5)
     if not images:
         axes[0].text(0.5, 0.5, NO_Q_HAT if images is None else NOTHING_FAKE, **MIDDLE)
     figure.suptitle(printable(title, LONGEST_TITLE))
@@ -673,21 +418,9 @@ def fake_sheet(images, classes, title):
 
 def _sheet_title(image, classes):
     """``label → prediction`` and the prediction set, in which brackets mark the label."""
-    names = []
-    for chosen in image.prediction_set:
-        name = printable(classes[chosen])
-        names.append(f"[{name}]" if chosen == image.label else name)
-    shown = names[:MOST_LABELS] + ["…"] * (len(names) > MOST_LABELS)
-    answer = f"{printable(classes[image.label])} → {printable(classes[image.prediction])}"
-    return f"{answer}\n{{{_wrapped(shown)}}}"
-
-
-def _wrapped(names):
-    """Names with commas, in lines of about LONGEST_LINE characters."""
-    lines = []
-    for name in names:
-        if lines and len(lines[-1]) + len(name) <= LONGEST_LINE:
-            lines[-1] += f", {name}"
-        else:
-            lines.append(name)
-    return ",\n".join(lines)
+    label, prediction = (printable(classes[number]) for number in (image.label, image.prediction))
+    shown = image.prediction_set[:MOST_LABELS]
+    names = [f"[{label}]" if each == image.label else printable(classes[each]) for each in shown]
+    names += ["…"] * (len(image.prediction_set) > MOST_LABELS)
+    lines = f"{label} → {prediction}", f"{{{', '.join(names)}}}"
+    return "\n".join(textwrap.fill(line, 26, break_long_words=False) for line in lines)

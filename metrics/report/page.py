@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -31,17 +30,21 @@ def page(title, *, facts, shown_tables, pictures, details):
         parts.append(f"<h2>{html.escape(shown.heading)}</h2>")
         parts.append("<p class=note>Click a heading to sort.</p>")
         parts.append(table(shown.columns, shown.rows))
-    parts += [picture(caption, content) for caption, content in pictures.items()]
+    for caption, content in pictures.items():
+        text, encoded = html.escape(caption), base64.b64encode(content).decode()
+        parts.append(f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{encoded}">')
     parts += ["<h2>What the numbers mean</h2>", definition_list(meanings(shown_tables))]
-    parts += [detail(heading, content) for heading, content in details.items()]
+    for heading, content in details.items():
+        text = html.escape(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+        summary = f"<summary>{html.escape(heading)}</summary>"
+        parts.append(f"<details>{summary}<pre>{text}</pre></details>")
     head = (
         f'<meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>\n{STYLE}</style>'
     )
     body = "\n".join([*parts, f"<script>\n{SCRIPT}</script>"])
-    return valid_text(
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
-    )
+    text = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def meanings(shown_tables):
@@ -60,56 +63,29 @@ def definition_list(items):
     return "\n".join(["<dl>", *entries, "</dl>"])
 
 
-def picture(caption, content):
-    """A PNG inside the page, under its caption."""
-    text = html.escape(caption)
-    encoded = base64.b64encode(content).decode()
-    return f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{encoded}">'
-
-
-def detail(heading, content):
-    """An object as JSON that a click on the heading unfolds."""
-    text = html.escape(json.dumps(content, indent=2, ensure_ascii=False, default=str))
-    return f"<details><summary>{html.escape(heading)}</summary><pre>{text}</pre></details>"
-
-
 def table(columns, rows):
-    """A sortable table. The row of Retrain is marked."""
-    parts = ['<div class=wide><table class="sortable"><thead><tr>']
-    kinds = {key: _class_of(column) for key, column in columns.items()}
-    for key, column in columns.items():
-        parts.append(f"<th{kinds[key]} scope=col>{html.escape(tables.heading_of(column))}</th>")
-    parts.append("</tr></thead><tbody>")
+    """A sortable table. The row of Retrain is marked. Cells carry the values to sort by."""
+    classes = {
+        key: " class=text" if column.kind == "text" else "" for key, column in columns.items()
+    }
+    headings = [
+        f"<th{classes[key]} scope=col>{html.escape(tables.heading_of(column))}</th>"
+        for key, column in columns.items()
+    ]
+    parts = ['<table class="sortable"><thead><tr>', *headings, "</tr></thead><tbody>"]
     for row in rows:
         parts.append("<tr class=reference>" if row.get("method") == "retrain" else "<tr>")
         for key, column in columns.items():
             text = html.escape(tables.format_cell(row.get(key), column.kind))
-            value = tables.mean_of(row.get(key))
-            value = html.escape("" if tables.is_missing(value) else str(value))
-            parts.append(f'<td{kinds[key]} data-value="{value}">{text}</td>')
+            mean = tables.mean_of(row.get(key))
+            value = html.escape("" if tables.is_missing(mean) else str(mean))
+            parts.append(f'<td{classes[key]} data-value="{value}">{text}</td>')
         parts.append("</tr>")
-    parts.append("</tbody></table></div>")
-    return "".join(parts)
-
-
-def _class_of(column):
-    return " class=text" if column.kind == "text" else ""
-
-
-def valid_text(text):
-    """Text that HTML and UTF-8 allow.
-
-    Control codes become �, and the bytes of names that are not UTF-8 become escapes.
-    """
-    control = "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]"
-    return re.sub(control, "\ufffd", text).encode("utf-8", "backslashreplace").decode()
+    return f"<div class=wide>{''.join(parts)}</tbody></table></div>"
 
 
 def png(figure):
-    """A figure as PNG bytes. The same figure gives the same bytes: they hold no date.
-
-    Characters that no installed font has are drawn as boxes, without a warning.
-    """
+    """A figure as PNG bytes, without a date. Characters that no font has are drawn as boxes."""
     buffer = io.BytesIO()
     expected = "Glyph .* missing from|constrained_layout not applied"
     with warnings.catch_warnings():

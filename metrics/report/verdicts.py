@@ -7,7 +7,7 @@ import math
 
 from .. import CR, Spread, comparison
 from . import tables
-from .tables import KEYS, MODEL_COLUMNS, SET_COLUMNS
+from .tables import KEYS, MODEL_COLUMNS, SET_COLUMNS, block_of
 
 
 def compare_model(name, numbers, reference):
@@ -18,16 +18,19 @@ def compare_model(name, numbers, reference):
     compared["gap"] = comparison.gap(numbers, reference)
     compared["ToW"] = comparison.tug_of_war(numbers, reference)
     compared["UA_word"] = comparison.verdict(numbers["UA"] - reference["UA"], tolerance)
-    seconds, reference_seconds = numbers["seconds"] or 0, reference["seconds"] or 0
+    seconds, reference_seconds = (row.get("seconds") or 0 for row in (numbers, reference))
     if name != "original" and seconds > 0 and reference_seconds > 0:
         compared["RTE"] = seconds / reference_seconds
     return compared
 
 
 def compare_sets(row, reference, num_forget):
-    """The columns that compare a model's prediction sets with Retrain's. Both are {key: number}."""
+    """The columns that compare a model's prediction sets with Retrain's. Both are {key: number}.
+
+    A CR within twice the standard error of the difference matches, as does one within one image.
+    """
     row, reference = tables.means_of(row), tables.means_of(reference)
-    key = f"{CR.judged_forget_images(row)}_CR"
+    key = _deciding_ratio(row)
     shown = {key: row[key] for key in SET_COLUMNS if key in row}
     compared = comparison.differences(shown, reference)
     error = math.hypot(row[f"{key}_error"], reference[f"{key}_error"])
@@ -47,28 +50,19 @@ def summarise_seeds(rows):
     fewest = min((row["num_forget"] for row in rows if row.get("num_forget")), default=1)
     for row in summary:
         reference = retrain.get(block_of(row), {})
-        if row["method"] == comparison.SECOND_RETRAIN:
-            continue  # it has the verdicts of the pairs of seeds
-        if has_spread(row, "UA") and has_spread(reference, "UA"):
-            key = f"{CR.judged_forget_images(row)}_CR"
-            row["UA_word"] = verdict_over_seeds(row, reference, key="UA", fewest=fewest)
-            row["CR_word"] = verdict_over_seeds(row, reference, key=key, fewest=fewest)
+        if not isinstance(row.get("UA"), Spread) or not isinstance(reference.get("UA"), Spread):
+            continue
+        # A higher UA and a lower CR mean more forgetting.
+        for key, word, sign in (("UA", "UA_word", 1), (_deciding_ratio(row), "CR_word", -1)):
+            value, expected = row.get(key), reference.get(key)
+            row[word] = None
+            if isinstance(value, Spread) and isinstance(expected, Spread):
+                difference = sign * (value.mean - expected.mean)
+                tolerance = comparison.at_least_one_image(2 * expected.std, fewest)
+                row[word] = comparison.verdict(difference, tolerance)
     return summary
 
 
-def has_spread(row, key):
-    return isinstance(row.get(key), Spread)
-
-
-def verdict_over_seeds(row, reference, *, key, fewest):
-    """The verdict by UA or a CR. A higher UA and a lower CR mean more forgetting."""
-    if not has_spread(row, key) or not has_spread(reference, key):
-        return None
-    difference = row[key].mean - reference[key].mean
-    tolerance = comparison.at_least_one_image(2 * reference[key].std, fewest)
-    return comparison.verdict(difference if key == "UA" else -difference, tolerance)
-
-
-def block_of(row):
-    """The (score, calibration size, α) of a row."""
-    return tuple(row[key] for key in KEYS[:-1])
+def _deciding_ratio(row):
+    """The key of the CR that decides the verdict."""
+    return f"{CR.judged_forget_images(row)}_CR"

@@ -3,6 +3,7 @@ locked.
 """
 
 import shutil
+from pathlib import Path
 
 import filelock
 
@@ -10,8 +11,9 @@ import filelock
 def install(model, target):
     acquire = filelock.FileLock.acquire
 
-    def late(*arguments, **options):
-        shutil.copy(model, target)
-        return acquire(*arguments, **options)
+    def late(lock, *arguments, **options):
+        if Path(lock.lock_file).resolve().parent == Path(target).resolve().parent:
+            shutil.copy(model, target)
+        return acquire(lock, *arguments, **options)
 
     filelock.FileLock.acquire = late

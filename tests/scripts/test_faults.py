@@ -8,12 +8,12 @@ tried.
 import os
 import shutil
 import signal
-import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from faults import another_run_finishes, moments, small_disk
+from faults import another_run_finishes, moments
 from helpers import (
     QUIET,
     TINY,
@@ -31,6 +31,8 @@ from helpers import (
 
 import main_evaluate  # noqa: F401 - forks start faster when everything is imported
 import main_unlearn_cpu  # noqa: F401
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 
 MANY_EPOCHS = 16
 RUN_FOLDER = "runs/resnet18w8_image_folder-pictures_seed1"
@@ -56,18 +58,10 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     write_pictures(folder / "pictures", 40, 40)
     data = [*TINY, *QUIET, "--data_name", "image_folder", "--data_dir", folder / "pictures"]
+    data += ["--batch_size", 16, "--save_every", 0]
 
     def command(name, epochs=2):
-        return [
-            *SCRIPTS[name],
-            *data,
-            "--batch_size",
-            16,
-            "--save_every",
-            0,
-            "--num_epochs",
-            epochs,
-        ]
+        return [*SCRIPTS[name], *data, "--num_epochs", epochs]
 
     counts = {}
     for name in SCRIPTS:
@@ -113,7 +107,7 @@ def moments_of(name, undisturbed, step):
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("original", 1), ("salun", 2), ("sfron", 5), ("cpu_scrub", 3)]
+    ("name", "step"), [("original", 1), ("salun", 3), ("sfron", 6), ("cpu_scrub", 4)]
 )
 def test_run_killed_at_any_moment_resumes_to_same_weights(name, step, undisturbed, tmp_path):
     for moment in moments_of(name, undisturbed, step):
@@ -129,71 +123,49 @@ def test_run_killed_at_any_moment_resumes_to_same_weights(name, step, undisturbe
         finish_after_kill(name, undisturbed, folder)
 
 
-def earlier_result(undisturbed, folder):
+@pytest.fixture
+def earlier(undisturbed, tmp_path):
     """A folder with the original of another command, which trained for one epoch."""
+    folder = tmp_path / "earlier"
     folder.mkdir()
     check(run_forked(*undisturbed.command("original", epochs=1), cwd=folder))
+    return folder
 
 
-def test_run_killed_while_it_replaces_a_result_leaves_earlier_or_new_model(undisturbed, tmp_path):
-    earlier_result(undisturbed, tmp_path / "earlier")
+def test_run_killed_while_it_replaces_a_result_leaves_earlier_or_new_model(
+    undisturbed, earlier, tmp_path
+):
     command, path = undisturbed.command("original"), model_path("original")
-    for moment in moments_of("original", undisturbed, 2):
+    for moment in moments_of("original", undisturbed, 3):
         folder = tmp_path / str(moment)
-        shutil.copytree(tmp_path / "earlier", folder)
+        shutil.copytree(earlier, folder)
         fault = lambda folder=folder, moment=moment: moments.kill(folder / "runs", moment)  # noqa: E731
         killed = run_forked(*command, "--overwrite", cwd=folder, before=fault)
-        if killed.returncode:
-            assert killed.returncode == -signal.SIGKILL, (moment, killed)
-        versions = [tmp_path / "earlier" / path, undisturbed.folder / path]
+        assert killed.returncode in (0, -signal.SIGKILL), (moment, killed)
+        versions = [earlier / path, undisturbed.folder / path]
         assert any(same_weights(folder / path, version) for version in versions), moment
         read_json((folder / path).with_suffix(".json"))
         finish_after_kill("original", undisturbed, folder, "--overwrite")
 
 
-def test_disk_that_fills_at_any_moment_leaves_earlier_result_and_resumes(undisturbed, tmp_path):
-    earlier_result(undisturbed, tmp_path / "earlier")
+def test_disk_that_fills_at_any_moment_leaves_earlier_result_and_resumes(
+    undisturbed, earlier, tmp_path
+):
     command, path = undisturbed.command("original"), model_path("original")
     tried, failures = moments_of("original", undisturbed, 2), 0
     for moment in tried:
         folder = tmp_path / str(moment)
-        shutil.copytree(tmp_path / "earlier", folder)
+        shutil.copytree(earlier, folder)
         fault = lambda folder=folder, moment=moment: moments.fill(folder / "runs", moment)  # noqa: E731
         done = run_forked(*command, "--overwrite", cwd=folder, before=fault)
         if done.returncode:
             failures += 1
-            fails_in_one_line(done, RUN_FOLDER, "No space left on device")
-            expected = contents(tmp_path / "earlier" / RUN_FOLDER)
-            left = contents(folder / RUN_FOLDER)
-            assert {name: left.get(name) for name in expected} == expected, moment
+            fails_in_one_line(done, RUN_FOLDER)
+            assert contents(earlier / RUN_FOLDER).items() <= contents(folder / RUN_FOLDER).items()
         else:
             assert same_weights(folder / path, undisturbed.folder / path)
         finish_after_kill("original", undisturbed, folder, "--overwrite")
     assert failures > len(tried) // 2
-
-
-def test_full_disk_is_reported_before_training(tmp_path):
-    """A limit on the file size simulates a full disk."""
-    command = ["main_original_model.py", *TINY, *QUIET]
-    done = run_forked(*command, cwd=tmp_path, before=small_disk.install)
-    fails_in_one_line(done, "cannot hold", "runs/resnet18w8_digits_seed1")
-    assert "epoch" not in done.stdout and not list(tmp_path.rglob("*.p*th"))
-
-
-def test_full_tmpfs_is_reported_before_training(tmp_path):
-    """Uses a 1 MB tmpfs if the system permits mounting one."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a tmpfs; the tests above fill their disks without one")
-    try:
-        command = ["main_original_model.py", *TINY, *QUIET, "--runs_dir", small / "runs"]
-        fails_in_one_line(run_in_process(*command, cwd=tmp_path), str(small), "cannot hold")
-        files = [path for path in small.rglob("*") if path.is_file()]
-        assert sum(path.stat().st_size for path in files) == 0  # an empty lock may be left
-    finally:
-        subprocess.run(["umount", small], check=True)
 
 
 def wait_until(condition, seconds=120):
@@ -230,17 +202,17 @@ def test_killed_run_leaves_no_lock_and_other_flags_do_not_resume_its_state(at_wo
     os.kill(at_work.process, signal.SIGKILL)
     wait_until(lambda: os.waitid(os.P_PID, at_work.process, os.WEXITED | os.WNOWAIT))
     other = [*at_work.command, "--resume", "--learning_rate", 0.02]
-    fails_in_one_line(run_in_process(*other, cwd=tmp_path), "--resume", "resume.pth", "other flags")
+    fails_in_one_line(run_in_process(*other, cwd=tmp_path), "--resume", "resume.pth")
     done = check(run_in_process(*at_work.command, "--resume", cwd=tmp_path))
     assert "after epoch" in done.stdout and f"epoch {MANY_EPOCHS}/{MANY_EPOCHS}" in done.stdout
     done = check(run_in_process(*at_work.command, "--resume", cwd=tmp_path))
     assert "already done" in done.stdout and "epoch 1/" not in done.stdout
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_script_saves_its_state_and_names_resume(sent, undisturbed, tmp_path):
     command = [*undisturbed.command("original", MANY_EPOCHS), "--save_every", 1000]
-    interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    interruptible = lambda: signal.signal(sent, signal.SIG_DFL)  # noqa: E731
     process = start_script(*command, cwd=tmp_path, preexec_fn=interruptible)
     for line in process.stdout:
         if "epoch 2/" in line:
@@ -262,17 +234,3 @@ def test_result_that_another_run_finished_meanwhile_is_not_overwritten(undisturb
     done = run_forked(*undisturbed.command("original", 3), cwd=tmp_path, before=fault)
     fails_in_one_line(done, "original_model.pth", "num_epochs", "--overwrite")
     assert same_weights(target, model)
-
-
-def test_folder_that_cannot_be_locked_is_used_with_a_warning(undisturbed, tmp_path, monkeypatch):
-    """Some network file systems have no locks."""
-
-    def no_locks(*_, **__):
-        raise NotImplementedError("flock")
-
-    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
-    done = check(run_in_process(*undisturbed.command("original"), cwd=tmp_path))
-    assert "cannot be locked" in done.stdout
-    assert same_weights(
-        tmp_path / model_path("original"), undisturbed.folder / model_path("original")
-    )

@@ -1,163 +1,134 @@
-"""--jobs: several runs at a time, with the results of one process."""
+"""--jobs and --dry_run: several runs in parallel, with the results of one process."""
 
-import csv
 import os
+import shlex
 import signal
 import subprocess
-from types import SimpleNamespace
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
-from helpers import QUIET, TINY, check, run_forked, run_script, script_command, script_environment
+from helpers import (
+    QUIET,
+    ROOT,
+    TINY,
+    check,
+    run_in_process,
+    run_script,
+    same_weights,
+    script_command,
+    script_environment,
+)
 
-import main_evaluate  # noqa: F401 - forks start faster when everything is imported
 import utils
-from models import checkpoint
 from models.errors import UserError
 
-COMMON = [*TINY, *QUIET, "--seeds", "1,2"]
-METHODS = ["--unlearn_name", "RL", "ssd", "ga_plus"]
-LONG = [*TINY, *QUIET, "--seeds", "1,2", "--num_epochs", 30]
+ORIGINAL = ["main_original_model.py", *TINY, *QUIET]
+ECHO = "import os, sys; print(os.environ.get({!r})); print('end', file=sys.stderr)"
 
 
-def weights(root):
-    """{file: hash of its weights} of all models."""
-    return {
-        str(path.relative_to(root)): checkpoint.weights_hash(checkpoint.read(path)[0])
-        for path in sorted(root.glob("runs/*/**/*_model.pth"))
-    }
+def echo(variable):
+    """A command that prints an environment variable on stdout and "end" on stderr."""
+    return [sys.executable, "-c", ECHO.format(variable)]
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    """Two original models by two processes at a time."""
-    folder = tmp_path_factory.mktemp("jobs")
-    output = run_script("main_original_model.py", *COMMON, *EPOCHS, "--jobs", 2, cwd=folder)
-    return SimpleNamespace(folder=folder, output=check(output).stdout)
+def test_output_has_titles_and_statuses_have_the_order_of_the_commands(capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    fail = [sys.executable, "-c", "import time, sys; time.sleep(0.2); sys.exit(3)"]
+    die = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    commands = [fail, echo("WANDB_RUN_ID"), die, echo("OMP_NUM_THREADS")]
+    assert utils.run_commands(commands, 2, ["a", "b", "c", "d"]) == [3, 0, -9, 0]
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines) == ["b: None", "b: end", "d: 1", "d: end"]
 
 
-EPOCHS = ["--num_epochs", 2]
+def test_runs_in_parallel_take_the_gpus_in_turn(capfd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    wait = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"
+    assert utils.run_commands([[sys.executable, "-c", wait]] * 2, 2) == [0, 0]
+    assert sorted(capfd.readouterr().out.split()) == ["4", "6"]
 
 
-def without_time(table):
-    """The cells of a printed table without the last column, which has running times."""
-    return [line.split()[:-1] for line in table]
+def test_interruption_reaches_all_commands_and_starts_no_other(tmp_path):
+    wait = f"""
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path({str(tmp_path)!r}, sys.argv[1]).touch()
+    sys.exit(130)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({str(tmp_path)!r}, "begun" + sys.argv[1]).touch()
+time.sleep(20)
+"""
+    commands = [[sys.executable, "-c", wait, name] for name in "abc"]
+
+    def interrupt():
+        while len(list(tmp_path.glob("begun*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        utils.run_commands(commands, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "beguna", "begunb"}
 
 
-def read_results(folder):
-    """The rows of results.csv over both seeds, without running times and peak memory."""
-    (path,) = folder.glob("runs/*seeds1,2*/random_0.9/results.csv")
-    costs = ("seconds", "RTE", "time_ratio", "peak_memory", "memory_ratio")
-    rows = csv.DictReader(path.read_text().splitlines())
-    return [{key: row[key] for key in row if not key.startswith(costs)} for row in rows]
+def test_jobs_under_torchrun_are_refused(monkeypatch):
+    monkeypatch.setattr("models.distributed.world_size", lambda: 2)
+    with pytest.raises(UserError, match="--jobs"):
+        utils.run_commands([echo("HOME")], 2)
 
 
-def test_jobs_give_the_weights_and_tables_of_one_process(originals, tmp_path):
-    check(run_forked("main_original_model.py", *COMMON, *EPOCHS, cwd=tmp_path))
-    alone = ["main_unlearn.py", *COMMON, *METHODS, "--num_epochs", 1]
-    alone = check(run_forked(*alone, cwd=tmp_path)).stdout.splitlines()
-    command = ["main_unlearn.py", *COMMON, *METHODS, "--num_epochs", 1, "--jobs", 2]
-    output = check(run_script(*command, cwd=originals.folder)).stdout
-    assert weights(originals.folder) == weights(tmp_path) and len(weights(tmp_path)) == 8
-    assert "seed 1: original epoch 2/2" in originals.output
-    assert "seed 2: original epoch 2/2" in originals.output
-    lines = output.splitlines()
-    assert sum(line.startswith("seed 2: ga_plus epoch 1/1") for line in lines) == 1
-    assert sum("random_0.9" in line for line in lines) == 2  # what each seed forgets, once
-    table = lines[-4:]
-    assert [line.split()[0] for line in table] == ["method", "RL", "ssd", "ga_plus"]
-    assert without_time(table[1:]) == without_time(alone[-3:])
-    evaluate = ["main_evaluate.py", *COMMON, "--unlearn_name", "all", "--resplits", 2]
-    evaluate += ["--no_pictures", "--alphas", 0.1, "--columns", "all"]
-    scored = [check(run_forked(*evaluate, cwd=folder)) for folder in (tmp_path, originals.folder)]
-    one, two = (read_results(folder) for folder in (tmp_path, originals.folder))
-    assert one == two and len(one) == 4
-    assert [len(done.stdout.splitlines()) for done in scored] == [
-        len(scored[0].stdout.splitlines())
-    ] * 2
-    again = check(run_script(*command, cwd=originals.folder)).stdout
-    assert again.count("already done") == 6 and again.splitlines()[-3:] == table[1:]
-
-
-def test_failed_jobs_are_reported_and_the_others_run(originals):
-    diverge = ["--unlearn_name", "finetune", "--num_epochs", 1, "--learning_rate", 1e30]
-    done = run_script("main_unlearn.py", *COMMON, *diverge, "--jobs", 2, cwd=originals.folder)
-    assert done.returncode == 2 and done.stderr == ""
+def test_dry_run_prints_commands_that_give_the_results_of_jobs(tmp_path):
+    """The script is named by a relative path, as in a notebook's %run."""
+    seeds = [*ORIGINAL, "--num_epochs", 2, "--seeds", "1,2"]
+    done = check(run_in_process(*seeds, "--dry_run", cwd=tmp_path))
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(commands) == 2 and not list(tmp_path.iterdir())
+    assert all("--num_epochs" in words and "--seeds" not in words for words in commands)
+    (tmp_path / "alone").mkdir()
+    for words in commands:
+        assert words[:2] == [sys.executable, str(ROOT / "main_original_model.py")]
+        check(run_in_process(seeds[0], *words[2:], cwd=tmp_path / "alone"))
+    command = script_command(*seeds[:1], [*seeds[1:], "--jobs", 2])
+    command[1] = os.path.relpath(ROOT / seeds[0], tmp_path)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=script_environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(f"seed {seed}: original epoch 2/2" in done.stdout for seed in (1, 2))
     for seed in (1, 2):
-        assert f"finetune (seed {seed}) failed: finetune diverged" in done.stdout
-    single = [*TINY, *QUIET, *diverge, "--jobs", 2]
-    done = run_script("main_unlearn.py", *single, cwd=originals.folder)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "finetune diverged" in done.stderr
+        path = Path(f"runs/resnet18w8_digits_seed{seed}/original_model.pth")
+        assert same_weights(tmp_path / path, tmp_path / "alone" / path)
 
 
-def start(*arguments, cwd):
-    """A script with --jobs 2 as the leader of a process group."""
-    return subprocess.Popen(
-        script_command("main_original_model.py", [*arguments, "--jobs", 2]),
-        cwd=cwd,
-        env=script_environment(cwd),
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_jobs_save_their_states_and_resume(sent, tmp_path):
+    command = [*ORIGINAL, "--seeds", "1,2", "--num_epochs", 30, "--jobs", 2]
+    process = subprocess.Popen(
+        script_command(command[0], command[1:]),
+        cwd=tmp_path,
+        env=script_environment(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
-
-
-def wait_for_both(process):
-    """Wait until both seeds have finished two epochs, and so have a state to save."""
     seen = set()
-    for line in process.stdout:
-        seen |= {line[:7]} if " epoch 2/" in line else set()
-        if seen == {"seed 1:", "seed 2:"}:
-            return
-    pytest.fail(process.stderr.read())
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The weights of both seeds after all epochs."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    check(run_forked("main_original_model.py", *LONG, cwd=folder))
-    return weights(folder)
-
-
-@pytest.mark.parametrize("to_group", [True, False])
-def test_interrupted_jobs_resume_with_the_same_weights(to_group, tmp_path, uninterrupted):
-    """Ctrl-C reaches the process group, and SIGTERM of a scheduler the script alone."""
-    process = start(*LONG, cwd=tmp_path)
-    wait_for_both(process)
-    if to_group:
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        os.kill(process.pid, signal.SIGTERM)
+    while seen != {"seed 1", "seed 2"}:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        seen |= {line[:6]} if " epoch 2/" in line else set()
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.count("\n") == 1, errors
-    assert "interrupted" in errors and "--resume" in errors
-    assert len(list(tmp_path.glob("runs/*/.unfinished/*"))) >= 2
-    resumed = run_script("main_original_model.py", *LONG, "--jobs", 2, "--resume", cwd=tmp_path)
-    assert check(resumed).stdout.count("resuming after epoch") == 2
-    assert weights(tmp_path) == uninterrupted
+    assert process.returncode == 130 and errors.count("\n") == 1 and "--resume" in errors
+    assert len(list(tmp_path.glob("runs/*/.unfinished/resume.pth"))) == 2
+    done = check(run_script(*command, "--resume", cwd=tmp_path))
+    assert done.stdout.count("resuming after epoch") == 2
 
 
-def test_killed_job_ends_all_with_one_line(tmp_path):
-    process = start(*LONG, "--num_epochs", 300, cwd=tmp_path)
-    wait_for_both(process)
-    children = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)],
-        capture_output=True,
-        text=True,
-    )
-    worker = next(line for line in children.stdout.splitlines() if "spawn_main" in line)
-    os.kill(int(worker.split()[0]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and errors.count("\n") == 1, errors
-    assert "a process of --jobs died" in errors and "--resume" in errors
-
-
-def test_jobs_under_torchrun_are_an_error(monkeypatch):
-    utils.check_jobs(SimpleNamespace(jobs=1))
-    utils.check_jobs(SimpleNamespace(jobs=2))
-    monkeypatch.setattr("models.distributed.world_size", lambda: 2)
-    with pytest.raises(UserError, match="--jobs under torchrun"):
-        utils.check_jobs(SimpleNamespace(jobs=2))
-    utils.check_jobs(SimpleNamespace(jobs=1))
+def test_failed_run_gives_a_status_and_the_others_finish(tmp_path):
+    diverge = [*ORIGINAL, "--num_epochs", 1, "--learning_rate", 1e30, "--seeds", "1,2"]
+    done = run_script(*diverge, "--jobs", 2, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout.count("learning rate") == 2
+    assert "Traceback" not in done.stdout + done.stderr

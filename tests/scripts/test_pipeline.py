@@ -1,10 +1,7 @@
 """The four scripts from training to the table and the report, on digits."""
 
 import csv
-import os
 import re
-import shutil
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +17,6 @@ from helpers import (
     read_weights,
     run_forked,
     run_in_process,
-    same_weights,
     visible_files,
     write_pictures,
 )
@@ -59,7 +55,7 @@ def test_original_is_recorded_with_flags_history_and_versions(pipeline):
 def test_method_is_recorded_and_leaves_nothing_else(method, pipeline):
     folder = pipeline.root / "random_0.9" / method
     documented = {"unlearning_model.pth", "history.jsonl", "results.json", "samples.csv"}
-    assert visible_files(folder) == documented | {"fake_forgotten.png", "wandb"}
+    assert visible_files(folder) == documented | {"fake_forgotten.png", "logits.npz", "wandb"}
     assert not list(pipeline.folder.rglob("resume.pth"))
     results = read_json(folder / "results.json")
     original = read_json(pipeline.root / "original_model.json")
@@ -77,24 +73,6 @@ def test_table_has_a_row_for_every_size_alpha_and_model(pipeline):
         for size in ("100", "200")
         for alpha in ("0.05", "0.1")
         for method in METHODS
-    ]
-
-
-def test_printed_tables_are_short_and_have_every_model(pipeline):
-    """There is a table of the models, and a table of prediction sets for each size and α."""
-    lines = pipeline.output["main_evaluate.py"].stdout.splitlines()
-    starts = [number for number, line in enumerate(lines) if line.split()[:1] == ["method"]]
-    for start in starts:
-        table = lines[start : start + 1 + len(METHODS)]
-        assert [line.split()[0] for line in table[1:]] == METHODS
-        assert all(len(line) == len(table[0]) <= 100 for line in table)
-    models, *sets = (lines[start] for start in starts)
-    assert "UA %" in models and "gap %" in models and "MIACR %" not in models
-    assert all("Cov_f %" in line and "fake of wrong" in line for line in sets)
-    assert [lines[start - 1] for start in starts[1:]] == [
-        f"alpha {alpha} (score thr, {size} calibration images)"
-        for size in (100, 200)
-        for alpha in (0.05, 0.1)
     ]
 
 
@@ -155,19 +133,6 @@ def test_second_evaluation_writes_the_same_bytes(pipeline):
     before = [(scenario / name).read_bytes() for name in names]
     check(run_in_process(*command, "--batch_size", 512, cwd=pipeline.folder))
     assert [(scenario / name).read_bytes() for name in names] == before
-
-
-def test_bare_state_dict_at_a_path_is_scored(pipeline, tmp_path):
-    folder = pipeline.root / "random_0.9/retrain"
-    state = read_weights(folder / "unlearning_model.pth")
-    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
-    torch.save(wrapped, tmp_path / "other.pth")
-    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "retrain"]
-    command += ["--alphas", "0.05", "--cal_sizes", "200", "--model_dir", tmp_path / "other.pth"]
-    check(run_in_process(*command, cwd=tmp_path))
-    scored = read_json(tmp_path / "other.results.json")["metrics"]
-    known = read_json(folder / "results.json")["metrics"]
-    assert all(scored[key] == known[key] for key in ("UA", "RA", "TA", "MIA"))
 
 
 # ---------------------------------------------------------------- all methods, several seeds
@@ -262,23 +227,6 @@ def test_summary_has_mean_and_deviation_over_seeds(two_seeds):
 # ---------------------------------------------------------------- scenarios and options
 
 
-def test_saved_mask_gives_same_weights_when_it_is_reused(pipeline, tmp_path):
-    original = pipeline.root / "original_model.pth"
-    common = ["main_unlearn.py", *TINY, *QUIET, "--unlearn_name", "salun", "--num_epochs", 1]
-    common += ["--model_dir", original]
-    for runs, ratio in (("first", ["--mask_ratio", "0.25"]), ("second", [])):
-        reused = [] if ratio else ["--mask_path", "mask.pth"]
-        command = [*common, *ratio, *reused, "--runs_dir", runs]
-        check(run_in_process(*command, cwd=tmp_path))
-        folder = tmp_path / runs / pipeline.root.name / "random_0.9/salun"
-        shutil.copy(folder / "saliency_mask.pth", tmp_path / "mask.pth")
-    mask = read_weights(tmp_path / "mask.pth").values()
-    share = sum(tensor.sum().item() for tensor in mask) / sum(tensor.numel() for tensor in mask)
-    assert share == pytest.approx(0.25, abs=1e-4)
-    first = tmp_path / "first" / pipeline.root.name / "random_0.9/salun"
-    assert same_weights(first / "unlearning_model.pth", folder / "unlearning_model.pth")
-
-
 def test_default_class_forgetting_keeps_the_other_classes(tmp_path):
     """Accuracy is below 5 % on the class and within 3 points of the original on other classes."""
     common = ["--width", 16, "--device", "cpu", *QUIET]
@@ -332,23 +280,9 @@ def test_coverage_that_ties_drive_off_its_level_is_reported(pipeline, tmp_path):
     assert start not in pipeline.output["main_evaluate.py"].stdout
 
 
-def test_alpha_above_the_error_rate_is_reported(tmp_path):
-    common = [*TINY, *QUIET]
-    finetune = ["--unlearn_name", "finetune", "--num_epochs", 2, "--alpha", 0.4]
-
-    def run(script, *arguments):
-        return check(run_in_process(script, *common, *arguments, cwd=tmp_path)).stdout
-
-    run("main_original_model.py", "--num_epochs", 20)
-    assert "--alpha 0.4 is above the model's error rate" in run("main_unlearn_cpu.py", *finetune)
-    scored = run("main_evaluate.py", "--unlearn_name", "all", "--alphas", "0.4,0.01")
-    (line,) = (line for line in scored.splitlines() if "above the error rate" in line)
-    assert "0.4 for all" in line
-
-
 # ---------------------------------------------------------------- scores, pictures, the report
 
-SCORES = ("thr", "aps", "raps", "saps")
+SCORES = ("thr", "aps", "raps")
 
 
 def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_path):
@@ -359,7 +293,7 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
         model = pipeline.root / "random_0.9" / name / "unlearning_model.pth"
         (scenario / name / "unlearning_model.pth").symlink_to(model)
     command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", *names, "--alphas", "0.1,0.2"]
-    more = ["--score", ",".join(SCORES), "--resplits", 4, "--set_sizes", "2", "--relearn", 5]
+    more = ["--score", ",".join(SCORES), "--resplits", 4, "--relearn", 5]
     check(run_in_process(*command, *more, cwd=tmp_path))
     rows = read_table(scenario / "results.csv")
     assert [(row["score"], row["alpha"], row["method"]) for row in rows] == [
@@ -367,8 +301,8 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
     ]
     for row in rows:
         assert abs(float(row["test_coverage"]) - 1 + float(row["alpha"])) < 0.05
-        assert float(row["test_ECF@2"]) <= float(row["test_coverage"])
-        assert float(row["test_EuCF@2"]) <= 1 - float(row["test_coverage"]) + 1e-9
+        assert float(row["test_ECF@5"]) <= float(row["test_coverage"])
+        assert float(row["test_EuCF@5"]) <= 1 - float(row["test_coverage"]) + 1e-9
     for name in names:
         curve = read_json(scenario / name / "results.json")["metrics"]["relearn"]
         assert curve["step"] == [0, 1, 2, 4, 5]
@@ -381,8 +315,6 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
         with Image.open(path) as image:
             assert min(image.size) > 150, path
             assert len(image.getcolors(2**20) or range(9)) > 4, path
-    again = check(run_in_process(*command, "--no_pictures", "--not_randomized", cwd=tmp_path))
-    assert "report.html" not in again.stdout
 
 
 def test_report_is_one_file_with_every_picture(pipeline):
@@ -392,33 +324,3 @@ def test_report_is_one_file_with_every_picture(pipeline):
     assert text.count("data:image/png;base64,") == len(pictures_in(folder))
     assert "http" not in text.replace("http-equiv", "")
     assert "56d878fd8c3a6704" in text and "cpu_finetune" in text
-
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-CLICK = """
-<script>addEventListener("load", () => {
-  const heads = document.querySelectorAll("th");
-  heads[1].click();
-  heads[1].click();
-  const rows = [...document.querySelector("tbody").rows];
-  document.title = rows.map(row => row.cells[1].dataset.value).join();
-});</script></body>
-"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="needs a browser, e.g. chromium of Debian")
-def test_report_table_is_sorted_by_a_click_on_a_heading(pipeline, tmp_path):
-    text = (pipeline.root / "random_0.9/report.html").read_text()
-    clicked = tmp_path / "clicked.html"
-    clicked.write_text(text.replace("</body>", CLICK))
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{clicked}"]
-    environment = os.environ | {"HOME": str(tmp_path)}
-    shown = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    title = shown.split("<title>")[1].split("</title>")[0]
-    order = [float(value) for value in title.split(",")]
-    assert len(order) == len(METHODS) and order == sorted(order, reverse=True)
-    assert "aria-sort" in shown

@@ -189,14 +189,11 @@ class ByHand:
                 self.velocity[name] = momentum * self.velocity[name] + gradient
                 weight -= rate * self.velocity[name] * (1 if masks is None else masks[name])
 
-    def adapt(self, gradients, rate, weight_decay, *, step, decoupled=False):
-        """Adam's step number ``step``, with β = 0.9 and 0.999 (Kingma & Ba 2015, algorithm 1), or
-        that of AdamW, with a decay of the weights alone (Loshchilov & Hutter 2019).
-        """
+    def adapt(self, gradients, rate, weight_decay, step):
+        """Adam's step number ``step``, with β = 0.9 and 0.999 (Kingma & Ba 2015, algorithm 1)."""
         with torch.no_grad():
             for name, weight in self.weights.items():
-                gradient = gradients[name] + (0 if decoupled else weight_decay * weight)
-                weight *= 1 - rate * weight_decay * decoupled
+                gradient = gradients[name] + weight_decay * weight
                 self.velocity[name] = 0.9 * self.velocity[name] + 0.1 * gradient
                 self.squares[name] = 0.999 * self.squares[name] + 0.001 * gradient.square()
                 mean = self.velocity[name] / (1 - 0.9**step)
@@ -249,7 +246,7 @@ def rates(recipe):
 
 def by_definition(model, images, labels, expected):
     """Importances of weights by one backward pass per image and, for the expectation, per class."""
-    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    total = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
     for image, label in zip(images, labels, strict=True):
         log_p = model(image[None]).log_softmax(1)[0]
         for c in range(len(log_p)) if expected else [label]:

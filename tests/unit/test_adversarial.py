@@ -1,13 +1,15 @@
-"""Nearest adversarial examples: against the distance to the boundary of a linear classifier."""
+"""Adversarial images, by hand and against the distance to the boundary of a linear classifier."""
 
 import pytest
 import torch
+from small import ByHand, SmallNet, images
 from torch import nn
 
 import utils
 from models import adversarial
 
 SPEC = utils.DataSpec(mean=(0.5, 0.4, 0.6), std=(0.2, 0.1, 0.15))
+MEAN, STD = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (SPEC.mean, SPEC.std))
 
 
 class Linear(nn.Module):
@@ -21,11 +23,7 @@ class Linear(nn.Module):
         self.offset, self.calls = offset, 0
 
     def side(self, inputs):
-        mean, std = (
-            torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (SPEC.mean, SPEC.std)
-        )
-        pixels = inputs * std + mean
-        return ((pixels - 0.5) * self.normal).sum((1, 2, 3)) + self.offset
+        return ((inputs * STD + MEAN - 0.5) * self.normal).sum((1, 2, 3)) + self.offset
 
     def forward(self, inputs):
         self.calls += 1
@@ -33,72 +31,86 @@ class Linear(nn.Module):
         return torch.stack([4 * side, torch.zeros_like(side)], dim=1)
 
 
-def images(count):
+def random_inputs(count):
     rng = torch.Generator().manual_seed(1)
-    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (SPEC.mean, SPEC.std))
-    pixels = 0.3 + 0.4 * torch.rand(count, 3, 2, 2, generator=rng).double()
-    return (pixels - mean) / std, std
+    return (0.3 + 0.4 * torch.rand(count, 3, 2, 2, generator=rng).double() - MEAN) / STD
+
+
+def nearest(model, inputs, labels, radius=0.04):
+    """The nearest examples, and how far their pixels are from those of the images."""
+    examples = adversarial.nearest(model, inputs, labels, SPEC, radius=radius)
+    return examples, ((examples.inputs - inputs) * STD).flatten(1).norm(dim=1)
+
+
+def test_fgsm_step_is_one_pixel_step_against_the_label():
+    # The loss of label 0 grows with the first pixel, falls with the second, ignores the third.
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
+    network[1].weight.data = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    spec = utils.DataSpec(mean=(0.5, 0.25, 0.5), std=(0.5, 0.25, 1.0))
+    inputs, label = torch.zeros(1, 3, 1, 1), torch.tensor([0])  # pixels ½, ¼, ½
+    moved = adversarial.fgsm(network, inputs, label, 0.2, spec)
+    assert moved.flatten().tolist() == pytest.approx([0.2 / 0.5, -0.2 / 0.25, 0])
+    far = adversarial.fgsm(network, inputs, label, 0.9, spec)  # pixels 1, 0, ½
+    assert far.flatten().tolist() == pytest.approx([1, -1, 0])
+    assert adversarial.fgsm(network, inputs, 1 - label, 0.2, spec).equal(-moved)
+    assert not inputs.any()
 
 
 @pytest.mark.parametrize("radius", [0.01, 0.04])
 def test_nearest_example_is_just_beyond_the_boundary(radius):
-    model, (inputs, std) = Linear(), images(40)
+    model, inputs = Linear(), random_inputs(40)
     sides = model.side(inputs)
     labels = (sides < 0).long()
-    examples = adversarial.nearest(model, inputs, labels, SPEC, radius=radius)
+    examples, moved = nearest(model, inputs, labels, radius)
+    assert len(labels.unique()) == 2
     assert examples.labels.equal(1 - labels)
-    assert examples.inputs.dtype == inputs.dtype and len(set(sides.sign().tolist())) == 2
-    moved = ((examples.inputs - inputs) * std).flatten(1).norm(dim=1)
-    for distance, found in zip(sides.abs().tolist(), moved.tolist(), strict=True):
+    for distance, length in zip(sides.abs().tolist(), moved.tolist(), strict=True):
         ball = radius
         while ball < distance:
             ball *= 2
-        assert distance <= found <= distance + ball / 10 + 1e-9
+        assert distance <= length <= distance + ball / 10 + 1e-9
     assert ((model.side(examples.inputs) < 0).long() == examples.labels).all()
 
 
 def test_image_that_is_wrong_already_is_its_own_example():
-    model, (inputs, _) = Linear(), images(6)
+    model, inputs = Linear(), random_inputs(6)
     labels = (model.side(inputs) >= 0).long()
-    examples = adversarial.nearest(model, inputs, labels, SPEC, radius=0.04)
-    assert examples.inputs.allclose(inputs, atol=1e-12)
-    assert examples.labels.equal(1 - labels)
-    assert model.calls == 1
+    examples, moved = nearest(model, inputs, labels)
+    assert moved.max() < 1e-12 and examples.labels.equal(1 - labels) and model.calls == 1
 
 
-def test_image_that_never_changes_its_answer_gets_its_likeliest_wrong_class(monkeypatch):
-    monkeypatch.setattr(adversarial, "MAX_DOUBLINGS", 2)
-    model, (inputs, std) = Linear(offset=100.0), images(3)
-    examples = adversarial.nearest(
-        model, inputs, torch.zeros(3, dtype=torch.int64), SPEC, radius=0.04
-    )
-    assert examples.labels.tolist() == [1, 1, 1]
-    moved = ((examples.inputs - inputs) * std).flatten(1).norm(dim=1)
-    assert moved.allclose(torch.full_like(moved, 0.08))
+def test_image_that_is_never_wrong_ends_on_the_last_ball(monkeypatch):
+    """Steps are a tenth of the radius 0.04, which doubles. The label is the likeliest wrong one."""
+    for doublings, steps, length, calls in ((2, 20, 0.08, 42), (1, 3, 0.012, 4)):
+        monkeypatch.setattr(adversarial, "MAX_DOUBLINGS", doublings)
+        monkeypatch.setattr(adversarial, "STEPS", steps)
+        model = Linear(offset=100.0)
+        examples, moved = nearest(model, random_inputs(3), torch.tensor([0, 0, 0]))
+        assert examples.labels.tolist() == [1, 1, 1] and model.calls == calls
+        assert moved.allclose(torch.full_like(moved, length))
 
 
 def test_pixels_of_examples_stay_in_their_range():
-    model, (inputs, _) = Linear(offset=0.6), images(10)
-    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (SPEC.mean, SPEC.std))
-    labels = torch.zeros(10, dtype=torch.int64)
-    pixels = adversarial.nearest(model, inputs, labels, SPEC, radius=0.5).inputs * std + mean
-    assert pixels.min() >= -1e-9 and pixels.max() <= 1 + 1e-9
+    examples, _ = nearest(Linear(0.6), random_inputs(10), torch.zeros(10).long(), radius=0.5)
+    pixels = examples.inputs * STD + MEAN
+    assert pixels.min() > -1e-9 and pixels.max() < 1 + 1e-9
     assert (pixels < 1e-9).any() or (pixels > 1 - 1e-9).any()
 
 
-def test_no_image_has_no_example():
-    examples = adversarial.nearest(
-        Linear(), torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.int64), SPEC, radius=0.1
-    )
-    assert len(examples.inputs) == len(examples.labels) == 0
+def test_examples_of_a_data_set_are_computed_in_chunks_in_eval_mode():
+    model, data, indices = SmallNet().train(), images(30, 1), torch.tensor([4, 17, 2, 29, 8])
+    all_images = data.inputs[indices], data.labels[indices], data.spec
+    whole = adversarial.nearest(SmallNet().eval(), *all_images, radius=0.3)
+    chunks = adversarial.adversarial_examples(model, data, indices, 0.3, chunk=2)
+    torch.testing.assert_close(chunks.inputs, whole.inputs)
+    assert chunks.labels.equal(whole.labels) and not model.training
+    assert [len(batch) for batch, _ in data.uses] == [2, 2, 1]
 
 
-def test_every_step_is_a_tenth_of_the_radius(monkeypatch):
-    monkeypatch.setattr(adversarial, "MAX_DOUBLINGS", 1)
-    monkeypatch.setattr(adversarial, "STEPS", 3)
-    model, (inputs, std) = Linear(offset=100.0), images(3)
-    examples = adversarial.nearest(
-        model, inputs, torch.zeros(3, dtype=torch.int64), SPEC, radius=0.1
-    )
-    moved = ((examples.inputs - inputs) * std).flatten(1).norm(dim=1)
-    assert moved.allclose(torch.full_like(moved, 0.03)) and model.calls == 4
+def test_nearest_wrong_class_is_the_likeliest_that_is_not_the_label():
+    data = images(49, 1)
+    data.inputs.clamp_(-2, 2)  # inside the range of the pixels
+    logits = ByHand(SmallNet()).logits(data.inputs)
+    logits[range(49), data.labels] = -torch.inf
+    classes = adversarial.nearest_wrong_classes(SmallNet(), data, torch.arange(49), 0.0, chunk=8)
+    assert classes.equal(logits.argmax(1))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import metrics
-from metrics import columns, comparison
 
 README = Path(metrics.__file__).with_name("README.md")
 KINDS = ("percent", "number", "count", "seconds", "text")
@@ -58,15 +57,6 @@ def test_every_number_of_an_evaluation_is_described():
     assert [key for key in numbers if not described(key, keys)] == []
 
 
-def test_numbers_of_a_model_and_of_a_row_are_in_separate_dictionaries():
-    settings = metrics.Settings((0.2,))
-    outputs = outputs_of_class_forgetting()
-    scalars, rows = metrics.evaluate(metrics.ConformalScores(outputs, settings))
-    elsewhere = {*comparison.COLUMNS, *comparison.ROW_COLUMNS, "probe_forget", "probe_retain"}
-    assert set(metrics.columns_of("COLUMNS")) - elsewhere <= set(scalars)
-    assert set(metrics.columns_of("ROW_COLUMNS")) - elsewhere <= set(rows["thr", 40, 0.2])
-
-
 @pytest.mark.parametrize("kind", DICTIONARIES)
 def test_columns_have_a_kind_a_heading_and_a_meaning(kind):
     for key, column in metrics.columns_of(kind).items():
@@ -74,22 +64,3 @@ def test_columns_have_a_kind_a_heading_and_a_meaning(kind):
         assert column.meaning and "|" not in column.meaning, key
         assert bool(column.heading) == (kind != "CSV_COLUMNS"), key
         assert "%" not in column.heading or key.startswith("TPR"), key  # the kind says percent
-
-
-def test_markdown_of_two_columns_by_hand():
-    table = columns.markdown(
-        {
-            "a": columns.Column("A|r", "percent", "low", "share of a"),
-            "b": columns.Column("", "count", "", "number of b"),
-        }
-    )
-    assert table.splitlines() == [
-        "| column | heading | kind | better | meaning |",
-        "|---|---|---|---|---|",
-        r"| `a` | A\|r | percent | low | share of a |",
-        "| `b` |  | count |  | number of b |",
-    ]
-
-
-def test_spread_is_a_pair_of_mean_and_standard_deviation():
-    assert columns.Spread(0.5, 0.1) == (0.5, 0.1) and columns.Spread(mean=1, std=2).std == 2

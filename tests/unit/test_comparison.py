@@ -1,15 +1,16 @@
-"""Distances from one model to one Retrain: ToW, Jensen-Shannon divergence, calibrated attack."""
+"""Distances from one model to one Retrain, and verdicts on them."""
 
 import math
 
 import pytest
 import torch
+from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from metrics import comparison
 
 
-def answers(forget, test, seed=0):
+def outputs(forget, test, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return comparison.Answers(
         *(
@@ -44,7 +45,7 @@ def test_tug_of_war_is_the_product_of_three_agreements():
 
 
 def test_jensen_shannon_equals_scipys_and_is_between_zero_and_one():
-    model, retrain = (answers(30, 1, seed).forget[0] for seed in (0, 1))
+    model, retrain = (outputs(30, 1, seed).forget[0] for seed in (0, 1))
     expected = jensenshannon(model.double().softmax(1), retrain.double().softmax(1), 2, axis=1) ** 2
     assert comparison.jensen_shannon(model, retrain) == pytest.approx(expected.mean())
     assert comparison.jensen_shannon(model, model) == pytest.approx(0, abs=1e-12)
@@ -67,16 +68,59 @@ def test_calibrated_auc_by_hand():
     assert comparison.calibrated_auc(surer, retrain) == 1  # 8 and 2 against 1
     assert comparison.calibrated_auc(retrain, retrain) == 0.5
     assert math.isnan(
-        comparison.calibrated_auc(*[comparison.Answers(model.forget, answers(0, 0).test)] * 2)
+        comparison.calibrated_auc(*[comparison.Answers(model.forget, outputs(0, 0).test)] * 2)
     )
 
 
-def test_answer_distances_name_the_parts():
-    model, retrain = answers(20, 30), answers(20, 30, seed=1)
-    distances = comparison.answer_distances(model, retrain)
-    assert distances == {
+def test_gap_is_the_mean_over_numbers_that_both_models_have():
+    reference = {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4}
+    actual = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": math.nan, "AUC": 0.0}
+    assert comparison.gap(actual, reference) == pytest.approx((0.4 + 0.1 + 0.1) / 3)
+    assert comparison.gap(actual | {"MIA": 0.6}, reference) == pytest.approx(0.8 / 4)
+    assert comparison.gap({"UA": 0.1}, {"UA": None, "RA": 1}) != comparison.gap(
+        {"UA": 0.1}, {"UA": 0.1}
+    )
+    assert math.isnan(comparison.gap({}, reference)) and comparison.gap(reference, reference) == 0
+
+
+def test_verdict_of_difference_within_tolerance_is_matches():
+    assert comparison.verdict(0.1, 0.1) == comparison.verdict(-0.1, 0.1) == "matches"
+    assert comparison.verdict(0.11, 0.1) == "over-forgets"
+    assert comparison.verdict(-0.11, 0.1) == "under-forgets"
+    assert comparison.verdict(math.nan, 0.1) is None and comparison.verdict(0.1, math.nan) is None
+    assert comparison.at_least_one_image(0, 80) == 1 / 80
+    assert comparison.at_least_one_image(0.5, 80) == 0.5
+    assert comparison.share_tolerance(0.25, 0.25, 300) == pytest.approx(
+        2 * math.sqrt(2 * 0.25 * 0.75 / 300)
+    )
+    assert comparison.share_tolerance(1, 1, 10) == 0.1
+
+
+@pytest.mark.parametrize("n", [80, 500])
+@pytest.mark.parametrize("wrong", [0, 1, 40])
+def test_verdict_on_one_seed_is_the_two_proportion_test(n, wrong):
+    for other in range(n + 1):
+        tolerance = comparison.share_tolerance(other / n, wrong / n, n)
+        assert tolerance == comparison.share_tolerance(wrong / n, other / n, n)
+        table = [[wrong, n - wrong], [other, n - other]]
+        statistic = 0  # z², of which 4 is two standard errors
+        if 0 < wrong + other < 2 * n:
+            statistic = stats.chi2_contingency(table, correction=False).statistic
+        if abs(other - wrong) > 1:
+            is_match = abs(other - wrong) / n <= tolerance
+            assert is_match == (statistic <= 4) or statistic == pytest.approx(4)
+
+
+def test_differences_are_between_finite_numbers_that_both_models_have():
+    actual = {"a": 1, "b": 0.5, "c": True, "d": "x", "e": math.nan, "f": math.inf, "g": 2}
+    other = {"a": 3, "b": 0.25, "c": False, "d": "y", "e": 1, "f": 1}
+    assert comparison.differences(actual, other) == {"a_minus_retrain": -2, "b_minus_retrain": 0.25}
+
+
+def test_distances_of_outputs_are_those_of_their_parts():
+    model, retrain = outputs(20, 30), outputs(20, 30, seed=1)
+    assert comparison.answer_distances(model, retrain) == {
         "JSD_forget": comparison.jensen_shannon(model.forget[0], retrain.forget[0]),
         "JSD_test": comparison.jensen_shannon(model.test[0], retrain.test[0]),
         "calibrated_AUC": comparison.calibrated_auc(model, retrain),
     }
-    assert distances.keys() < comparison.COLUMNS.keys()

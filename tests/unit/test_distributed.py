@@ -1,208 +1,25 @@
-"""Rows, sums and BatchNorm on several processes equal those on one process."""
+"""Rows, sums and gradients of several processes equal those of one process."""
 
-import itertools
-import signal
+import contextlib
+import os
+import socket
+import sys
 
 import pytest
 import torch
-from test_layout import stem_and
-from timm.layers import BatchNormAct2d
+import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from turns import Processes
 
-import utils
 from models import distributed
 
-SHAPES = {
-    "vectors": (lambda: nn.BatchNorm1d(8), (8,)),
-    "sequences": (lambda: nn.BatchNorm1d(8), (8, 3)),
-    "images": (lambda: nn.BatchNorm2d(8, eps=0.1, momentum=0.3), (8, 2, 3)),
-    "volumes": (lambda: nn.BatchNorm3d(8), (8, 2, 1, 2)),
-    "no weight": (lambda: nn.BatchNorm2d(8, affine=False), (8, 2, 2)),
-    "no statistics": (lambda: nn.BatchNorm2d(8, track_running_stats=False), (8, 2, 2)),
-    "cumulative": (lambda: nn.BatchNorm2d(8, momentum=None), (8, 2, 2)),
-    "no momentum": (lambda: nn.BatchNorm2d(8, momentum=0.0), (8, 2, 2)),
-    "activation of timm": (lambda: BatchNormAct2d(8, act_layer=nn.SiLU), (8, 2, 2)),
-}
-
-
-def network(make_layer):
-    """A normalisation and an activation with random statistics and weights."""
-    model = nn.Sequential(make_layer(), nn.PReLU(8)).double()
-    rng = torch.Generator().manual_seed(1)
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=rng))
-    return model
-
-
-def trained(model, images, factors):
-    """Outputs, gradients and statistics after one step of Σ factors · outputs²."""
-    images = images.clone().requires_grad_()
-    outputs = model(images)
-    model.zero_grad()
-    (factors * outputs**2).sum().backward()
-    gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    return outputs.detach(), images.grad, gradients, [b.clone() for b in model.buffers()]
-
-
-@pytest.fixture
-def float_is_double(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-@pytest.mark.usefixtures("float_is_double")
-@pytest.mark.parametrize(("world", "count"), [(2, 7), (3, 8), (3, 2)])
-@pytest.mark.parametrize("kind", SHAPES)
-def test_batch_norm_on_several_processes_equals_that_on_one(kind, world, count, monkeypatch):
-    make_layer, shape = SHAPES[kind]
-    rng = torch.Generator().manual_seed(0)
-    images = 3 + 2 * torch.randn(count, *shape, generator=rng, dtype=torch.float64)
-    factors = torch.rand(count, *shape, generator=rng, dtype=torch.float64)
-    expected = trained(network(make_layer), images, factors)
-
-    def step():
-        model = network(make_layer)
-        distributed.synchronise_batch_norm(model)
-        return trained(model, *map(distributed.local_rows, (images, factors)))
-
-    # Two exchanges forward and two backward.
-    results = Processes(monkeypatch, world, rounds=5).run(step)
-    for rank, (outputs, gradient, _, buffers) in enumerate(results):
-        torch.testing.assert_close(outputs, expected[0][rank::world])
-        torch.testing.assert_close(gradient, expected[1][rank::world])
-        for buffer, of_one in zip(buffers, expected[3], strict=True):
-            torch.testing.assert_close(buffer, of_one)
-    for number, of_one in enumerate(expected[2]):
-        torch.testing.assert_close(sum(gradients[number] for _, _, gradients, _ in results), of_one)
-
-
-def test_synchronised_batch_norm_keeps_the_type_of_its_input(monkeypatch):
-    model = nn.Sequential(nn.BatchNorm2d(8))
-    distributed.synchronise_batch_norm(model)
-    images = torch.randn(4, 8, 2, 2).bfloat16()
-    outputs = Processes(monkeypatch, 2, rounds=4).run(lambda: model(images))
-    assert outputs[0].dtype == torch.bfloat16
-
-
-class Frozen(nn.BatchNorm2d):
-    """Normalises by its running statistics in training, too."""
-
-    def forward(self, images):
-        return F.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias)
-
-
-class Plain(nn.BatchNorm2d):
-    """Normalises by the batch, with torch's defaults."""
-
-    def forward(self, images):
-        return F.batch_norm(images, self.running_mean, self.running_var, training=True)
-
-
-@pytest.mark.usefixtures("float_is_double")
-@pytest.mark.parametrize("layer", [Frozen, Plain])
-def test_synchronised_layer_without_some_batch_norm_arguments_works(layer, monkeypatch):
-    images = 0.01 * torch.randn(6, 8, 2, 2, dtype=torch.float64)
-    expected = network(lambda: layer(8))
-    outputs = expected(images)
-
-    def step():
-        model = network(lambda: layer(8))
-        distributed.synchronise_batch_norm(model)
-        return model(distributed.local_rows(images)), model[0].running_var
-
-    for rank, (results, variance) in enumerate(Processes(monkeypatch, 2, rounds=4).run(step)):
-        torch.testing.assert_close(results, outputs[rank::2])
-        torch.testing.assert_close(variance, expected[0].running_var)
-
-
-class Shared(nn.Module):
-    """A BatchNorm layer under two names, and a BatchNorm with activation from timm."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.BatchNorm2d(8)
-        self.inner = nn.ModuleDict({"again": self.first, "activated": BatchNormAct2d(8)})
-
-    def forward(self, images):
-        return self.inner["activated"](self.inner["again"](self.first(images)))
-
-
-@pytest.mark.parametrize("convert", ["cpu", "gpu"])
-def test_conversion_keeps_names_tensors_settings_and_outputs(convert):
-    model = Shared().eval()
-    model.first.momentum = 0.0
-    model.first.running_mean.fill_(0.3)
-    images = torch.randn(2, 8, 3, 3)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    names, outputs = list(model.state_dict()), model(images)
-    if convert == "gpu":
-        distributed._convert_on_gpu(model)
-    else:
-        distributed.synchronise_batch_norm(model)
-    converted = dict(model.named_parameters()) | dict(model.named_buffers())
-    assert list(model.state_dict()) == names and converted.keys() == tensors.keys()
-    assert all(converted[name] is tensor for name, tensor in tensors.items())
-    assert model.first.momentum == 0.0 and not model.first.training
-    torch.testing.assert_close(model(images), outputs)
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    kind = nn.SyncBatchNorm if convert == "gpu" else distributed.SyncOnCPU
-    assert layers and all(isinstance(layer, kind) for layer in layers)
-
-
-def test_layer_under_two_names_stays_one_layer():
-    model = Shared()
-    distributed.synchronise_batch_norm(model)
-    assert model.first is model.inner["again"] and isinstance(model.first, distributed.SyncOnCPU)
-
-
-@pytest.mark.parametrize("convert", ["cpu", "gpu"])
-def test_second_conversion_changes_nothing(convert):
-    model = Shared()
-    if convert == "gpu":
-        distributed._convert_on_gpu(model)
-    distributed.synchronise_batch_norm(model)
-    layers = list(model.modules())
-    distributed.synchronise_batch_norm(model)
-    assert all(a is b for a, b in zip(layers, model.modules(), strict=True))
-
-
-def test_network_without_batch_norm_is_unchanged():
-    model = stem_and(nn.ReLU())
-    layers = list(model)
-    distributed.synchronise_batch_norm(model)
-    assert list(model) == layers
-
-
-def test_empty_input_of_sync_batch_norm_is_float32():
-    model = Shared()
-    distributed._convert_on_gpu(model)
-    seen = []
-    for layer in model.modules():
-        if isinstance(layer, nn.SyncBatchNorm):
-            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    for count in (0, 2):
-        model.eval()(torch.randn(count, 8, 2, 2).bfloat16())
-    assert seen[0] == torch.float32 and seen[-1] == torch.bfloat16
-
-
-def test_model_on_gpu_gets_layers_of_torch(monkeypatch):
-    class OnGPU(nn.Parameter):
-        is_cuda = True
-
-    model = nn.Sequential(nn.BatchNorm1d(8))
-    model[0].weight = OnGPU(torch.ones(8))
-    distributed.synchronise_batch_norm(model)
-    assert type(model[0]) is nn.SyncBatchNorm
-
-
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- simulated processes
 
 
 @pytest.fixture
 def torchrun(monkeypatch):
+    """A function that sets the environment variables of torchrun."""
+
     def start(**variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -232,8 +49,8 @@ def test_processes_join_once_with_the_backend_of_the_device(
 ):
     torchrun(TORCHELASTIC_RUN_ID="none", RANK="0", WORLD_SIZE=world)
     used = []
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: joined)
-    monkeypatch.setattr(distributed.dist, "init_process_group", used.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: joined)
+    monkeypatch.setattr(dist, "init_process_group", used.append)
     distributed.join_processes(torch.device(device))
     assert used == backends
 
@@ -246,25 +63,19 @@ def test_first_process_of_a_machine_calls_before_the_others(
 ):
     torchrun(TORCHELASTIC_RUN_ID="none", RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE="8")
     events = []
-    monkeypatch.setattr(distributed.dist, "barrier", lambda: events.append("barrier"))
+    monkeypatch.setattr(dist, "barrier", lambda: events.append("barrier"))
     result = distributed.first_process_first(lambda: events.append("call") or 7)
     assert result == 7 and events.count("barrier") == 3 and events.index("call") == turn
     assert events.count("call") == 1
 
 
-def test_one_process_calls_without_waiting(torchrun, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert distributed.first_process_first(itertools.count(7).__next__) == 7
+def test_one_process_calls_without_waiting(torchrun):
+    assert distributed.first_process_first(lambda: 7) == 7
 
 
-def test_progress_bar_on_second_process_is_disabled(torchrun, monkeypatch):
-    assert distributed.progress_bar(total=1).disable in (True, False)
-    shown = []
-    monkeypatch.setattr(distributed, "tqdm", lambda **options: shown.append(options))
-    distributed.progress_bar(total=5)
+def test_progress_bar_on_second_process_is_disabled(torchrun, capfd):
     torchrun(TORCHELASTIC_RUN_ID="none", RANK="1", WORLD_SIZE="2")
-    distributed.progress_bar(total=5)
-    assert shown == [{"disable": disable, "leave": False, "total": 5} for disable in (None, True)]
+    assert distributed.progress_bar(total=5).disable is True
 
 
 @pytest.mark.parametrize(("world", "count"), [(2, 5), (3, 3), (3, 2), (4, 9)])
@@ -294,93 +105,64 @@ def test_one_process_keeps_its_rows_and_sums(torchrun):
     assert rows.tolist() == [0, 1, 2]
 
 
-# ---------------------------------------------------------------- the end of a process
+# ---------------------------------------------------------------- two real processes
 
 
-def end_of(main, monkeypatch, capsys, processes=2):
-    """(status, stderr) of a script that is the first of several processes."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setenv("RANK", "0")
-    # Programs in the background ignore SIGINT, and scripts leave that so.
-    handlers = {
-        number: signal.signal(number, signal.default_int_handler)
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        with pytest.raises(SystemExit) as ended:
-            utils.run_script(main)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return ended.value.code, capsys.readouterr().err
+def network(layer):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), layer, nn.Tanh(), nn.Linear(4, 1))
 
 
-def lost_connection():
-    raise RuntimeError("[gloo] Connection closed by peer")
+def gradients(model, images, run=None):
+    """The gradients of the mean output. ``run`` is ``model`` in a wrapper, if it has one."""
+    (run or model)(images).mean().backward()
+    return [parameter.grad for parameter in model.parameters()]
 
 
-def stopped_by_torchrun():
-    signal.raise_signal(signal.SIGTERM)
+IMAGES = torch.arange(24.0).view(8, 3).sin()
+LAYERS = {"LayerNorm": lambda: nn.LayerNorm(4), "BatchNorm": lambda: nn.BatchNorm1d(4)}
 
 
-def stopped_while_saving():
-    try:
-        lost_connection()
-    except RuntimeError:
-        stopped_by_torchrun()
+def process(number, folder, port):
+    """One of two processes: saves its results in ``folder``, with what it prints."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": str(number)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(number)}
+    torch.set_num_threads(1)
+    distributed.join_processes(torch.device("cpu"))
+    rows = distributed.gather_rows(distributed.local_rows(IMAGES[:5]), 5)
+    total = [torch.tensor([1.0 + number])]
+    distributed.add_up(total)
+    results = {"rows": rows, "total": total[0]}
+    with (
+        open(folder / f"{number}.txt", "w") as file,
+        contextlib.redirect_stdout(None if number else file),
+    ):
+        for name in [*LAYERS, "BatchNorm"]:
+            model = network(LAYERS[name]())
+            run = distributed.data_parallel(model)
+            results[name] = gradients(model, distributed.local_rows(IMAGES), run)
+    distributed.equalise_buffers(model)
+    results["mean"] = model[1].running_mean
+    torch.save(results, folder / f"{number}.pt")
+    dist.destroy_process_group()
 
 
-def stopped_in_a_run():
-    try:
-        stopped_by_torchrun()
-    except KeyboardInterrupt:
-        raise utils.Interrupted("the state of GA is saved; pass --resume to continue") from None
-
-
-class StoppedWhileRead(RuntimeError):
-    """A signal comes while the reason of another failure is being found."""
-
-    def __str__(self):
-        signal.raise_signal(self.args[0])
-        return "[gloo] Connection closed by peer"
-
-
-def stopped_while_reporting():
-    raise StoppedWhileRead(signal.SIGTERM)
-
-
-def interrupted_while_reporting():
-    raise StoppedWhileRead(signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    "main",
-    [
-        lost_connection,
-        stopped_by_torchrun,
-        stopped_while_saving,
-        stopped_in_a_run,
-        stopped_while_reporting,
-    ],
-)
-def test_dead_process_is_reported_in_one_line_whoever_notices_it_first(main, monkeypatch, capsys):
-    status, output = end_of(main, monkeypatch, capsys)
-    assert status == 1 and output.count("\n") == 1
-    assert ": error: another rank failed" in output and "--resume" in output
-
-
-@pytest.mark.parametrize("main", [stopped_by_torchrun, stopped_in_a_run])
-def test_sigterm_to_a_single_process_is_an_interruption(main, monkeypatch, capsys):
-    status, output = end_of(main, monkeypatch, capsys, processes=1)
-    assert status == 130 and ": interrupted; " in output and "rank" not in output
-
-
-def pressed_ctrl_c():
-    signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize("main", [pressed_ctrl_c, interrupted_while_reporting])
-def test_ctrl_c_under_torchrun_is_an_interruption(main, monkeypatch, capsys):
-    status, output = end_of(main, monkeypatch, capsys)
-    assert status == 130 and ": interrupted; " in output
+@pytest.mark.skipif(sys.platform != "linux", reason="forks the test process")
+def test_two_processes_average_the_gradients_of_their_shares(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(process, (tmp_path, port), 2, start_method="fork")
+    results = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2)]
+    whole = gradients(network(LAYERS["LayerNorm"]()), IMAGES)
+    shares = [gradients(network(LAYERS["BatchNorm"]()), IMAGES[number::2]) for number in range(2)]
+    averaged = [sum(pair) / 2 for pair in zip(*shares, strict=True)]
+    for result in results:
+        assert result["rows"].equal(IMAGES[:5]) and result["total"].item() == 3
+        torch.testing.assert_close(result["LayerNorm"], whole)
+        torch.testing.assert_close(result["BatchNorm"], averaged)
+    first_share = network(LAYERS["BatchNorm"]())
+    first_share(IMAGES[::2])
+    assert all(result["mean"].allclose(first_share[1].running_mean) for result in results)
+    printed = [(tmp_path / f"{number}.txt").read_text() for number in range(2)]
+    assert printed[0].count("\n") == printed[0].count("BatchNorm") == 1 and not printed[1]

@@ -1,12 +1,42 @@
-"""Paths in flags, devices, and what reaches a terminal."""
+"""Flags: values, paths, devices, labels, and the command that gives the same flags."""
 
-import argparse
+import sys
+from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import flags, training_parser
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import utils
+from models.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "accepted", "refused"),
+    [
+        (int, {"minimum": 1, "maximum": 3}, ["1", "3"], ["0", "4", "1.5", "x", ""]),
+        (float, {"minimum": 0, "maximum": 1}, ["0", "1", "1e-3"], ["-1e-9", "1.01", "nan", "inf"]),
+        (float, {"minimum": 0, "exclusive": True}, ["1e-9", "1e300"], ["0", "inf", "-1"]),
+        (float, {}, ["-1e300", "0"], ["inf", "-inf", "nan"]),
+    ],
+)
+def test_number_outside_its_bounds_is_refused(kind, bounds, accepted, refused):
+    parse = utils.number(kind, **bounds)
+    assert [parse(text) for text in accepted] == [kind(text) for text in accepted]
+    for text in refused:
+        with pytest.raises((ArgumentTypeError, ValueError)):
+            parse(text)
+
+
+def test_list_is_split_at_commas_and_may_not_repeat_a_value():
+    parse = utils.list_of(utils.number(int))
+    assert parse("3,1, 2,") == [3, 1, 2]
+    for text in ("", ",", "1,1", "1,x"):
+        with pytest.raises((ArgumentTypeError, ValueError)):
+            parse(text)
 
 
 @pytest.mark.parametrize(
@@ -14,60 +44,153 @@ import utils
 )
 def test_home_directory_in_a_flag_is_expanded(flag, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    parser = utils.make_parser("")
-    utils.add_scenario_flags(parser, "", "original_model.pth")
-    for text, expected in (
-        ("~/x", "/home/someone/x"),
-        ("./~x", "./~x"),
-        ("a/~", "a/~"),
-        ("x y", "x y"),
-    ):
-        args = parser.parse_args(["--unlearn_name", "all", f"{flag}={text}"])
+    for text, expected in [("~/x", "/home/someone/x"), ("./~x", "./~x"), ("x y", "x y")]:
+        args = training_parser().parse_args(["--unlearn_name", "all", f"{flag}={text}"])
         assert getattr(args, flag[2:]) == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "words"), [("", "empty"), ("  ", "empty"), ("~nobody-here/x", "no such user")]
-)
-def test_implausible_path_is_refused(text, words):
-    with pytest.raises(utils.UserError, match=f"--runs_dir.*{words}"):
+@pytest.mark.parametrize("text", ["", "  ", "~nobody-here/x"])
+def test_implausible_path_is_refused(text):
+    with pytest.raises(UserError, match="--runs_dir"):
         utils.make_parser("").parse_args([f"--runs_dir={text}"])
 
 
+@pytest.mark.parametrize("label", ["RL_0.003", "9", "-a", "a.b-c"])
+def test_label_that_is_a_folder_name_is_accepted(label):
+    args = training_parser().parse_args(["--unlearn_name", "RL", f"--label={label}"])
+    assert args.label == label
+
+
+@pytest.mark.parametrize("label", ["", ".", "..", ".a", "a/b", "a b", "ä", "a\n"])
+def test_label_that_is_no_plain_folder_name_is_refused(label):
+    with pytest.raises(UserError, match="--label"):
+        training_parser().parse_args(["--unlearn_name", "RL", f"--label={label}"])
+
+
 @pytest.mark.parametrize(
-    "device", ["mps", "xla", "meta", "cuda:99", "CPU", "", "gpu", "vulkan", "cpu:x", "hpu"]
+    ("items", "names"),
+    [
+        (["a"], ["a"]),
+        (["b,a", "b"], ["b", "a"]),
+        (["all"], ["a", "b", "cpu_c"]),
+        (["c"], ["cpu_c"]),
+    ],
 )
-def test_missing_device_is_refused_in_one_short_line(device, monkeypatch):
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    with pytest.raises(utils.UserError) as caught:
-        utils.pick_device(argparse.Namespace(device=device))
-    line = str(caught.value)
-    assert line.startswith(f"--device {device}: ") and line.endswith("use --device cpu or auto")
-    assert "\n" not in line and len(line) < 320
+def test_method_names_are_split_completed_and_not_repeated(items, names):
+    assert utils.method_names(items, {"a": 1, "b": 2, "cpu_c": 3}, prefix="cpu_") == names
+
+
+@pytest.mark.parametrize("items", [["d"], [","], ["a", "d"]])
+def test_unknown_method_is_refused(items):
+    with pytest.raises(UserError, match="--unlearn_name.*a, b"):
+        utils.method_names(items, {"a": 1, "b": 2})
+
+
+def test_each_seed_has_its_own_flags_and_split_seed():
+    args = flags(seeds=[4, 5])
+    assert [each.seed for each in utils.each_seed(args)] == [4, 5] and args.seed == 1
+    assert [utils.split_seed(each) for each in utils.each_seed(args)] == [4, 5]
+    assert [each.seed for each in utils.each_seed(flags(seed=7))] == [7]
+    assert utils.split_seed(flags(seed=7, split_seed=0)) == 0
+
+
+@pytest.mark.parametrize(("variable", "mode"), [("OFFLINE", "offline"), ("", None), (None, None)])
+def test_wandb_mode_comes_from_the_variable(variable, mode, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    assert utils.make_parser("").parse_args([]).wandb_mode == mode
+    assert utils.make_parser("").parse_args(["--wandb_mode", "online"]).wandb_mode == "online"
+
+
+def test_unknown_mode_of_wandb_names_the_variable(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(UserError, match="WANDB_MODE"):
+        utils.make_parser("").parse_args([])
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("device", ["xla", "meta", "cuda:99", "CPU", "", "gpu", "cpu:x", "hpu"])
+def test_missing_device_is_refused_in_one_short_line(device):
+    with pytest.raises(UserError, match=f"--device {device}: ") as caught:
+        utils.pick_device(Namespace(device=device))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 320
 
 
 @pytest.mark.parametrize(("flag", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
 def test_gpu_is_selected_by_its_number(flag, number, monkeypatch):
     """torch.cuda.set_device refuses "cuda" without a number."""
     selected = []
+    gpu = Namespace(device=torch.device("cuda", number))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(
-        "torch.empty", lambda size, device: argparse.Namespace(device=torch.device("cuda", number))
-    )
+    monkeypatch.setattr("torch.empty", lambda size, device: gpu)
     monkeypatch.setattr("torch.cuda.set_device", selected.append)
-    assert utils.pick_device(argparse.Namespace(device=flag)) == torch.device("cuda", number)
+    assert utils.pick_device(Namespace(device=flag)) == torch.device("cuda", number)
     assert [device.index for device in selected] == [number]
+
+
+def test_automatic_precision_is_fp32_on_a_cpu():
+    device = torch.device("cpu")
+    assert utils.pick_precision(Namespace(precision="auto"), device) == "fp32"
+    assert utils.pick_precision(Namespace(precision="bf16"), device) == "bf16"
 
 
 def test_every_script_imports_utils_before_torch():
     """utils sets OpenMP's variable, which torch reads when it is imported."""
     for script in Path(utils.__file__).parent.glob("main_*.py"):
-        imports = [
-            line
-            for line in script.read_text().splitlines()
-            if line.startswith(("import ", "from "))
-        ]
+        lines = script.read_text().splitlines()
+        imports = [line for line in lines if line.startswith(("import ", "from "))]
         assert imports[0].startswith("import utils"), script
     lines = Path(utils.__file__).read_text().splitlines()
     policy = next(number for number, line in enumerate(lines) if "OMP_WAIT_POLICY" in line)
     assert policy < lines.index("import torch")
+
+
+# ---------------------------------------------------------------- the command of a run
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=6)
+VALUES = {
+    "--seed": st.integers(0, 2**32 - 1).map(str),
+    "--split_seed": st.integers(0, 9).map(str),
+    "--width": st.integers(1, 512).map(str),
+    "--learning_rate": st.floats(1e-9, 1e9).map(repr),
+    "--retain_ratio": st.floats(-1, 1).map(repr),
+    "--milestones": st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True).map(
+        lambda epochs: ",".join(map(str, epochs))
+    ),
+    "--save_every": st.sampled_from(["0", "0.5", "30"]),
+    "--runs_dir": WORDS.filter(lambda text: text.strip() and not text.startswith("~")),
+    "--forget_class": WORDS,
+    "--jobs": st.integers(1, 4).map(str),
+    "--seeds": st.sampled_from(["1,2", "3"]),
+}
+SWITCHES = st.sets(st.sampled_from(["--resume", "--overwrite", "--no_pretrained", "--dry_run"]))
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=200)
+@given(
+    values=st.fixed_dictionaries({}, optional=VALUES),
+    switches=SWITCHES,
+    names=st.lists(st.sampled_from(["RL", "GA", "salun"]), min_size=1, max_size=2),
+)
+def test_command_of_any_flags_is_parsed_to_the_same_flags(values, switches, names):
+    parser = training_parser()
+    texts = [f"{flag}={value}" for flag, value in values.items()]
+    args = parser.parse_args([*texts, *sorted(switches), "--unlearn_name", *names])
+    command = utils.command_line(parser, args, unlearn_name=[",".join(args.unlearn_name)])
+    assert command[:2] == [sys.executable, sys.argv[0]]
+    parsed = parser.parse_args(command[2:])
+    one_run = {"seeds": None, "jobs": 1, "dry_run": False}
+    one_run |= {"unlearn_name": [",".join(args.unlearn_name)]}
+    assert vars(parsed) == vars(args) | one_run
+
+
+def test_command_has_changed_flags_and_no_defaults():
+    parser = training_parser()
+    args = parser.parse_args(["--unlearn_name", "RL", "--seeds", "1,2", "--label", "x", "--resume"])
+    words = utils.command_line(parser, args, unlearn_name="GA", seed=0, label=None)[2:]
+    assert words == ["--seed", "0", "--unlearn_name", "GA", "--resume"]
+    words = utils.command_line(parser, args, learning_rate=-1e-5, seed=1)
+    assert "--learning_rate=-1e-05" in words and "--seed" not in words

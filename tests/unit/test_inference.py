@@ -1,7 +1,5 @@
 """Logits and features: batch sizes, full memory, modes and classifiers of every kind."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from small import SmallNet, images
@@ -134,22 +132,6 @@ def test_logits_of_bf16_network_are_float32_on_the_cpu(data):
     assert logits.dtype == features.dtype == torch.float32 and logits.device.type == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("side", "cuda", "size"),
-    [
-        (32, False, 64),
-        (8, False, 512),
-        (64, False, 16),
-        (224, False, 4),
-        (32, True, 2048),
-        (224, True, 41),
-    ],
-)
-def test_batch_size_fits_the_cache_or_the_gpu(side, cuda, size):
-    stand_in = SimpleNamespace(size=side, labels=SimpleNamespace(is_cuda=cuda))
-    assert inference._default_batch_size(stand_in) == size
-
-
 def test_nan_logits_name_the_number_of_images(data):
     network = SmallNet()
     data.inputs[INDICES[:3]] = torch.nan
@@ -169,14 +151,39 @@ def test_classifier_is_that_of_timm_or_the_last_linear_layer():
     assert inference.classifier_layers(nn.Conv2d(3, 8, 1)) == []
 
 
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ((2, 4), [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        ((2, 2, 2), [[1, 2], [5, 6]]),
-        ((2, 1, 2, 2), [[1.5], [5.5]]),
-    ],
-)
-def test_features_are_averaged_over_positions_and_tokens(shape, expected):
-    features = torch.arange(8.0).view(shape)
-    assert inference._pooled(features).tolist() == expected
+# ---------------------------------------------------------------- logits.npz
+
+LOGITS = {"train": torch.randn(7, 3), "held_out": torch.randn(4, 3), "weights": "w", "data": "d"}
+SIZES = {"num_train": 7, "num_held_out": 4, "num_classes": 3}
+
+
+def test_saved_logits_are_read_bit_for_bit(tmp_path):
+    path = tmp_path / "logits.npz"
+    inference.save_logits(path, **LOGITS)
+    for weights in ("w", None):
+        logits = inference.read_logits(path, **SIZES, data="d", weights=weights)
+        assert logits.train.equal(LOGITS["train"]) and logits.held_out.equal(LOGITS["held_out"])
+        assert (logits.weights, logits.data) == ("w", "d")
+    assert [file.name for file in tmp_path.iterdir()] == ["logits.npz"]
+
+
+@pytest.mark.parametrize("other", [{"weights": "v", "data": "d"}, {"weights": "w", "data": "e"}])
+def test_logits_of_other_weights_or_data_are_none(tmp_path, other):
+    inference.save_logits(tmp_path / "logits.npz", **LOGITS)
+    assert inference.read_logits(tmp_path / "logits.npz", **SIZES, **other) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no archive", None])
+def test_unreadable_logits_name_the_file(tmp_path, content):
+    path = tmp_path / "logits.npz"
+    inference.save_logits(path, **LOGITS)
+    path.write_bytes(path.read_bytes()[:-30] if content is None else content)
+    with pytest.raises(inference.UserError, match="logits.npz"):
+        inference.read_logits(path, **SIZES, data="d")
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_logits_of_other_sizes_name_file_and_array(tmp_path, name):
+    inference.save_logits(tmp_path / "logits.npz", **LOGITS)
+    with pytest.raises(inference.UserError, match=r"logits.npz: (train|held_out) .*5"):
+        inference.read_logits(tmp_path / "logits.npz", **SIZES | {name: 5}, data="d")

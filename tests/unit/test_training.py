@@ -1,419 +1,621 @@
-"""Known faults of unlearning code: in data on the device, the loop and the conformal loss."""
+"""The training loop on the small problem: batches, steps, records, and resuming."""
 
+import copy
+import itertools
+import math
+import time
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import flags
-from small import arguments
+from small import BRIGHTER, ByHand, SmallNet, Tensors, rates, run, small_job, training_steps
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-import main_unlearn_cpu
 import unlearn
 import unlearn_cpu
-import utils
-from metrics import CR, scores
-from models import inference
-from models.resnet import ResNet18
+from models import checkpoint, training
+from models.errors import UserError
+from models.training import Diverged, Progress, TrainingState
 
 
-@pytest.fixture(scope="module")
-def digits(digits):
-    """200 training and 200 held-out digits."""
-    train, held_out = (
-        replace(images, pixels=images.pixels[:200], labels=images.labels[:200])
-        for images in (digits.train, digits.held_out)
-    )
-    return utils.Data(train, held_out, digits.classes, "few")
+def train(job, *parts, after_step=lambda batch: None, after_epoch=lambda epoch: None, **options):
+    """Minimize the cross-entropy of ``parts`` (default: retain). Returns the losses of all steps.
+
+    ``options`` are those of job.epochs.
+    """
+    losses = []
+    for epoch in job.epochs(**options):
+        for batch in epoch.batches(*parts or ["retain"]):
+            loss = F.cross_entropy(batch.logits, batch.labels)
+            losses.append(loss.item())
+            epoch.step(loss, batch)
+            after_step(batch)
+        after_epoch(epoch)
+    return losses
 
 
-def job(digits, term=None, *, name="finetune", new_model=None, quiet=False, **recipe):
-    torch.manual_seed(0)
-    split = utils.make_split(digits, flags())
-    recipe = {"num_epochs": 2, "learning_rate": 0.01} | recipe
-    return unlearn.Job(
-        name=name,
-        label=name,
-        model=ResNet18(10, 8),
-        data=digits,
-        split=split,
-        recipe=unlearn.Recipe(**recipe),
-        seed=1,
-        options=unlearn.METHODS[name].options,
-        new_model=new_model,
-        term=term,
-        quiet=quiet,
-    )
+def same(first, second):
+    equal = all(first[name].equal(tensor) for name, tensor in second.items())
+    return equal and first.keys() == second.keys()
 
 
-def conformal_term(digits, lamda=0.5):
-    calibration = utils.make_split(digits, flags()).train_calibration
-    return unlearn_cpu.ConformalTerm(
-        digits.held_out, calibration, alpha=0.05, delta=0.01, lamda=lamda
-    )
+def one_epoch(job, number=1):
+    """An epoch outside of job.epochs()."""
+    bar = tqdm(disable=True)
+    return training.Epoch(job, number, state=TrainingState(job), network=job.model, bar=bar)
 
 
-def term_of(num_calibration, alpha):
-    """A conformal term with ``num_calibration`` calibration images."""
-    calibration = torch.arange(num_calibration)
-    return unlearn_cpu.ConformalTerm(None, calibration, alpha=alpha, delta=0.01, lamda=0.5)
+def images_of(steps):
+    """The sorted indices of all retain images of the steps, and of all forget images."""
+    parts = [indices.tensor_split([num_retain]) for indices, num_retain in steps]
+    return [torch.cat(part).sort().values.tolist() for part in zip(*parts, strict=True)]
 
 
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- the batches of an epoch
 
 
-def test_evaluation_images_are_never_augmented(digits):
-    indices = torch.arange(50)
-    first, second = digits.train.batch(indices), digits.train.batch(indices)
-    assert first.equal(second)
-    expected = (digits.train.pixels[:50].float() / 255 - 0.3053) / 0.3759
-    torch.testing.assert_close(first, expected)
-
-
-def test_augmentation_differs_between_images_and_batches(digits):
-    rng = utils.generator(1, "test")
-    same = torch.zeros(64, dtype=torch.int64)
-    first, second = digits.train.batch(same, rng), digits.train.batch(same, rng)
-    assert not first.equal(second)
-    # 3 × 3 crops with padding 1. Digits are never flipped.
-    assert len({image.numpy().tobytes() for image in first}) == 9
-    assert digits.train.batch(same, utils.generator(1, "test")).equal(first)
-
-
-def test_crop_flip_and_grayscale_equal_torchvision():
-    from torchvision.transforms.v2 import functional as transforms
-
-    image = torch.randint(
-        256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    augmented = utils.random_augment(
-        image.expand(3000, -1, -1, -1), utils.SPECS["cifar10"], utils.generator(1, "crops")
-    )
-    padded = transforms.pad(image, [4])
-    crops = [transforms.crop(padded, top, left, 32, 32) for top in range(9) for left in range(9)]
-    possible = {}
-    for crop in crops:
-        for flipped in (False, True):
-            for gray in (False, True):
-                made = transforms.horizontal_flip(crop) if flipped else crop
-                made = transforms.rgb_to_grayscale(made, num_output_channels=3) if gray else made
-                possible[made.float().numpy().tobytes()] = (flipped, gray)
-    actual = [possible[made.contiguous().numpy().tobytes()] for made in augmented]
-    flips, grays = (sum(kind[i] for kind in actual) / 3000 for i in (0, 1))
-    assert abs(flips - 0.5) < 0.04 and abs(grays - 0.1) < 0.03
-    assert len({made.contiguous().numpy().tobytes() for made in augmented}) > 150
-
-
-def test_images_are_resized_to_the_input_size_of_the_model(digits):
-    images = utils.Images(digits.train.pixels, digits.train.labels, digits.train.spec, 16)
-    assert images.batch(torch.arange(4)).shape == (4, 3, 16, 16)
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-def test_evaluation_leaves_modes_and_statistics_unchanged(digits):
-    model = ResNet18(10, 8).train()
-    model.bn1.eval()  # a method may freeze one layer
-    modes = [module.training for module in model.modules()]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    inference.compute_logits(model, digits.train, torch.arange(20))
-    assert [module.training for module in model.modules()] == modes
-    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
-
-
-def test_batch_norm_statistics_change_in_every_epoch(digits):
-    seen = []
-    run = job(digits, conformal_term(digits), num_epochs=3)
-
-    def epoch_done(record):
-        seen.append((run.model.bn1.running_mean.clone(), run.model.training))
-
-    unlearn.train(replace(run, epoch_done=epoch_done), unlearn.retain_cross_entropy)
-    assert all(training for _, training in seen)
-    assert not seen[0][0].equal(seen[1][0]) and not seen[1][0].equal(seen[2][0])
-
-
-def test_logits_do_not_depend_on_the_batch_size(digits):
-    model = ResNet18(10, 8)
-    torch.testing.assert_close(
-        inference.compute_logits(model, digits.train, torch.arange(30), 7)[0],
-        inference.compute_logits(model, digits.train, torch.arange(30), 30)[0],
-    )
-
-
-# ---------------------------------------------------------------- the loop
-
-
-def test_epoch_visits_every_image_once_in_a_new_order(digits):
-    run = job(digits)
-    epochs = [unlearn.index_batches(run, ("retain",), epoch) for epoch in (1, 2)]
-    orders = [torch.cat([indices for indices, _ in steps]).tolist() for steps in epochs]
-    assert sorted(orders[0]) == sorted(orders[1]) == run.split.retain.tolist()
-    assert orders[0] != orders[1]
-    assert all(2 < len(indices) <= 64 and count == len(indices) for indices, count in epochs[0])
-
-
-def test_joined_forget_images_are_spread_over_unchanged_steps(digits):
-    run = job(digits)
-    plain = unlearn.index_batches(run, ("retain",), 1)
-    joined = unlearn.join_forget(run, plain, 1)
-    assert len(plain) == len(joined)
-    for (alone, _), (together, num_retain) in zip(plain, joined, strict=True):
-        assert together[:num_retain].equal(alone)  # the batches of the base method are unchanged
-        assert 6 <= len(together) - num_retain <= 7  # 20 forget images over 3 steps
-    forgotten = torch.cat([indices[count:] for indices, count in joined]).sort().values
-    assert forgotten.equal(run.split.forget)
-
-
-# ---------------------------------------------------------------- the conformal loss
-
-
-def test_conformal_loss_by_hand():
-    logits = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
-    labels = torch.tensor([0, 1, 0])
-    # S = 0.3, 0.7, 0.9; max(0.75 − S + 0.05, 0) = 0.5, 0.1, 0
-    assert unlearn_cpu.conformal_loss(logits, labels, 0.75, 0.05).item() == pytest.approx(0.6 / 3)
-
-
-def test_all_pairs_loss_by_hand():
-    logits = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
-    labels = torch.tensor([0, 1, 0])
-    # S(x, y) with the labels 0, 1, 0 of the batch: 0.3, 0.8, 0.3; 0.4, 0.7, 0.4; 0.9, 0.9, 0.9.
-    # max(0.75 − S + 0.05, 0) = 0.5, 0, 0.5; 0.4, 0.1, 0.4; 0, 0, 0: 1.9 of 9 pairs
-    loss = unlearn_cpu.all_pairs_loss(logits, labels, 0.75, 0.05)
-    assert loss.item() == pytest.approx(1.9 / 9)
-    single = unlearn_cpu.all_pairs_loss(logits[:1], labels[:1], 0.75, 0.05)
-    assert single.item() == pytest.approx(0.5)
+RETAIN, FORGET, BOTH = ["retain"], ["forget"], ["retain", "forget"]
 
 
 @pytest.mark.parametrize(
-    ("form", "function", "lamda"),
-    [("own", unlearn_cpu.conformal_loss, 0.05), ("pairs", unlearn_cpu.all_pairs_loss, 0.5)],
+    ("parts", "sizes", "count"),
+    [(RETAIN, (19, 11), 3), (RETAIN, (16, 11), 2), (RETAIN, (5, 30), 1), (FORGET, (5, 30), 4)]
+    + [(BOTH, (19, 11), 4), (BOTH, (2, 30), 4), (BOTH, (17, 0), 3)],
 )
-def test_loss_flag_selects_the_loss_and_its_default_weight(form, function, lamda):
-    held_out = SimpleNamespace()
-    data, split = SimpleNamespace(held_out=held_out), SimpleNamespace(train_calibration=range(50))
-    flags = ["--loss", form] if form == "pairs" else []
-    term = main_unlearn_cpu.conformal_term(arguments(*flags), data, split)
-    assert (term.form, term.lamda, term.alpha, term.delta) == (form, lamda, 0.05, 0.01)
-    assert main_unlearn_cpu.conformal_term(arguments(*flags, "--lamda", 0), data, split).lamda == 0
-    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    labels, term.q_hat = torch.tensor([0, 1, 2, 2]), 0.9
-    assert term.loss(logits, labels).equal(function(logits, labels, 0.9, 0.01))
+def test_epoch_has_every_image_once_and_equal_shares_in_every_step(parts, sizes, count):
+    job = small_job("RL", *sizes, batch_size=8)
+    steps = one_epoch(job).steps(*parts)
+    assert len(steps) == count
+    for part, images in zip(("retain", "forget"), images_of(steps), strict=True):
+        assert images == getattr(job.split, part).tolist() * (part in parts)
+    for shares in ([n for _, n in steps], [len(indices) - n for indices, n in steps]):
+        assert max(shares) - min(shares) <= 1
 
 
-def test_conformal_loss_of_an_image_depends_on_its_label_only():
-    """A B×B matrix of probabilities would spread the gradient over other images' labels."""
-    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    labels = torch.tensor([0, 1, 2, 3])
-    together = unlearn_cpu.conformal_loss(logits, labels, 0.9, 0.1)
-    alone = [
-        unlearn_cpu.conformal_loss(logits[i : i + 1], labels[i : i + 1], 0.9, 0.1) for i in range(4)
-    ]
-    assert together.item() == pytest.approx(torch.stack(alone).mean().item())
+def test_no_step_is_empty():
+    few = one_epoch(small_job("RL", retain=2, forget=2, batch_size=1))
+    assert [len(indices) for indices, _ in few.steps("retain", "forget")] == [2, 2]
+    assert one_epoch(small_job("RL", forget=0)).steps("forget") == []
 
 
-def test_conformal_loss_lowers_the_label_until_it_is_outside_the_set():
-    logits = torch.zeros(1, 3, requires_grad=True)
-    unlearn_cpu.conformal_loss(logits, torch.tensor([1]), 0.9, 0.01).backward()
-    assert logits.grad[0, 1] > 0 and logits.grad[0, 0] < 0
-    out = torch.tensor([[9.0, -9.0, 0.0]], requires_grad=True)
-    unlearn_cpu.conformal_loss(out, torch.tensor([1]), 0.9, 0.01).backward()
-    assert not out.grad.any()
+def test_retain_set_of_a_method_replaces_that_of_the_split_and_limit_ends_a_pass():
+    epoch, chosen = one_epoch(small_job("amun", batch_size=2)), torch.tensor([1, 3, 3, 29])
+    steps = epoch.steps("retain", "forget", retain_set=chosen)
+    assert images_of(steps) == [chosen.tolist(), epoch.job.split.forget.tolist()]
+    indices = [batch.indices for batch in epoch.batches("retain", retain_set=chosen)]
+    assert torch.cat(indices).sort().values.equal(chosen)
+    for limit, count in [(2, 2), (None, 6), (9, 6), (0, 0)]:
+        assert len([*epoch.batches("forget", limit=limit)]) == count
 
 
-def test_conformal_loss_without_images_is_zero():
-    loss = unlearn_cpu.conformal_loss(
-        torch.zeros(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.int64), 0.9, 0.1
-    )
-    assert loss.item() == 0
+def test_order_depends_on_seed_method_part_and_epoch():
+    def order(name="finetune", number=1, part="retain", **settings):
+        job = small_job(name, retain=16, forget=16, batch_size=16, **settings)
+        ((indices, _),) = one_epoch(job, number).steps(part)
+        return indices.argsort().tolist()
+
+    others = [order("scrub"), order(number=2), order(part="forget"), order(seed=5)]
+    assert order() == order() and order() not in others
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.25, 0.1, 0.07, 0.05, 0.021])
-def test_conformal_term_with_too_few_images_for_finite_q_hat_is_refused(alpha):
-    least = next(n for n in range(100) if CR.quantile_rank(n, alpha) <= n)
-    term_of(least, alpha)
-    with pytest.raises(
-        utils.UserError, match=f"--alpha {alpha}: .* at least {least} .* gives {least - 1} "
-    ):
-        term_of(least - 1, alpha)
+def test_cycle_passes_through_a_part_in_a_new_order_each_time():
+    def batches(number):
+        epoch = one_epoch(job, number)
+        torch.seed()  # the order does not depend on the global generator
+        return [*itertools.islice(epoch.cycle("forget"), 6)]
+
+    job = small_job("sfron")
+    first, again = batches(1), batches(1)
+    assert [len(batch) for batch in first] == [8, 3] * 3
+    passes = [torch.cat(first[i : i + 2]) for i in (0, 2, 4)]
+    assert all(indices.sort().values.equal(job.split.forget) for indices in passes)
+    assert not passes[0].equal(passes[1]) and not passes[1].equal(passes[2])
+    assert all(map(torch.equal, first, again)) and not first[0].equal(batches(2)[0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 6, 18, 98, 600])
-def test_suggested_alpha_is_large_enough_and_little_larger(count):
-    with pytest.raises(utils.UserError) as caught:
-        term_of(count, 0.001)
-    suggested = float(str(caught.value).split("choose --alpha ")[1].split()[0])
-    term_of(count, suggested)
-    assert suggested < 1 / (count + 1) + 0.001
+@pytest.mark.parametrize("name", ["finetune", "scrub", "sfron"])
+def test_conformal_term_joins_forget_images_to_steps_without_any(name):
+    """The retain images of a step, and the steps that have forget images, are the base method's."""
+    base, variant = small_job(name), small_job(f"cpu_{name}", lamda=0.5)
+    run(base), run(variant)
+    shares = {1: [], 2: [], 3: []}
+    for plain, joined in zip(training_steps(base), training_steps(variant), strict=True):
+        assert joined[1].equal(plain[1])
+        if len(plain[2]):
+            assert joined[2].equal(plain[2])
+        else:
+            shares[joined[0]].append(joined[2])
+    for epoch_shares in shares.values():
+        assert torch.cat(epoch_shares).sort().values.equal(base.split.forget)
+        assert {len(share) for share in epoch_shares} == {3, 4}
+    assert not torch.cat(shares[1]).equal(torch.cat(shares[2]))
+    order = torch.cat([indices for indices, _ in one_epoch(base).steps("forget")])
+    assert torch.cat(shares[1]).equal(order)
 
 
-def test_conformal_term_without_calibration_images_suggests_no_alpha():
-    with pytest.raises(
-        utils.UserError, match="gives 0 .* add held-out images of the retained classes$"
-    ):
-        term_of(0, 0.9)
+def test_rows_of_a_batch_are_retain_images_then_forget_images():
+    job = small_job("RL")
+    batch = next(one_epoch(job).batches("retain", "forget"))
+    assert batch.inputs.equal(BRIGHTER * job.data.train.inputs[batch.indices])
+    assert batch.labels.equal(job.data.train.labels[batch.indices])
+    retain, forget = batch.indices.split([batch.num_retain, len(batch.indices) - batch.num_retain])
+    assert torch.isin(retain, job.split.retain).all()
+    assert torch.isin(forget, job.split.forget).all() and batch.forget_indices.equal(forget)
+    logits, labels = map(torch.cat, zip(batch.retain, batch.forget, strict=True))
+    assert logits.equal(batch.logits) and labels.equal(batch.labels)
+    assert len(batch.retain[0]) == len(batch.retain[1]) == len(retain) > 0
 
 
-def test_finished_run_with_sets_of_one_label_gets_advice():
-    term = term_of(9, 0.1)
-    term.q_hats[:] = [0.9, 0.9, 0.2]
-    assert term.advice() is None
-    term.q_hats[:] = [0.9, 0.31, 0.2]
-    assert "--alpha 0.1 is above" in term.advice() and "0.310" in term.advice()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_teacher_has_the_precision_of_training_and_no_gradient(precision):
+    job, teacher, types = small_job("teacher", precision=precision), SmallNet(3).eval(), set()
+    teacher[0].register_forward_hook(lambda _, inputs, outputs: types.add(outputs.dtype))
+    batch = next(one_epoch(job).batches("retain", "forget"))
+    logits = torch.cat([batch.outputs_of(teacher, part) for part in ("retain", "forget")])
+    assert logits.dtype == torch.float32 and not logits.requires_grad
+    tolerance = 0.1 if precision == "bf16" else 1e-4
+    expected = ByHand(teacher).logits(batch.inputs).detach()
+    torch.testing.assert_close(logits.double(), expected, rtol=tolerance, atol=tolerance)
+    assert types == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    retain_only = next(one_epoch(job).batches("retain"))
+    assert retain_only.outputs_of(nn.Identity(), "forget").shape == (0, 5)
 
 
-def test_q_hat_has_no_gradient_and_is_recomputed_every_epoch(digits):
-    term, records = conformal_term(digits), []
-    run = job(digits, term, num_epochs=3)
-    expected = [inference.compute_logits(run.model, digits.held_out, term.calibration)]
+def test_missing_batch_is_an_error():
+    class OneTooFew(Tensors):
+        def batches(self, index_batches, augment=None):
+            yield from [*super().batches(index_batches, augment)][:-1]
 
-    def epoch_done(record):
-        records.append(record)
-        expected.append(inference.compute_logits(run.model, digits.held_out, term.calibration))
-
-    unlearn.train(replace(run, epoch_done=epoch_done), unlearn.retain_cross_entropy)
-    q_hats = [
-        CR.conformal_quantile(scores.true_label_scores(*answers), 0.05) for answers in expected
-    ]
-    assert [record["q_hat"] for record in records] == q_hats[:3] and len(set(q_hats[:3])) == 3
-    assert type(term.q_hat) is float
+    job = small_job("finetune")
+    job.data.train = OneTooFew(job.data.train.inputs, job.data.train.labels)
+    with pytest.raises(ValueError, match="shorter"):
+        train(job)
 
 
-def test_loop_adds_lamda_times_conformal_loss_to_the_loss(digits):
-    """One step by hand: cross-entropy of retain images plus λ · conformal loss of forget images."""
-    term = conformal_term(digits, lamda=0.7)
-    run = job(digits, term, num_epochs=1, batch_size=1000, learning_rate=0.1)
-    reference = job(digits).model
-    reference.load_state_dict(run.model.state_dict())
-    indices, num_retain = unlearn.join_forget(run, unlearn.index_batches(run, ("retain",), 1), 1)[0]
-    term.start_epoch(reference)
-    reference.train()
-    augmentation = utils.generator(run.seed, run.name, "augmentation", 1)
-    logits = reference(digits.train.batch(indices, augmentation))
-    labels = digits.train.labels[indices]
-    loss = F.cross_entropy(logits[:num_retain], labels[:num_retain])
-    loss = loss + 0.7 * unlearn_cpu.conformal_loss(
-        logits[num_retain:], labels[num_retain:], term.q_hat, 0.01
-    )
-    loss.backward()
-    expected = reference.fc.weight - 0.1 * (reference.fc.weight.grad + 5e-4 * reference.fc.weight)
-    unlearn.train(run, unlearn.retain_cross_entropy)
-    torch.testing.assert_close(run.model.fc.weight, expected)
+def test_under_torchrun_a_batch_has_every_second_row_of_each_step(monkeypatch):
+    job = small_job("finetune")
+    steps = one_epoch(job).steps("retain", "forget")
+    for variable, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    for (indices, num_retain), batch in zip(steps, one_epoch(job).visit(steps), strict=True):
+        assert batch.indices.equal(indices[1::2])
+        assert batch.num_retain == len(indices[:num_retain][1::2])
+    assert len([*one_epoch(job).visit([(torch.tensor([4, 5]), 1)])]) == 1
+    with pytest.raises(UserError, match="finetune.* 1 images.* 2 processes"):
+        next(one_epoch(job).visit([(torch.tensor([4]), 1)]))
 
 
-# ---------------------------------------------------------------- speed and precision
+# ---------------------------------------------------------------- augmentation and modes
+
+
+def test_only_batches_in_training_are_augmented_and_differently_in_every_epoch():
+    job = small_job("finetune")
+    train(job)
+    seeds = [seed for _, seed in job.data.train.uses]
+    # Three steps of each epoch with one generator, then the accuracies on retain and forget images.
+    assert [seed is not None for seed in seeds] == 3 * [True, True, True, False, False]
+    first, second, third = (set(seeds[start : start + 3]) for start in (0, 5, 10))
+    assert len(first) == len(second) == len(third) == 1 and len(first | second | third) == 3
+    assert not any(seed for _, seed in job.data.held_out.uses)
+
+
+@pytest.mark.parametrize("eval_mode", [False, True])
+def test_step_of_one_image_normalizes_by_running_statistics(eval_mode):
+    job, modes = small_job("finetune", retain=5, batch_size=2, num_epochs=2, quiet=True), []
+    hook = lambda norm, inputs: modes.append((len(inputs[0]), norm.training))  # noqa: E731
+    job.model[1].register_forward_pre_hook(hook)
+    train(job, eval_mode=eval_mode)
+    assert sorted(modes) == 2 * [(1, False)] + 4 * [(2, not eval_mode)]
+
+
+@pytest.mark.parametrize("lamda", [None, 0.5])
+@pytest.mark.parametrize("retain", [17, 1])
+def test_training_stays_in_train_mode_and_changes_statistics_in_every_epoch(retain, lamda):
+    """q̂ and the accuracies, which are computed in eval mode, leave the model in train mode."""
+    job, means = small_job("finetune", retain=retain, lamda=lamda), [torch.zeros(8)]
+    for epoch in job.epochs():
+        assert all(module.training for module in job.model.modules())
+        for batch in epoch.batches("retain"):
+            epoch.step(F.cross_entropy(*batch.retain), batch)
+        means.append(job.model[1].running_mean.clone())
+        one_image = retain == 1 and not lamda and epoch.number > 1
+        assert means[-1].equal(means[-2]) == one_image
+
+
+def test_eval_mode_keeps_and_uses_the_statistics_of_the_original():
+    job, original = small_job("delete"), SmallNet()
+    for epoch in job.epochs(eval_mode=True):
+        assert not any(module.training for module in job.model.modules())
+        for batch in epoch.batches("forget"):
+            expected = ByHand(job.model).logits(batch.inputs).float()
+            torch.testing.assert_close(batch.logits, expected, rtol=1e-4, atol=1e-5)
+            epoch.step(F.cross_entropy(*batch.forget), batch)
+    assert all(map(torch.equal, job.model.buffers(), original.buffers()))
+    assert not job.model[1].weight.equal(original[1].weight)
+
+
+def test_dropout_depends_on_seed_and_epoch_only():
+    def masks(seed, global_seed=0):
+        torch.manual_seed(global_seed)
+        job, drawn = small_job("finetune", seed=seed), []
+        train(job, after_epoch=lambda epoch: drawn.append(torch.rand(9)))
+        return torch.stack(drawn)
+
+    assert masks(4).equal(masks(4, global_seed=99))
+    assert not masks(4).equal(masks(5)) and len(masks(4).unique(dim=0)) == 3
+
+
+# ---------------------------------------------------------------- steps of the optimizer
+
+
+def replay(job, hand, *, train_mode):
+    """(rate, gradients) of every step of a job that trained retain images, by hand."""
+    images, epoch_rates = job.data.train, [*rates(job.recipe)]
+    for epoch, rows, _ in training_steps(job):
+        logits = hand.logits(BRIGHTER * images.inputs[rows], train_mode)
+        loss = F.cross_entropy(logits, images.labels[rows])
+        yield epoch_rates[epoch - 1], hand.gradients(loss)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"milestones": [1, 3]}, {"schedule": "constant"}, {"momentum": 0.0}]
+)
+def test_sgd_follows_its_formula_and_the_schedule(settings):
+    job = small_job("finetune", num_epochs=4, **settings)
+    hand, recipe = ByHand(job.model), job.recipe
+    train(job)
+    for rate, gradients in replay(job, hand, train_mode=True):
+        hand.descend(gradients, rate, recipe.momentum, recipe.weight_decay)
+    hand.assert_equal(job.model.state_dict(), rtol=1e-3, atol=1e-5)
+    assert [record["learning_rate"] for record in job.records] == pytest.approx([*rates(recipe)])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_adam_follows_its_formula_and_adamw_decays_the_weights_separately(optimizer):
+    job = small_job("finetune", optimizer=optimizer, learning_rate=0.01, weight_decay=0.3)
+    hand, decay = ByHand(job.model), 0.3 if optimizer == "adam" else 0.0
+    train(job, eval_mode=True)
+    for number, (rate, gradients) in enumerate(replay(job, hand, train_mode=False), 1):
+        if optimizer == "adamw":  # Loshchilov & Hutter 2019, algorithm 2
+            for weight in hand.weights.values():
+                weight.data *= 1 - rate * 0.3
+        hand.adapt(gradients, rate, decay, number)
+    hand.assert_equal(job.model.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_backward_replaces_the_gradients_and_update_uses_what_a_method_made_of_them():
+    job = small_job("sfron", num_epochs=1, momentum=0.0, weight_decay=0.0)
+    before, bias = copy.deepcopy([*job.model.parameters()]), job.model[4].bias
+    for epoch in job.epochs():
+        for batch in epoch.batches("retain"):
+            epoch.backward(batch.logits[0, 0], batch)
+            assert bias.grad.tolist() == pytest.approx([1, 0, 0, 0, 0])
+            for parameter in job.model.parameters():
+                parameter.grad[:] = 0
+            bias.grad[1] = 1
+            epoch.update()
+    assert all(map(torch.equal, before[:-1], job.model.parameters()))
+    assert (before[-1] - bias).tolist() == pytest.approx([0, 3 * 0.05, 0, 0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_network_has_the_precision_of_the_recipe_and_weights_and_logits_float32(
+    precision, expected
+):
+    job, types, logits = small_job("finetune", precision=precision), set(), set()
+    job.model[0].register_forward_hook(lambda _, inputs, outputs: types.add(outputs.dtype))
+    train(job, after_step=lambda batch: logits.add(batch.logits.dtype))
+    assert {parameter.dtype for parameter in job.model.parameters()} == {torch.float32} == logits
+    # The accuracies of an epoch's record have the precision of training, the final ones do not.
+    assert types == {getattr(torch, expected)} and "test_acc" in job.records[0]
+    job.accuracies()
+    assert torch.float32 in types
+
+
+def test_optimizer_is_not_fused_on_a_cpu_and_the_network_compiled_if_asked(monkeypatch):
+    expected, sgd, marks, options = run(small_job("finetune")), torch.optim.SGD, [], []
+    monkeypatch.setattr(torch.optim, "SGD", lambda *a, **o: options.append(o) or sgd(*a, **o))
+    monkeypatch.setattr(torch, "compile", lambda model, **o: options.append(o) or model)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    assert same(run(small_job("finetune", compile=True)), expected)
+    settings = {"momentum": 0.8, "weight_decay": 0.03, "fused": False}
+    assert options == [settings, {"dynamic": False, "mode": "default"}] and len(marks) == 9
 
 
 class Waits(TorchDispatchMode):
     """Counts operations that make the host wait for a GPU."""
 
-    def __init__(self):
-        super().__init__()
-        self.count = 0
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+    count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.count += function.overloadpacket.__name__ in (
-            "_local_scalar_dense",
-            "nonzero",
-            "masked_select",
-            "equal",
-        )
+        self.count += function.overloadpacket.__name__ in self.NAMES
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "finetune",
-        "RL",
-        "ga_plus",
-        "teacher",
-        "scrub",
-        "salun",
-        "sfron",
-        "l1_sparse",
-        "delete",
-        "mu_mis",
-        "amun",
-        "cpu_finetune",
-    ],
-)
-def test_training_step_does_not_wait_for_the_device(name, digits):
-    """The number of waits does not depend on the number of steps."""
+TRAINED = [name for name, entry in unlearn.METHODS.items() if entry.trained and name != "neg_merge"]
 
-    def waits(batch_size):
-        run = job(
-            digits,
-            conformal_term(digits) if name.startswith("cpu_") else None,
-            name=name.removeprefix("cpu_"),
-            new_model=lambda: ResNet18(10, 8),
-            quiet=True,
-            batch_size=batch_size,
-            num_epochs=1,
-        )
-        if "stop_accuracy" in run.options:
-            run = replace(run, options=run.options | {"stop_accuracy": 0.0})
-        few = {"retain": run.split.retain[:40], "forget": run.split.forget[:10]}
-        run = replace(run, split=utils.Split(**vars(run.split) | few))
+
+def job_of_all_epochs(label, **settings):
+    """A quiet job of a method or variant that no accuracy ends."""
+    name, options = label.removeprefix("cpu_"), {"quiet": True}
+    if "stop_accuracy" in unlearn.METHODS[name].options:
+        options["stop_accuracy"] = -1.0
+    if name == "lotus":
+        options["forget_class"] = 0
+    if name == "neg_merge":
+        options["step_scale"] = 1.0
+    return small_job(label, lamda=None if label == name else 0.5, **options | settings)
+
+
+@pytest.mark.parametrize("label", [*TRAINED, "neg_merge", "cpu_finetune"])
+def test_number_of_waits_for_the_device_does_not_depend_on_the_number_of_steps(label):
+    if label == "lotus":
+        pytest.skip("one_hot reads its argument on a CPU alone")
+    counts = []
+    for size in (24, 4):
         with Waits() as counter:
-            unlearn.METHODS[run.name].run(run)
-        return counter.count
-
-    assert waits(40) == waits(14) > 0
-
-
-def test_bf16_trains_float32_weights_by_a_float32_loss(digits):
-    losses = []
-
-    def loss(batch):
-        losses.append((batch.logits.dtype, unlearn.retain_cross_entropy(batch)))
-        return losses[-1][1]
-
-    half, full = job(digits, precision="bf16"), job(digits)
-    unlearn.train(half, loss)
-    unlearn.train(full, unlearn.retain_cross_entropy)
-    assert all(dtype == loss.dtype == torch.float32 for dtype, loss in losses)
-    assert all(parameter.dtype == torch.float32 for parameter in half.model.parameters())
-    apart = (half.model.fc.weight - full.model.fc.weight).abs().max().item()
-    assert 0 < apart < 0.05
+            run(job_of_all_epochs(label, retain=16, forget=8, num_epochs=1, batch_size=size))
+        counts.append(counter.count)
+    assert counts[0] == counts[1] > 0
 
 
-# ---------------------------------------------------------------- peak memory
+# ---------------------------------------------------------------- records
 
 
-def test_peak_memory_is_that_of_the_time_since_its_start():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("only Linux can reset the peak memory of a process")
-    before = bytearray(300_000_000)
-    before[::4096] = b"1" * len(before[::4096])
-    del before
-    memory = unlearn.PeakMemory(torch.device("cpu"))
-    assert memory.known
-    start = memory.megabytes()
-    held = bytearray(200_000_000)
-    held[::4096] = b"1" * len(held[::4096])
-    del held
-    assert 180 < memory.megabytes() - start < 260
+def test_record_has_means_over_steps_and_images_of_its_epoch(monkeypatch):
+    """Every reading of the clock is half a second after the previous reading."""
+    ticks, correct, logged = itertools.count(100.0, 0.5), [], []
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    job = small_job("finetune", log=logged.append)
+    losses = train(
+        job, after_step=lambda batch: correct.append(batch.logits.argmax(1) == batch.labels)
+    )
+    assert logged == job.records and [record["epoch"] for record in logged] == [1, 2, 3]
+    for number, record in enumerate(logged):
+        steps = slice(3 * number, 3 * number + 3)
+        assert record["loss"] == pytest.approx(sum(losses[steps]) / 3)
+        assert record["train_acc"] == pytest.approx(torch.cat(correct[steps]).sum().item() / 19)
+        assert record["images_per_second"] == pytest.approx(38)
+        assert record["seconds"] == pytest.approx(1)
+    measured = {part: logged[-1][f"{part}_acc"] for part in ("retain", "forget", "test")}
+    assert measured == job.accuracies()
 
 
-def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch):
-    def refused(path, text):
-        raise PermissionError
+def test_quiet_run_measures_and_prints_no_accuracy(capsys):
+    job = small_job("finetune", quiet=True)
+    train(job)
+    keys = {"epoch", "learning_rate", "loss", "train_acc", "images_per_second", "seconds"}
+    assert job.records[0].keys() == keys and not capsys.readouterr().out
+    assert all(seed for _, seed in job.data.train.uses)
 
-    monkeypatch.setattr(unlearn.Path, "write_text", refused)
-    assert unlearn.PeakMemory(torch.device("cpu")).megabytes() is None
+
+def test_line_of_an_epoch_has_its_loss_accuracies_q_hat_and_speed():
+    record = {"epoch": 2, "loss": 1.23456, "train_acc": 0.5, "test_acc": 0.25, "seconds": 3}
+    record |= {"q_hat": 0.87654, "images_per_second": 1234.4}
+    cells = ["RL epoch 2/3", "loss 1.2346", "train 50.0 %", "test 25.0 %", "q̂ 0.8765", "1234 img/s"]
+    assert training.epoch_line(small_job("RL"), record).split("  ") == cells
+    del record["q_hat"]
+    assert "q̂" not in training.epoch_line(small_job("RL"), record)
 
 
-def test_peak_memory_of_a_gpu_is_torchs(monkeypatch):
-    resets = []
-    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", resets.append)
-    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 1_234_567_890)
-    memory = unlearn.PeakMemory(torch.device("cuda", 1))
-    assert memory.megabytes() == 1235 and resets == [torch.device("cuda", 1)]
+def test_accuracies_are_those_of_each_set_by_the_logits_of_the_classes_of_the_data():
+    job = small_job("finetune")
+    split, train_set, held_out = job.split, job.data.train, job.data.held_out
+    for images in (train_set, held_out):
+        images.labels = (ByHand(job.model).logits(images.inputs).argmax(1) + 1) % 5
+    # All predictions are wrong except 7, 2 and 5.
+    right = [(train_set, split.retain[:7]), (train_set, split.forget[:2])]
+    for images, indices in [*right, (held_out, split.test[:5])]:
+        images.labels[indices] = (images.labels[indices] - 1) % 5
+    expected = pytest.approx({"retain": 7 / 19, "forget": 2 / 11, "test": 5 / 12})
+    assert job.accuracies() == expected and job.accuracies(limit=100) == expected
+    assert job.accuracies(["forget"]) == pytest.approx({"forget": 2 / 11})
+
+    linear, job.model[4] = job.model[4], nn.Linear(128, 6)
+    with torch.no_grad():
+        job.model[4].weight[:5], job.model[4].bias[:5] = linear.weight, linear.bias
+        job.model[4].bias[5] = 1e3  # the additional class is the likeliest for every image
+    assert job.accuracies() == expected
+    assert small_job("finetune", forget=0).accuracies().keys() == {"retain", "test"}
+
+
+def test_monitored_accuracies_are_those_of_a_fixed_random_sample():
+    limit = training.MONITORED
+    job = small_job("finetune", retain=limit + 100, batch_size=1000, num_epochs=2)
+    train(job)
+    monitored = sum((indices for indices, seed in job.data.train.uses if not seed), [])
+    retain, forget = monitored[:limit], monitored[limit : limit + 11]
+    assert monitored == 2 * (retain + forget) and forget == job.split.forget.tolist()
+    assert len({*retain}) == limit and {*retain} < {*job.split.retain.tolist()}
+    assert retain != job.split.retain.tolist()[:limit]
+    expected = {f"{part}_acc": value for part, value in job.accuracies(limit=limit).items()}
+    assert job.monitor() == expected
+
+
+@pytest.mark.parametrize(("lamda", "num_images"), [(None, 19), (0.5, 30)])
+def test_progress_bar_counts_the_images_of_the_epoch(lamda, num_images, monkeypatch):
+    updates = []
+    monkeypatch.setattr(tqdm, "update", lambda bar, count: updates.append((bar.total, count)))
+    run(small_job("finetune", lamda=lamda))
+    assert {total for total, _ in updates} == {num_images}
+    assert sum(count for _, count in updates) == 3 * num_images
+
+
+# ---------------------------------------------------------------- the end of training
+
+
+def test_training_ends_after_the_epoch_that_reaches_stop_at():
+    def forget_accuracies(stop_at, **settings):
+        job = small_job("GA", num_epochs=8, learning_rate=0.01, **settings)
+        for epoch in job.epochs(stop_at):
+            for batch in epoch.batches("forget"):
+                epoch.step(-F.cross_entropy(*batch.forget), batch)
+        return [record.get("forget_acc") for record in job.records]
+
+    whole = forget_accuracies(None)
+    count = whole.index(min(whole)) + 1
+    assert len(whole) == 8 and 1 < count < 8
+    assert forget_accuracies(min(whole)) == whole[:count]
+    assert len(forget_accuracies(min(whole), quiet=True)) == count
+    assert forget_accuracies(min(whole) - 0.01) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "quiet"),
+    [("1.running_var", math.nan, True), ("4.weight", math.nan, True)]
+    + [("1.running_var", -1.0, False), ("4.weight", 3e38, False)],  # whose logits are not finite
+)
+def test_weight_statistic_or_logit_that_is_not_finite_is_divergence(name, value, quiet):
+    def spoil(epoch):
+        if epoch.number == 2:
+            job.model.state_dict()[name].view(-1)[0] = value
+
+    job = small_job("finetune", quiet=quiet)
+    with pytest.raises(Diverged, match="finetune.* epoch 2"):
+        train(job, after_epoch=spoil)
+    assert len(job.records) == 1 and training.weights_are_finite(job.model) != quiet
+
+
+def test_divergence_names_epoch_learning_rate_and_loss():
+    job = small_job("finetune")
+    with pytest.raises(Diverged, match="epoch 1 .*0.05.*inf"):
+        for epoch in job.epochs():
+            for batch in epoch.batches("retain"):
+                epoch.step(F.cross_entropy(*batch.retain) + math.inf, batch)
+    assert training.weights_are_finite(job.model)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+class Interrupting(Tensors):
+    """Raises InterruptedError in the second step of an epoch of training, counted from 1."""
+
+    stop_in = None
+
+    def batches(self, index_batches, augment=None):
+        for number, inputs in enumerate(super().batches(index_batches, augment)):
+            if augment and number == 1 and num_epochs_seen(self) == self.stop_in:
+                raise InterruptedError
+            yield inputs
+
+
+def num_epochs_seen(images):
+    return len({seed for _, seed in images.uses if seed})
+
+
+def resumable(folder, label, *, resume=False, identity=1, stop_in=None, **settings):
+    """A job of three epochs, interrupted in epoch ``stop_in``, and the records that it logs."""
+    progress = Progress(folder / "resume.pth", identity, resume=resume, save_every=math.inf)
+    job, logged = job_of_all_epochs(label, num_epochs=3, progress=progress, **settings), []
+    job.log = logged.append
+    job.data.train = Interrupting(job.data.train.inputs, job.data.train.labels)
+    job.data.train.stop_in = stop_in
+    return job, logged
+
+
+def interrupt(folder, label, stop_in, **settings):
+    """Interrupt a job and save its state, if it has any."""
+    job, _ = resumable(folder, label, stop_in=stop_in, **settings)
+    with pytest.raises(InterruptedError):
+        run(job)
+    job.progress.save()
+
+
+def interrupt_and_resume(folder, label, stop_in, **settings):
+    """A resumed job and its log. Its weights and records are those of an uninterrupted one."""
+    whole, expected_log = resumable(folder, label, **settings)
+    expected = run(whole)
+    interrupt(folder, label, stop_in, **settings)
+    resumed, logged = resumable(folder, label, resume=True, **settings)
+    assert same(run(resumed), expected)
+    assert without_times(logged) == without_times(expected_log)
+    assert resumed.by_products.keys() == whole.by_products.keys()
+    assert not whole.term or resumed.term.q_hats == whole.term.q_hats
+    return resumed, logged
+
+
+def without_times(records):
+    times = ("seconds", "images_per_second")
+    return [{key: v for key, v in record.items() if key not in times} for record in records]
+
+
+@pytest.mark.parametrize("label", [*TRAINED, *unlearn_cpu.METHODS])
+def test_resumed_run_has_weights_and_records_of_an_uninterrupted_run(label, tmp_path):
+    resumed, logged = interrupt_and_resume(tmp_path, label, 2)
+    assert len(logged) == 3 and resumed.records == logged
+    assert num_epochs_seen(resumed.data.train) == 2
+
+
+def test_run_interrupted_twice_has_the_weights_of_an_uninterrupted_run(tmp_path):
+    interrupt(tmp_path, "cpu_scrub", 2)
+    interrupt(tmp_path, "cpu_scrub", 2, resume=True)  # in the third of all epochs
+    resumed, _ = resumable(tmp_path, "cpu_scrub", resume=True)
+    assert len(resumed.progress.restored["records"]) == 2
+    assert same(run(resumed), run(resumable(tmp_path, "cpu_scrub")[0]))
+
+
+def test_resumed_neg_merge_begins_again_with_its_first_training(tmp_path):
+    """Its trainings do not save a state: the next one would continue after the end of the last."""
+    resumed, logged = interrupt_and_resume(tmp_path, "neg_merge", 5)
+    assert [record["epoch"] for record in logged] == [*range(1, 16)]
+    assert not (tmp_path / "resume.pth").exists()
+    part = resumed.part(2, 5, 0.125)
+    assert (part.name, part.label) == ("neg_merge 3", "neg_merge 3/5")
+    assert part.recipe == replace(resumed.recipe, learning_rate=0.125)
+
+
+def test_resumed_scrub_with_rewind_returns_to_an_epoch_before_the_interruption(tmp_path):
+    options = {"rewind": True, "msteps": 3, "learning_rate": 0.2, "quiet": False}
+    resumed, _ = interrupt_and_resume(tmp_path, "scrub", 3, **options)
+    assert len(resumed.weights_after) == 3 and not same(*resumed.weights_after[:2])
+    assert any(same(resumed.weights_after[i], resumed.model.state_dict()) for i in range(2))
+
+
+def test_resumed_run_that_had_ended_early_is_not_trained_further(tmp_path):
+    first, expected_log = resumable(tmp_path, "GA", stop_accuracy=1.0)
+    expected = run(first)
+    assert len(first.records) == 1 and first.progress.save()
+    again, logged = resumable(tmp_path, "GA", resume=True, stop_accuracy=1.0)
+    assert same(run(again), expected)
+    assert not training_steps(again) and logged == expected_log
+
+
+@pytest.mark.parametrize("content", [None, [], {"records": []}])
+def test_state_is_read_with_resume_only_and_that_of_another_run_is_refused(content, tmp_path):
+    if content is None:
+        interrupt(tmp_path, "finetune", 3, identity=2)
+    else:
+        checkpoint.save_state(tmp_path / "resume.pth", content)
+    assert resumable(tmp_path, "finetune")[0].progress.restored is None
+    assert resumable(tmp_path / "none", "finetune", resume=True)[0].progress.restored is None
+    with pytest.raises(UserError, match=r"--resume.*resume\.pth"):
+        resumable(tmp_path, "finetune", resume=True)
+
+
+def test_state_is_saved_every_save_every_seconds_and_on_demand(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    path, job = tmp_path / "resume.pth", small_job("finetune")
+    progress = Progress(path, {}, resume=False, save_every=10.0)
+    assert not progress.save() and not path.exists()  # no epoch is complete
+    state, saved = TrainingState(job), []
+    for epoch, seconds in enumerate([3, 9.9, 10, 12, 19.9, 20, 25], 1):
+        now[0] = seconds
+        job.records.append({"epoch": epoch})
+        progress.update(state)
+        saved.append(len(checkpoint.read_state(path)["records"]) if path.exists() else 0)
+    assert saved == [0, 0, 3, 3, 3, 6, 6] and progress.seconds == 25
+    job.records.append({"epoch": 8})  # further training does not change the state
+    job.model[4].bias.data += 1
+    assert progress.save()
+    kept = checkpoint.read_state(path)
+    assert len(kept["records"]) == 7 and same(kept["model"], SmallNet().state_dict())
+    now[0] = 100.0
+    resumed = Progress(path, {}, resume=True, save_every=10.0)
+    now[0] = 104.0
+    assert resumed.seconds == 29 and resumed.save()  # 25 before it stopped, 4 since

@@ -13,14 +13,14 @@ class Processes:
 
     A collective operation returns what the others sent in the latest round. The k-th exchange is
     therefore right from round k + 1 on, and ``rounds`` must exceed the number of exchanges that
-    depend on each other.
+    depend on each other. The environment variables are those of torchrun.
     """
 
     def __init__(self, monkeypatch, world, rounds=3):
-        self.world, self.rounds = world, rounds
+        self.world, self.rounds, self.setenv = world, rounds, monkeypatch.setenv
         self.sent, self.rank, self.exchange = {}, 0, None
-        monkeypatch.setattr(distributed, "world_size", lambda: world)
-        monkeypatch.setattr(distributed, "rank", lambda: self.rank)
+        self.setenv("TORCHELASTIC_RUN_ID", "x")
+        self.setenv("WORLD_SIZE", str(world))
         monkeypatch.setattr(dist, "all_gather", self.all_gather)
         monkeypatch.setattr(dist, "all_reduce", self.all_reduce)
 
@@ -43,6 +43,7 @@ class Processes:
             results = []
             for rank in range(self.world):
                 self.rank = rank
+                self.setenv("RANK", str(rank))
                 self.exchange = itertools.count()
                 results.append(function())
         return results

@@ -1,0 +1,64 @@
+"""Relearning: train an unlearned model for a few steps, which may bring forget images back."""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .errors import UserError
+from .seeds import generator, permutation
+from .training import Job, Recipe
+
+LEARNING_RATE = 0.001
+
+
+def relearn(model, data, split, *, trained, num_steps, seed, source):
+    """Train on the images ``trained``. Yields (steps so far, model) after 1, 2, 4, … and the last.
+
+    SGD at a constant rate, in batches of at most 64 augmented images, which the ``seed`` and the
+    ``source`` shuffle. The caller may measure the model. Raises UserError where training diverges.
+    """
+    stops = sorted({2**power for power in range(num_steps.bit_length())} | {num_steps})
+    purpose = ("order",) if source == "forget" else ("order", source)
+    batches = shuffled_batches(trained, generator(seed, "relearn", *purpose))
+    job = Job(
+        name="relearn",
+        label="relearn",
+        model=model,
+        data=data,
+        split=split,
+        recipe=Recipe(len(stops), LEARNING_RATE, milestones=[len(stops)]),
+        seed=seed,
+        quiet=True,
+    )
+    # An epoch of this job ends at each stop.
+    for epoch, stop, count in zip(job.epochs(), stops, np.diff([0, *stops]), strict=True):
+        for batch in epoch.visit((next(batches), 0) for _ in range(count)):
+            epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
+        yield stop, job.model
+
+
+def divide(split, seed, source):
+    """What is trained on (indices), and which forget images are measured (positions).
+
+    From the ``source`` "forget", a tenth of the forget images are trained on, and the others are
+    measured. From "retain", the retain images are trained on, and all forget images are measured
+    (2505.22310). Raises UserError for "forget" with fewer than two forget images.
+    """
+    device, count = split.forget.device, len(split.forget)
+    if source == "retain":
+        return split.retain, torch.arange(count, device=device)
+    if count < 2:
+        raise UserError("--relearn: one forget image cannot be divided; forget more images")
+    order = torch.from_numpy(permutation(seed, "relearn", count)).to(device)
+    trained, measured = order.tensor_split([max(1, count // 10)])
+    return split.forget[trained], measured
+
+
+def shuffled_batches(indices, rng, batch_size=64):
+    """Endless near-equal batches of all ``indices``, shuffled again for each pass."""
+    num_batches = math.ceil(len(indices) / batch_size)
+    while True:
+        order = torch.randperm(len(indices), generator=rng).to(indices.device)
+        yield from indices[order].tensor_split(num_batches)

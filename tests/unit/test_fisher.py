@@ -1,0 +1,233 @@
+"""Importances of weights against autograd, one process against several."""
+
+import pytest
+import timm
+import torch
+from small import ByHand, SmallNet, by_definition, images
+from torch import nn
+from torch.nn import functional as F
+from turns import Processes, Shares
+
+import models
+from models import distributed, fisher
+from models.resnet import ResNet18
+
+INDICES = torch.tensor([4, 29, 2, 17])
+
+
+def head(channels):
+    return [nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(channels * 16, 5)]
+
+
+class CalledTwice(nn.Module):
+    """A network that calls one convolution twice and another never."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.never, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, images):
+        features = self.twice(self.twice(self.first(images)).relu())
+        return self.last(features.mean(dim=(2, 3)))
+
+
+def small_vit():
+    return timm.create_model("test_vit", num_classes=5, img_size=4, patch_size=2)
+
+
+NETWORKS = {
+    "small": lambda: SmallNet(),
+    "resnet18": lambda: ResNet18(5, width=2),
+    "vit": small_vit,
+    "groups": lambda: nn.Sequential(nn.Conv2d(3, 9, 3, padding=1, groups=3), *head(9)),
+    "reflection": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect", bias=False), *head(8)
+    ),
+    "layer normalisation": lambda: nn.Sequential(nn.LayerNorm([3, 4, 4]), *head(3)),
+    "BatchNorm of vectors": lambda: nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 5)
+    ),
+    "called twice or never": CalledTwice,
+}
+
+
+def network(name):
+    """A network in float64 with weights and statistics other than the initial ones."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]().double()
+    model(images(30, 1).inputs.double())  # changes the initial running statistics
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def double_images():
+    data = images(30, 1)
+    data.inputs = data.inputs.double()
+    return data
+
+
+def log_likelihood_squares(model, data, expected):
+    """Σ over classes of p_c (∂ log p_c)², or (∂ log p_y)², by autograd: mean over the images."""
+    if not isinstance(model, CalledTwice):
+        return by_definition(model, data.inputs[INDICES], data.labels[INDICES], expected)
+    used = nn.ModuleDict({name: getattr(model, name) for name in ("first", "twice", "last")})
+    used.forward = model.forward
+    squares = by_definition(used, data.inputs[INDICES], data.labels[INDICES], expected)
+    never = {f"never.{name}": torch.zeros_like(w) for name, w in model.never.named_parameters()}
+    return squares | never
+
+
+@pytest.mark.parametrize("expected", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_diagonal_fisher_is_the_mean_squared_gradient_of_single_images(name, expected):
+    model, data = network(name), double_images()
+    scores = fisher.expected_scores if expected else fisher.observed_score
+    actual = fisher.diagonal_fisher(model.train(), data, INDICES, scores, chunk=3)
+    assert not any(module.training for module in model.modules())
+    reference = log_likelihood_squares(model, data, expected)
+    assert actual.keys() == reference.keys()
+    for key, square in reference.items():
+        torch.testing.assert_close(actual[key], square, rtol=1e-9, atol=1e-12)
+
+
+def test_diagonal_fisher_of_created_network_runs_in_its_memory_layout():
+    """The input hook of models.create_model has no batching rule; 16 channels get channels last."""
+    model, data = models.create_model("resnet18", 5, width=16).double().eval(), double_images()
+    actual = fisher.diagonal_fisher(model, data, INDICES, fisher.observed_score)
+    reference = by_definition(model, data.inputs[INDICES], data.labels[INDICES], False)
+    for key, square in reference.items():
+        torch.testing.assert_close(actual[key], square, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("hidden", "batches"), [(8, [2, 1]), (150_000, [1, 1, 1])])
+def test_diagonal_fisher_of_large_network_takes_single_images(hidden, batches):
+    data = images(3, 1)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, hidden), nn.Linear(hidden, 5))
+    model = model.to_empty(device="cpu")
+    fisher.diagonal_fisher(model, data, torch.arange(3), fisher.observed_score, chunk=2)
+    assert [len(indices) for indices, _ in data.uses] == batches
+
+
+def test_scores_of_two_classes_by_hand():
+    logits = torch.tensor([1.0, 3.0]).log()  # p = ¼ and ¾
+    for label, expected in ((0, [0.75, -0.75]), (1, [-0.25, 0.25])):
+        score = fisher.observed_score(logits, torch.tensor(label))
+        torch.testing.assert_close(score, torch.tensor([expected]))
+    rows = fisher.expected_scores(logits, torch.tensor(0))
+    expected = torch.tensor([[0.375, -0.375], [-(0.75**0.5) / 4, 0.75**0.5 / 4]])
+    torch.testing.assert_close(rows, expected)
+
+
+def test_expected_scores_of_a_certain_network_keep_their_digits():
+    logits = torch.tensor([0.0, 60.0, 0.0, 0.0, 0.0])
+    rows, p = fisher.expected_scores(logits, None).double(), logits.double().softmax(0)
+    expected = torch.diag(p) - p[:, None] * p
+    # 1 − p of the likeliest class is 4e-26, far below the precision of float32 around one.
+    expected[1, 1] = p[1] * p[[0, 2, 3, 4]].sum()
+    torch.testing.assert_close(rows.T @ rows, expected, rtol=1e-4, atol=1e-40)
+
+
+def test_batch_fisher_squares_the_mean_gradient_of_every_batch():
+    data, model = images(30, 1), SmallNet().train()
+    batches = torch.arange(30).split(12)
+    actual = fisher.batch_fisher(model, data, batches)
+    expected = ByHand(model).batch_fisher(data.inputs, data.labels, batches)
+    assert not model.training and data.uses[-1] == ([*range(24, 30)], None)
+    for name, square in expected.items():
+        torch.testing.assert_close(actual[name].double(), square, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_mean_gradient_of_chunks_is_the_gradient_of_the_mean_loss(chunk):
+    data, model = double_images(), SmallNet().double()
+    actual = fisher.mean_gradient(model.train(), data, torch.arange(3, 30), chunk=chunk)
+    assert not model.training
+    loss = F.cross_entropy(model(data.inputs[3:]), data.labels[3:])
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for gradient, tensor in zip(expected, actual.values(), strict=True):
+        torch.testing.assert_close(tensor, gradient)
+
+
+def dense_fisher(model, data):
+    """The mean of g gᵀ over images as a matrix, from one backward pass per image."""
+    rows = []
+    for image, label in zip(data.inputs, data.labels, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows).T @ torch.stack(rows) / len(rows)
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def random_vector():
+    return {name: w.detach().double() for name, w in SmallNet(3).named_parameters()}
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_fisher_product_is_that_with_the_matrix(chunk):
+    data, model, vector = double_images(), SmallNet().double().eval(), random_vector()
+    product = fisher.fisher_product(model, data, torch.arange(30), vector, chunk=chunk)
+    torch.testing.assert_close(flat(product), dense_fisher(model, data) @ flat(vector))
+
+
+def test_inverse_product_solves_the_damped_system():
+    data, model, vector = double_images(), SmallNet().double(), random_vector()
+    kept = {name: tensor.clone() for name, tensor in vector.items()}
+    limits = {"max_steps": 100, "tolerance": 1e-10}
+    solution = fisher.inverse_product(
+        model.train(), data, torch.arange(30), vector, damping=0.3, **limits
+    )
+    matrix = dense_fisher(model.eval(), data)
+    matrix += 0.3 * torch.eye(len(matrix)).double()
+    torch.testing.assert_close(flat(solution), torch.linalg.solve(matrix, flat(vector)))
+    assert all(vector[name].equal(tensor) for name, tensor in kept.items())
+
+
+def test_inverse_product_augments_all_passes_alike_and_ends_at_max_steps():
+    data, model = double_images(), SmallNet().double()
+    settings = {"damping": 0.01, "tolerance": 1e-9, "max_steps": 3}
+    fisher.inverse_product(
+        model, data, torch.arange(5), random_vector(), augmentation=torch.Generator, **settings
+    )
+    assert data.uses == [([*range(5)], torch.Generator().initial_seed())] * 3
+
+
+def test_inverse_product_of_zero_is_zero():
+    vector = {name: torch.zeros_like(tensor) for name, tensor in random_vector().items()}
+    model = SmallNet().double()
+    solution = fisher.inverse_product(model, double_images(), INDICES, vector, damping=0.3)
+    assert not flat(solution).any()
+
+
+def test_last_layer_is_that_of_the_classifier():
+    assert fisher.last_layer(ResNet18(5, 4)) == {"fc.weight", "fc.bias"}
+    assert fisher.last_layer(SmallNet()) == {"4.weight", "4.bias"}
+    assert fisher.last_layer(small_vit()) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_results_on_several_processes_equal_those_on_one(world, monkeypatch):
+    """19 images in chunks of 3: some processes get no image of the last chunk."""
+    model, shares, vector = SmallNet().double().eval(), Shares(double_images()), random_vector()
+    indices, batches = torch.arange(3, 22), torch.arange(3, 22).split(6)
+
+    def results():
+        rng = torch.Generator()
+        return [
+            fisher.diagonal_fisher(model, shares, indices, fisher.observed_score, chunk=4),
+            fisher.batch_fisher(model, shares, batches, rng),
+            fisher.mean_gradient(model, shares, indices, rng, chunk=3),
+            fisher.fisher_product(model, shares, indices, vector, rng, chunk=3),
+        ]
+
+    alone = results()
+    assert distributed.world_size() == 1
+    for together in Processes(monkeypatch, world).run(results):
+        for of_all, of_one in zip(together, alone, strict=True):
+            torch.testing.assert_close(flat(of_all), flat(of_one))
