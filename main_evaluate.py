@@ -631,8 +631,7 @@ def failures(folder, fingerprint):
     return {
         path.name: records[path].get("error")
         for path in sorted(records, key=lambda path: position(path.name))
-        if records[path].get("forget_set") == fingerprint
-        and not (path / utils.MODEL_FILE).exists()
+        if records[path].get("forget_set") == fingerprint and not (path / utils.MODEL_FILE).exists()
     }
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import utils
 from models import adversarial, checkpoint, classifier, fisher, inference, seeds
@@ -43,8 +42,8 @@ RETAIN_SHARE = Option(
 STEP_SCALE = Option(utils.number(float, 0), "factor of the step on the weights")
 KEEP_STATISTICS = Option(bool, "BatchNorm keeps the original's running statistics and uses them")
 
-# Where the published values of a method differ from those for random sets of CIFAR-10, by ResNet-18:
-# the names of the cases that @method accepts, later ones first. Nobody published any for digits.
+# Where a method has other values than for random sets of CIFAR-10 and ResNet-18: the cases that
+# @method accepts, of which the last one that holds counts. Nobody published any for digits.
 CASES = ("not_cifar10", "cifar100", "tiny_imagenet", "classes", "vit", "digits")
 
 
@@ -736,9 +735,9 @@ def mu_mis(job, recovery=0.1, keep_statistics: KEEP_STATISTICS = False):
     """MU-Mis: reduce how much the logit of the label depends on the pixels of a forget image,
     relative to the logit of another class (Cheng et al. 2024, 2402.15109).
 
-    The loss is the mean of ‖∂ logit_label / ∂ x‖² − ‖∂ logit_other / ∂ x‖², with another class drawn
-    for every loss. The sensitivity of the other class falls at first. Training ends once it is
-    above its minimum and has recovered by ``recovery`` times its first value. The authors' values
+    The loss is the mean of ‖∂ logit_label / ∂ x‖² − ‖∂ logit_other / ∂ x‖², with another class
+    drawn for every loss. The sensitivity of the other class falls at first. Training ends once it
+    is above its minimum and has recovered by ``recovery`` times its first value. The authors' values
     of this share and of the rate are not published; these were chosen on digits.
     """
     for epoch in job.epochs(eval_mode=keep_statistics):

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import distributed
-from .inference import classifier_layers
 
 # How many numbers the gradients of the images in one backward pass have at most. On CPUs, small
 # networks are faster with several images per pass, and large ones with a single image.
@@ -188,7 +188,8 @@ def fisher_product(model, images, indices, vector, augment=None, chunk=64):
 
         # F v is the mean of g (gᵀ v). Forward mode gives gᵀ v of every image, and one backward pass
         # the sum of the g with these weights. torch's own rules for it still use torch.jit.
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        ignored = warnings.catch_warnings(action="ignore", category=FutureWarning)
+        with ignored, plain_attention():
             _, projections = torch.func.jvp(losses, (parameters,), (vector,))
         _, gradients_of = vjp(losses, parameters)
         (gradients,) = gradients_of(projections)
@@ -198,13 +199,12 @@ def fisher_product(model, images, indices, vector, augment=None, chunk=64):
     return total
 
 
+def plain_attention():
+    """Attention in its plain form, as a context: fused kernels have no second derivatives."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def _dot(first, second):
     """The inner product of two {name: tensor}, in float64."""
     products = [(first[name].double() * second[name].double()).sum() for name in first]
     return torch.stack(products).sum().item()
-
-
-def last_layer(model):
-    """Names of the parameters of the layers that turn features into logits."""
-    last = {parameter for layer in classifier_layers(model) for parameter in layer.parameters()}
-    return {name for name, parameter in model.named_parameters() if parameter in last}
