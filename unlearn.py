@@ -737,8 +737,8 @@ def mu_mis(job, recovery=0.1, keep_statistics: KEEP_STATISTICS = False):
 
     The loss is the mean of ‖∂ logit_label / ∂ x‖² − ‖∂ logit_other / ∂ x‖², with another class
     drawn for every loss. The sensitivity of the other class falls at first. Training ends once it
-    is above its minimum and has recovered by ``recovery`` times its first value. The authors' values
-    of this share and of the rate are not published; these were chosen on digits.
+    is above its minimum and has recovered by ``recovery`` times its first value. The authors'
+    values of this share and of the rate are not published; these were chosen on digits.
     """
     for epoch in job.epochs(eval_mode=keep_statistics):
         rng, sums = epoch.generator("other classes"), []

@@ -62,7 +62,8 @@ def nearest(model, inputs, labels, spec, *, radius):
     ``inputs`` are normalized images N×3×H×W with ``labels`` N, ``radius`` is the L2 norm of the
     first ball in pixels of range 0 to 1. A step is a tenth of the radius. The first image that is
     classified wrongly is the example. After ``STEPS`` steps the radius doubles, and the search goes
-    on from the last image. An image that never changes its prediction gets the last image and its likeliest wrong class.
+    on from the last image. An image that never changes its prediction gets the last image and its
+    likeliest wrong class.
     """
     mean, std = _normalization(inputs, spec)
     examples = Examples(inputs.clone(), labels.clone())

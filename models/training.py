@@ -57,7 +57,8 @@ class Job:
     was before any training on this data. ``term`` is the conformal loss
     (:class:`unlearn_cpu.ConformalTerm`) or None. ``log`` is called with the record of every epoch.
     A ``quiet`` run neither measures nor prints accuracies. ``progress`` saves the state for
-    --resume. ``stop_at`` is the forget accuracy at which training ends, or None. A method stores additional results in ``by_products``, a state_dict by file name.
+    --resume. ``stop_at`` is the forget accuracy at which training ends, or None. A method stores
+    additional results in ``by_products``, a state_dict by file name.
     """
 
     name: str
@@ -95,9 +96,10 @@ class Job:
         """Yield an :class:`Epoch` for each epoch of the recipe, and complete it afterwards.
 
         Training ends early after the epoch in which the accuracy on (at most 2,000) forget images
-        falls to ``stop_at`` or to the job's, and after an epoch that the method calls the last. In ``eval_mode`` BatchNorm normalizes by its running statistics and
-        keeps them. ``keep_weights`` keeps a copy of the weights after every epoch in
-        ``weights_after``. Raises :class:`Diverged` if the loss, a weight or a logit is not finite.
+        falls to ``stop_at`` or to the job's, and after an epoch that the method calls the last. In
+        ``eval_mode`` BatchNorm normalizes by its running statistics and keeps them.
+        ``keep_weights`` keeps a copy of the weights after every epoch in ``weights_after``. Raises
+        :class:`Diverged` if the loss, a weight or a logit is not finite.
         """
         state = TrainingState(self)
         if self.progress:
