@@ -182,8 +182,11 @@ def train_on_retain_set(job):
 
 @method()
 def retrain(job):
-    """Retrain, the reference: train from scratch on the retain set with the original's recipe."""
-    job.model = job.new_model()
+    """Retrain, the reference: train from scratch on the retain set with the original's recipe.
+
+    It ignores --until_forgotten: a network that has just been initialised recognises nothing.
+    """
+    job.model, job.stop_at = job.new_model(), None
     train_on_retain_set(job)
 
 

@@ -170,8 +170,8 @@ class Job:
     def part(self, number, count, learning_rate):
         """The job of one of ``count`` trainings of a method, numbered from 0.
 
-        It draws random numbers of its own, logs the epochs of all trainings as one sequence, and
-        saves no state.
+        It draws random numbers of its own, logs the epochs of all trainings as one sequence, does
+        not end early, and saves no state.
         """
 
         def log(record):
@@ -184,6 +184,7 @@ class Job:
             recipe=replace(self.recipe, learning_rate=learning_rate),
             log=log,
             progress=None,
+            stop_at=None,
             records=[],
         )
 
