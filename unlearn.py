@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import utils
-from models import adversarial, checkpoint, classifier, fisher, inference, seeds
+from models import adversarial, checkpoint, classifier, distributed, fisher, inference, seeds
 from models.errors import UserError
 from models.training import MONITORED, PARTS, Recipe
 
@@ -744,23 +744,23 @@ def mu_mis(job, recovery=0.1, keep_statistics: KEEP_STATISTICS = False):
     values of this share and of the rate are not published; these were chosen on digits.
     """
     for epoch in job.epochs(eval_mode=keep_statistics):
-        rng, sums = epoch.generator("other classes"), []
+        rng, total = epoch.generator("other classes"), torch.zeros((), device=job.device)
         for batch in epoch.batches("forget"):
             shift = torch.randint(
                 1, job.num_classes, batch.labels.shape, generator=rng, device=job.device
             )
-            inputs = batch.inputs.detach().requires_grad_()
-            with job.autocast(), fisher.plain_attention():
-                logits = job.model(inputs).float()
+            inputs = batch.inputs.requires_grad_()
+            # Compiled networks have no second derivatives either.
+            with fisher.plain_attention(), torch.compiler.set_stance("force_eager"):
                 label_square, other_square = (
-                    squared_sensitivity(logits, classes, inputs)
+                    squared_sensitivity(batch.logits, classes, inputs)
                     for classes in (batch.labels, (batch.labels + shift) % job.num_classes)
                 )
-                # The last bias has no influence on these, and every weight needs a gradient.
-                loss = (label_square - other_square).mean() + 0 * batch.logits.sum()
-                epoch.step(loss, batch)
-            sums.append(other_square.detach().sum())
-        other = epoch.record("other_sensitivity", torch.stack(sums).sum() / len(job.split.forget))
+            # The last bias has no influence on these, and every weight needs a gradient.
+            epoch.step((label_square - other_square).mean() + 0 * batch.logits.sum(), batch)
+            total += other_square.detach().sum()
+        distributed.add_up([total])
+        other = epoch.record("other_sensitivity", total / len(job.split.forget))
         history = [record["other_sensitivity"] for record in job.records] + [other]
         lowest = min(history)
         epoch.is_last = other > lowest and other - lowest >= recovery * history[0]
