@@ -168,11 +168,6 @@ def options_of(entry, args, cases):
 # ---------------------------------------------------------------- training on the retain set
 
 
-def cross_entropy(logits, labels):
-    """Mean cross-entropy of M images, M×K and M → a scalar. 0, with a gradient, for M = 0."""
-    return F.cross_entropy(logits, labels) if len(labels) else logits.sum()
-
-
 def train_on_retain_set(job):
     """Minimize the cross-entropy of the retain images."""
     for epoch in job.epochs():
