@@ -611,7 +611,7 @@ def matched_accuracy(job):
     schedule="constant",
     not_cifar10={"smoothing": 2.0},
     classes={"smoothing": 32.0},
-    vit={"num_epochs": 3, "learning_rate": 1e-6, "smoothing": 2.0},
+    vit={"num_epochs": 3, "learning_rate": 1e-6, "batch_size": 32, "smoothing": 2.0},
     digits={"learning_rate": 1e-3, "batch_size": 64, "retain_share": 1.0},
 )
 def lotus(
