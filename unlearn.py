@@ -537,10 +537,12 @@ def teacher(job, kd_T: TEMPERATURE = 1.0, retain_share: RETAIN_SHARE = 0.3):
 @method(
     num_epochs=5,
     learning_rate=5e-4,
-    schedule="constant",
-    classes={"num_epochs": 3, "msteps": 2, "beta": 0.001, "gamma": 0.99, "forget_batch_size": 512},
-    digits={"num_epochs": 10, "learning_rate": 2e-3, "schedule": "cosine", "msteps": 2,
-            "beta": 0.001, "gamma": 0.99, "forget_batch_size": None},
+    batch_size=32,
+    milestones=[3],
+    classes={"num_epochs": 3, "batch_size": 128, "msteps": 2, "beta": 0.001, "gamma": 0.99,
+             "forget_batch_size": 512},
+    digits={"num_epochs": 10, "learning_rate": 2e-3, "batch_size": 64, "milestones": None,
+            "msteps": 2, "beta": 0.001, "gamma": 0.99, "forget_batch_size": None},
 )  # fmt: skip
 def scrub(
     job,
@@ -553,8 +555,8 @@ def scrub(
     ) = 0.5,
     gamma: Option(utils.number(float, 0), "weight of the cross-entropy on retain images") = 1.0,
     forget_batch_size: Option(
-        utils.number(int, 3), "images per step of a maximization pass; default: --batch_size"
-    ) = None,
+        utils.number(int, 3), "images per step of a maximization pass; default: 16, 512 for classes"
+    ) = 16,
     rewind: Option(
         bool, "SCRUB+R: return to the epoch with the forget error of held-out images"
     ) = False,
@@ -564,9 +566,10 @@ def scrub(
 
     The first ``msteps`` epochs start with a pass over the forget images. ``beta`` and ``gamma`` are
     α and γ of the paper. Defaults: the notebooks of the authors' code, for random sets those of
-    user privacy, for classes those of CIFAR-10. RUM (2406.01257) has 5 epochs at 5e-3, ``msteps``
-    4. With ``rewind`` (SCRUB+R) the result is the epoch whose forget accuracy is nearest to the
-    last epoch's accuracy on held-out images of the same classes.
+    user privacy (MIA_experiments), for classes those of CIFAR-10 (BadT_experiments). RUM
+    (2406.01257) has 5 epochs at 5e-3, ``msteps`` 4. With ``rewind`` (SCRUB+R) the result is the
+    epoch whose forget accuracy is nearest to the last epoch's accuracy on held-out images of the
+    same classes.
     """
     if rewind and not len(matched_images(job)):
         raise UserError(f"{job.label}: no held-out image of the forgotten classes for --rewind")
