@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import utils
 from models import adversarial, checkpoint, classifier, distributed, fisher, inference, seeds
-from models.errors import UserError
+from models.errors import NotFinite, UserError
 from models.training import MONITORED, PARTS, Recipe
 
 MASK_FILE = "saliency_mask.pth"
@@ -810,7 +810,7 @@ def FisherForgetting(
             draws = torch.randn(parameter.shape, generator=rng, device=job.device)
             parameter += variance.sqrt() * draws
 
-    apply_strength(job, add_noise, noise, strongest=1e3 * noise)
+    apply_strength(job, add_noise, noise, weakest=1e-10, strongest=1e-4)
 
 
 FORGOTTEN_CLASS_VARIANCE = 1e-3  # of the last layer's weights of a forgotten class
@@ -870,7 +870,7 @@ def ssd(
             )
             parameter.copy_(original[name] * factors)
 
-    apply_strength(job, dampen, selection_weighting, strongest=0.01)
+    apply_strength(job, dampen, selection_weighting, weakest=1e4, strongest=0.01)
 
 
 def dampening(forget, overall, selection_weighting, dampening_constant):
@@ -910,10 +910,11 @@ def IU(job, step_scale: STEP_SCALE = 0.2, damping=1.0):
         job.model, images, retain[:FISHER_IMAGES], vector, damping=damping
     )
     move = partial(move_weights, job.model, copies(job.model), direction)
-    apply_strength(job, move, step_scale, strongest=1e4 * step_scale)
+    apply_strength(job, move, step_scale, weakest=1e-4, strongest=1e3)
 
 
 NEG_MERGE_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # multiples of the learning rate
+NEG_MERGE_SCALES = 400  # multiples of 0.05
 KEPT_ACCURACY = 0.95  # of the retain accuracy
 
 
@@ -922,10 +923,10 @@ def neg_merge(job, step_scale: STEP_SCALE = None):
     """NegMerge: subtract the weight changes that several fine-tunings on the forget images share
     (Kim et al. 2025, 2410.05583).
 
-    Of the changes of a weight the mean is subtracted if all have one sign, else nothing, times the
-    largest scale (0.05, 0.10, …) that keeps 95 % of the retain accuracy. The authors' code is for
-    CLIP; the fine-tunings here have 1/4 to 4 times the learning rate, an order and augmentations of
-    their own. BatchNorm keeps the original's running statistics.
+    Of the changes of a weight the mean is subtracted if all have one sign, else nothing, times
+    ``step_scale`` (default: :func:`largest_harmless_scale`). The authors' code is for CLIP; the
+    fine-tunings here have 1/4 to 4 times the learning rate, an order and augmentations of their
+    own. BatchNorm keeps the original's running statistics.
     """
     original, model = copies(job.model), job.model
     merged = {name: torch.zeros_like(weight) for name, weight in original.items()}
@@ -943,18 +944,22 @@ def neg_merge(job, step_scale: STEP_SCALE = None):
             signs[name] += change.sign()
     direction = {name: -merged[name] * (signs[name].abs() == count) for name in merged}
     move = partial(move_weights, model, original, direction)
-    move(0.0)
     if step_scale is None and job.stop_at is None:
-        least = KEPT_ACCURACY * monitored_accuracy(job, "retain")
-        step_scale = 0.0
-        move(0.05)
-        while monitored_accuracy(job, "retain") >= least and step_scale < LARGEST_SCALE:
-            step_scale = round(step_scale + 0.05, 2)
-            move(step_scale + 0.05)
-    apply_strength(job, move, step_scale or 0.05, strongest=100.0)
+        step_scale = largest_harmless_scale(job, move)
+    apply_strength(job, move, step_scale, weakest=1e-4, strongest=100.0)
 
 
-LARGEST_SCALE = 20.0
+def largest_harmless_scale(job, move):
+    """The largest multiple of 0.05 up to 20 before ``move(scale)`` costs more than 5 % of the
+    accuracy on (at most 2,000) retain images; 0 if already 0.05 does.
+    """
+    move(0.0)
+    least = KEPT_ACCURACY * monitored_accuracy(job, "retain")
+    for multiple in range(1, NEG_MERGE_SCALES + 1):
+        move(multiple / 20)
+        if monitored_accuracy(job, "retain") < least:
+            return (multiple - 1) / 20
+    return NEG_MERGE_SCALES / 20
 
 
 @torch.no_grad()
@@ -964,19 +969,21 @@ def move_weights(model, original, direction, scale):
         weight.copy_(original[name] + scale * direction[name])
 
 
-def apply_strength(job, apply, strength, *, strongest):
+def apply_strength(job, apply, strength, *, weakest, strongest):
     """``apply(strength)``, or with --until_forgotten the weakest strength that forgets.
 
     ``apply`` sets the weights from a strength, a number that forgets more towards ``strongest``.
-    The strength is searched between a hundredth of the way and ``strongest`` on a logarithmic
-    scale, by doubling and bisection, until the accuracy on (at most 2,000) forget images is at most
-    ``job.stop_at``.
+    Ten bisections of the logarithm between ``weakest`` and ``strongest`` find the strength at which
+    the accuracy on (at most 2,000) forget images falls to ``job.stop_at``.
     """
-    apply(strength)
     if job.stop_at is None:
+        apply(strength)
         return
-    weakest = strength**2 / strongest  # as far on the other side of the default
-    forgets = partial(forgets_with, job, apply, weakest, strongest)
+
+    def forgets(position):
+        apply(weakest * (strongest / weakest) ** position)
+        return monitored_accuracy(job, "forget") <= job.stop_at
+
     if not forgets(1.0):
         print(f"{job.label}: the forget images are not forgotten at the largest strength")
         return
@@ -987,15 +994,12 @@ def apply_strength(job, apply, strength, *, strongest):
     forgets(high)
 
 
-def forgets_with(job, apply, weakest, strongest, position):
-    """Apply the strength at a ``position`` from 0 to 1 (logarithmic). Whether it forgets."""
-    apply(weakest * (strongest / weakest) ** position)
-    return monitored_accuracy(job, "forget") <= job.stop_at
-
-
 def monitored_accuracy(job, part):
-    """The accuracy on (at most 2,000) images of a part."""
-    return job.accuracies([part], MONITORED)[part]
+    """The accuracy on (at most 2,000) images of a part; 0 if a logit is not finite."""
+    try:
+        return job.accuracies([part], MONITORED)[part]
+    except NotFinite:
+        return 0.0
 
 
 def copies(model):
