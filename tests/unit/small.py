@@ -15,7 +15,7 @@ from models.training import Job, Recipe
 
 CLASSES = 5
 BRIGHTER = 1.25  # augmentation multiplies the small images by this
-JOB_FIELDS = "seed model new_model log quiet compile progress split stop_at".split()
+JOB_FIELDS = ("seed", "model", "new_model", "log", "quiet", "compile", "progress", "stop_at")
 
 
 def arguments(*flags, methods=unlearn.METHODS, data="cifar10"):
@@ -128,7 +128,7 @@ def small_job(
         term=term,
         **fields,
     )
-    # The small problem has the epochs of its recipe, where no accuracy or number of steps ends them.
+    # All epochs of the recipe, and steps of equal size.
     small = {"num_steps": None, "recovery": math.inf, "forget_batch_size": None}
     job.options = method.options | {key: small[key] for key in small if key in method.options}
     job.options |= settings

@@ -50,7 +50,7 @@ def kl(teacher, student, temperature):
 
 
 def nearest_by_hand(net, image, label, spec, radius):
-    """The adversarial example of one image and its wrong label: one path of PGD in growing balls."""
+    """The adversarial example of an image and its wrong label: a path of PGD in growing balls."""
     mean, std = (torch.tensor(x).double()[:, None, None] for x in (spec.mean, spec.std))
     centre = pixels = image.double() * std + mean
     for doubling in range(12):
