@@ -205,12 +205,6 @@ def test_inverse_product_of_zero_is_zero():
     assert not flat(solution).any()
 
 
-def test_last_layer_is_that_of_the_classifier():
-    assert fisher.last_layer(ResNet18(5, 4)) == {"fc.weight", "fc.bias"}
-    assert fisher.last_layer(SmallNet()) == {"4.weight", "4.bias"}
-    assert fisher.last_layer(small_vit()) == {"head.weight", "head.bias"}
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_results_on_several_processes_equal_those_on_one(world, monkeypatch):
     """19 images in chunks of 3: some processes get no image of the last chunk."""
