@@ -81,14 +81,16 @@ def test_no_step_is_empty():
     assert one_epoch(small_job("RL", forget=0)).steps("forget") == []
 
 
-def test_retain_set_of_a_method_replaces_that_of_the_split_and_limit_ends_a_pass():
+def test_retain_set_and_batch_size_of_a_method_replace_those_of_the_job():
     epoch, chosen = one_epoch(small_job("amun", batch_size=2)), torch.tensor([1, 3, 3, 29])
     steps = epoch.steps("retain", "forget", retain_set=chosen)
     assert images_of(steps) == [chosen.tolist(), epoch.job.split.forget.tolist()]
     indices = [batch.indices for batch in epoch.batches("retain", retain_set=chosen)]
     assert torch.cat(indices).sort().values.equal(chosen)
-    for limit, count in [(2, 2), (None, 6), (9, 6), (0, 0)]:
-        assert len([*epoch.batches("forget", limit=limit)]) == count
+    for size, sizes in [(None, [2, 2, 2, 2, 2, 1]), (5, [4, 4, 3]), (64, [11])]:
+        batches = [*epoch.batches("forget", batch_size=size)]
+        assert [len(batch.indices) for batch in batches] == sizes
+        assert batches[0].separate_passes is False
 
 
 def test_order_depends_on_seed_method_part_and_epoch():
@@ -162,6 +164,17 @@ def test_teacher_has_the_precision_of_training_and_no_gradient(precision):
     assert types == {torch.bfloat16 if precision == "bf16" else torch.float32}
     retain_only = next(one_epoch(job).batches("retain"))
     assert retain_only.outputs_of(nn.Identity(), "forget").shape == (0, 5)
+
+
+def test_parts_of_a_batch_in_separate_passes_have_statistics_of_their_own():
+    job = small_job("ga_plus")
+    hand, epoch = ByHand(job.model), one_epoch(job)
+    (batch,) = epoch.visit(epoch.steps("retain", "forget")[:1], separate_passes=True)
+    inputs = BRIGHTER * job.data.train.inputs[batch.indices]
+    parts = inputs.split([batch.num_retain, len(inputs) - batch.num_retain])
+    expected = torch.cat([hand.logits(part, training=True) for part in parts]).float()
+    torch.testing.assert_close(batch.logits, expected, rtol=1e-4, atol=1e-5)
+    hand.assert_equal(job.model.state_dict())
 
 
 def test_missing_batch_is_an_error():
@@ -342,8 +355,6 @@ TRAINED = [name for name, entry in unlearn.METHODS.items() if entry.trained and 
 def job_of_all_epochs(label, **settings):
     """A quiet job of a method or variant that no accuracy ends."""
     name, options = label.removeprefix("cpu_"), {"quiet": True}
-    if "stop_accuracy" in unlearn.METHODS[name].options:
-        options["stop_accuracy"] = -1.0
     if name == "lotus":
         options["forget_class"] = 0
     if name == "neg_merge":
@@ -464,6 +475,33 @@ def test_training_ends_after_the_epoch_that_reaches_stop_at():
     assert forget_accuracies(min(whole) - 0.01) == whole
 
 
+def test_training_ends_at_the_higher_target_of_method_and_job_or_when_the_method_says_so():
+    def num_epochs(stop_at=None, job_target=None, last=None):
+        job = small_job("RL", num_epochs=4, stop_at=job_target)
+        for epoch in job.epochs(stop_at):
+            for batch in epoch.batches("forget"):
+                epoch.step(0 * batch.logits.sum(), batch)
+            epoch.is_last = epoch.number == last
+        return len(job.records)
+
+    assert num_epochs() == num_epochs(-1.0, -1.0) == 4
+    assert num_epochs(1.0, -1.0) == num_epochs(-1.0, 1.0) == num_epochs(None, 1.0) == 1
+    assert num_epochs(last=2) == num_epochs(-1.0, last=2) == 2
+
+
+def test_learning_rate_and_numbers_that_a_method_sets():
+    job = small_job("sfron", num_epochs=2, schedule="constant", momentum=0.0, weight_decay=0.0)
+    for epoch in job.epochs():
+        for number, batch in enumerate(epoch.batches("retain")):
+            epoch.set_learning_rate(0.5 if number == 1 else 0.0)
+            before = job.model[4].bias.detach().clone()
+            epoch.step(batch.logits[:, 0].sum(), batch)
+            change = (job.model[4].bias - before)[0].item()
+            assert change == pytest.approx(-0.5 * len(batch.indices) * (number == 1), rel=1e-5)
+        assert epoch.record("gap", torch.tensor(0.25)) == 0.25
+    assert [record["gap"] for record in job.records] == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "quiet"),
     [("1.running_var", math.nan, True), ("4.weight", math.nan, True)]
@@ -511,7 +549,8 @@ def num_epochs_seen(images):
 def resumable(folder, label, *, resume=False, identity=1, stop_in=None, **settings):
     """A job of three epochs, interrupted in epoch ``stop_in``, and the records that it logs."""
     progress = Progress(folder / "resume.pth", identity, resume=resume, save_every=math.inf)
-    job, logged = job_of_all_epochs(label, num_epochs=3, progress=progress, **settings), []
+    settings = {"num_epochs": 3} | settings
+    job, logged = job_of_all_epochs(label, progress=progress, **settings), []
     job.log = logged.append
     job.data.train = Interrupting(job.data.train.inputs, job.data.train.labels)
     job.data.train.stop_in = stop_in
@@ -551,6 +590,17 @@ def test_resumed_run_has_weights_and_records_of_an_uninterrupted_run(label, tmp_
     assert num_epochs_seen(resumed.data.train) == 2
 
 
+def test_resumed_sfron_of_a_number_of_steps_ends_in_the_same_step(tmp_path):
+    resumed, logged = interrupt_and_resume(tmp_path, "sfron", 2, num_steps=7)
+    assert len(logged) == 3 and resumed.recipe.num_epochs == 3
+
+
+def test_resumed_mu_mis_ends_by_the_sensitivities_before_the_interruption(tmp_path):
+    settings = {"recovery": 0.1, "learning_rate": 0.002, "num_epochs": 30}
+    resumed, logged = interrupt_and_resume(tmp_path, "mu_mis", 4, **settings)
+    assert len(logged) == 5 and not resumed.progress.restored["ended"]
+
+
 def test_run_interrupted_twice_has_the_weights_of_an_uninterrupted_run(tmp_path):
     interrupt(tmp_path, "cpu_scrub", 2)
     interrupt(tmp_path, "cpu_scrub", 2, resume=True)  # in the third of all epochs
@@ -570,17 +620,17 @@ def test_resumed_neg_merge_begins_again_with_its_first_training(tmp_path):
 
 
 def test_resumed_scrub_with_rewind_returns_to_an_epoch_before_the_interruption(tmp_path):
-    options = {"rewind": True, "msteps": 3, "learning_rate": 0.2, "quiet": False}
+    options = {"rewind": True, "beta": 0.001, "learning_rate": 0.2, "quiet": False}
     resumed, _ = interrupt_and_resume(tmp_path, "scrub", 3, **options)
     assert len(resumed.weights_after) == 3 and not same(*resumed.weights_after[:2])
     assert any(same(resumed.weights_after[i], resumed.model.state_dict()) for i in range(2))
 
 
 def test_resumed_run_that_had_ended_early_is_not_trained_further(tmp_path):
-    first, expected_log = resumable(tmp_path, "GA", stop_accuracy=1.0)
+    first, expected_log = resumable(tmp_path, "GA", stop_at=1.0)
     expected = run(first)
     assert len(first.records) == 1 and first.progress.save()
-    again, logged = resumable(tmp_path, "GA", resume=True, stop_accuracy=1.0)
+    again, logged = resumable(tmp_path, "GA", resume=True, stop_at=1.0)
     assert same(run(again), expected)
     assert not training_steps(again) and logged == expected_log
 
