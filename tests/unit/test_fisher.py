@@ -35,13 +35,6 @@ NETWORKS = {
     "resnet18": lambda: ResNet18(5, width=2),
     "vit": small_vit,
     "groups": lambda: nn.Sequential(nn.Conv2d(3, 9, 3, padding=1, groups=3), *head(9)),
-    "reflection": lambda: nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect", bias=False), *head(8)
-    ),
-    "layer normalisation": lambda: nn.Sequential(nn.LayerNorm([3, 4, 4]), *head(3)),
-    "BatchNorm of vectors": lambda: nn.Sequential(
-        nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 5)
-    ),
     "called twice": lambda: CalledTwice(
         nn.Identity(), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1), *head(8)
     ),

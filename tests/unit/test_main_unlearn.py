@@ -41,13 +41,6 @@ def test_method_without_flags_has_its_defaults_or_the_recipe_of_the_original():
     assert recipe("ssd") is None
 
 
-def test_method_of_a_network_trained_from_scratch_on_digits_has_values_of_its_own():
-    assert recipe("finetune", data="digits").learning_rate == 0.02
-    assert recipe("finetune", "--learning_rate", 0.3, data="digits").learning_rate == 0.3
-    assert recipe("finetune", "--model_name", "resnet50", data="digits").learning_rate == 0.07
-    assert recipe("retrain", data="digits").learning_rate == 0.07
-
-
 @pytest.mark.parametrize("name", ["retrain", "finetune", "salun"])
 def test_flags_override_defaults_and_the_recipe_of_the_original(name):
     flags = [*TRAINING, "--precision", "bf16"]

@@ -401,15 +401,6 @@ def test_monitored_accuracies_are_those_of_a_fixed_random_sample():
     assert job.monitor() == expected
 
 
-@pytest.mark.parametrize(("lamda", "num_images"), [(None, 19), (0.5, 30)])
-def test_progress_bar_counts_the_images_of_the_epoch(lamda, num_images, monkeypatch):
-    updates = []
-    monkeypatch.setattr(tqdm, "update", lambda bar, count: updates.append((bar.total, count)))
-    run(small_job("finetune", lamda=lamda))
-    assert {total for total, _ in updates} == {num_images}
-    assert sum(count for _, count in updates) == 3 * num_images
-
-
 # ---------------------------------------------------------------- the end of training
 
 

@@ -160,15 +160,6 @@ def test_wrong_labels_are_wrong_and_uniform_on_forget_images_alone():
     assert unlearn.wrong_labels(job).equal(targets)
 
 
-# ---------------------------------------------------------------- teachers
-
-
-def test_frozen_network_is_in_eval_mode_without_gradients():
-    network = unlearn.frozen(SmallNet().train())
-    assert not network.training
-    assert not any(weight.requires_grad for weight in network.parameters())
-
-
 def class_job(name, **settings):
     """A job whose forget images are all images of class 3."""
     job = small_job(name, forget_class=3, **settings)
