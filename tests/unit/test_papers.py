@@ -486,15 +486,15 @@ def test_mu_mis_ends_once_the_other_sensitivity_has_recovered():
 
 
 def test_lotus_ends_one_percent_below_the_accuracy_on_unseen_images():
-    job = small_job("lotus", num_epochs=12, learning_rate=0.03)
+    job = small_job("lotus", num_epochs=12, learning_rate=0.01)
     net = ByHand(job.model)
     held_out, unseen = job.data.held_out, job.split.train_calibration
     held_out.labels = net.logits(held_out.inputs).argmax(1)
-    held_out.labels[unseen[:9]] += 1  # 11 of 20 are right
+    held_out.labels[unseen[:7]] += 1  # 13 of 20 are right
     job.data.train.labels = net.logits(job.data.train.inputs).argmax(1)  # all are recognised
     run(job)
-    below = [record["forget_acc"] <= 0.54 for record in job.records]
-    assert below == [False] * (len(below) - 1) + [True] and 1 < len(below) < 12
+    *earlier, last = [record["forget_acc"] for record in job.records]
+    assert last == 7 / 11 <= 0.64 < min(earlier) and len(earlier) < 11
     of_class = small_job("lotus", num_epochs=4, forget_class=0, train_calibration=0)
     run(of_class)
     assert len(of_class.records) == 4  # its bound is 0
