@@ -46,8 +46,8 @@ def test_fgsm_step_is_one_rounded_pixel_step_against_the_label():
     # The loss of label 0 grows with the first pixel, falls with the second, ignores the third.
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
     network[1].weight.data = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    spec = utils.DataSpec(mean=(0.4, 0.2, 0.6), std=(0.5, 0.25, 1.0))
-    inputs = torch.zeros(1, 3, 1, 1)
+    spec = utils.DataSpec(mean=(0.5, 0.25, 0.5), std=(0.5, 0.25, 1.0))
+    inputs = torch.tensor([-0.2, -0.2, 0.1])[None, :, None, None]
 
     def moved_pixels(size, label):
         """In units of 1/255."""
@@ -60,7 +60,7 @@ def test_fgsm_step_is_one_rounded_pixel_step_against_the_label():
     assert moved_pixels(0.9, 0) == pytest.approx([255, 0, 153], abs=1e-3)
     assert moved_pixels(0.1, 0) == pytest.approx([128, 26, 153], abs=0.51)  # 127.5 and 25.5
     assert moved_pixels(0.101, 0) == pytest.approx([128, 25, 153], abs=1e-3)  # rounded
-    assert not inputs.any()
+    assert inputs.flatten().tolist() == pytest.approx([-0.2, -0.2, 0.1])
 
 
 @pytest.mark.parametrize("radius", [0.01, 0.04])

@@ -191,6 +191,7 @@ def test_run_until_forgotten_ends_at_the_target(tmp_path):
     main_unlearn.unlearn_and_save(planned, job.data, CPU)
     record = json.loads((tmp_path / "finetune" / "results.json").read_text())
     assert len(record["history"]) == 1 and record["identity"]["stop_at"] == 1
+    assert record["recipe"]["num_epochs"] == 20 and record["num_forget"] == 11
 
 
 def test_identity_has_the_content_of_a_mask_and_not_its_path(tmp_path):
