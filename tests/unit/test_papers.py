@@ -110,6 +110,7 @@ class Reference:
 
     def start_epoch_of_mu_mis(self, epoch):
         self.rng = seeds.generator(self.job.seed, "mu_mis", "other classes", epoch)
+        self.other_sensitivity = 0.0
 
     def prepare_lotus(self):
         """The accuracy on the images that calibrate the training, which no model has seen."""
@@ -190,8 +191,9 @@ class Reference:
         if name == "mu_mis":
             shift = torch.randint(1, CLASSES, (len(f),), generator=self.rng)
             others = (self.labels[f] + shift) % CLASSES
-            own, other = (self.sensitivities(logits_f, i).mean() for i in (self.labels[f], others))
-            return own - other + 0 * logits_f.sum()  # for the last bias
+            own, other = (self.sensitivities(logits_f, i) for i in (self.labels[f], others))
+            self.other_sensitivity += other.sum().item() / 11
+            return (own - other).mean() + 0 * logits_f.sum()  # for the last bias
         if name == "boundary_expand":
             return nll(logits_f, torch.full_like(f, CLASSES)).mean()
         if name == "GA":
@@ -290,6 +292,9 @@ class Reference:
         if job.name == "boundary_expand":
             for name in ("4.weight", "4.bias"):
                 self.net.weights[name] = self.net.weights[name][:CLASSES]
+        if job.name == "mu_mis":
+            recorded = job.records[-1]["other_sensitivity"]
+            assert recorded == pytest.approx(self.other_sensitivity, rel=1e-3)
         self.losses = [sum(each) / len(each) for each in losses.values()]
         return self
 
