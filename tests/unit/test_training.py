@@ -90,7 +90,6 @@ def test_retain_set_and_batch_size_of_a_method_replace_those_of_the_job():
     for size, sizes in [(None, [2, 2, 2, 2, 2, 1]), (5, [4, 4, 3]), (64, [11])]:
         batches = [*epoch.batches("forget", batch_size=size)]
         assert [len(batch.indices) for batch in batches] == sizes
-        assert batches[0].separate_passes is False
 
 
 def test_order_depends_on_seed_method_part_and_epoch():
