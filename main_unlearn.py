@@ -46,10 +46,29 @@ def main():
     names = ", ".join(unlearn.METHODS)
     utils.add_scenario_flags(parser, names, "original_model.pth", label=True)
     utils.add_training_flags(parser, "default: depends on the method, listed below")
+    add_stop_flags(parser)
     unlearn.add_option_flags(parser, unlearn.METHODS)
     args = parser.parse_args()
     names = utils.method_names(args.unlearn_name, unlearn.METHODS)
     return unlearn_all(parser, args, {name: unlearn.METHODS[name] for name in names})
+
+
+def add_stop_flags(parser):
+    """Flags that compare methods at an equal level of forgetting instead of their authors' ends."""
+    group = parser.add_argument_group("until forgotten")
+    group.add_argument(
+        "--until_forgotten",
+        action="store_true",
+        help="end training after the epoch in which the forget accuracy falls to --stop_accuracy, "
+        "within --num_epochs; ssd, IU, neg_merge and FisherForgetting take the weakest setting "
+        "that reaches it",
+    )
+    group.add_argument(
+        "--stop_accuracy",
+        type=utils.number(float, 0, 1),
+        help="forget accuracy of --until_forgotten; default: 0.03 for classes, else the accuracy "
+        "on held-out images",
+    )
 
 
 def unlearn_all(parser, args, methods, make_term=None):
@@ -130,6 +149,7 @@ class Original:
     args: argparse.Namespace
     path: Path
     split: utils.Split
+    held_out: utils.Images
     model: nn.Module
     meta: dict
     weights: str
@@ -140,8 +160,9 @@ class Original:
 class Run:
     """One method for one seed, with its settings.
 
-    ``name`` is that of the method, ``label`` that of the folder and the row. ``identity`` is
-    everything that determines the weights. ``is_done`` is True if an earlier run with this identity
+    ``name`` is that of the method, ``label`` that of the folder and the row. ``stop_at`` is
+    the forget accuracy of --until_forgotten, else None. ``identity`` is everything that determines
+    the weights. ``is_done`` is True if an earlier run with this identity
     left its model.
     """
 
@@ -152,6 +173,7 @@ class Run:
     recipe: Recipe | None
     options: dict
     term: object
+    stop_at: float | None
     identity: dict
     files: utils.RunFiles
     is_done: bool
@@ -171,6 +193,8 @@ def check_flags(args, methods):
     is_name = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.label or "_")
     if args.label and (len(methods) > 1 or args.label in reserved or not is_name):
         raise UserError(f"--label {args.label}: needs one method, and a name that no method has")
+    if args.stop_accuracy is not None and not args.until_forgotten:
+        raise UserError("--stop_accuracy: it is the target of --until_forgotten; pass both")
     if not any(method.trained for method in methods.values()):
         for flag in TRAINING_FLAGS:
             if getattr(args, flag) is not None:
@@ -201,6 +225,7 @@ def read_original(args, data, device):
         args,
         path,
         split,
+        data.held_out,
         model=model,
         meta=meta,
         weights=checkpoint.weights_hash(state),
@@ -217,9 +242,12 @@ def build_network(args, data, device, *, pretrained):
 def plan_run(name, method, original, *, term, device):
     """The :class:`Run` of one method. Raises UserError if its folder has another run's result."""
     args, label = original.args, original.args.label or name
-    options = unlearn.options_of(method, args)
+    options = unlearn.options_of(method, args, cases_of(args))
     recipe = method_recipe(method, args, original.meta, device)
     identity = run_identity(original, recipe, options, term=term)
+    stop_at = None
+    if args.until_forgotten:
+        stop_at = identity["stop_at"] = target_accuracy(original)
     files = utils.RunFiles(original.folder / label)
     is_done = utils.already_done(files.model_path, identity, args) is not None
     if is_done:
@@ -232,10 +260,40 @@ def plan_run(name, method, original, *, term, device):
         recipe=recipe,
         options=options,
         term=term,
+        stop_at=stop_at,
         identity=identity,
         files=files,
         is_done=is_done,
     )
+
+
+def target_accuracy(original):
+    """The forget accuracy of --until_forgotten: --stop_accuracy, else 3 % for classes, and the
+    original model's accuracy on held-out images, which no metric uses, for other images.
+    """
+    args, split, images = original.args, original.split, original.held_out
+    if args.stop_accuracy is not None:
+        return args.stop_accuracy
+    if split.forget_classes:
+        return 0.03
+    if not len(split.train_calibration):
+        raise UserError("--until_forgotten: there are no held-out images; pass --stop_accuracy")
+    logits, labels = inference.compute_logits(original.model, images, split.train_calibration)
+    return (logits.argmax(dim=1) == labels).double().mean().item()
+
+
+def cases_of(args):
+    """Which of ``unlearn.CASES`` hold: where a method's published values differ."""
+    from_scratch = models.describe(args.model_name).trained_from_scratch
+    cases = {
+        "not_cifar10": args.data_name != "cifar10",
+        "cifar100": args.data_name == "cifar100",
+        "tiny_imagenet": args.data_name == "tiny_imagenet",
+        "classes": args.unlearn_type in ("class", "subclass"),
+        "vit": "vit" in args.model_name,
+        "digits": args.data_name == "digits" and from_scratch,
+    }
+    return {case for case, holds in cases.items() if holds}
 
 
 def method_recipe(method, args, original_meta, device):
@@ -247,9 +305,7 @@ def method_recipe(method, args, original_meta, device):
     if not method.trained:
         return None
     original = original_meta.get("recipe") or asdict(utils.original_recipe(args, device))
-    defaults = dict(method.training)
-    if args.data_name == "digits" and models.describe(args.model_name).trained_from_scratch:
-        defaults |= method.digits
+    defaults, _ = unlearn.defaults_of(method, cases_of(args))
     inherited = ["learning_rate"]
     if "num_epochs" not in defaults:
         inherited += ["num_epochs", "batch_size", "milestones"]
@@ -307,6 +363,7 @@ def unlearn_and_save(run, data, device):
         seed=args.seed,
         new_model=partial(initial_network, run, data, device),
         term=run.term,
+        stop_at=run.stop_at,
         compile=args.compile,
     )
     meta = utils.describe_run(args, data, device) | {

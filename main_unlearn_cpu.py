@@ -19,6 +19,7 @@ def main():
     names = ", ".join(unlearn_cpu.METHODS)
     utils.add_scenario_flags(parser, names, "original_model.pth", label=True)
     utils.add_training_flags(parser, "default: depends on the method, listed below")
+    main_unlearn.add_stop_flags(parser)
     unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()

@@ -5,7 +5,6 @@ processes divide every chunk. ``images`` are those of a data set (:class:`utils.
 ``spec`` has the mean and deviation of the normalization.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from . import distributed
 
 MAX_DOUBLINGS = 12  # of the radius of the attack
-STEPS = 20  # per radius
+STEPS = 50  # per radius, as in the authors' code
 
 
 class Examples(NamedTuple):
@@ -22,17 +21,6 @@ class Examples(NamedTuple):
 
     inputs: torch.Tensor
     labels: torch.Tensor
-
-
-def nearest_wrong_classes(model, images, indices, step_size, chunk):
-    """The likeliest wrong class of each image after one step of :func:`fgsm` → N, int64."""
-    nearest = []
-    for inputs, labels, count in _chunks(model, images, indices, chunk):
-        moved = fgsm(model, inputs, labels, step_size, images.spec)
-        with torch.no_grad():
-            wrong = model(moved).scatter(1, labels[:, None], -math.inf).argmax(dim=1)
-        nearest.append(distributed.gather_rows(wrong, count))
-    return torch.cat(nearest)
 
 
 def adversarial_examples(model, images, indices, radius, chunk):
@@ -56,14 +44,15 @@ def fgsm(model, inputs, labels, size, spec):
     """One step along the sign of the gradient of the loss (Goodfellow et al. 2015, 1412.6572).
 
     ``inputs`` are normalized images N×3×H×W with ``labels`` N. ``size`` is the step of every pixel
-    in units of the pixels' range. Pixels stay in their range. Returns normalized images.
+    in units of the pixels' range. Pixels stay in their range and are rounded to 1/255. Returns
+    normalized images.
     """
     inputs = inputs.detach().requires_grad_()
     loss = F.cross_entropy(model(inputs), labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, inputs)
     mean, std = _normalization(inputs, spec)
-    moved = inputs.detach() + size / std * gradient.sign()
-    return moved.clamp(min=-mean / std, max=(1 - mean) / std)
+    pixels = (inputs.detach() * std + mean + size * gradient.sign()).clamp(0, 1)
+    return ((255 * pixels).round() / 255 - mean) / std
 
 
 def nearest(model, inputs, labels, spec, *, radius):
@@ -71,25 +60,25 @@ def nearest(model, inputs, labels, spec, *, radius):
     et al. 2018, 1706.06083), as AMUN (2503.00917) searches them.
 
     ``inputs`` are normalized images N×3×H×W with ``labels`` N, ``radius`` is the L2 norm of the
-    first ball in pixels of range 0 to 1. The first image that is classified wrongly is the example.
-    An image that never changes its prediction gets the last image and its likeliest wrong class.
+    first ball in pixels of range 0 to 1. A step is a tenth of the radius. The first image that is
+    classified wrongly is the example. After ``STEPS`` steps the radius doubles, and the search goes
+    on from the last image. An image that never changes its prediction gets the last image and its
+    likeliest wrong class.
     """
     mean, std = _normalization(inputs, spec)
     examples = Examples(inputs.clone(), labels.clone())
     rows = torch.arange(len(inputs), device=inputs.device)  # the images without an example so far
+    centre = inputs * std + mean
+    pixels = centre
     for _ in range(MAX_DOUBLINGS):
-        if not len(rows):
-            break
-        centre = inputs[rows] * std + mean
-        pixels = centre
-        for _ in range(STEPS + 1):
+        for _ in range(STEPS):
+            if not len(rows):
+                return examples
             gradient, wrong, is_wrong = _ascent(model, (pixels - mean) / std, labels[rows])
             examples.inputs[rows] = (pixels - mean) / std
             examples.labels[rows] = wrong
             rows, centre = rows[~is_wrong], centre[~is_wrong]
             pixels, gradient = pixels[~is_wrong], gradient[~is_wrong]
-            if not len(rows):
-                break
             # A step of a tenth of the radius, then back into the ball and the range of pixels.
             moved = pixels + radius / 10 * _unit(gradient / std) - centre
             pixels = (centre + _into_ball(moved, radius)).clamp(0, 1)

@@ -9,17 +9,42 @@ from .errors import UserError
 from .inference import classifier_layers
 
 
+def linear_layers(model, num_classes):
+    """The layers that turn features into logits, each an nn.Linear with a row for each class.
+
+    Raises UserError for a network whose classifier is anything else.
+    """
+    layers = classifier_layers(model)
+    for layer in layers:
+        if not isinstance(layer, nn.Linear) or layer.out_features != num_classes:
+            raise UserError(
+                f"the classifier of this network ends in {type(layer).__name__}, and this method "
+                f"needs nn.Linear with a row for each of the {num_classes} classes"
+            )
+    return layers
+
+
+def last_layer(model, num_classes, *, required):
+    """Names of the parameters of :func:`linear_layers`; none for another classifier.
+
+    Raises UserError for another classifier if one is ``required``.
+    """
+    try:
+        layers = linear_layers(model, num_classes)
+    except UserError:
+        if required:
+            raise
+        layers = []
+    last = {parameter for layer in layers for parameter in layer.parameters()}
+    return {name for name, parameter in model.named_parameters() if parameter in last}
+
+
 def widen(model, num_classes, rng):
     """Add one class after the ``num_classes`` of a network, with weights drawn as by nn.Linear.
 
-    ``rng`` is a generator on the CPU. Raises UserError for a last layer that is not linear.
+    ``rng`` is a generator on the CPU. Raises UserError as :func:`linear_layers` does.
     """
-    for layer in classifier_layers(model):
-        if not isinstance(layer, nn.Linear) or layer.out_features != num_classes:
-            raise UserError(
-                f"the last layer of this network is {type(layer).__name__}, and only nn.Linear "
-                "can get another class"
-            )
+    for layer in linear_layers(model, num_classes):
         limit = 1 / math.sqrt(layer.in_features)
         row = torch.empty(1, layer.in_features).uniform_(-limit, limit, generator=rng)
         bias = torch.empty(1).uniform_(-limit, limit, generator=rng)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import distributed
-from .inference import classifier_layers
 
 # How many numbers the gradients of the images in one backward pass have at most. On CPUs, small
 # networks are faster with several images per pass, and large ones with a single image.
@@ -91,17 +91,17 @@ def _zeros(model):
     return {name: torch.zeros_like(weight.detach()) for name, weight in model.named_parameters()}
 
 
-def batch_fisher(model, images, batches, augment=None):
+def batch_fisher(model, images, batches):
     """Mean over batches of (∂ mean cross-entropy of the batch / ∂ w)²: a tensor per parameter.
 
     The code of Foster et al. 2024 (arXiv 2308.07707) computes importances this way: directions that
     differ between the images of a batch cancel. ``batches`` are tensors of indices into ``images``,
-    ``augment`` is the generator of their augmentation or None. The model is left in eval mode.
+    which are not augmented. The model is left in eval mode.
     """
     model.eval()
     total = _zeros(model)
     with distributed.progress_bar(total=len(batches), desc="importances", unit="batch") as bar:
-        for indices, inputs in zip(batches, images.batches(batches, augment), strict=True):
+        for indices, inputs in zip(batches, images.batches(batches), strict=True):
             labels = images.labels[distributed.local_rows(indices)]
             gradients = _gradients(model, inputs, labels, divisor=len(indices))
             distributed.add_up(gradients)
@@ -111,15 +111,15 @@ def batch_fisher(model, images, batches, augment=None):
     return {name: tensor / len(batches) for name, tensor in total.items()}
 
 
-def mean_gradient(model, images, indices, augment=None, chunk=64):
+def mean_gradient(model, images, indices, chunk=64):
     """∂ mean cross-entropy / ∂ w of images, a tensor per parameter. The model is left in eval mode.
 
-    ``augment`` is the generator of the augmentation or None. Several processes divide each chunk.
+    Images are not augmented. Several processes divide each chunk.
     """
     model.eval()
     total = _zeros(model)
     chunks = indices.split(chunk)
-    for chunk_indices, inputs in zip(chunks, images.batches(chunks, augment), strict=True):
+    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
         labels = images.labels[distributed.local_rows(chunk_indices)]
         gradients = _gradients(model, inputs, labels)
         for summed, gradient in zip(total.values(), gradients, strict=True):
@@ -137,15 +137,12 @@ def _gradients(model, inputs, labels, divisor=1):
     return torch.autograd.grad(loss, parameters)
 
 
-def inverse_product(
-    model, images, indices, vector, *, damping, augmentation=None, max_steps=20, tolerance=1e-3
-):
+def inverse_product(model, images, indices, vector, *, damping, max_steps=20, tolerance=1e-3):
     """(F + damping·I)⁻¹ v for the empirical Fisher information F, a tensor per parameter.
 
     Conjugate gradients (Hestenes & Stiefel 1952) on :func:`fisher_product`. They end when the
     residual is ``tolerance`` times the vector v, or after ``max_steps`` passes over the images.
-    ``vector`` is {parameter: tensor}. ``augmentation()`` returns the generator of the augmentation,
-    the same for every pass; None means no augmentation. The model is left in eval mode.
+    ``vector`` is {parameter: tensor}. The model is left in eval mode.
     """
     model.eval()
     solution, residual, direction = _zeros(model), dict(vector), dict(vector)
@@ -154,8 +151,7 @@ def inverse_product(
         for _ in range(max_steps):
             if squared <= tolerance**2 * start:
                 break
-            augment = augmentation() if augmentation else None
-            product = fisher_product(model, images, indices, direction, augment)
+            product = fisher_product(model, images, indices, direction)
             product = {name: p + damping * direction[name] for name, p in product.items()}
             # The minimum along the direction, then a new direction that is conjugate to the others.
             length = squared / _dot(direction, product)
@@ -168,16 +164,16 @@ def inverse_product(
     return solution
 
 
-def fisher_product(model, images, indices, vector, augment=None, chunk=64):
+def fisher_product(model, images, indices, vector, chunk=64):
     """F v for the empirical Fisher information F of images, a tensor per parameter.
 
     F is the mean over images of g gᵀ, where g is the gradient of an image's cross-entropy.
-    ``augment`` is the generator of the augmentation or None. Several processes divide each chunk.
+    Images are not augmented. Several processes divide each chunk.
     """
     parameters = {name: weight.detach() for name, weight in model.named_parameters()}
     total = _zeros(model)
     chunks = indices.split(chunk)
-    for chunk_indices, inputs in zip(chunks, images.batches(chunks, augment), strict=True):
+    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
         if not len(inputs):
             continue
         labels = images.labels[distributed.local_rows(chunk_indices)]
@@ -188,7 +184,8 @@ def fisher_product(model, images, indices, vector, augment=None, chunk=64):
 
         # F v is the mean of g (gᵀ v). Forward mode gives gᵀ v of every image, and one backward pass
         # the sum of the g with these weights. torch's own rules for it still use torch.jit.
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        ignored = warnings.catch_warnings(action="ignore", category=FutureWarning)
+        with ignored, plain_attention():
             _, projections = torch.func.jvp(losses, (parameters,), (vector,))
         _, gradients_of = vjp(losses, parameters)
         (gradients,) = gradients_of(projections)
@@ -198,13 +195,12 @@ def fisher_product(model, images, indices, vector, augment=None, chunk=64):
     return total
 
 
+def plain_attention():
+    """Attention in its plain form, as a context: fused kernels have no second derivatives."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def _dot(first, second):
     """The inner product of two {name: tensor}, in float64."""
     products = [(first[name].double() * second[name].double()).sum() for name in first]
     return torch.stack(products).sum().item()
-
-
-def last_layer(model):
-    """Names of the parameters of the layers that turn features into logits."""
-    last = {parameter for layer in classifier_layers(model) for parameter in layer.parameters()}
-    return {name for name, parameter in model.named_parameters() if parameter in last}

@@ -57,7 +57,8 @@ class Job:
     was before any training on this data. ``term`` is the conformal loss
     (:class:`unlearn_cpu.ConformalTerm`) or None. ``log`` is called with the record of every epoch.
     A ``quiet`` run neither measures nor prints accuracies. ``progress`` saves the state for
-    --resume. A method stores additional results in ``by_products``, a state_dict by file name.
+    --resume. ``stop_at`` is the forget accuracy at which training ends, or None. A method stores
+    additional results in ``by_products``, a state_dict by file name.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Job:
     quiet: bool = False
     compile: bool = False
     progress: "Progress | None" = None
+    stop_at: float | None = None
     by_products: dict[str, dict] = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)
     weights_after: list[dict] = field(default_factory=list)
@@ -94,9 +96,10 @@ class Job:
         """Yield an :class:`Epoch` for each epoch of the recipe, and complete it afterwards.
 
         Training ends early after the epoch in which the accuracy on (at most 2,000) forget images
-        falls to ``stop_at``. In ``eval_mode`` BatchNorm normalizes by its running statistics and
-        keeps them. ``keep_weights`` keeps a copy of the weights after every epoch in
-        ``weights_after``. Raises :class:`Diverged` if the loss, a weight or a logit is not finite.
+        falls to ``stop_at`` or to the job's, and after an epoch that the method calls the last. In
+        ``eval_mode`` BatchNorm normalizes by its running statistics and keeps them.
+        ``keep_weights`` keeps a copy of the weights after every epoch in ``weights_after``. Raises
+        :class:`Diverged` if the loss, a weight or a logit is not finite.
         """
         state = TrainingState(self)
         if self.progress:
@@ -115,9 +118,11 @@ class Job:
                 record = epoch.finish()
                 self.records.append(record)
                 self.log(record)
-                if stop_at is not None:
+                state.ended = epoch.is_last
+                targets = [target for target in (stop_at, self.stop_at) if target is not None]
+                if targets:
                     measured = record if "forget_acc" in record else self.monitor(["forget"])
-                    state.ended = measured["forget_acc"] <= stop_at
+                    state.ended |= measured["forget_acc"] <= max(targets)
                 if keep_weights:
                     weights = checkpoint.on_cpu(self.model.state_dict())
                     self.weights_after.append(copy.deepcopy(weights))
@@ -165,8 +170,8 @@ class Job:
     def part(self, number, count, learning_rate):
         """The job of one of ``count`` trainings of a method, numbered from 0.
 
-        It draws random numbers of its own, logs the epochs of all trainings as one sequence, and
-        saves no state.
+        It draws random numbers of its own, logs the epochs of all trainings as one sequence, does
+        not end early, and saves no state.
         """
 
         def log(record):
@@ -179,6 +184,7 @@ class Job:
             recipe=replace(self.recipe, learning_rate=learning_rate),
             log=log,
             progress=None,
+            stop_at=None,
             records=[],
         )
 
@@ -202,7 +208,7 @@ class Epoch:
     All random numbers are drawn from the seed and the epoch, so a resumed run repeats it.
     """
 
-    eval_mode = False
+    eval_mode = is_last = False
 
     def __init__(self, job, number, *, state, network, bar):
         self.job, self.number, self._bar = job, number, bar
@@ -224,27 +230,38 @@ class Epoch:
         job = self.job
         return seeds.generator(job.seed, job.name, *purpose, self.number, device=job.device)
 
+    def record(self, name, value):
+        """Add a number that the method measures to the epoch's record. Returns it as a float."""
+        self._record[name] = float(value)
+        return self._record[name]
+
+    def set_learning_rate(self, learning_rate):
+        """The learning rate of the next steps, for a schedule that changes it within an epoch."""
+        for group in self._state.optimizer.param_groups:
+            group["lr"] = learning_rate
+
     # ------------------------------------------------------------ batches
 
-    def batches(self, *parts, limit=None, retain_set=None):
+    def batches(self, *parts, batch_size=None, retain_set=None):
         """Yield the :class:`Batch` of every step of one pass through ``parts``, in random order.
 
-        ``limit`` is the largest number of steps. See :meth:`steps` and :meth:`visit`.
+        See :meth:`steps` and :meth:`visit`.
         """
-        yield from self.visit(self.steps(*parts, retain_set=retain_set)[:limit])
+        yield from self.visit(self.steps(*parts, batch_size=batch_size, retain_set=retain_set))
 
-    def steps(self, *parts, retain_set=None):
+    def steps(self, *parts, batch_size=None, retain_set=None):
         """The steps of one pass through ``parts``: pairs (indices of training images, num_retain).
 
         The first ``num_retain`` images are retain images, of ``retain_set`` (default: the split's).
-        There are as many steps as full batches need, each with an equal share of every part. Equal
-        sizes avoid a last batch of one image, on which BatchNorm cannot train.
+        There are as many steps as full batches of ``batch_size`` (default: the recipe's) need, each
+        with an equal share of every part. Equal sizes avoid a last batch of one image, on which
+        BatchNorm cannot train.
         """
         sets = {"retain": retain_set, "forget": self.job.split.forget}
         if retain_set is None:
             sets["retain"] = self.job.split.retain
         num_images = sum(len(sets[part]) for part in parts)
-        num_steps = math.ceil(num_images / self.job.recipe.batch_size)
+        num_steps = math.ceil(num_images / (batch_size or self.job.recipe.batch_size))
         empty = [torch.empty(0, dtype=torch.int64, device=self.job.device)] * num_steps
         retain, forget = (
             self._shuffled_shares(part, sets[part], num_steps) if part in parts else empty
@@ -267,10 +284,11 @@ class Epoch:
             yield from indices[order].split(self.job.recipe.batch_size)
             pass_number += 1
 
-    def visit(self, steps):
+    def visit(self, steps, *, separate_passes=False):
         """Yield a :class:`Batch` of augmented images for each of ``steps`` (see :meth:`steps`).
 
-        With a conformal term, equal shares of the forget images join the steps that have none.
+        With a conformal term, equal shares of the forget images join the steps that have none. With
+        ``separate_passes``, retain and forget images pass through the network one after the other.
         Raises UserError for a step with fewer images than there are processes.
         """
         steps = list(steps)
@@ -287,7 +305,9 @@ class Epoch:
                     f"{distributed.world_size()} processes; start fewer"
                 )
             num_retain = len(distributed.local_rows(indices[:num_retain]))
-            yield Batch(self, distributed.local_rows(indices), num_retain, inputs)
+            batch = Batch(self, distributed.local_rows(indices), num_retain, inputs)
+            batch.separate_passes = separate_passes
+            yield batch
             self._bar.update(len(indices))
 
     def _shuffled_shares(self, part, indices, num_steps):
@@ -382,6 +402,8 @@ class Batch:
     (M×3×H×W) belong to them. The first ``num_retain`` are retain images, the others forget images.
     """
 
+    separate_passes = False
+
     def __init__(self, epoch, indices, num_retain, inputs):
         self._epoch, self.indices, self.num_retain = epoch, indices, num_retain
         self.inputs, self.labels = inputs, epoch.job.data.train.labels[indices]
@@ -389,6 +411,9 @@ class Batch:
     @cached_property
     def logits(self):
         """M×K float32, with a gradient, computed from ``inputs`` when first used."""
+        if self.separate_passes:
+            sections = self.inputs.tensor_split([self.num_retain])
+            return torch.cat([self._epoch.forward(inputs) for inputs in sections])
         return self._epoch.forward(self.inputs)
 
     @property

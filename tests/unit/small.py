@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+import main_unlearn
 import unlearn
 import unlearn_cpu
 import utils
@@ -14,7 +15,7 @@ from models.training import Job, Recipe
 
 CLASSES = 5
 BRIGHTER = 1.25  # augmentation multiplies the small images by this
-JOB_FIELDS = ("seed", "model", "new_model", "log", "quiet", "compile", "progress", "split")
+JOB_FIELDS = ("seed", "model", "new_model", "log", "quiet", "compile", "progress", "stop_at")
 
 
 def arguments(*flags, methods=unlearn.METHODS, data="cifar10"):
@@ -22,6 +23,7 @@ def arguments(*flags, methods=unlearn.METHODS, data="cifar10"):
     parser = utils.make_parser("")
     utils.add_scenario_flags(parser, "", "original_model.pth")
     utils.add_training_flags(parser, "")
+    main_unlearn.add_stop_flags(parser)
     unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, methods)
     return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, flags)])
@@ -126,7 +128,10 @@ def small_job(
         term=term,
         **fields,
     )
-    job.options = method.options | settings
+    # All epochs of the recipe, and steps of equal size.
+    small = {"num_steps": None, "recovery": math.inf, "forget_batch_size": None}
+    job.options = method.options | {key: small[key] for key in small if key in method.options}
+    job.options |= settings
     return job
 
 

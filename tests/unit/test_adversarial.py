@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import ByHand, SmallNet, images
+from small import SmallNet, images
 from torch import nn
 
 import utils
@@ -42,18 +42,25 @@ def nearest(model, inputs, labels, radius=0.04):
     return examples, ((examples.inputs - inputs) * STD).flatten(1).norm(dim=1)
 
 
-def test_fgsm_step_is_one_pixel_step_against_the_label():
+def test_fgsm_step_is_one_rounded_pixel_step_against_the_label():
     # The loss of label 0 grows with the first pixel, falls with the second, ignores the third.
     network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
     network[1].weight.data = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     spec = utils.DataSpec(mean=(0.5, 0.25, 0.5), std=(0.5, 0.25, 1.0))
-    inputs, label = torch.zeros(1, 3, 1, 1), torch.tensor([0])  # pixels ½, ¼, ½
-    moved = adversarial.fgsm(network, inputs, label, 0.2, spec)
-    assert moved.flatten().tolist() == pytest.approx([0.2 / 0.5, -0.2 / 0.25, 0])
-    far = adversarial.fgsm(network, inputs, label, 0.9, spec)  # pixels 1, 0, ½
-    assert far.flatten().tolist() == pytest.approx([1, -1, 0])
-    assert adversarial.fgsm(network, inputs, 1 - label, 0.2, spec).equal(-moved)
-    assert not inputs.any()
+    inputs = torch.tensor([-0.2, -0.2, 0.1])[None, :, None, None]
+
+    def moved_pixels(size, label):
+        """In units of 1/255."""
+        moved = adversarial.fgsm(network, inputs, torch.tensor([label]), size, spec).flatten()
+        return (255 * (moved * torch.tensor(spec.std) + torch.tensor(spec.mean))).tolist()
+
+    # The pixels are 102, 51 and 153 of 255, and 0.2 is 51. They stay in their range.
+    assert moved_pixels(0.2, 0) == pytest.approx([153, 0, 153], abs=1e-3)
+    assert moved_pixels(0.2, 1) == pytest.approx([51, 102, 153], abs=1e-3)
+    assert moved_pixels(0.9, 0) == pytest.approx([255, 0, 153], abs=1e-3)
+    assert moved_pixels(0.1, 0) == pytest.approx([128, 26, 153], abs=0.51)  # 127.5 and 25.5
+    assert moved_pixels(0.101, 0) == pytest.approx([128, 25, 153], abs=1e-3)  # rounded
+    assert inputs.flatten().tolist() == pytest.approx([-0.2, -0.2, 0.1])
 
 
 @pytest.mark.parametrize("radius", [0.01, 0.04])
@@ -80,8 +87,12 @@ def test_image_that_is_wrong_already_is_its_own_example():
 
 
 def test_image_that_is_never_wrong_ends_on_the_last_ball(monkeypatch):
-    """Steps are a tenth of the radius 0.04, which doubles. The label is the likeliest wrong one."""
-    for doublings, steps, length, calls in ((2, 20, 0.08, 42), (1, 3, 0.012, 4)):
+    """Steps are a tenth of the radius 0.04, which doubles, and the search goes on where it was. The
+    label is the likeliest wrong one. The example is the last image that passed the network.
+    """
+    assert adversarial.STEPS == 50
+    rows = ((2, 20, 0.08, 40), (1, 3, 0.008, 3), (2, 3, 0.012 + 2 * 0.008, 6), (3, 1, 0.012, 3))
+    for doublings, steps, length, calls in rows:
         monkeypatch.setattr(adversarial, "MAX_DOUBLINGS", doublings)
         monkeypatch.setattr(adversarial, "STEPS", steps)
         model = Linear(offset=100.0)
@@ -105,12 +116,3 @@ def test_examples_of_a_data_set_are_computed_in_chunks_in_eval_mode():
     torch.testing.assert_close(chunks.inputs, whole.inputs)
     assert chunks.labels.equal(whole.labels) and not model.training
     assert [len(batch) for batch, _ in data.uses] == [2, 2, 1]
-
-
-def test_nearest_wrong_class_is_the_likeliest_that_is_not_the_label():
-    data = images(49, 1)
-    data.inputs.clamp_(-2, 2)  # inside the range of the pixels
-    logits = ByHand(SmallNet()).logits(data.inputs)
-    logits[range(49), data.labels] = -torch.inf
-    classes = adversarial.nearest_wrong_classes(SmallNet(), data, torch.arange(49), 0.0, chunk=8)
-    assert classes.equal(logits.argmax(1))

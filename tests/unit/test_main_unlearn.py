@@ -2,11 +2,12 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from small import SmallNet, arguments, run, small_job
+from torch.nn import functional as F
 
 import main_unlearn
 import unlearn
@@ -33,24 +34,20 @@ def recipe(name, *flags, original=None, data="cifar10"):
 def test_method_without_flags_has_its_defaults_or_the_recipe_of_the_original():
     assert recipe("retrain") == Recipe(33, 0.07, 17, [9, 21])
     assert recipe("finetune") == Recipe(20, 0.07)
-    assert recipe("salun") == Recipe(10, 0.013)
-    assert recipe("GA") == Recipe(100, 1e-4, schedule="constant")
+    assert recipe("salun") == Recipe(10, 0.013, 256, schedule="constant")
+    assert recipe("teacher").optimizer == "adam" and recipe("ga_plus").momentum == 0
+    assert recipe("scrub") == Recipe(5, 5e-4, 32, [3])
+    assert recipe("scrub", "--unlearn_type", "class") == Recipe(3, 5e-4, 128, [3])
     assert recipe("ssd") is None
-
-
-def test_method_of_a_network_trained_from_scratch_on_digits_has_values_of_its_own():
-    assert recipe("finetune", data="digits").learning_rate == 0.02
-    assert recipe("finetune", "--learning_rate", 0.3, data="digits").learning_rate == 0.3
-    assert recipe("finetune", "--model_name", "resnet50", data="digits").learning_rate == 0.07
-    assert recipe("retrain", data="digits").learning_rate == 0.07
 
 
 @pytest.mark.parametrize("name", ["retrain", "finetune", "salun"])
 def test_flags_override_defaults_and_the_recipe_of_the_original(name):
     flags = [*TRAINING, "--precision", "bf16"]
     expected = Recipe(3, 0.5, 5, [1, 2], precision="bf16")
-    assert recipe(name, *flags) == recipe(name, *flags, original={}) == expected
     assert utils.original_recipe(arguments(*flags), CPU) == expected
+    expected = replace(expected, schedule="constant" if name == "salun" else "cosine")
+    assert recipe(name, *flags) == recipe(name, *flags, original={}) == expected
 
 
 def test_original_has_the_recipe_of_its_data_set_or_of_a_pretrained_network():
@@ -63,6 +60,23 @@ def test_original_has_the_recipe_of_its_data_set_or_of_a_pretrained_network():
     assert original(data="digits") == Recipe(utils.SPECS["digits"].num_epochs, 0.01)
     assert original("--model_name", "resnet50") == Recipe(20, 0.01)
     assert original("--model_name", "resnet50", "--num_epochs", 33) == Recipe(33, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "cases"),
+    [
+        ("cifar10", [], ""),
+        ("cifar10", ["--unlearn_type", "list"], ""),
+        ("cifar10", ["--unlearn_type", "class"], "classes"),
+        ("cifar100", ["--unlearn_type", "random"], "not_cifar10 cifar100"),
+        ("cifar20", ["--unlearn_type", "subclass"], "not_cifar10 classes"),
+        ("tiny_imagenet", ["--model_name", "vit"], "not_cifar10 tiny_imagenet vit"),
+        ("digits", [], "not_cifar10 digits"),
+        ("digits", ["--model_name", "vit"], "not_cifar10 vit"),  # pre-trained
+    ],
+)
+def test_cases_of_published_values(data, flags, cases):
+    assert main_unlearn.cases_of(arguments(*flags, data=data)) == {*cases.split()}
 
 
 # ---------------------------------------------------------------- flags that apply
@@ -87,6 +101,9 @@ def test_flag_that_suits_none_or_not_all_of_the_methods_is_refused():
     check(["finetune", "ssd", "cpu_scrub"], "--num_epochs", 3, "--msteps", 3)
     with pytest.raises(UserError, match="--learning_rate"):
         check(["finetune", "ssd"], "--learning_rate", 0.1)
+    check(["finetune", "ssd"], "--until_forgotten", "--stop_accuracy", 0)
+    with pytest.raises(UserError, match="--stop_accuracy .*--until_forgotten|--stop_accuracy: "):
+        check(["finetune"], "--stop_accuracy", 0)
     with pytest.raises(UserError, match="--msteps .*scrub.*salun"):
         check(["salun", "RL"], "--msteps", 3)
 
@@ -111,13 +128,14 @@ def test_jobs_under_torchrun_are_refused(monkeypatch):
 # ---------------------------------------------------------------- earlier runs and records
 
 
-def plan(folder, name, *flags, label=None):
-    args = arguments(*flags)
+def plan(folder, name, *flags, label=None, job=None):
+    args, job = arguments(*flags), job or small_job("finetune")
     args.label = label
     original = main_unlearn.Original(
         args=args,
         path=folder / "original_model.pth",
-        split=small_job("finetune").split,
+        split=job.split,
+        held_out=job.data.held_out,
         model=SmallNet(),
         meta={"recipe": ORIGINAL},
         weights="1234",
@@ -130,11 +148,50 @@ def test_identity_has_recipe_options_original_forget_set_and_term(tmp_path):
     planned = plan(tmp_path, "scrub", "--beta", 2)
     options = unlearn.METHODS["scrub"].options | {"beta": 2.0}
     origin = {"original": "1234", "forget_set": planned.original.split.fingerprint}
-    assert planned.options == options and planned.recipe == Recipe(10, 2e-3)
+    assert planned.options == options and planned.recipe == Recipe(5, 5e-4, 32, [3])
     assert planned.identity == asdict(planned.recipe) | options | origin
     term = small_job("cpu_finetune", lamda=0.4, alpha=0.3, delta=0.02).term
     settings = {"alpha": 0.3, "delta": 0.02, "lamda": 0.4, "loss": "own"}
     assert run_identity(planned.original, None, {}, term=term) == origin | settings
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "target"),
+    [
+        ([], {}, None),
+        (["--until_forgotten"], {}, 14 / 20),
+        (["--until_forgotten"], {"forget_class": 0}, 0.03),
+        (["--until_forgotten", "--stop_accuracy", 0], {"forget_class": 0}, 0.0),
+        (["--until_forgotten", "--stop_accuracy", 0.4], {"train_calibration": 0}, 0.4),
+    ],
+)
+def test_target_is_the_accuracy_on_held_out_images_or_three_percent_for_classes(
+    flags, settings, target, tmp_path
+):
+    job = small_job("finetune", **settings)
+    held_out = job.data.held_out
+    held_out.labels = SmallNet().eval()(held_out.inputs).argmax(1)
+    held_out.labels[job.split.train_calibration[:6]] += 1  # 14 of 20 are right
+    planned = plan(tmp_path, "finetune", *flags, job=job)
+    assert planned.stop_at == planned.identity.get("stop_at") == target
+    assert ("stop_at" in planned.identity) == bool(flags)
+
+
+def test_target_without_held_out_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--stop_accuracy"):
+        plan(tmp_path, "GA", "--until_forgotten", job=small_job("GA", train_calibration=0))
+
+
+def test_run_until_forgotten_ends_at_the_target(tmp_path):
+    job = small_job("finetune")
+    for name in ("tag", "fingerprint"):
+        setattr(job.data, name, "data")
+    flags = ["--until_forgotten", "--stop_accuracy", 1, "--wandb_mode", "disabled"]
+    planned = plan(tmp_path, "finetune", *flags, job=job)
+    main_unlearn.unlearn_and_save(planned, job.data, CPU)
+    record = json.loads((tmp_path / "finetune" / "results.json").read_text())
+    assert len(record["history"]) == 1 and record["identity"]["stop_at"] == 1
+    assert record["recipe"]["num_epochs"] == 20 and record["num_forget"] == 11
 
 
 def test_identity_has_the_content_of_a_mask_and_not_its_path(tmp_path):
@@ -198,7 +255,7 @@ def test_interrupted_run_saves_its_state_and_resumes_to_the_same_weights(error, 
     def interrupted(job):
         for epoch in job.epochs():
             for batch in epoch.batches("retain"):
-                epoch.step(unlearn.cross_entropy(*batch.retain), batch)
+                epoch.step(F.cross_entropy(*batch.retain), batch)
             if epoch.number == 3:
                 raise error("stopped")
 

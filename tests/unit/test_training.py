@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import BRIGHTER, ByHand, SmallNet, Tensors, rates, run, small_job, training_steps
+from small import BRIGHTER, ByHand, SmallNet, Tensors, run, small_job, training_steps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,14 +81,15 @@ def test_no_step_is_empty():
     assert one_epoch(small_job("RL", forget=0)).steps("forget") == []
 
 
-def test_retain_set_of_a_method_replaces_that_of_the_split_and_limit_ends_a_pass():
+def test_retain_set_and_batch_size_of_a_method_replace_those_of_the_job():
     epoch, chosen = one_epoch(small_job("amun", batch_size=2)), torch.tensor([1, 3, 3, 29])
     steps = epoch.steps("retain", "forget", retain_set=chosen)
     assert images_of(steps) == [chosen.tolist(), epoch.job.split.forget.tolist()]
     indices = [batch.indices for batch in epoch.batches("retain", retain_set=chosen)]
     assert torch.cat(indices).sort().values.equal(chosen)
-    for limit, count in [(2, 2), (None, 6), (9, 6), (0, 0)]:
-        assert len([*epoch.batches("forget", limit=limit)]) == count
+    for size, sizes in [(None, [2, 2, 2, 2, 2, 1]), (5, [4, 4, 3]), (64, [11])]:
+        batches = [*epoch.batches("forget", batch_size=size)]
+        assert [len(batch.indices) for batch in batches] == sizes
 
 
 def test_order_depends_on_seed_method_part_and_epoch():
@@ -164,15 +165,15 @@ def test_teacher_has_the_precision_of_training_and_no_gradient(precision):
     assert retain_only.outputs_of(nn.Identity(), "forget").shape == (0, 5)
 
 
-def test_missing_batch_is_an_error():
-    class OneTooFew(Tensors):
-        def batches(self, index_batches, augment=None):
-            yield from [*super().batches(index_batches, augment)][:-1]
-
-    job = small_job("finetune")
-    job.data.train = OneTooFew(job.data.train.inputs, job.data.train.labels)
-    with pytest.raises(ValueError, match="shorter"):
-        train(job)
+def test_parts_of_a_batch_in_separate_passes_have_statistics_of_their_own():
+    job = small_job("ga_plus")
+    hand, epoch = ByHand(job.model), one_epoch(job)
+    (batch,) = epoch.visit(epoch.steps("retain", "forget")[:1], separate_passes=True)
+    inputs = BRIGHTER * job.data.train.inputs[batch.indices]
+    parts = inputs.split([batch.num_retain, len(inputs) - batch.num_retain])
+    expected = torch.cat([hand.logits(part, training=True) for part in parts]).float()
+    torch.testing.assert_close(batch.logits, expected, rtol=1e-4, atol=1e-5)
+    hand.assert_equal(job.model.state_dict())
 
 
 def test_under_torchrun_a_batch_has_every_second_row_of_each_step(monkeypatch):
@@ -251,41 +252,6 @@ def test_dropout_depends_on_seed_and_epoch_only():
 # ---------------------------------------------------------------- steps of the optimizer
 
 
-def replay(job, hand, *, train_mode):
-    """(rate, gradients) of every step of a job that trained retain images, by hand."""
-    images, epoch_rates = job.data.train, [*rates(job.recipe)]
-    for epoch, rows, _ in training_steps(job):
-        logits = hand.logits(BRIGHTER * images.inputs[rows], train_mode)
-        loss = F.cross_entropy(logits, images.labels[rows])
-        yield epoch_rates[epoch - 1], hand.gradients(loss)
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"milestones": [1, 3]}, {"schedule": "constant"}, {"momentum": 0.0}]
-)
-def test_sgd_follows_its_formula_and_the_schedule(settings):
-    job = small_job("finetune", num_epochs=4, **settings)
-    hand, recipe = ByHand(job.model), job.recipe
-    train(job)
-    for rate, gradients in replay(job, hand, train_mode=True):
-        hand.descend(gradients, rate, recipe.momentum, recipe.weight_decay)
-    hand.assert_equal(job.model.state_dict(), rtol=1e-3, atol=1e-5)
-    assert [record["learning_rate"] for record in job.records] == pytest.approx([*rates(recipe)])
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_adam_follows_its_formula_and_adamw_decays_the_weights_separately(optimizer):
-    job = small_job("finetune", optimizer=optimizer, learning_rate=0.01, weight_decay=0.3)
-    hand, decay = ByHand(job.model), 0.3 if optimizer == "adam" else 0.0
-    train(job, eval_mode=True)
-    for number, (rate, gradients) in enumerate(replay(job, hand, train_mode=False), 1):
-        if optimizer == "adamw":  # Loshchilov & Hutter 2019, algorithm 2
-            for weight in hand.weights.values():
-                weight.data *= 1 - rate * 0.3
-        hand.adapt(gradients, rate, decay, number)
-    hand.assert_equal(job.model.state_dict(), rtol=1e-3, atol=1e-4)
-
-
 def test_backward_replaces_the_gradients_and_update_uses_what_a_method_made_of_them():
     job = small_job("sfron", num_epochs=1, momentum=0.0, weight_decay=0.0)
     before, bias = copy.deepcopy([*job.model.parameters()]), job.model[4].bias
@@ -342,8 +308,6 @@ TRAINED = [name for name, entry in unlearn.METHODS.items() if entry.trained and 
 def job_of_all_epochs(label, **settings):
     """A quiet job of a method or variant that no accuracy ends."""
     name, options = label.removeprefix("cpu_"), {"quiet": True}
-    if "stop_accuracy" in unlearn.METHODS[name].options:
-        options["stop_accuracy"] = -1.0
     if name == "lotus":
         options["forget_class"] = 0
     if name == "neg_merge":
@@ -436,32 +400,35 @@ def test_monitored_accuracies_are_those_of_a_fixed_random_sample():
     assert job.monitor() == expected
 
 
-@pytest.mark.parametrize(("lamda", "num_images"), [(None, 19), (0.5, 30)])
-def test_progress_bar_counts_the_images_of_the_epoch(lamda, num_images, monkeypatch):
-    updates = []
-    monkeypatch.setattr(tqdm, "update", lambda bar, count: updates.append((bar.total, count)))
-    run(small_job("finetune", lamda=lamda))
-    assert {total for total, _ in updates} == {num_images}
-    assert sum(count for _, count in updates) == 3 * num_images
-
-
 # ---------------------------------------------------------------- the end of training
 
 
-def test_training_ends_after_the_epoch_that_reaches_stop_at():
-    def forget_accuracies(stop_at, **settings):
-        job = small_job("GA", num_epochs=8, learning_rate=0.01, **settings)
+def test_training_ends_at_the_higher_target_of_method_and_job_or_when_the_method_says_so():
+    def num_epochs(stop_at=None, job_target=None, last=None, quiet=False):
+        job = small_job("RL", num_epochs=4, stop_at=job_target, quiet=quiet)
         for epoch in job.epochs(stop_at):
             for batch in epoch.batches("forget"):
-                epoch.step(-F.cross_entropy(*batch.forget), batch)
-        return [record.get("forget_acc") for record in job.records]
+                epoch.step(0 * batch.logits.sum(), batch)
+            epoch.is_last = epoch.number == last
+        return len(job.records)
 
-    whole = forget_accuracies(None)
-    count = whole.index(min(whole)) + 1
-    assert len(whole) == 8 and 1 < count < 8
-    assert forget_accuracies(min(whole)) == whole[:count]
-    assert len(forget_accuracies(min(whole), quiet=True)) == count
-    assert forget_accuracies(min(whole) - 0.01) == whole
+    assert num_epochs() == num_epochs(-1.0, -1.0) == 4
+    assert num_epochs(1.0, -1.0) == num_epochs(-1.0, 1.0) == num_epochs(None, 1.0) == 1
+    assert num_epochs(1.0, quiet=True) == 1
+    assert num_epochs(last=2) == num_epochs(-1.0, last=2) == 2
+
+
+def test_learning_rate_and_numbers_that_a_method_sets():
+    job = small_job("sfron", num_epochs=2, schedule="constant", momentum=0.0, weight_decay=0.0)
+    for epoch in job.epochs():
+        for number, batch in enumerate(epoch.batches("retain")):
+            epoch.set_learning_rate(0.5 if number == 1 else 0.0)
+            before = job.model[4].bias.detach().clone()
+            epoch.step(batch.logits[:, 0].sum(), batch)
+            change = (job.model[4].bias - before)[0].item()
+            assert change == pytest.approx(-0.5 * len(batch.indices) * (number == 1), rel=1e-5)
+        assert epoch.record("gap", torch.tensor(0.25)) == 0.25
+    assert [record["gap"] for record in job.records] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -511,7 +478,8 @@ def num_epochs_seen(images):
 def resumable(folder, label, *, resume=False, identity=1, stop_in=None, **settings):
     """A job of three epochs, interrupted in epoch ``stop_in``, and the records that it logs."""
     progress = Progress(folder / "resume.pth", identity, resume=resume, save_every=math.inf)
-    job, logged = job_of_all_epochs(label, num_epochs=3, progress=progress, **settings), []
+    settings = {"num_epochs": 3} | settings
+    job, logged = job_of_all_epochs(label, progress=progress, **settings), []
     job.log = logged.append
     job.data.train = Interrupting(job.data.train.inputs, job.data.train.labels)
     job.data.train.stop_in = stop_in
@@ -551,6 +519,17 @@ def test_resumed_run_has_weights_and_records_of_an_uninterrupted_run(label, tmp_
     assert num_epochs_seen(resumed.data.train) == 2
 
 
+def test_resumed_sfron_of_a_number_of_steps_ends_in_the_same_step(tmp_path):
+    resumed, logged = interrupt_and_resume(tmp_path, "sfron", 2, num_steps=7)
+    assert len(logged) == 3 and resumed.recipe.num_epochs == 3
+
+
+def test_resumed_mu_mis_ends_by_the_sensitivities_before_the_interruption(tmp_path):
+    settings = {"recovery": 0.1, "learning_rate": 0.002, "num_epochs": 30}
+    resumed, logged = interrupt_and_resume(tmp_path, "mu_mis", 4, **settings)
+    assert len(logged) == 5 and not resumed.progress.restored["ended"]
+
+
 def test_run_interrupted_twice_has_the_weights_of_an_uninterrupted_run(tmp_path):
     interrupt(tmp_path, "cpu_scrub", 2)
     interrupt(tmp_path, "cpu_scrub", 2, resume=True)  # in the third of all epochs
@@ -570,17 +549,17 @@ def test_resumed_neg_merge_begins_again_with_its_first_training(tmp_path):
 
 
 def test_resumed_scrub_with_rewind_returns_to_an_epoch_before_the_interruption(tmp_path):
-    options = {"rewind": True, "msteps": 3, "learning_rate": 0.2, "quiet": False}
+    options = {"rewind": True, "beta": 0.001, "learning_rate": 0.2, "quiet": False}
     resumed, _ = interrupt_and_resume(tmp_path, "scrub", 3, **options)
     assert len(resumed.weights_after) == 3 and not same(*resumed.weights_after[:2])
     assert any(same(resumed.weights_after[i], resumed.model.state_dict()) for i in range(2))
 
 
 def test_resumed_run_that_had_ended_early_is_not_trained_further(tmp_path):
-    first, expected_log = resumable(tmp_path, "GA", stop_accuracy=1.0)
+    first, expected_log = resumable(tmp_path, "GA", stop_at=1.0)
     expected = run(first)
     assert len(first.records) == 1 and first.progress.save()
-    again, logged = resumable(tmp_path, "GA", resume=True, stop_accuracy=1.0)
+    again, logged = resumable(tmp_path, "GA", resume=True, stop_at=1.0)
     assert same(run(again), expected)
     assert not training_steps(again) and logged == expected_log
 

@@ -8,6 +8,7 @@ from small import BRIGHTER, ByHand, arguments, run, small_job, training_steps
 from torch.nn import functional as F
 
 import main_unlearn_cpu
+import unlearn_cpu
 from metrics import CR, scores
 from models import inference
 from models.errors import UserError
@@ -164,10 +165,11 @@ def test_step_adds_lamda_times_the_conformal_loss_of_its_forget_images(lamda):
     hand.assert_equal(job.model.state_dict(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["finetune", "scrub"])
-def test_lamda_zero_gives_exactly_the_weights_of_the_base_method(name):
-    expected = run(small_job(name, quiet=True))
-    variant = small_job(f"cpu_{name}", lamda=0, quiet=True)
-    actual, other = run(variant), run(small_job(f"cpu_{name}", lamda=0.5, quiet=True))
+@pytest.mark.parametrize("variant_name", unlearn_cpu.METHODS)
+def test_lamda_zero_gives_exactly_the_weights_of_the_base_method(variant_name):
+    name, settings = variant_name.removeprefix("cpu_"), {"quiet": True, "forget_class": 0}
+    expected = run(small_job(name, **settings))
+    variant = small_job(variant_name, lamda=0, **settings)
+    actual, other = run(variant), run(small_job(variant_name, lamda=0.5, **settings))
     assert all(actual[key].equal(tensor) for key, tensor in expected.items())
     assert not other["4.weight"].equal(expected["4.weight"]) and len(variant.term.q_hats) == 3
