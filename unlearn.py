@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import utils
-from models import adversarial, checkpoint, classifier, distributed, fisher, inference, seeds
+from models import adversarial, checkpoint, classifier, fisher, inference, seeds
 from models.errors import NotFinite, UserError
 from models.training import MONITORED, PARTS, Recipe
 
@@ -366,7 +366,7 @@ def amun(job, radius=0.04):
     batch_size=256,
     schedule="constant",
     extensible=False,
-    digits={"num_epochs": 20, "learning_rate": 1e-3, "batch_size": 64},
+    digits={"num_epochs": 20, "learning_rate": 5e-5, "batch_size": 64, "keep_statistics": True},
 )
 def GA(job, keep_statistics: KEEP_STATISTICS = False):
     """Gradient ascent on the cross-entropy of the forget images (Thudi et al. 2022, 2109.13398).
@@ -385,7 +385,7 @@ def GA(job, keep_statistics: KEEP_STATISTICS = False):
     momentum=0.0,
     weight_decay=0.0,
     schedule="constant",
-    digits={"forget_weight": 0.02, "momentum": 0.9},
+    digits={"forget_weight": 0.005, "momentum": 0.9},
 )
 def ga_plus(
     job,
@@ -554,9 +554,7 @@ def scrub(
         utils.number(float, 0), "weight of the distance on retain images (α in the paper)"
     ) = 0.5,
     gamma: Option(utils.number(float, 0), "weight of the cross-entropy on retain images") = 1.0,
-    forget_batch_size: Option(
-        utils.number(int, 3), "images per step of a maximization pass; default: 16, 512 for classes"
-    ) = 16,
+    forget_batch_size=16,
     rewind: Option(
         bool, "SCRUB+R: return to the epoch with the forget error of held-out images"
     ) = False,
@@ -673,7 +671,7 @@ def unseen_accuracy(job, remedy):
     cifar100={"learning_rate": 5e-5},
     tiny_imagenet={"learning_rate": 5e-5},
     vit={"learning_rate": 5e-5},
-    digits={"batch_size": 64},
+    digits={"learning_rate": 2e-4, "batch_size": 64, "keep_statistics": True},
 )
 def delete(job, keep_statistics: KEEP_STATISTICS = False):
     """DELETE: distill the original model on the forget images, with the logit of the true label
@@ -731,17 +729,18 @@ def boundary_expand(job, keep_statistics: KEEP_STATISTICS = False):
     classifier.narrow(job.model, new_class)
 
 
-@method(num_epochs=50, learning_rate=1e-4, schedule="constant", digits={"learning_rate": 1e-3})
-def mu_mis(job, recovery=0.1, keep_statistics: KEEP_STATISTICS = False):
+@method(num_epochs=50, learning_rate=2e-3, schedule="constant")
+def mu_mis(job, recovery=0.1):
     """MU-Mis: reduce how much the logit of the label depends on the pixels of a forget image,
     relative to the logit of another class (Cheng et al. 2024, 2402.15109).
 
     The loss is the mean of ‖∂ logit_label / ∂ x‖² − ‖∂ logit_other / ∂ x‖², with another class
     drawn for every loss. The sensitivity of the other class falls at first. Training ends once it
     is above its minimum and has recovered by ``recovery`` times its first value. The authors'
-    values of this share and of the rate are not published; these were chosen on digits.
+    values of this share and of the rate are not published; these were chosen on digits. BatchNorm
+    keeps the original's running statistics.
     """
-    for epoch in job.epochs(eval_mode=keep_statistics):
+    for epoch in job.epochs(eval_mode=True):
         rng, total = epoch.generator("other classes"), torch.zeros((), device=job.device)
         for batch in epoch.batches("forget"):
             shift = torch.randint(
@@ -757,8 +756,7 @@ def mu_mis(job, recovery=0.1, keep_statistics: KEEP_STATISTICS = False):
             # The last bias has no influence on these, and every weight needs a gradient.
             epoch.step((label_square - other_square).mean() + 0 * batch.logits.sum(), batch)
             total += other_square.detach().sum()
-        distributed.add_up([total])
-        other = epoch.record("other_sensitivity", total / len(job.split.forget))
+        other = epoch.record_mean("other_sensitivity", total, len(job.split.forget))
         history = [record["other_sensitivity"] for record in job.records] + [other]
         lowest = min(history)
         epoch.is_last = other > lowest and other - lowest >= recovery * history[0]

@@ -230,9 +230,14 @@ class Epoch:
         job = self.job
         return seeds.generator(job.seed, job.name, *purpose, self.number, device=job.device)
 
-    def record(self, name, value):
-        """Add a number that the method measures to the epoch's record. Returns it as a float."""
-        self._record[name] = float(value)
+    def record_mean(self, name, total, count):
+        """Add a mean over ``count`` images to the epoch's record, and return it as a float.
+
+        ``total`` is the sum over the images of this process.
+        """
+        total = total.double()
+        distributed.add_up([total])
+        self._record[name] = total.item() / count
         return self._record[name]
 
     def set_learning_rate(self, learning_rate):

@@ -36,7 +36,7 @@ OPTIONS = {
     | {"max_norm": 0.4, "num_steps": 10},  # three and a third epochs
 }
 KEPT = {"keep_statistics": True}
-KEEPING = ("GA", "delete", "boundary_shrink", "boundary_expand", "mu_mis")  # --keep_statistics
+KEEPING = ("GA", "delete", "boundary_shrink", "boundary_expand")  # --keep_statistics
 
 
 def nll(logits, targets):
@@ -264,7 +264,7 @@ class Reference:
             self.leaf = inputs.double().requires_grad_()
             passes = [self.leaf[: len(r)], self.leaf[len(r) :]]
             passes = passes if job.name == "ga_plus" else [self.leaf]
-            training = not self.options.get("keep_statistics")
+            training = not self.options.get("keep_statistics") and job.name != "mu_mis"
             logits = torch.cat([self.net.logits(each, training) for each in passes])
             retain, forget = (logits[: len(r)], r), (logits[len(r) :], f)
             loss = self.loss(retain, forget)
@@ -334,7 +334,8 @@ def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
     base = name.removeprefix("cpu_")
     conformal = CONFORMAL if name.startswith("cpu_") else {}
     after = assert_follows_paper(small_job(name, **OPTIONS.get(base, {}), **conformal))
-    assert not after["1.running_mean"].equal(SmallNet()[1].running_mean)
+    keeps = base == "mu_mis"
+    assert after["1.running_mean"].equal(SmallNet()[1].running_mean) == keeps
 
 
 @pytest.mark.parametrize("name", KEEPING)
@@ -377,12 +378,12 @@ WITH_RETAIN = {"finetune", "retrain", "l1_sparse"}
 WITH_BOTH = {"RL", "teacher", "salun", "lotus"}
 
 
-@pytest.mark.parametrize("name", sorted(WITH_RETAIN | {*KEEPING} | WITH_BOTH))
+@pytest.mark.parametrize("name", sorted(WITH_RETAIN | {*KEEPING, "mu_mis"} | WITH_BOTH))
 def test_epoch_visits_every_image_once_in_steps_of_near_equal_size(name):
     """Teachers pass the same 60 % of the retain images in every epoch."""
     job = small_job(name, **OPTIONS.get(name, {}))
     run(job)
-    retain = [] if name in KEEPING else job.split.retain.tolist()
+    retain = [] if name in (*KEEPING, "mu_mis") else job.split.retain.tolist()
     forget = [] if name in WITH_RETAIN else job.split.forget.tolist()
     if name in ("teacher", "lotus"):
         retain = sorted(sum((r for r, _ in epochs_of(job)[0]), []))
@@ -450,7 +451,7 @@ def recognising_job(name, **settings):
 
 # Rates at which these forget a quarter of the images within 12 epochs; 0.02 for the others.
 FORGETTING_RATES = {"finetune": 0.1, "l1_sparse": 0.3, "RL": 0.05, "salun": 0.1, "amun": 0.2}
-FORGETTING_RATES |= {"mu_mis": 0.03, "scrub": 0.05, "lotus": 0.3, "boundary_shrink": 0.05}
+FORGETTING_RATES |= {"mu_mis": 0.01, "scrub": 0.05, "lotus": 0.3, "boundary_shrink": 0.05}
 
 
 @pytest.mark.parametrize("name", sorted({*TRAINED} - {"retrain"}))

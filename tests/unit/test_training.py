@@ -427,7 +427,7 @@ def test_learning_rate_and_numbers_that_a_method_sets():
             epoch.step(batch.logits[:, 0].sum(), batch)
             change = (job.model[4].bias - before)[0].item()
             assert change == pytest.approx(-0.5 * len(batch.indices) * (number == 1), rel=1e-5)
-        assert epoch.record("gap", torch.tensor(0.25)) == 0.25
+        assert epoch.record_mean("gap", torch.tensor(0.5), 2) == 0.25
     assert [record["gap"] for record in job.records] == [0.25, 0.25]
 
 

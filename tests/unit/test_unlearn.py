@@ -360,7 +360,7 @@ DEFAULTS = {
     "boundary_shrink": {"num_epochs": 10, "learning_rate": 1e-5, "weight_decay": 0}
     | {"step_size": 0.1},
     "boundary_expand": {"num_epochs": 10, "learning_rate": 1e-5, "weight_decay": 0},
-    "mu_mis": {"num_epochs": 50, "learning_rate": 1e-4, "recovery": 0.1},
+    "mu_mis": {"num_epochs": 50, "learning_rate": 2e-3, "recovery": 0.1},
     "neg_merge": {"num_epochs": 5, "learning_rate": 3e-3},
     "FisherForgetting": {"noise": 1e-7},
     "ssd": {"selection_weighting": 10, "dampening_constant": 1, "importance_batch": 128},
@@ -409,7 +409,7 @@ def test_digits_have_values_of_their_own_in_all_scenarios():
         values = defaults(name, {"not_cifar10", "classes", "digits"})
         digits = {key: v for key, v in entry.cases.get("digits", {}).items() if v is not None}
         assert values | digits == values
-        assert name in ("retrain", "neg_merge") or not entry.trained or digits
+        assert name in ("retrain", "neg_merge", "mu_mis") or not entry.trained or digits
         assert "num_steps" not in values and values.get("batch_size", 64) == 64
 
 
