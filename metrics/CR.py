@@ -2,8 +2,9 @@
 EuCF (2508.03245).
 
 Pure functions of tensors. The metrics of a group of images need two facts per image: whether its
-true label is in its prediction set, and how many labels the set contains. Both may have leading
-dimensions, one per q̂. :mod:`metrics.conformal` decides which q̂ applies to which images.
+true label is in its prediction set (``inside``, booleans …×N) and how many labels the set contains
+(``sizes``, …×N). Results have the leading dimensions, e.g. one per q̂: float64, or int64 for counts.
+:mod:`metrics.conformal` decides which q̂ applies to which images.
 
 With too few calibration images q̂ is infinite, and every set contains every label for any model.
 :func:`finite_quantile` then returns NaN, and so is every number that depends on this q̂.
@@ -15,7 +16,7 @@ from fractions import Fraction
 import torch
 
 from . import scores
-from .columns import Column, Spread
+from .columns import Column, Spread, csv_only
 
 ROW_COLUMNS = {
     "forget_coverage": Column(
@@ -54,37 +55,35 @@ ROW_COLUMNS = {
     ),
 }
 CSV_COLUMNS = {
-    "q_hat": Column(
-        "", "number", "", "threshold q̂: the ⌈(n+1)(1−α)⌉-th smallest of n calibration scores"
+    "q_hat": csv_only(
+        "number", "threshold q̂: the ⌈(n+1)(1−α)⌉-th smallest of n calibration scores"
     ),
-    "q_hat_forget": Column("", "number", "", "q̂ of the forgotten class's calibration images"),
-    "<group>_coverage": Column("", "percent", "", "share of images with the true label in the set"),
-    "<group>_set_size": Column("", "number", "", "mean number of labels in the set"),
-    "<group>_CR": Column("", "number", "", "Coverage divided by Set Size; 0 if all sets are empty"),
-    "<group>_CR_error": Column("", "number", "", "standard error of CR over the images"),
-    "<group>_misclassified": Column("", "count", "", "number of misclassified images"),
-    "<group>_fake": Column("", "count", "", "misclassified images with the true label in the set"),
-    "<group>_fake_ratio": Column("", "percent", "", "fake divided by misclassified"),
-    "<group>_wrong_set_size": Column("", "number", "", "Set Size of the misclassified images"),
-    "<group>_wrong_CR": Column("", "number", "", "CR of the misclassified images"),
-    "<group>_ECF@<c>": Column(
-        "", "percent", "", "share of images covered by a set of at most c labels"
+    "q_hat_forget": csv_only("number", "q̂ of the forgotten class's calibration images"),
+    "<group>_coverage": csv_only("percent", "share of images with the true label in the set"),
+    "<group>_set_size": csv_only("number", "mean number of labels in the set"),
+    "<group>_CR": csv_only("number", "Coverage divided by Set Size; 0 if all sets are empty"),
+    "<group>_CR_error": csv_only("number", "standard error of CR over the images"),
+    "<group>_misclassified": csv_only("count", "number of misclassified images"),
+    "<group>_fake": csv_only("count", "misclassified images with the true label in the set"),
+    "<group>_fake_ratio": csv_only("percent", "fake divided by misclassified"),
+    "<group>_wrong_set_size": csv_only("number", "Set Size of the misclassified images"),
+    "<group>_wrong_CR": csv_only("number", "CR of the misclassified images"),
+    "<group>_ECF@<c>": csv_only("percent", "share of images covered by a set of at most c labels"),
+    "<group>_EuCF@<c>": csv_only(
+        "percent", "share of images not covered, with a set of at most c labels"
     ),
-    "<group>_EuCF@<c>": Column(
-        "", "percent", "", "share of images not covered, with a set of at most c labels"
+    "coverage_outside": csv_only(
+        "text", "True if exchangeable images can hardly have this test coverage"
     ),
-    "coverage_outside": Column(
-        "", "text", "", "True if exchangeable images can hardly have this test coverage"
+    "calibration_images": csv_only("count", "calibration images of q_hat in the split"),
+    "draws_left_out": csv_only(
+        "count", "resplits without a finite q_hat, left out of the means", "low"
     ),
-    "calibration_images": Column("", "count", "", "calibration images of q_hat in the split"),
-    "draws_left_out": Column(
-        "", "count", "low", "resplits without a finite q_hat, left out of the means"
+    "forget_calibration_images": csv_only(
+        "count", "calibration images of q_hat_forget in the split"
     ),
-    "forget_calibration_images": Column(
-        "", "count", "", "calibration images of q_hat_forget in the split"
-    ),
-    "forget_draws_left_out": Column(
-        "", "count", "low", "resplits without a finite q_hat_forget, left out of the means"
+    "forget_draws_left_out": csv_only(
+        "count", "resplits without a finite q_hat_forget, left out of the means", "low"
     ),
 }
 THRESHOLDS_PER_CHUNK = 16  # limits the memory of one pass over the images
@@ -135,11 +134,8 @@ def at_most_one_label(q_hat):
 
 
 def forget_group(row):
-    """The group of a row that measures forgetting: ``forget``, or ``forget_by_retain`` for a
-    forgotten class.
-
-    Calibrated on the forgotten class itself, a model that has forgotten the class gets prediction
-    sets with every label.
+    """The group that measures forgetting: ``forget``, or ``forget_by_retain`` for a forgotten class
+    (calibrated on that class itself, a model that has forgotten it gets sets with every label).
     """
     return "forget_by_retain" if "forget_by_retain_CR" in row else "forget"
 
@@ -155,31 +151,22 @@ def in_set(sets, labels):
 
 
 def coverage(inside):
-    """The paper's Coverage: share of images with the true label in the set.
-
-    Booleans …×N → …, float64 in [0, 1].
-    """
+    """The paper's Coverage: share of images with the true label in the set."""
     return inside.double().mean(dim=-1)
 
 
 def set_size(sizes):
-    """The paper's Set Size: mean number of labels in a set. Numbers …×N → …, float64 in [0, K]."""
+    """The paper's Set Size: mean number of labels in a set."""
     return sizes.double().mean(dim=-1)
 
 
 def conformal_ratio(inside, sizes):
-    """The paper's CR = Coverage / Set Size; 0 if every set is empty.
-
-    Booleans and numbers …×N → …, float64.
-    """
+    """The paper's CR = Coverage / Set Size; 0 if every set is empty."""
     return coverage(inside) / set_size(sizes).where(sizes.sum(dim=-1) > 0, math.inf)
 
 
 def ratio_error(inside, sizes):
-    """Standard error of CR over the images, to first order in the two means (the delta method).
-
-    Booleans and numbers …×N → …, float64.
-    """
+    """Standard error of CR over the images, to first order in the two means (the delta method)."""
     # CR = c̄/s̄ has the linearisation (c̄ − CR·s̄)/s̄: a mean of residuals, divided by Set Size.
     residuals = inside.double() - conformal_ratio(inside, sizes)[..., None] * sizes
     error = residuals.square().mean(dim=-1).sqrt() / math.sqrt(max(sizes.shape[-1], 1))
@@ -187,26 +174,17 @@ def ratio_error(inside, sizes):
 
 
 def fake_forgetting(inside, misclassified):
-    """The paper's fake forgetting: number of misclassified images with the true label in the set.
-
-    Booleans …×N and N → …, int64.
-    """
+    """The paper's fake forgetting: number of misclassified images (N) with the label in the set."""
     return (inside & misclassified).sum(dim=-1)
 
 
 def efficient_coverage(inside, sizes, c):
-    """ECF@c (Alkhatib & Tay 2025, 2508.03245): share covered by a set of at most c labels.
-
-    Booleans and numbers …×N → …, float64.
-    """
+    """ECF@c (Alkhatib & Tay 2025, 2508.03245): share covered by a set of at most c labels."""
     return coverage(inside & (sizes <= c))
 
 
 def efficient_miscoverage(inside, sizes, d):
-    """EuCF@d (the same paper): share not covered, with a set of at most d labels.
-
-    Booleans and numbers …×N → …, float64.
-    """
+    """EuCF@d (the same paper): share not covered, with a set of at most d labels."""
     return coverage(~inside & (sizes <= d))
 
 
@@ -257,8 +235,7 @@ def _chunk_metrics(part, q_hats, set_sizes):
 
 
 def over_draws(values):
-    """A number over the R draws (float64, NaN where unknown) → :class:`Spread`, or a float for one
-    draw.
+    """A number over R draws (float64, NaN where unknown) → :class:`Spread`; a float for one draw.
 
     NaN if it is unknown in the first draw, the split itself. Other draws without it are left out.
     """
@@ -277,10 +254,7 @@ def report(outputs, conformal_scores, settings):
     """All conformal numbers of one model, per (score, calibration size, α). Returns ``({}, rows)``.
 
     A number that varies over the draws is a :class:`Spread`. The groups of images are those of
-    :meth:`metrics.conformal.ConformalScores.groups`. ``theory_coverage`` is the mean test coverage
-    of exchangeable images, and ``coverage_outside`` is True if the test coverage contradicts it.
-    ``draws_left_out`` counts the draws without a finite q̂ if the split has one. For class-wise
-    forgetting, this and ``calibration_images`` also exist with the prefix ``forget_``.
+    :meth:`metrics.conformal.ConformalScores.groups`.
     """
     rows = {}
     for score in settings.scores:
@@ -314,17 +288,12 @@ def _group_metrics(group, set_sizes):
         numbers = set_metrics(part, q_hats.flatten(), set_sizes)
         return {key: values.view(q_hats.shape) for key, values in numbers.items()}
     draws = zip(images, q_hats, strict=True)
-    numbers = [
-        set_metrics(part.select(chosen), thresholds, set_sizes) for chosen, thresholds in draws
-    ]
+    numbers = [set_metrics(part.select(chosen), q_hat, set_sizes) for chosen, q_hat in draws]
     return {key: torch.stack([draw[key] for draw in numbers]) for key in numbers[0]}
 
 
 def _reported(key, values):
-    """A number over the draws R. ``misclassified`` depends on no q̂ and has no spread.
-
-    Counts that no draw changes are integers.
-    """
+    """A number over R draws. ``misclassified`` has no spread. Counts equal in all are integers."""
     number = over_draws(values)
     if key.endswith("misclassified"):
         mean = number.mean if isinstance(number, Spread) else number
@@ -335,10 +304,7 @@ def _reported(key, values):
 
 
 def _calibration_facts(outputs, size, numbers):
-    """The number of calibration images of each q̂, and of the draws that are left out.
-
-    ``numbers`` has ``q_hat`` R and, for class-wise forgetting, ``q_hat_forget`` R.
-    """
+    """The number of calibration images of each q̂ in ``numbers``, and of the draws left out."""
     calibrations = {
         "q_hat": ("", outputs.calibration),
         "q_hat_forget": ("forget_", outputs.forget_calibration),
@@ -353,8 +319,7 @@ def _calibration_facts(outputs, size, numbers):
 
 
 def _against_theory(outputs, size, alpha, test_coverage):
-    """The theoretical test coverage (a :class:`Spread`), and whether the measured one (R)
-    contradicts it.
+    """``theory_coverage`` (a :class:`Spread`), and whether the measured one (R) contradicts it.
 
     One draw contradicts the theory outside its central 99.9 %, several draws if their mean is more
     than four standard errors off. Draws without a finite q̂ are left out.

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from . import attack, scores
-from .columns import Column
+from .columns import Column, csv_only
 
 COLUMNS = {
     "MIA": Column(
@@ -34,11 +33,11 @@ COLUMNS = {
     ),
 }
 CSV_COLUMNS = {
-    "MIA_<feature>": Column(
-        "", "percent", "near Retrain", "MIA efficacy of the attack on another feature"
+    "MIA_<feature>": csv_only(
+        "percent", "MIA efficacy of the attack on another feature", "near Retrain"
     ),
-    "MIA_<feature>_privacy": Column(
-        "", "percent", "near 50", "accuracy of that attack, like MIA_privacy"
+    "MIA_<feature>_privacy": csv_only(
+        "percent", "accuracy of that attack, like MIA_privacy", "near 50"
     ),
 }
 KEYS = {  # of each feature's attack
@@ -65,8 +64,7 @@ def entropy(logits):
 def modified_entropy(logits, labels):
     """−(1 − p_y) log p_y − Σ p_i log(1 − p_i) over the other labels i (Song & Mittal 2021, eq. 8).
 
-    0 for a confident correct prediction, unbounded for a confident wrong one. Logits N×K, labels
-    N → N, float64.
+    0 for a confident correct prediction, unbounded for a confident wrong one. → N, float64.
     """
     log_p = torch.log_softmax(logits.double(), dim=1)
     # log(1 − p) of the top label is summed from the other labels: 1 − p would round to 0.
@@ -94,24 +92,16 @@ def attack_features(logits, labels):
 def ranking_attack(member_scores, non_member_scores):
     """How well confidence ranks members before non-members (Carlini et al. 2022, 2112.03570).
 
-    Both arguments are scores: 1 − p_y, or its log-odds, which also order nearly certain images. →
-    (area under the ROC curve, [true-positive rates at 1 % and 0.1 % false positives]), NaN if one
-    of the two is empty.
+    Both arguments are scores: 1 − p_y, or its log-odds, which also order nearly certain images.
+    Returns what :func:`metrics.attack.roc` does, at 1 % and 0.1 % false positives.
     """
-    if not len(member_scores) or not len(non_member_scores):
-        return math.nan, [math.nan] * len(FALSE_POSITIVES)
-    confidence = -torch.cat([member_scores, non_member_scores]).numpy()
-    membership = np.repeat([1, 0], [len(member_scores), len(non_member_scores)])
-    false_positives, true_positives, _ = roc_curve(membership, confidence, drop_intermediate=False)
-    rates = [float(true_positives[false_positives <= most].max()) for most in FALSE_POSITIVES]
-    return float(roc_auc_score(membership, confidence)), rates
+    return attack.roc(-member_scores, -non_member_scores, FALSE_POSITIVES)
 
 
 class AttackImages(NamedTuple):
-    """The images of the attacks: indices into retain (members) and into held_out (non-members).
+    """Indices into retain (members) and into held_out (non-members).
 
-    Equally many ``members`` and ``non_members`` train the attacks. Their privacy is measured on the
-    other two.
+    Equally many ``members`` and ``non_members`` train the attacks. The others measure privacy.
     """
 
     members: torch.Tensor
@@ -124,8 +114,7 @@ def attack_images(outputs, seed):
     """The :class:`AttackImages` of the split itself, in an order drawn by the seed.
 
     As many retain images are held out as there are calibration images (at most half of them). Of
-    the others, as many train the attacks as there are test images. For class-wise forgetting,
-    calibration and test images are those of the retained classes.
+    the others, as many train the attacks as there are test images.
     """
     rng = np.random.default_rng([seed, 0])
     members = torch.from_numpy(rng.permutation(len(outputs.retain.labels)))
@@ -142,10 +131,8 @@ def attack_images(outputs, seed):
 
 
 class AttackShares(NamedTuple):
-    """How well an attack works, two floats in [0, 1] or NaN.
-
-    ``efficacy`` is the share of the targets that it calls non-members, ``privacy`` the balanced
-    accuracy on members and non-members that did not train it.
+    """``efficacy``, the share of the targets called non-members, and ``privacy``, the balanced
+    accuracy on members and non-members that did not train the attack: floats in [0, 1] or NaN.
     """
 
     efficacy: float
@@ -175,9 +162,7 @@ def attack_shares(features, forget_features):
 
 
 def report(outputs, conformal_scores, settings):
-    """Efficacy on the forget images and privacy of each attack, and the ranking attack between
-    forget images and test images of the split. Returns ``(scalars, {})``.
-    """
+    """The shares of each attack and the ranking of forget before test images: ``(scalars, {})``."""
     images = attack_images(outputs, settings.seed)
     retain = attack_features(*outputs.retain)
     held_out = attack_features(*outputs.held_out)
@@ -191,9 +176,8 @@ def report(outputs, conformal_scores, settings):
             held_non_members=held_out[name][images.held_non_members.numpy()],
         )
         scalars[key], scalars[f"{key}_privacy"] = attack_shares(features, forget[name])
-    ranking = ranking_attack(
-        scores.true_label_log_odds(*outputs.forget),
-        scores.true_label_log_odds(*outputs.held_out.select(outputs.test())),
-    )
-    scalars["AUC"], (scalars["TPR@1%"], scalars["TPR@0.1%"]) = ranking
+    members = scores.true_label_log_odds(*outputs.forget)
+    non_members = scores.true_label_log_odds(*outputs.held_out.select(outputs.test()))
+    scalars["AUC"], rates = ranking_attack(members, non_members)
+    scalars["TPR@1%"], scalars["TPR@0.1%"] = rates
     return scalars, {}

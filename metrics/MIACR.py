@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from . import CR, MIA, attack
-from .columns import Column
+from .columns import Column, csv_only
 
 ROW_COLUMNS = {
     "MIACR": Column(
@@ -23,8 +23,8 @@ ROW_COLUMNS = {
     ),
 }
 CSV_COLUMNS = {
-    "MIACR_calibration_images": Column(
-        "", "count", "", "calibration images of MIACR: members and non-members, one half each"
+    "MIACR_calibration_images": csv_only(
+        "count", "calibration images of MIACR: members and non-members, one half each"
     ),
 }
 NON_MEMBER, MEMBER = 0, 1
@@ -38,10 +38,7 @@ class Images(NamedTuple):
 
 
 def training_images(outputs, seed):
-    """The training :class:`Images` of one model's attack, drawn by the seed.
-
-    They are the same for every draw and calibration size.
-    """
+    """The training :class:`Images` of one model's attack, drawn by the seed, for every draw."""
     rng = np.random.default_rng(seed)
     members = _shuffled(torch.arange(len(outputs.retain.labels)), rng)
     test = _shuffled(outputs.test(), rng)
@@ -103,12 +100,10 @@ def score_by_attack(outputs, training):
     points = torch.cat(list(confidence.values()))
     probabilities = torch.full_like(points, math.nan)
     if len(training.members) >= attack.FOLDS:
+        members = confidence["retain"][training.members].numpy()
+        non_members = confidence["held_out"][training.non_members].numpy()
         probabilities = torch.from_numpy(
-            attack.membership_probabilities(
-                members=confidence["retain"][training.members].numpy(),
-                non_members=confidence["held_out"][training.non_members].numpy(),
-                points=points.numpy(),
-            )
+            attack.membership_probabilities(members, non_members, points.numpy())
         )
     sizes = [len(values) for values in confidence.values()]
     return dict(zip(parts, membership_scores(probabilities).split(sizes), strict=True))
@@ -128,15 +123,11 @@ def report(outputs, conformal_scores, settings):
             for draw in range(outputs.num_draws)
         ]
         for alpha in settings.alphas:
-            shares = [
-                miacr(
-                    scores["forget"],
-                    scores["retain"][images.members],
-                    scores["held_out"][images.non_members],
-                    alpha,
-                )
-                for images in draws
-            ]
+            shares = []
+            for images in draws:
+                members = scores["retain"][images.members]
+                non_members = scores["held_out"][images.non_members]
+                shares.append(miacr(scores["forget"], members, non_members, alpha))
             row = {
                 "MIACR": CR.over_draws(torch.tensor(shares, dtype=torch.float64)),
                 "MIACR_calibration_images": 2 * len(draws[0].members),

@@ -92,10 +92,7 @@ class Outputs:
         return self._retained(self.draws[draw, :size])
 
     def test(self, draw=0):
-        """Indices into ``held_out`` of the test images, without the forgotten class's.
-
-        Test images come after the largest calibration size.
-        """
+        """Indices into ``held_out`` of those after the largest size, also without that class's."""
         return self._retained(self.draws[draw, max(self.cal_sizes) :])
 
     def forget_calibration(self, size, draw=0):
@@ -140,18 +137,12 @@ def evaluate(conformal_scores):
     Returns ``(scalars, rows)`` with rows keyed by (score name, calibration size, α).
     """
     outputs, settings = conformal_scores.outputs, conformal_scores.settings
-    rows = {
-        (score.name, size, alpha): {}
-        for score in settings.scores
-        for size in outputs.cal_sizes
-        for alpha in settings.alphas
-    }
-    scalars = {}
+    scalars, rows = {}, {}
     for module in MODULES:
         more_scalars, more_rows = module.report(outputs, conformal_scores, settings)
         scalars |= more_scalars
         for key, row in more_rows.items():
-            rows[key] |= row
+            rows.setdefault(key, {}).update(row)
     return scalars, rows
 
 

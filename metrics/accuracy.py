@@ -29,10 +29,7 @@ def unlearning_accuracy(logits, labels):
 
 
 def report(outputs, conformal_scores, settings):
-    """UA on the forget set, RA on the retain set, TA on the test images of the split itself.
-
-    Returns ``(scalars, {})``. ``UA_test`` exists only if a forgotten class has test images.
-    """
+    """UA, RA, TA and, if a forgotten class has test images, UA_test. Returns ``(scalars, {})``."""
     scalars = {
         "UA": unlearning_accuracy(*outputs.forget),
         "RA": accuracy(*outputs.retain),

@@ -1,15 +1,19 @@
 """The membership attack: scikit-learn's RBF SVM with C = 3 and γ = 1 / number of features.
 
-The SVM is trained on as many members (retain images) as non-members (test images). Its targets are
-the forget images. :mod:`metrics.MIA` and :mod:`metrics.MIACR` choose the images of their attacks.
+Members are retain images, non-members as many test images, targets the forget images.
+:mod:`metrics.MIA` and :mod:`metrics.MIACR` choose them.
 
 Training takes minutes on tens of thousands of images. Features of more than 2,000 images are
 therefore rounded, and images with equal features become one training point. Its weight, the number
 of these images, multiplies C: the SVM is the same as one trained on every rounded image.
 """
 
+import math
+
 import numpy as np
+import torch
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import PredefinedSplit
 from sklearn.svm import SVC
 
@@ -23,13 +27,18 @@ FARTHEST = 1e6  # beyond, libsvm loses the distance of neighbouring points to ro
 ROUNDING = 1e-6  # decisions that differ by less are equal; the margins are 2 apart
 
 
-def check_sizes(members, non_members):
-    """Raise ValueError for unequal numbers of members and non-members, or fewer than five."""
-    if members != non_members or members < FOLDS:
-        raise ValueError(
-            f"the attack needs equally many members and non-members, at least {FOLDS} of each; "
-            f"got {members} members and {non_members} non-members"
-        )
+def roc(positives, negatives, false_positives=()):
+    """(area under the ROC curve, [true-positive rate at each of the false-positive rates]).
+
+    Scores of positives and negatives: tensors N and M. NaN if one of them is empty.
+    """
+    if not len(positives) or not len(negatives):
+        return math.nan, [math.nan] * len(false_positives)
+    values = torch.cat([positives, negatives]).numpy()
+    is_positive = np.repeat([1, 0], [len(positives), len(negatives)])
+    false_rates, true_rates, _ = roc_curve(is_positive, values, drop_intermediate=False)
+    rates = [float(true_rates[false_rates <= most].max()) for most in false_positives]
+    return float(roc_auc_score(is_positive, values)), rates
 
 
 def weighted_points(columns, weights=None):
@@ -59,10 +68,7 @@ class MergingSVC(SVC):
 
 
 def interpolate(function, points):
-    """A smooth function of one feature (n×1 → n) at ``points`` N → N.
-
-    It is evaluated at multiples of 0.001 around the points, and is linear between them.
-    """
+    """A smooth function (n×1 → n) at ``points`` N → N, interpolated between multiples of 0.001."""
     if not len(points):
         return np.zeros(0)
     below = np.floor(points * 10**DECIMALS)
@@ -79,8 +85,12 @@ def _near(points):
 
 
 def _training_set(members, non_members):
-    """Features 2N×d and membership 2N. Features N×d of each kind."""
-    check_sizes(len(members), len(non_members))
+    """Features N×d of each kind → features 2N×d and membership 2N."""
+    if len(members) != len(non_members) or len(members) < FOLDS:
+        raise ValueError(
+            f"the attack needs equally many members and non-members, at least {FOLDS} of each; "
+            f"got {len(members)} members and {len(non_members)} non-members"
+        )
     return _near(np.concatenate([members, non_members])), np.repeat([1, 0], len(members))
 
 

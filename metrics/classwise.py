@@ -12,9 +12,8 @@ from . import CR, scores
 def class_rows(conformal_scores, classes):
     """One row (dict) per score, α and class, for the largest calibration size and the split itself.
 
-    ``classes`` are the K names. ``q_hat`` is the common one, from all retained classes;
-    ``own_q_hat`` is that of the class. Both are measured on the class's test and forget images.
-    Numbers are floats, NaN if the class has no image or no finite q̂.
+    ``classes`` are the K names. ``q_hat`` is from all retained classes, ``own_q_hat`` from the
+    class. Numbers are floats, NaN if the class has no test or forget image or no finite q̂.
     """
     settings = conformal_scores.settings
     rows = []

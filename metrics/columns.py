@@ -1,9 +1,6 @@
 """How a number is reported: its column in the tables, and its spread over resplits.
 
-A metric describes each of its columns once, as a :class:`Column` in its ``COLUMNS`` (numbers of the
-model), ``ROW_COLUMNS`` (numbers per score, calibration size and α) or ``CSV_COLUMNS`` (numbers that
-only results.csv has). The printed tables, the report and the tables of metrics/README.md are made
-from these.
+The printed tables, the report and the tables of metrics/README.md are made from these columns.
 """
 
 from dataclasses import dataclass
@@ -36,6 +33,11 @@ class Column:
     meaning: str = ""
 
 
+def csv_only(kind, meaning, better=""):
+    """A :class:`Column` that only results.csv has."""
+    return Column("", kind, better, meaning)
+
+
 # What a row is about. The scripts fill these in; they are not metrics.
 RUN_COLUMNS = {
     "method": Column("method", "text", "", "unlearning method; a CPU variant starts with cpu_"),
@@ -54,10 +56,10 @@ RUN_COLUMNS = {
         "changed", "percent", "", "predictions on all images that differ from the original model's"
     ),
     "note": Column("note", "text", "", "why a method failed; the row has no numbers"),
-    "num_forget": Column("", "count", "", "number of forget images"),
-    "forget_set": Column("", "text", "", "fingerprint of the forget set"),
-    "forget_class": Column("", "text", "", "the forgotten classes"),
-    "weights": Column("", "text", "", "hash of the model's weights"),
+    "num_forget": csv_only("count", "number of forget images"),
+    "forget_set": csv_only("text", "fingerprint of the forget set"),
+    "forget_class": csv_only("text", "the forgotten classes"),
+    "weights": csv_only("text", "hash of the model's weights"),
 }
 
 

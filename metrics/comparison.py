@@ -6,11 +6,10 @@ Both under-forgetting and over-forgetting are errors.
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 
-from .columns import Column
+from .attack import roc
+from .columns import Column, csv_only
 from .ensembles import margins
 
 COLUMNS = {
@@ -44,7 +43,7 @@ ROW_COLUMNS = {
     ),
 }
 CSV_COLUMNS = {
-    "<column>_minus_retrain": Column("", "number", "near 0", "the model's number minus Retrain's"),
+    "<column>_minus_retrain": csv_only("number", "the model's number minus Retrain's", "near 0"),
 }
 GAP_OVER = ("UA", "RA", "TA", "MIA")
 WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"
@@ -112,10 +111,7 @@ def answer_distances(outputs, reference):
 
 
 def jensen_shannon(logits, reference_logits):
-    """Mean over images of the Jensen-Shannon divergence in bits. Twice N×K → a float in [0, 1].
-
-    NaN for N = 0.
-    """
+    """Mean Jensen-Shannon divergence in bits. Twice N×K → a float in [0, 1], NaN for N = 0."""
     log_p, log_q = (x.double().log_softmax(dim=1) for x in (logits, reference_logits))
     log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
     divergences = (log_p.exp() * (log_p - log_mean) + log_q.exp() * (log_q - log_mean)).sum(dim=1)
@@ -132,10 +128,7 @@ def calibrated_auc(outputs, reference):
         margins(*images) - margins(*reference_images)
         for images, reference_images in zip(outputs, reference, strict=True)
     )
-    if not len(forget) or not len(test):
-        return math.nan
-    is_forget = np.repeat([1, 0], [len(forget), len(test)])
-    return float(roc_auc_score(is_forget, torch.cat([forget, test]).numpy()))
+    return roc(forget, test)[0]
 
 
 def _is_number(value):
@@ -154,8 +147,8 @@ def verdict(difference, tolerance):
 def share_tolerance(share, reference, n):
     """Two standard errors of the difference between two equal shares of n images → a fraction.
 
-    As in the two-proportion z-test, the pooled share is the mean of both. (The reference's share
-    alone would give no error where none of its images is wrong.) At least 1/n.
+    At least 1/n. As in the two-proportion z-test, the pooled share is the mean of both: that of
+    the reference alone would give no error where none of its images is wrong.
     """
     pooled = (share + reference) / 2
     return at_least_one_image(2 * math.sqrt(2 * pooled * (1 - pooled) / n), n)

@@ -48,11 +48,8 @@ class ImageScores(NamedTuple):
         return self.true_label <= q_hats[:, None]
 
     def set_sizes(self, q_hats):
-        """The number of labels in the set under each q̂. Q log-odds → Q×N, int64.
-
-        Scores are sorted, so a binary search per image counts those up to q̂. The count under a q̂
-        of NaN is meaningless.
-        """
+        """The number of labels in the set under each q̂ (meaningless for NaN). Q log-odds → Q×N."""
+        # Scores are sorted, so a binary search per image counts those up to q̂.
         columns = q_hats.expand(len(self.ranked), -1).contiguous()
         return torch.searchsorted(self.ranked, columns, right=True).T.contiguous()
 
@@ -101,22 +98,20 @@ class ConformalScores:
     def q_hats(self, score=None, size=None, *, forgotten_class=False):
         """q̂ of each draw and α → draws×alphas, log-odds; NaN without a finite q̂.
 
-        Calibrated on images of the retained classes or, if ``forgotten_class``, of the forgotten
-        class.
+        Calibrated on the retained classes or, if ``forgotten_class``, on the forgotten class.
         """
         key = (score or self.first_score, size or self.largest_size, forgotten_class)
         if key not in self._q_hats:
-            self._q_hats[key] = self._compute_q_hats(*key)
+            score, size, _ = key
+            outputs = self.outputs
+            indices_of = outputs.forget_calibration if forgotten_class else outputs.calibration
+            calibrations = [indices_of(size, draw) for draw in range(outputs.num_draws)]
+            self._q_hats[key] = self._finite_quantiles(calibrations, score)
         return self._q_hats[key]
 
     def class_q_hats(self, score=None):
-        """q̂ of each class and α in the split → K×alphas, log-odds; NaN without a finite q̂.
-
-        The calibration size is the largest one.
-        """
-        return torch.stack(
-            [self._finite_quantiles(images, score) for images in self.class_calibration()]
-        )
+        """q̂ of each class and α in the split → K×alphas, as :meth:`q_hats` of the largest size."""
+        return self._finite_quantiles(self.class_calibration(), score)
 
     def class_calibration(self):
         """The calibration images of each class in the split: K tensors of indices into held_out."""
@@ -144,18 +139,12 @@ class ConformalScores:
             "forget_test_by_retain": Group(held_out, forget_test, q_hats),
         }
 
-    def _compute_q_hats(self, score, size, forgotten_class):
-        outputs = self.outputs
-        indices_of = outputs.forget_calibration if forgotten_class else outputs.calibration
-        draws = range(outputs.num_draws)
-        return torch.stack(
-            [self._finite_quantiles(indices_of(size, draw), score) for draw in draws]
-        )
-
-    def _finite_quantiles(self, images, score):
-        """q̂ of some held-out images at each α, NaN for infinity → alphas."""
-        true_label = self.part("held_out", score).true_label[images]
-        q_hats = [CR.finite_quantile(true_label, alpha) for alpha in self.settings.alphas]
+    def _finite_quantiles(self, calibrations, score):
+        """q̂ of each of n sets of held-out images at each α, NaN for infinity → n×alphas."""
+        true_label, alphas = self.part("held_out", score).true_label, self.settings.alphas
+        q_hats = [
+            [CR.finite_quantile(true_label[images], a) for a in alphas] for images in calibrations
+        ]
         return torch.tensor(q_hats, dtype=torch.float64)
 
 
@@ -169,8 +158,7 @@ class AccuracyAndCoverage(NamedTuple):
 def accuracy_and_coverage(images, calibration, settings):
     """Accuracy of forget images, and their coverage under the q̂ of calibration images.
 
-    ``images`` and ``calibration`` are Outputs of one model (logits N×K, labels N). Uses the first
-    score and the first α of the settings.
+    Both are Outputs of one model. Uses the first score and the first α of the settings.
     """
     score, alpha = settings.scores[0], settings.alphas[0]
     forget = score_images(images, score, "forget")

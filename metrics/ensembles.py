@@ -9,10 +9,9 @@ the other logits.
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score, roc_curve
 
+from .attack import roc
 from .columns import RUN_COLUMNS, Column
 
 BINS = 20
@@ -89,21 +88,18 @@ class ULiRA(NamedTuple):
 def u_lira(unlearned, retrained):
     """The per-image attack U-LiRA (Hayes et al. 2024, 2403.01218). n×M and m×M → :class:`ULiRA`.
 
-    For each image, a Gaussian is fitted to the margins of the unlearned models and one to those of
-    the retrained models. A likelihood ratio above 1 means unlearned. Both Gaussians leave out the
-    model itself and the model of the other kind with the same number, so that no kind has an
-    advantage. Pooled over images and models. ValueError for fewer than three models of a kind.
+    For each image, one Gaussian is fitted to the margins of each kind of model. A likelihood ratio
+    above 1 means unlearned. Both Gaussians leave out the model itself and the other kind's model of
+    the same number, so that no kind has an advantage. Pooled over images and models. ValueError for
+    fewer than three models of a kind.
     """
     if min(len(unlearned), len(retrained)) < FEWEST_U_LIRA:
         raise ValueError(f"U-LiRA needs at least {FEWEST_U_LIRA} models of each kind")
     positive = _log_ratios(unlearned, unlearned, retrained).flatten()
     negative = _log_ratios(retrained, unlearned, retrained).flatten()
     accuracy = ((positive > 0).double().mean() + (negative <= 0).double().mean()) / 2
-    score = torch.cat([positive, negative]).numpy()
-    is_unlearned = np.repeat([1, 0], [len(positive), len(negative)])
-    false_positives, true_positives, _ = roc_curve(is_unlearned, score, drop_intermediate=False)
-    tpr = float(true_positives[false_positives <= FALSE_POSITIVES].max())
-    return ULiRA(accuracy.item(), float(roc_auc_score(is_unlearned, score)), tpr)
+    area, (tpr,) = roc(positive, negative, [FALSE_POSITIVES])
+    return ULiRA(accuracy.item(), area, tpr)
 
 
 def _log_ratios(points, unlearned, retrained):
@@ -125,9 +121,8 @@ def _log_ratios(points, unlearned, retrained):
 
 
 class Training(NamedTuple):
-    """One model: its margins {part: M} for ``PARTS``, and which sets contain the label.
-
-    ``in_set`` (booleans, one per forget image) is None without a finite q̂.
+    """One model: its margins {part: M} for ``PARTS``, and whether the set of each forget image
+    contains the label (booleans; None without a finite q̂).
     """
 
     margins: dict[str, torch.Tensor]
@@ -145,18 +140,14 @@ def describe(conformal_scores, retain_sample):
         "retain": outputs.retain.select(retain_sample),
         "test": outputs.held_out.select(outputs.test()),
     }
+    all_margins = {part: margins(*output) for part, output in images.items()}
     q_hat = conformal_scores.q_hats()[:1, 0]
     inside = conformal_scores.part("forget").in_set(q_hat)[0]
-    return Training(
-        {part: margins(*output) for part, output in images.items()},
-        None if q_hat.isnan() else inside,
-    )
+    return Training(all_margins, None if q_hat.isnan() else inside)
 
 
 class Trainings(NamedTuple):
-    """All n trainings of a method: margins {part: n×M} for ``PARTS``, and ``in_set`` (booleans n×M
-    for the M forget images), None without a finite q̂.
-    """
+    """All n trainings of a method: the fields of :class:`Training`, stacked to n×M."""
 
     margins: dict[str, torch.Tensor]
     in_set: torch.Tensor | None
@@ -201,8 +192,7 @@ def compare(unlearned, retrained):
 
 
 def rows(trainings):
-    """The table of {method: :class:`Trainings`}: a row for every method but Retrain, and the noise
-    floor.
+    """A row for every method but Retrain of {method: :class:`Trainings`}, after the noise floor.
 
     The noise floor compares the first half of Retrain's trainings with the second, if there are
     four. A row needs two trainings of the method and two of Retrain.
@@ -226,9 +216,9 @@ def within(row, floor):
     """Headings of the numbers at most as far from their best value as the floor's."""
     best = {"ULiRA_accuracy": 0.5, "ULiRA_AUC": 0.5, "ULiRA_TPR@1%": FALSE_POSITIVES}
     keys = [key for key in row if key in floor and key != "trainings"]
-    near = [
-        COLUMNS[key].heading
-        for key in keys
-        if abs(row[key] - best.get(key, 0)) <= abs(floor[key] - best.get(key, 0))
-    ]
+
+    def distance(numbers, key):
+        return abs(numbers[key] - best.get(key, 0))
+
+    near = [COLUMNS[key].heading for key in keys if distance(row, key) <= distance(floor, key)]
     return "all" if near and len(near) == len(keys) else ", ".join(near) or "–"

@@ -15,10 +15,9 @@ def sample_rows(conformal_scores, indices, names=None):
     """One row (dict) per forget image, under the first score and the largest calibration size.
 
     ``indices`` are the images' indices in the training set, ``names`` their file names if any. For
-    each α, a row has the set size, whether the set contains the label, and whether the image is
-    fake-forgotten (misclassified with its label in the set), all under the split's own q̂, and
-    ``in_set_share``, the share of the draws with a finite q̂ whose set contains the label. These are
-    None if the split has no finite q̂.
+    each α, a row has the set size, whether the label is in the set and whether the image is
+    fake-forgotten, under the split's own q̂, and ``in_set_share``, the share of the draws with a
+    finite q̂ whose set contains the label. These are None if the split has no finite q̂.
     """
     forget, output = conformal_scores.part("forget"), conformal_scores.outputs.forget
     probabilities = torch.softmax(output.logits.double(), dim=1)
@@ -34,9 +33,8 @@ def sample_rows(conformal_scores, indices, names=None):
     for alpha, q_hats in zip(alphas, conformal_scores.q_hats().T, strict=True):
         numbers = _set_columns(forget, q_hats)
         columns |= {f"{key}@{alpha:g}": values for key, values in numbers.items()}
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _set_columns(forget, q_hats):

@@ -24,10 +24,7 @@ FROM_ONE_ON = 1e40
 
 
 def thr(logits):
-    """S(x, y) = 1 − p_y(x) (arXiv 2501.19403; Sadinle et al. 2019).
-
-    Logits N×K → scores N×K in [0, 1], float64.
-    """
+    """S(x, y) = 1 − p_y(x) (2501.19403; Sadinle et al. 2019). Logits N×K → N×K, float64."""
     return from_log_odds(thr_log_odds(logits))
 
 

@@ -41,15 +41,11 @@ def make_outputs(
     retain=160, held_out=150, forget=40, cal_sizes=(20, 50), num_draws=1, forgotten=False
 ):
     generator = torch.Generator().manual_seed(0)
-    images = [
-        output(forget, generator, 1.5),
-        output(retain, generator, 3.0),
-        output(held_out, generator, 1.0),
-    ]
+    sizes_and_margins = ((forget, 1.5), (retain, 3.0), (held_out, 1.0))
+    images = [output(n, generator, margin) for n, margin in sizes_and_margins]
     of_class = images[2].labels == 2 if forgotten else None
-    return metrics.Outputs(
-        *images, list(cal_sizes), metrics.draw_splits(held_out, num_draws, seed=3), of_class
-    )
+    draws = metrics.draw_splits(held_out, num_draws, seed=3)
+    return metrics.Outputs(*images, list(cal_sizes), draws, of_class)
 
 
 def some_outputs(num_draws, forgotten_class=None, counts=(40, 50, 90), cal_sizes=(20, 45), seed=0):
@@ -59,21 +55,29 @@ def some_outputs(num_draws, forgotten_class=None, counts=(40, 50, 90), cal_sizes
     def output(n, keep=lambda labels: labels >= 0):
         labels = rng.choice(4, n, p=[0.3, 0.3, 0.3, 0.1])
         logits = rng.standard_normal((n, 4)) + 1.5 * np.eye(4)[labels]
-        return metrics.Output(
-            torch.from_numpy(logits)[keep(labels)], torch.from_numpy(labels)[keep(labels)]
-        )
+        every = metrics.Output(torch.from_numpy(logits), torch.from_numpy(labels))
+        return every.select(keep(every.labels))
 
     held_out = output(counts[2])
     draws = metrics.draw_splits(counts[2], num_draws, seed)
+    sizes = list(cal_sizes)
     if forgotten_class is None:
-        return metrics.Outputs(
-            output(counts[0]), output(counts[1]), held_out, list(cal_sizes), draws
-        )
+        return metrics.Outputs(output(counts[0]), output(counts[1]), held_out, sizes, draws)
     forget = output(6 * counts[0], lambda labels: labels == forgotten_class)
     retain = output(counts[1], lambda labels: labels != forgotten_class)
-    return metrics.Outputs(
-        forget, retain, held_out, list(cal_sizes), draws, held_out.labels == forgotten_class
-    )
+    forgotten = held_out.labels == forgotten_class
+    return metrics.Outputs(forget, retain, held_out, sizes, draws, forgotten)
+
+
+def plain_log_odds(output, score, part):
+    """The log-odds of each image's true label, as a list."""
+    rows = score.log_odds(output.logits, part).tolist()
+    return [row[label] for row, label in zip(rows, output.labels.tolist(), strict=True)]
+
+
+def plain_score(q_hat):
+    """The score S of log-odds; NaN for None."""
+    return math.nan if q_hat is None else 1 / (1 + math.exp(-q_hat))
 
 
 def plain_q_hat(values, alpha):

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 from scipy import stats
-from scored import logits_of, plain_numbers, plain_q_hat, report, some_outputs
+from scored import (
+    logits_of,
+    plain_log_odds,
+    plain_numbers,
+    plain_q_hat,
+    plain_score,
+    report,
+    some_outputs,
+)
 
 import metrics
 from metrics import CR, Spread, conformal, scores
@@ -22,9 +30,7 @@ def test_q_hat_is_finite_exactly_where_enough_images_calibrate(n, thousandths):
     exact = Fraction(thousandths, 1000)
     k = math.ceil((n + 1) * (1 - exact))
     assert CR.quantile_rank(n, alpha) == k
-    assert CR.least_images(alpha) == next(
-        least for least in range(1000) if (least + 1) * exact >= 1
-    )
+    assert CR.least_images(alpha) == next(n for n in range(1000) if (n + 1) * exact >= 1)
     if k > n:
         assert math.isnan(CR.finite_quantile(values, alpha))
         assert CR.conformal_quantile(values, alpha) == math.inf
@@ -51,9 +57,8 @@ def test_sets_coverage_size_and_ratio_by_hand():
     assert CR.efficient_miscoverage(inside, sizes, 0) == 0
     assert CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
     thresholds = [math.log(3), 50.0, math.nan]  # log-odds of 0.75 and of almost 1; no finite q̂
-    actual = CR.set_metrics(
-        conformal.score_images(metrics.Output(logits, labels), scores.Score(), ""), thresholds, [1]
-    )
+    part = conformal.score_images(metrics.Output(logits, labels), scores.Score(), "")
+    actual = CR.set_metrics(part, thresholds, [1])
     assert actual.pop("misclassified").tolist() == [3, 3, 3]
     assert all(math.isnan(values[2]) for values in actual.values())
     actual = {key: values[:2] for key, values in actual.items()}
@@ -112,15 +117,8 @@ def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
     assert scalars == {}
     assert set(rows) == {("thr", size, alpha) for size in (20, 45) for alpha in alphas}
     held_out = outputs.held_out
-    label_scores = [
-        row[label]
-        for row, label in zip(
-            scores.thr_log_odds(held_out.logits).tolist(), held_out.labels, strict=True
-        )
-    ]
-    is_forgotten = [
-        forgotten_class is not None and int(label) == forgotten_class for label in held_out.labels
-    ]
+    label_scores = plain_log_odds(held_out, score, "held_out")
+    is_forgotten = [label == forgotten_class for label in held_out.labels.tolist()]
     for (_, size, alpha), row in rows.items():
         values_of, q_hats, forget_q_hats, sizes = {}, [], [], []
         for draw in outputs.draws.tolist():
@@ -136,24 +134,20 @@ def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
             images_of = {"retain": (outputs.retain, range(len(outputs.retain.labels)), q_hat)}
             every = range(len(outputs.forget.labels))
             images_of["test"] = held_out, test, q_hat
-            images_of["forget"] = (
-                outputs.forget,
-                every,
-                q_hat if forgotten_class is None else forget_q_hat,
-            )
+            images_of["forget"] = outputs.forget, every, q_hat
             if forgotten_class is not None:
+                images_of["forget"] = outputs.forget, every, forget_q_hat
                 images_of["forget_test"] = held_out, forget_test, forget_q_hat
                 images_of["forget_by_retain"] = outputs.forget, every, q_hat
                 images_of["forget_test_by_retain"] = held_out, forget_test, q_hat
             for name, (output, chosen, threshold) in images_of.items():
-                for key, value in plain_numbers(
-                    output, chosen, threshold, set_sizes, score
-                ).items():
+                numbers = plain_numbers(output, chosen, threshold, set_sizes, score)
+                for key, value in numbers.items():
                     values_of.setdefault(f"{name}_{key}", []).append(value)
-        values_of["q_hat"] = [None if q is None else 1 / (1 + math.exp(-q)) for q in q_hats]
+        values_of["q_hat"] = [None if q is None else plain_score(q) for q in q_hats]
         if forgotten_class is not None:
             values_of["q_hat_forget"] = [
-                None if q is None else 1 / (1 + math.exp(-q)) for q in forget_q_hats
+                None if q is None else plain_score(q) for q in forget_q_hats
             ]
         for key, values in values_of.items():
             assert mean(row[key]) == pytest.approx(mean_of(values), nan_ok=True), (key, values)
@@ -181,11 +175,10 @@ def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
         if q_hats[0] is None:
             assert all(math.isnan(number) for number in row["theory_coverage"])
         elif None not in q_hats:
-            variance = np.mean(
-                [law.var() / m**2 for law, (*_, m) in zip(laws, sizes, strict=True)]
-            ) + np.var(means)
+            variances = [law.var() / m**2 for law, (*_, m) in zip(laws, sizes, strict=True)]
+            std = math.sqrt(np.mean(variances) + np.var(means))
             assert row["theory_coverage"].mean == pytest.approx(np.mean(means), rel=1e-12)
-            assert row["theory_coverage"].std == pytest.approx(math.sqrt(variance))
+            assert row["theory_coverage"].std == pytest.approx(std)
         assert row["coverage_outside"] is False
         assert set(row) == {*values_of, *facts, "theory_coverage", "coverage_outside"}
 
@@ -198,9 +191,8 @@ def test_coverage_outside_the_theory_is_flagged_on_both_sides(num_draws, covered
     generator, labels = torch.Generator().manual_seed(0), torch.zeros(200, dtype=torch.int64)
     margins = torch.rand(200, generator=generator)
     margins[100:] += {"none": -9, "as it should": 0, "all": 9}[covered]
-    outputs.held_out = metrics.Output(
-        torch.stack([margins, *3 * [torch.zeros(200)]], dim=1), labels
-    )
+    logits = torch.stack([margins, *3 * [torch.zeros(200)]], dim=1)
+    outputs.held_out = metrics.Output(logits, labels)
     if covered != "as it should":
         outputs.draws = torch.arange(200).expand(num_draws, -1)
     row = report(CR, outputs, metrics.Settings((0.3,)))[1]["thr", 100, 0.3]

@@ -15,13 +15,7 @@ from metrics import MIA, attack, scores
 def test_attack_features_by_hand():
     logits = torch.tensor([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1]], dtype=torch.float64).log()
     actual = MIA.attack_features(logits, torch.tensor([0, 1]))
-    assert list(actual) == [
-        "correctness",
-        "confidence",
-        "entropy",
-        "modified entropy",
-        "probabilities",
-    ]
+    assert list(actual) == list(MIA.KEYS)
     assert actual["correctness"].tolist() == [[1], [0]]
     assert actual["confidence"].ravel().tolist() == pytest.approx([0.5, 0.2])
     entropies = [1.5 * math.log(2), -sum(p * math.log(p) for p in (0.7, 0.2, 0.1))]
@@ -127,9 +121,8 @@ def test_report_of_attacks_is_that_of_scikit_learn_on_the_same_images(forgotten)
 
 def test_report_without_test_images_has_no_attacks():
     outputs = make_outputs(held_out=50)
-    assert all(
-        math.isnan(value) for value in report(MIA, outputs, metrics.Settings((0.1,)))[0].values()
-    )
+    actual = report(MIA, outputs, metrics.Settings((0.1,)))[0]
+    assert all(math.isnan(value) for value in actual.values())
     # Four test images are enough for a ranking but too few for an attack.
     outputs = make_outputs(held_out=54)
     actual = report(MIA, outputs, metrics.Settings((0.1,)))[0]

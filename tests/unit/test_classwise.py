@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from scored import plain_numbers, plain_q_hat, some_outputs
+from scored import plain_log_odds, plain_numbers, plain_q_hat, plain_score, some_outputs
 
 import metrics
 from metrics import classwise, scores
@@ -21,48 +21,27 @@ def test_class_rows_equal_loops(forgotten_class, name):
     ]
     held_out = outputs.held_out
     labels = held_out.labels.tolist()
-    label_scores = [
-        row[label]
-        for row, label in zip(
-            score.log_odds(held_out.logits, "held_out").tolist(), labels, strict=True
-        )
-    ]
+    label_scores = plain_log_odds(held_out, score, "held_out")
+    retained = [label_scores[image] for image in range(45) if labels[image] != forgotten_class]
     for row in rows:
         number = "abcd".index(row["class"])
-        common = plain_q_hat(
-            [label_scores[image] for image in range(45) if labels[image] != forgotten_class],
-            row["alpha"],
-        )
+        common = plain_q_hat(retained, row["alpha"])
         calibration = [image for image in range(45) if labels[image] == number]
         mine = plain_q_hat([label_scores[image] for image in calibration], row["alpha"])
+        test = [image for image in range(45, 90) if labels[image] == number]
+        forget = (outputs.forget.labels == number).nonzero().flatten().tolist()
         groups = {
-            "test": (
-                held_out,
-                "held_out",
-                [image for image in range(45, 90) if labels[image] == number],
-            ),
-            "forget": (
-                outputs.forget,
-                "forget",
-                (outputs.forget.labels == number).nonzero().flatten().tolist(),
-            ),
+            "test": (held_out, "held_out", test),
+            "forget": (outputs.forget, "forget", forget),
         }
-        expected = {
-            "score": name,
-            "alpha": row["alpha"],
-            "class": row["class"],
-            "calibration_images": len(calibration),
-        }
-        for key, q_hat in (("q_hat", common), ("own_q_hat", mine)):
-            expected[key] = math.nan if q_hat is None else 1 / (1 + math.exp(-q_hat))
+        expected = {"alpha": row["alpha"], "calibration_images": len(calibration)}
+        expected |= {"q_hat": plain_score(common), "own_q_hat": plain_score(mine)}
         for group, (output, drawn, chosen) in groups.items():
             expected[f"{group}_images"] = len(chosen)
             for prefix, q_hat in (("", common), ("own_", mine)):
                 numbers = plain_numbers(output, chosen, q_hat, (), score, drawn)
                 for key in ("coverage", "set_size"):
-                    expected[f"{prefix}{group}_{key}"] = (
-                        math.nan if numbers[key] is None else numbers[key]
-                    )
-        texts = {key: expected.pop(key) for key in ("score", "class")}
-        assert {key: row.pop(key) for key in texts} == texts
+                    value = numbers[key]
+                    expected[f"{prefix}{group}_{key}"] = math.nan if value is None else value
+        assert row.pop("score") == name and row.pop("class") in "abcd"
         assert row == pytest.approx(expected, rel=1e-12, nan_ok=True)

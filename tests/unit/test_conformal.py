@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from scored import plain_numbers, plain_q_hat, some_outputs
+from scored import plain_log_odds, plain_numbers, plain_q_hat, some_outputs
 
 import metrics
 from metrics import CR, conformal, scores
@@ -66,9 +66,7 @@ def test_accuracy_and_coverage_of_images_equal_loops(name):
     chosen = metrics.Settings((0.2, 0.1), (score, scores.Score("raps")))
     calibration = outputs.held_out.select(torch.arange(30))
     actual = conformal.accuracy_and_coverage(outputs.forget, calibration, chosen)
-    labels = calibration.labels.tolist()
-    rows = score.log_odds(calibration.logits, "held_out").tolist()
-    q_hat = plain_q_hat([row[label] for row, label in zip(rows, labels, strict=True)], 0.2)
+    q_hat = plain_q_hat(plain_log_odds(calibration, score, "held_out"), 0.2)
     numbers = plain_numbers(outputs.forget, range(40), q_hat, (), score, "forget")
     assert actual.coverage == pytest.approx(numbers["coverage"])
     assert actual.accuracy == pytest.approx(1 - numbers["misclassified"] / 40)

@@ -25,12 +25,9 @@ def test_image_sets_of_a_draw_are_disjoint_and_divided_by_class():
     outputs = some_outputs(3, 3)
     for draw in range(3):
         order, rare = outputs.draws[draw].tolist(), (outputs.held_out.labels == 3).tolist()
-        assert outputs.calibration(20, draw).tolist() == [
-            image for image in order[:20] if not rare[image]
-        ]
-        assert outputs.forget_calibration(20, draw).tolist() == [
-            image for image in order[:20] if rare[image]
-        ]
+        first = order[:20]
+        assert outputs.calibration(20, draw).tolist() == [i for i in first if not rare[i]]
+        assert outputs.forget_calibration(20, draw).tolist() == [i for i in first if rare[i]]
         assert outputs.test(draw).tolist() == [image for image in order[45:] if not rare[image]]
         assert outputs.forget_test(draw).tolist() == [image for image in order[45:] if rare[image]]
     assert torch.equal(outputs.calibration(20), outputs.calibration(20, 0))

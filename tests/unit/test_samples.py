@@ -1,10 +1,8 @@
 """The rows of the forget images and the clearest fake forgetting, against loops over images."""
 
-import math
-
 import pytest
 import torch
-from scored import plain_q_hat, some_outputs
+from scored import plain_log_odds, plain_q_hat, plain_score, some_outputs
 
 import metrics
 from metrics import samples, scores
@@ -21,20 +19,12 @@ def test_sample_rows_equal_loops(forgotten_class, kind):
     chosen = metrics.Settings(alphas, (score, scores.Score("aps")))
     conformal_scores = metrics.ConformalScores(outputs, chosen)
     rows = samples.sample_rows(conformal_scores, indices, names)
-    held_out = outputs.held_out
-    label_scores = (
-        score.log_odds(held_out.logits, "held_out")
-        .gather(1, held_out.labels[:, None])
-        .flatten()
-        .tolist()
-    )
+    label_scores = plain_log_odds(outputs.held_out, score, "held_out")
     labels = outputs.held_out.labels.tolist()
-    q_hats = [
-        plain_q_hat(
-            [label_scores[image] for image in draw[:20] if labels[image] != forgotten_class], 0.2
-        )
-        for draw in outputs.draws.tolist()
-    ]
+    q_hats = []
+    for draw in outputs.draws.tolist():
+        calibration = [image for image in draw[:20] if labels[image] != forgotten_class]
+        q_hats.append(plain_q_hat([label_scores[image] for image in calibration], 0.2))
     log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     p = torch.softmax(outputs.forget.logits, dim=1)
     for number, row in enumerate(rows):
@@ -48,11 +38,10 @@ def test_sample_rows_equal_loops(forgotten_class, kind):
                 "label": label,
                 "prediction": prediction,
                 "p_true": p[number, label].item(),
-                "score": 1 / (1 + math.exp(-log_odds[number][label])),
-                "set_size@0.01": None,
-                "in_set@0.01": None,
-                "fake@0.01": None,
-                "in_set_share@0.01": None,
+                "score": plain_score(log_odds[number][label]),
+                **dict.fromkeys(
+                    f"{k}@0.01" for k in ("set_size", "in_set", "fake", "in_set_share")
+                ),
                 "set_size@0.2": sum(item <= q_hats[0] for item in log_odds[number]),
                 "in_set@0.2": int(inside),
                 "fake@0.2": int(inside and label != prediction),
@@ -69,17 +58,14 @@ def test_most_fake_images_are_in_the_order_of_their_scores(forgotten_class, kind
         outputs.forget = outputs.held_out.select(torch.arange(40))
     score = scores.Score(kind, seed=5)
     chosen = metrics.Settings((0.2, 0.04), (score,))
-    label_scores = score.log_odds(outputs.held_out.logits, "held_out")
-    label_scores = label_scores.gather(1, outputs.held_out.labels[:, None]).flatten().tolist()
+    label_scores = plain_log_odds(outputs.held_out, score, "held_out")
     labels = outputs.held_out.labels.tolist()
-    q_hat = plain_q_hat(
-        [label_scores[image] for image in range(20) if labels[image] != forgotten_class], 0.2
-    )
+    calibration = [image for image in range(20) if labels[image] != forgotten_class]
+    q_hat = plain_q_hat([label_scores[image] for image in calibration], 0.2)
     log_odds = score.log_odds(outputs.forget.logits, "forget").tolist()
     expected = []
-    for place, (row, label) in enumerate(
-        zip(log_odds, outputs.forget.labels.tolist(), strict=True)
-    ):
+    for place, row in enumerate(log_odds):
+        label = int(outputs.forget.labels[place])
         order = sorted(range(4), key=row.__getitem__)
         if order[0] != label and row[label] <= q_hat:
             inside = [item for item in order if row[item] <= q_hat]
