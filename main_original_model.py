@@ -48,9 +48,8 @@ def run_in_children(parser, args):
     if args.dry_run:
         print("\n".join(map(shlex.join, commands)))
         return 0
-    return max(
-        distributed.run_commands(commands, args.jobs, [f"seed {seed}" for seed in all_seeds])
-    )
+    titles = [f"seed {seed}" for seed in all_seeds]
+    return max(distributed.run_commands(commands, args.jobs, titles))
 
 
 def train_original(args, data, device):
@@ -65,8 +64,7 @@ def train_original(args, data, device):
         return
 
     seeds.seed_everything(args.seed, "original", "initialisation")
-    size = data.train.size
-    model = models.build_model(args, len(data.classes), size, device, pretrained=True)
+    model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
     job = Job(
         name="original",
         label="original",

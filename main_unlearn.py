@@ -14,7 +14,6 @@ import copy
 import json
 import re
 import shlex
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import nn
 
 import models
 import unlearn
+from metrics.accuracy import accuracy
 from metrics.columns import Column
 from metrics.report import tables
 from models import checkpoint, distributed, inference, seeds
@@ -34,9 +34,7 @@ RUN_COLUMNS = {
     "method": Column("method", "text"),
     "num_epochs": Column("epochs", "text"),
     "learning_rate": Column("rate", "text"),
-    "retain": Column("retain", "percent"),
-    "forget": Column("forget", "percent"),
-    "test": Column("test", "percent"),
+    **{name: Column(name, "percent") for name in ("retain", "forget", "test")},
     "seconds": Column("time", "seconds"),
 }
 
@@ -92,7 +90,7 @@ def unlearn_all(parser, args, methods, make_term=None):
 
     pending = [run for run in runs if not run.is_done]
     commands = [
-        utils.command_line(parser, args, seed=run.original.args.seed, unlearn_name=[run.name])
+        utils.command_line(parser, args, seed=run.args.seed, unlearn_name=[run.name])
         for run in pending
     ]
     if args.dry_run:
@@ -100,17 +98,16 @@ def unlearn_all(parser, args, methods, make_term=None):
             print(shlex.join(command))
         return 0
     if args.jobs > 1:
-        titles = [f"seed {run.original.args.seed}" for run in pending] if args.seeds else None
+        titles = [f"seed {run.args.seed}" for run in pending] if args.seeds else None
         distributed.run_commands(commands, args.jobs, titles)
     else:
         for run in pending:
-            with failure_recorded(run, is_only_run=len(runs) == 1):
+            try:
                 unlearn_and_save(run, data, device)
-    return print_rows([record_row(run) for run in runs])
+            except Exception as error:
+                record_failure(run, error, is_only_run=len(runs) == 1)
 
-
-def print_rows(rows):
-    """Print the table of all runs, with means over the seeds. Returns the exit status."""
+    rows = [record_row(run) for run in runs]
     failed = any("note" in row for row in rows)
     columns = RUN_COLUMNS | {"note": Column("note", "text")} if failed else RUN_COLUMNS
     tables.print_table(columns, tables.summarise(rows, columns, ["method"]))
@@ -119,20 +116,16 @@ def print_rows(rows):
 
 def record_row(run):
     """The row of a run, from the record that it left."""
-    path = run.files.folder / utils.FAILURE_FILE
-    if path.exists():
-        note = json.loads(path.read_text(encoding="utf-8"))["error"]
-        seed = run.original.args.seed
-        return {
-            "method": run.label,
-            "note": f"seed {seed}: {note}" if run.original.args.seeds else note,
-        }
+    row, failure = {"method": run.label}, run.files.folder / utils.FAILURE_FILE
+    if failure.exists():
+        note = json.loads(failure.read_text(encoding="utf-8"))["error"]
+        return row | {"note": f"seed {run.args.seed}: {note}" if run.args.seeds else note}
     try:
         record = json.loads((run.files.folder / run.files.record).read_text(encoding="utf-8"))
-        numbers = {"seconds": record["seconds"]} | (record["recipe"] or {}) | record["accuracies"]
+        row |= {"seconds": record["seconds"]} | (record["recipe"] or {})
+        return row | record["accuracies"]
     except (OSError, ValueError, KeyError):
         return {"method": run.label, "note": "ended without a result"}
-    return {"method": run.label} | numbers
 
 
 # ---------------------------------------------------------------- before the first run
@@ -156,49 +149,53 @@ class Original:
     folder: Path
 
 
-@dataclass(frozen=True)
 class Run:
     """One method for one seed, with its settings.
 
     ``name`` is that of the method, ``label`` that of the folder and the row. ``stop_at`` is
     the forget accuracy of --until_forgotten, else None. ``identity`` is everything that determines
-    the weights. ``is_done`` is True if an earlier run with this identity
-    left its model.
+    the weights. ``is_done`` is True if an earlier run with this identity left its model. Raises
+    UserError if the folder has another run's result.
     """
 
-    name: str
-    label: str
-    method: unlearn.Method
-    original: Original
-    recipe: Recipe | None
-    options: dict
-    term: object
-    stop_at: float | None
-    identity: dict
-    files: utils.RunFiles
-    is_done: bool
+    def __init__(self, name, method, original, *, term, device):
+        self.name, self.method, self.original, self.term = name, method, original, term
+        self.args = args = original.args
+        self.label = args.label or name
+        self.files = utils.RunFiles(original.folder / self.label)
+        self.options = unlearn.options_of(method, args, cases_of(args))
+        self.recipe = method_recipe(method, args, original.meta, device)
+        self.identity = run_identity(original, self.recipe, self.options, term=term)
+        self.stop_at = None
+        if args.until_forgotten:
+            self.stop_at = self.identity["stop_at"] = target_accuracy(original)
+        self.is_done = utils.already_done(self.files.model_path, self.identity, args) is not None
+
+
+def plan_run(name, method, original, *, term, device):
+    """The :class:`Run` of one method; prints a line if it is already done."""
+    run = Run(name, method, original, term=term, device=device)
+    if run.is_done:
+        print(f"{run.files.model_path}: already done; pass --overwrite to run it again")
+    return run
 
 
 def check_flags(args, methods):
     """Raise UserError for a flag that cannot apply to the chosen methods (Method by name)."""
-    names = ", ".join(methods)
     if args.jobs > 1 and distributed.world_size() > 1:
         raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
     if len(methods) > 1 and args.learning_rate:
-        raise UserError(
-            "--learning_rate with several methods: no single rate suits all of them; "
-            "omit it or choose one method"
-        )
+        raise UserError("--learning_rate: no rate suits several methods; omit it or choose one")
     reserved = {"original", *unlearn.METHODS, *(f"cpu_{name}" for name in unlearn.METHODS)}
     is_name = re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", args.label or "_")
     if args.label and (len(methods) > 1 or args.label in reserved or not is_name):
         raise UserError(f"--label {args.label}: needs one method, and a name that no method has")
     if args.stop_accuracy is not None and not args.until_forgotten:
         raise UserError("--stop_accuracy: it is the target of --until_forgotten; pass both")
-    if not any(method.trained for method in methods.values()):
-        for flag in TRAINING_FLAGS:
-            if getattr(args, flag) is not None:
-                raise UserError(f"--{flag} does not apply to {names} (no training); omit it")
+    passed = [flag for flag in TRAINING_FLAGS if getattr(args, flag) is not None]
+    if passed and not any(method.trained for method in methods.values()):
+        names = ", ".join(methods)
+        raise UserError(f"--{passed[0]} does not apply to {names} (no training); omit it")
     unlearn.check_option_flags(args, methods)
 
 
@@ -211,11 +208,10 @@ def read_original(args, data, device):
     split = utils.make_split(data, utils.scenario_of(args))
     root = utils.run_folder(args, data)
     path = utils.locate(args.model_dir, root)
-    state, meta = checkpoint.read(
-        path, "train it first with main_original_model.py and the same flags"
-    )
+    remedy = "train it first with main_original_model.py and the same flags"
+    state, meta = checkpoint.read(path, remedy)
     checkpoint.check_meta(path, meta, utils.model_facts(args, data))
-    model = build_network(args, data, device, pretrained=False)
+    model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     checkpoint.load_weights(model, state, path)
     try:
         inference.compute_logits(model, data.train, split.retain[:64])
@@ -225,7 +221,7 @@ def read_original(args, data, device):
         args,
         path,
         split,
-        data.held_out,
+        held_out=data.held_out,
         model=model,
         meta=meta,
         weights=checkpoint.weights_hash(state),
@@ -233,53 +229,19 @@ def read_original(args, data, device):
     )
 
 
-def build_network(args, data, device, *, pretrained):
-    """A new network for the classes and the image size of the data."""
-    size = data.train.size
-    return models.build_model(args, len(data.classes), size, device, pretrained=pretrained)
-
-
-def plan_run(name, method, original, *, term, device):
-    """The :class:`Run` of one method. Raises UserError if its folder has another run's result."""
-    args, label = original.args, original.args.label or name
-    options = unlearn.options_of(method, args, cases_of(args))
-    recipe = method_recipe(method, args, original.meta, device)
-    identity = run_identity(original, recipe, options, term=term)
-    stop_at = None
-    if args.until_forgotten:
-        stop_at = identity["stop_at"] = target_accuracy(original)
-    files = utils.RunFiles(original.folder / label)
-    is_done = utils.already_done(files.model_path, identity, args) is not None
-    if is_done:
-        print(f"{files.model_path}: already done; pass --overwrite to run it again")
-    return Run(
-        name=name,
-        label=label,
-        method=method,
-        original=original,
-        recipe=recipe,
-        options=options,
-        term=term,
-        stop_at=stop_at,
-        identity=identity,
-        files=files,
-        is_done=is_done,
-    )
-
-
 def target_accuracy(original):
     """The forget accuracy of --until_forgotten: --stop_accuracy, else 3 % for classes, and the
     original model's accuracy on held-out images, which no metric uses, for other images.
     """
-    args, split, images = original.args, original.split, original.held_out
+    args, split = original.args, original.split
     if args.stop_accuracy is not None:
         return args.stop_accuracy
     if split.forget_classes:
         return 0.03
     if not len(split.train_calibration):
         raise UserError("--until_forgotten: there are no held-out images; pass --stop_accuracy")
-    logits, labels = inference.compute_logits(original.model, images, split.train_calibration)
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+    images = original.held_out
+    return accuracy(*inference.compute_logits(original.model, images, split.train_calibration))
 
 
 def cases_of(args):
@@ -306,12 +268,11 @@ def method_recipe(method, args, original_meta, device):
         return None
     original = original_meta.get("recipe") or asdict(utils.original_recipe(args, device))
     defaults, _ = unlearn.defaults_of(method, cases_of(args))
-    inherited = ["learning_rate"]
-    if "num_epochs" not in defaults:
-        inherited += ["num_epochs", "batch_size", "milestones"]
+    inherited = ["learning_rate"] if "num_epochs" in defaults else TRAINING_FLAGS
     settings = {name: original[name] for name in inherited} | defaults
-    passed = {name: getattr(args, name) for name in TRAINING_FLAGS}
-    settings |= {name: value for name, value in passed.items() if value is not None}
+    for name in TRAINING_FLAGS:
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
     return Recipe(**settings, precision=utils.pick_precision(args, device))
 
 
@@ -331,28 +292,29 @@ def run_identity(original, recipe, options, *, term):
 # ---------------------------------------------------------------- the runs
 
 
-@contextmanager
-def failure_recorded(run, *, is_only_run):
-    """Save the error that ends a run in its folder, for the table, and let the next run start.
+def record_failure(run, error, *, is_only_run):
+    """Save the error that ended a run in its folder, for the table, and let the next run start.
 
     The error of the only run is raised. So is, under torchrun, an error other than divergence,
     since it may have reached only one process, and the others would wait for it.
     """
-    try:
-        yield
-    except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else first_line(error)
-        failure = {"forget_set": run.original.split.fingerprint, "error": reason}
-        utils.save_json(run.files.folder / utils.FAILURE_FILE, failure)
-        others_wait = distributed.world_size() > 1 and not isinstance(error, Diverged)
-        if is_only_run or others_wait:
-            raise
-        print(f"{run.label} (seed {run.original.args.seed}) failed: {reason}")
+    reason = str(error) if isinstance(error, UserError) else first_line(error)
+    failure = {"forget_set": run.original.split.fingerprint, "error": reason}
+    utils.save_json(run.files.folder / utils.FAILURE_FILE, failure)
+    if is_only_run or (distributed.world_size() > 1 and not isinstance(error, Diverged)):
+        raise error
+    print(f"{run.label} (seed {run.args.seed}) failed: {reason}")
 
 
 def unlearn_and_save(run, data, device):
     """Unlearn with one method and save the model and its records."""
-    args, split = run.original.args, run.original.split
+    args, split = run.args, run.original.split
+
+    def new_model():
+        """The network before any training on this data, with pre-trained weights if any."""
+        seeds.seed_everything(args.seed, run.method.name, "initialisation")
+        return models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
+
     job = Job(
         name=run.method.name,
         label=run.label,
@@ -361,7 +323,7 @@ def unlearn_and_save(run, data, device):
         split=split,
         recipe=run.recipe,
         seed=args.seed,
-        new_model=partial(initial_network, run, data, device),
+        new_model=new_model,
         term=run.term,
         stop_at=run.stop_at,
         compile=args.compile,
@@ -377,17 +339,10 @@ def unlearn_and_save(run, data, device):
         "num_forget": len(split.forget),
         "original_seconds": run.original.meta.get("seconds"),
     }
-    unlearn_with_options = partial(run.method.run, **run.options)
-    utils.run_and_save(unlearn_with_options, job, run.files, meta=meta, args=args)
+    train = partial(run.method.run, **run.options)
+    utils.run_and_save(train, job, run.files, meta=meta, args=args)
     if run.term is not None and (advice := run.term.advice()):
         print(f"{run.label}: {advice}")
-
-
-def initial_network(run, data, device):
-    """A network as it was before any training on this data, with pre-trained weights if any."""
-    args = run.original.args
-    seeds.seed_everything(args.seed, run.method.name, "initialisation")
-    return build_network(args, data, device, pretrained=True)
 
 
 if __name__ == "__main__":
