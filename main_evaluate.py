@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -81,24 +82,20 @@ def main():
 
 def parse_flags():
     parser = utils.make_parser(__doc__)
-    methods = "original and the methods in the run folder"
-    utils.add_scenario_flags(parser, methods, utils.MODEL_FILE)
+    utils.add_scenario_flags(parser, "original and the methods in the run folder", utils.MODEL_FILE)
     add = parser.add_argument_group("evaluation").add_argument
     size = "images per forward pass (default: chosen to fit the CPU cache or the GPU memory)"
     add("--batch_size", type=utils.number(int, 1), help=size)
     alphas = "comma-separated miscoverage levels"
     add("--alphas", type=utils.list_of(utils.ALPHA), default="0.05,0.1,0.15,0.2", help=alphas)
-    default = "default: 2000, or a fifth of the held-out images if that is fewer"
-    sizes = f"comma-separated numbers of calibration images ({default})"
+    sizes = "comma-separated numbers of calibration images (default: 2000, at most 1/5 of held-out)"
     add("--cal_sizes", type=utils.list_of(utils.number(int, 1)), help=sizes)
-    resplits = "random calibration/test resplits to average over; 1 uses the split alone"
-    add("--resplits", type=utils.number(int, 1), default=100, help=f"number of {resplits}")
+    draws = "number of random calibration/test resplits to average over; 1 uses the split alone"
+    add("--resplits", type=utils.number(int, 1), default=100, help=draws)
     relearn = "train each model for K steps, and measure relearning of the forget images"
     add("--relearn", type=utils.number(int, 0), default=0, metavar="K", help=relearn)
-    sources = utils.list_of(str, figures.RELEARNED)
-    kinds = "comma-separated images for --relearn: forget (a tenth of the forget images; the "
-    kinds += "others are measured), retain (all forget images are measured)"
-    add("--relearn_on", type=sources, default="forget", help=kinds)
+    kinds = "comma-separated: forget (train a tenth, measure the rest), retain (measure all)"
+    add("--relearn_on", type=utils.list_of(str, figures.RELEARNED), default="forget", help=kinds)
     columns = "columns of the printed tables; results.csv and report.html always have all"
     add("--columns", choices=["short", "all"], default="short", help=columns)
     add("--no_pictures", action="store_true", help="write no figures and no report.html")
@@ -109,11 +106,11 @@ def parse_flags():
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the evaluation of one seed measures: the flags as values.
+    """What the evaluation of one seed measures: the flags ``args`` and what follows from them.
 
     ``folder`` is the scenario's folder. ``keys`` are the (score, calibration size, α) of a model's
     rows. ``draws`` (R×P) are orders of the P images ``held_out``, see :class:`metrics.Outputs`.
-    ``network`` builds the network on its first call. A checkpoint must agree with ``model_facts``.
+    ``network`` builds the network on its first call.
     ``description`` records this run. Models with equal ``description["settings"]`` share a table.
     """
 
@@ -121,16 +118,11 @@ class Evaluation:
     split: utils.Split
     folder: Path
     settings: metrics.Settings
-    cal_sizes: list[int]
+    args: Namespace
     keys: list[tuple]
     held_out: torch.Tensor
     draws: torch.Tensor
-    batch_size: int | None
-    relearn_steps: int
-    relearn_on: list[str]
-    has_pictures: bool
     network: Callable
-    model_facts: dict
     description: dict
 
 
@@ -152,16 +144,11 @@ def start_evaluation(args, data, device):
         split,
         folder=utils.run_folder(args, data) / split.folder,
         settings=metrics.Settings(tuple(args.alphas), chosen, SET_SIZES, seed=args.seed),
-        cal_sizes=args.cal_sizes,
+        args=args,
         keys=[*itertools.product(args.score, args.cal_sizes, args.alphas)],
         held_out=held_out,
         draws=metrics.draw_splits(len(held_out), args.resplits, split_seed),
-        batch_size=args.batch_size,
-        relearn_steps=args.relearn,
-        relearn_on=args.relearn_on if args.relearn else [],
-        has_pictures=not args.no_pictures,
         network=cache(partial(models.build_model, args, *size, pretrained=False)),
-        model_facts=utils.model_facts(args, data),
         description=description,
     )
 
@@ -250,7 +237,10 @@ def read_models(paths, evaluation):
 
 
 def read_model(name, path, evaluation):
-    """The :class:`SavedModel` of one method, checked. Its weights are not kept in memory."""
+    """The :class:`SavedModel` of one method. Its weights are not kept in memory.
+
+    Raises UserError for a model of another network, data set, forget set or split.
+    """
     folder, prefix = evaluation.folder / name, ""
     if path.parent not in (folder, evaluation.folder.parent):  # the path of --model_dir
         folder, prefix = path.parent, f"{path.stem}."
@@ -269,24 +259,17 @@ def read_model(name, path, evaluation):
         saved.weights = logits.weights or checkpoint.weights_hash(tensors)
         record = read_json(saved.path_of("results.json"))
         if record.get("weights") == saved.weights:
-            measured = ("metrics", "evaluation")
-            saved.meta = {key: record[key] for key in record if key not in measured}
-    check_model(saved, evaluation)
-    return saved
-
-
-def check_model(saved, evaluation):
-    """Raise UserError for a model of another network, data set, forget set or split.
-
-    With another split its training calibration images would be scored.
-    """
-    checkpoint.check_meta(saved.path, saved.meta, evaluation.model_facts)
+            saved.meta = {k: record[k] for k in record if k not in ("metrics", "evaluation")}
+    # With another split, calibration images that the model was trained on would be scored.
+    facts = utils.model_facts(evaluation.args, evaluation.data)
+    checkpoint.check_meta(saved.path, saved.meta, facts)
     for key in ("forget_set", "split_seed") if "forget_set" in saved.meta else ():
         made_with, asked_for = saved.meta.get(key), evaluation.description[key]
         if made_with not in (None, asked_for):
             difference = f"{key} {made_with}, and the flags select {asked_for}"
             remedy = "pass the --seed, --split_seed and unlearning flags that made it"
             raise utils.UserError(f"{saved.path}: unlearned with {difference}; {remedy}")
+    return saved
 
 
 def read_json(path):
@@ -319,10 +302,11 @@ def read_logits(saved, evaluation):
 def run_network(saved, evaluation):
     """One pass over all images. Saves logits.npz. → (:class:`inference.Logits`, probe accuracies)
 
-    The accuracies are those of a linear probe of the features, for class-wise forgetting only.
+    The accuracies are those of a linear probe of the features, for class-wise forgetting only. It
+    is fitted to training images and tested on test images.
     """
-    data, model, size = evaluation.data, load_network(saved, evaluation), evaluation.batch_size
-    class_wise = bool(evaluation.split.forget_classes)
+    data, split, size = evaluation.data, evaluation.split, evaluation.args.batch_size
+    model, class_wise = load_network(saved, evaluation), bool(split.forget_classes)
     compute = inference.compute_features if class_wise else inference.compute_logits
     train, held_out = (
         compute(model, images, torch.arange(len(images)).to(images.labels.device), size)
@@ -332,8 +316,15 @@ def run_network(saved, evaluation):
     inference.save_logits(saved.logits_path, **logits._asdict())
     if not class_wise:
         return logits, {}
-    features = train[-1].numpy(), held_out[-1].numpy()
-    return logits, probe_features(*features, outputs_of(logits, evaluation), evaluation)
+    outputs = outputs_of(logits, evaluation)
+    tests = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
+    for key, positions in tests.items():
+        tested = evaluation.held_out[positions]
+        tests[key] = held_out[2][tested].numpy(), held_out[1][tested].numpy()
+    fitted = torch.cat([split.retain, split.forget]).cpu()
+    features, labels = train[2][fitted].numpy(), train[1][fitted].numpy()
+    seed = evaluation.settings.seed
+    return logits, probe.linear_probe(features, labels, tests=tests, seed=seed)
 
 
 def load_network(saved, evaluation):
@@ -341,22 +332,6 @@ def load_network(saved, evaluation):
     model = evaluation.network()
     checkpoint.load_weights(model, checkpoint.read(saved.path)[0], saved.path)
     return model
-
-
-def probe_features(train, held_out, outputs, evaluation):
-    """Accuracies of a linear probe of the features of all images (NumPy, train N×F, held-out P×F).
-
-    It is fitted to training images and tested on test images.
-    """
-    data, split = evaluation.data, evaluation.split
-    labels, held_out_labels = data.train.labels.cpu().numpy(), data.held_out.labels.cpu().numpy()
-    tests = {"probe_forget": outputs.forget_test(), "probe_retain": outputs.test()}
-    for key, positions in tests.items():
-        tested = evaluation.held_out[positions].numpy()
-        tests[key] = held_out[tested], held_out_labels[tested]
-    fitted = torch.cat([split.retain, split.forget]).cpu().numpy()
-    seed = evaluation.settings.seed
-    return probe.linear_probe(train[fitted], labels[fitted], tests=tests, seed=seed)
 
 
 def outputs_of(logits, evaluation):
@@ -372,7 +347,7 @@ def outputs_of(logits, evaluation):
         forget=train.select(split.forget.cpu()),
         retain=train.select(split.retain.cpu()),
         held_out=held_out.select(evaluation.held_out),
-        cal_sizes=evaluation.cal_sizes,
+        cal_sizes=evaluation.args.cal_sizes,
         draws=evaluation.draws,
         forgotten=forgotten,
     )
@@ -413,7 +388,7 @@ def measure_model(saved, evaluation):
     numbers = probe_accuracy | scalars | {"num_forget": len(evaluation.split.forget)}
     numbers |= {key: saved.meta.get(key) for key in ("seconds", "peak_memory")}
     numbers |= {key: earlier[key] for key in CURVES.values() if key in earlier}
-    for source in evaluation.relearn_on:
+    for source in evaluation.args.relearn_on if evaluation.args.relearn else ():
         if saved.path.exists():
             numbers[CURVES[source]] = measure_relearning(saved, outputs, evaluation, source)
         else:
@@ -475,16 +450,16 @@ def measure_relearning(saved, outputs, evaluation, source):
     """
     data, split, settings = evaluation.data, evaluation.split, evaluation.settings
     trained, measured = relearning.divide(split, settings.seed, source)
-    calibration = outputs.calibration(max(evaluation.cal_sizes))  # positions in split.calibration
-    forget, held_out = outputs.forget.select(measured.cpu()), outputs.held_out.select(calibration)
+    positions = outputs.calibration(max(evaluation.args.cal_sizes))  # in split.calibration
+    forget, held_out = outputs.forget.select(measured.cpu()), outputs.held_out.select(positions)
     points = [(0, *conformal.accuracy_and_coverage(forget, held_out, settings))]
-    held_out = split.calibration[calibration.to(measured.device)]
+    held_out = split.calibration[positions.to(measured.device)]
     image_sets = (data.train, split.forget[measured]), (data.held_out, held_out)
-    network, num_steps = load_network(saved, evaluation), evaluation.relearn_steps
+    network, num_steps = load_network(saved, evaluation), evaluation.args.relearn
     about = {"trained": trained, "source": source, "seed": settings.seed}
     for step, model in relearning.relearn(network, data, split, num_steps=num_steps, **about):
         forget, held_out = (
-            metrics.Output(*inference.compute_logits(model, *images, evaluation.batch_size))
+            metrics.Output(*inference.compute_logits(model, *images, evaluation.args.batch_size))
             for images in image_sets
         )
         points.append((step, *conformal.accuracy_and_coverage(forget, held_out, settings)))
@@ -554,7 +529,8 @@ def view_model(saved, references, evaluation):
 
     ``references`` are the logits of the original model and of Retrain, if there are any.
     """
-    settings, numbers, distances = evaluation.settings, dict(saved.numbers), {}
+    data, forget, settings = evaluation.data, evaluation.split.forget, evaluation.settings
+    numbers, distances = dict(saved.numbers), {}
     first = settings.scores[0].name, settings.alphas[0]
     set_rows = {block_of(row): from_record(row) for row in numbers.pop("conformal")}
     curves = {source: numbers.pop(key) for source, key in CURVES.items() if key in numbers}
@@ -562,11 +538,9 @@ def view_model(saved, references, evaluation):
     logits = read_logits(saved, evaluation)
     outputs = outputs_of(logits, evaluation)
     if saved.name != "original" and "original" in references:
-        predictions = (
-            torch.cat([each.train, each.held_out[evaluation.held_out]]).argmax(dim=1)
-            for each in (logits, references["original"])
-        )
-        numbers["changed"] = comparison.changed_share(*predictions)
+        both = logits, references["original"]
+        both = [torch.cat([each.train, each.held_out[evaluation.held_out]]) for each in both]
+        numbers["changed"] = comparison.changed_share(*(each.argmax(dim=1) for each in both))
     if "retrain" in references:
         answers = (
             comparison.Answers(each.forget, each.held_out.select(each.test()))
@@ -574,7 +548,11 @@ def view_model(saved, references, evaluation):
         )
         distances = comparison.answer_distances(*answers)
     conformal_scores = metrics.ConformalScores(outputs, settings)
-    class_rows = classwise.class_rows(conformal_scores, evaluation.data.classes)
+    class_rows = classwise.class_rows(conformal_scores, data.classes)
+    file_names = data.train.names and [data.train.names[index] for index in forget.tolist()]
+    sample_rows = samples.sample_rows(conformal_scores, forget, file_names)
+    for row in sample_rows:
+        row |= {key: data.classes[row[key]] for key in ("label", "prediction")}
     split_seed, num_retain = evaluation.description["split_seed"], len(evaluation.split.retain)
     retain_sample = utils.permutation(split_seed, "ensembles", num_retain)[:RETAIN_SAMPLE]
     view = ModelView(
@@ -582,32 +560,29 @@ def view_model(saved, references, evaluation):
         numbers,
         set_rows={key: set_rows[key] for key in evaluation.keys if key in set_rows},
         class_rows=[{"method": saved.name} | row for row in class_rows],
-        sample_rows=name_samples(conformal_scores, evaluation),
+        sample_rows=sample_rows,
         training=ensembles.describe(conformal_scores, torch.from_numpy(retain_sample)),
         curves={key: c for key, c in curves.items() if (c["score"], c["alpha"]) == first},
         distances=distances,
     )
-    if evaluation.has_pictures:
+    if not evaluation.args.no_pictures:
         view.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
         view.histogram = figures.histogram_data(conformal_scores)
     return view
 
 
-def name_samples(conformal_scores, evaluation):
-    """The rows of samples.csv, with the names of files and classes."""
-    data, forget = evaluation.data, evaluation.split.forget
-    names = data.train.names and [data.train.names[index] for index in forget.tolist()]
-    rows = samples.sample_rows(conformal_scores, forget, names)
-    for row in rows:
-        row["label"] = data.classes[row["label"]]
-        row["prediction"] = data.classes[row["prediction"]]
-    return rows
-
-
 def rows_of(views, evaluation):
-    """The rows of results.csv: one per (score, calibration size, α) and model, failures last."""
-    description, rows = evaluation.description, []
-    failed = failures(evaluation.folder, description["forget_set"])
+    """The rows of results.csv: one per (score, calibration size, α) and model, failures last.
+
+    Failures are the methods that failed on the forget set and left no model.
+    """
+    description, rows, failures = evaluation.description, [], []
+    for path in evaluation.folder.glob(f"*/{utils.FAILURE_FILE}"):
+        record, has_model = read_json(path), path.with_name(utils.MODEL_FILE).exists()
+        if record.get("forget_set") == description["forget_set"] and not has_model:
+            note = f"seed {description['seed']}: {record.get('error')}"
+            failures.append({"method": path.parent.name, "note": note})
+    failures.sort(key=lambda failure: position(failure["method"]))
     origin = {key: description[key] for key in ("forget_set", "forget_class") if description[key]}
     for key in evaluation.keys:
         block = dict(zip(KEYS, key, strict=False))
@@ -615,22 +590,8 @@ def rows_of(views, evaluation):
             if key in view.set_rows:
                 row = block | {"method": name} | view.numbers | view.set_rows[key] | origin
                 rows.append(row | {"weights": view.saved.weights})
-        notes_of = {name: f"seed {description['seed']}: {failed[name]}" for name in failed}
-        rows += [block | {"method": name, "note": note} for name, note in notes_of.items()]
+        rows += [block | failure for failure in failures]
     return rows
-
-
-def failures(folder, fingerprint):
-    """{method: reason} of the methods that failed on the forget set and left no model."""
-    failed = {}
-    for path in folder.glob(f"*/{utils.FAILURE_FILE}"):
-        record = read_json(path)
-        if (
-            record.get("forget_set") == fingerprint
-            and not path.with_name(utils.MODEL_FILE).exists()
-        ):
-            failed[path.parent.name] = record.get("error")
-    return dict(sorted(failed.items(), key=lambda item: position(item[0])))
 
 
 def compare_trainings(seeds):
@@ -650,10 +611,9 @@ def save_seed(views, requested, evaluation):
     folder, description = evaluation.folder, evaluation.description
     drawn, files = {}, {folder / "classes.csv": tables.as_csv(views.class_rows)}
     for saved in requested:
-        made = saved.meta | {"method": saved.name, "weights": saved.weights}
-        measured = {"metrics": saved.numbers, "evaluation": description}
-        files[saved.path_of("results.json")] = made | measured
-    if evaluation.has_pictures:
+        record = {"method": saved.name, "weights": saved.weights, "metrics": saved.numbers}
+        files[saved.path_of("results.json")] = saved.meta | record | {"evaluation": description}
+    if not evaluation.args.no_pictures:
         drawn = draw_models(views, evaluation)
         for file in set(PICTURES) - drawn.keys():
             (folder / file).unlink(missing_ok=True)  # of an earlier evaluation
@@ -681,8 +641,7 @@ def save_summary(rows, ensemble_rows, flags, data, device):
     if not flags.no_pictures:
         drawn = figures.overview(rows, flags.score[0], max(flags.cal_sizes))
     if drawn and ensemble_rows:
-        dots = figures.klom_dots(ensemble_rows)
-        drawn["klom.png"] = ("Distance to retrained models (KLOM)", dots)
+        drawn["klom.png"] = "Distance to retrained models (KLOM)", figures.klom_dots(ensemble_rows)
     about = {"data": data, "description": description, "ensemble_rows": ensemble_rows}
     paths = {folder / file: figure for file, figure in drawn.items()}
     save_views(folder, rows, {}, drawn=paths, **about, ending=tables.SEEDS)
@@ -728,7 +687,7 @@ def draw_models(views, evaluation):
     """{file name: (caption, Figure)} of all models of a seed together."""
     models, settings = views.models, evaluation.settings
     score, alpha = settings.scores[0].name, settings.alphas[0]
-    drawn = figures.overview(views.rows, score, max(evaluation.cal_sizes))
+    drawn = figures.overview(views.rows, score, max(evaluation.args.cal_sizes))
     if score == "thr":
         histograms = {name: view.histogram for name, view in models.items()}
         drawn["scores.png"] = "Non-conformity scores", figures.score_histograms(histograms, alpha)

@@ -1,7 +1,6 @@
 """Logits and features of images: eval mode, no augmentation, one forward pass per image.
 
-A model's logits of all images are kept in a ``logits.npz``, so that no metric needs the network
-twice.
+A model's logits are kept in a ``logits.npz``, so that no metric needs the network twice.
 """
 
 from contextlib import contextmanager
@@ -27,10 +26,9 @@ class Logits(NamedTuple):
     data: str
 
 
-def save_logits(path, *, train, held_out, weights, data):
-    """Save the fields of :class:`Logits` as a NumPy archive. Atomic."""
-    arrays = {"train": train.numpy(), "held_out": held_out.numpy(), "weights": weights}
-    checkpoint.write_file(path, lambda file: np.savez(file, **arrays, data=data))
+def save_logits(path, **fields):
+    """Save the ``fields`` of :class:`Logits` as a NumPy archive. Atomic."""
+    checkpoint.write_file(path, lambda file: np.savez(file, **fields))
 
 
 def read_logits(path, *, num_train, num_held_out, num_classes, data, weights=None):
@@ -69,8 +67,7 @@ def compute_logits(model, images, indices, batch_size=None):
     of 32×32 on a CPU, 2,048 on a GPU, and a quarter of that whenever the memory is full. Every
     module keeps its training mode. Raises NotFinite where a logit is NaN or infinite.
     """
-    logits, _ = _forward_images(model, images, indices, batch_size=batch_size)
-    return logits, images.labels[indices].cpu()
+    return _forward_images(model, images, indices, batch_size=batch_size)
 
 
 def compute_features(model, images, indices, batch_size=None):
@@ -81,96 +78,74 @@ def compute_features(model, images, indices, batch_size=None):
     its classifier as a module, the logits serve as features.
     """
     options = {"batch_size": batch_size, "classifiers": classifier_layers(model)}
-    logits, features = _forward_images(model, images, indices, **options)
-    return logits, images.labels[indices].cpu(), logits if features is None else features
+    logits, labels, *features = _forward_images(model, images, indices, **options)
+    return logits, labels, *(features or [logits])
 
 
 def classifier_layers(model):
-    """The layers that turn features into logits: timm's ``get_classifier()``, else the last Linear.
-
-    An empty list if the network has neither.
-    """
-    if hasattr(model, "get_classifier"):
-        classifier = model.get_classifier()
-    else:
-        classifier = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    several = isinstance(classifier, tuple | list | nn.ModuleList)
-    return list(classifier) if several else [classifier]
+    """Layers from features to logits: timm's ``get_classifier()``, the last Linear, or []."""
+    if not hasattr(model, "get_classifier"):
+        return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    layers = model.get_classifier()
+    return list(layers) if isinstance(layers, tuple | list | nn.ModuleList) else [layers]
 
 
 @torch.no_grad()
 def _forward_images(model, images, indices, *, batch_size, classifiers=()):
-    """Logits and features of all images, gathered from the processes; None for no features."""
+    """Logits, labels and, if there are any, features: all rows, gathered from the processes."""
     size = batch_size or _default_batch_size(images)
-    with _eval_mode(model), _recorded(classifiers) as calls:
+    with _eval_mode(model, classifiers) as forward:
         while True:
             try:
                 batches = images.batches(indices.split(size * distributed.world_size()))
-                outputs = [_forward_batch(model, inputs, calls) for inputs in batches]
+                outputs = [forward(inputs) for inputs in batches]
                 break
             except torch.OutOfMemoryError:
                 if batch_size or size == 1:
                     raise
             # Outside the handler, whose traceback keeps the tensors that filled the memory.
             size = max(1, size // 4)
-    logits, features = zip(*outputs, strict=True)
-    logits = distributed.gather_rows(torch.cat(logits), len(indices)).cpu()
-    infinite = len(logits) - int(logits.isfinite().all(dim=1).sum())
-    if infinite:
+    local_rows = [torch.cat(batches) for batches in zip(*outputs, strict=True)]
+    logits, *features = (distributed.gather_rows(r, len(indices)).cpu() for r in local_rows)
+    if infinite := len(logits) - int(logits.isfinite().all(dim=1).sum()):
         counts = f"NaN or infinite for {infinite} of {len(logits)} images"
         remedy = "train the network again, with a lower --learning_rate if it diverged"
         raise NotFinite(f"the network's outputs are {counts}; {remedy}")
-    if features[0] is None:
-        return logits, None
-    return logits, distributed.gather_rows(torch.cat(features), len(indices)).cpu()
+    return logits, images.labels[indices].cpu(), *features
 
 
 def _default_batch_size(images):
-    if images.labels.is_cuda:
-        return max(4, 2**21 // images.size**2)
-    return min(512, max(4, 2**16 // images.size**2))
-
-
-def _forward_batch(model, inputs, calls):
-    """Float32 logits of a batch, and its features or None. ``calls`` comes from _recorded."""
-    # A forward pass that ran out of memory has left its calls behind.
-    for features in calls.values():
-        features.clear()
-    logits = model(inputs).float()
-    features = [features for layer_calls in calls.values() for features in layer_calls]
-    return logits, torch.cat(features, dim=1) if features else None
+    pixels, most = (2**21, 2**21) if images.labels.is_cuda else (2**16, 512)
+    return min(most, max(4, pixels // images.size**2))
 
 
 @contextmanager
-def _recorded(layers):
-    """{layer: list}, to which each call of the layer appends its pooled input."""
-    calls = {layer: [] for layer in layers}
+def _eval_mode(model, classifiers):
+    """Yields the forward pass in eval mode: from a batch to float32 logits and any features.
+
+    Features are the pooled inputs of the ``classifiers``. Every module gets its mode back.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    calls = {}
 
     def record(layer, inputs):
-        calls[layer].append(_pooled(inputs[0].float()))
+        features = inputs[0].float()
+        axes = {3: 1, 4: (2, 3)}.get(features.ndim)
+        calls[layer].append(features if axes is None else features.mean(dim=axes))
 
-    handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    def forward(inputs):
+        # A forward pass that ran out of memory has left its calls behind.
+        calls.update({layer: [] for layer in classifiers})
+        logits = model(inputs).float()
+        features = [features for layer_calls in calls.values() for features in layer_calls]
+        return (logits, torch.cat(features, dim=1)) if features else (logits,)
 
-
-@contextmanager
-def _eval_mode(model):
-    """The model in eval mode; afterwards every module has the mode that it had before."""
-    modes = [(module, module.training) for module in model.modules()]
+    hooks = [layer.register_forward_pre_hook(record) for layer in classifiers]
     model.eval()
     try:
-        yield
+        yield forward
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, mode in modes:
             module.training = mode
-
-
-def _pooled(features):
-    """N×F from N×F, N×F×H×W or N×T×F: the mean over positions or tokens."""
-    if features.ndim == 4:
-        return features.mean(dim=(2, 3))
-    return features.mean(dim=1) if features.ndim == 3 else features

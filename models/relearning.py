@@ -10,19 +10,17 @@ from .errors import UserError
 from .seeds import generator, permutation
 from .training import Job, Recipe
 
-LEARNING_RATE = 0.001
-
 
 def relearn(model, data, split, *, trained, num_steps, seed, source):
     """Train on the images ``trained``. Yields (steps so far, model) after 1, 2, 4, … and the last.
 
-    SGD at a constant rate, in batches of at most 64 augmented images, which the ``seed`` and the
-    ``source`` shuffle. The caller may measure the model. Raises UserError where training diverges.
+    SGD at a constant rate of 0.001, in batches of at most 64 augmented images in the order of
+    ``seed`` and ``source``. The caller may measure the model. Raises UserError on divergence.
     """
     stops = sorted({2**power for power in range(num_steps.bit_length())} | {num_steps})
     purpose = ("order",) if source == "forget" else ("order", source)
     batches = shuffled_batches(trained, generator(seed, "relearn", *purpose))
-    recipe = Recipe(len(stops), LEARNING_RATE, milestones=[len(stops)])
+    recipe = Recipe(len(stops), learning_rate=0.001, milestones=[len(stops)])
     about = {"name": "relearn", "label": "relearn", "seed": seed, "quiet": True}
     job = Job(model=model, data=data, split=split, recipe=recipe, **about)
     # An epoch of this job ends at each stop.
@@ -51,7 +49,6 @@ def divide(split, seed, source):
 
 def shuffled_batches(indices, rng, batch_size=64):
     """Endless near-equal batches of all ``indices``, shuffled again for each pass."""
-    num_batches = math.ceil(len(indices) / batch_size)
     while True:
         order = torch.randperm(len(indices), generator=rng).to(indices.device)
-        yield from indices[order].tensor_split(num_batches)
+        yield from indices[order].tensor_split(math.ceil(len(indices) / batch_size))
