@@ -230,7 +230,7 @@ def test_summary_has_mean_and_deviation_over_seeds(two_seeds):
 def test_default_class_forgetting_keeps_the_other_classes(tmp_path):
     """Accuracy is below 5 % on the class and within 3 points of the original on other classes."""
     common = ["--width", 16, "--device", "cpu", *QUIET]
-    methods = ["retrain", "GA", "salun", "sfron"]
+    methods = ["retrain", "delete", "salun", "sfron"]
     forget = [*common, "--unlearn_type", "class", "--unlearn_name", *methods]
     check(run_forked("main_original_model.py", *common, cwd=tmp_path))
     check(run_forked("main_unlearn.py", *forget, cwd=tmp_path))
