@@ -122,8 +122,8 @@ def record_row(run):
         return row | {"note": f"seed {run.args.seed}: {note}" if run.args.seeds else note}
     try:
         record = json.loads((run.files.folder / run.files.record).read_text(encoding="utf-8"))
-        row |= {"seconds": record["seconds"]} | (record["recipe"] or {})
-        return row | record["accuracies"]
+        numbers = record["accuracies"] | (record["recipe"] or {}) | {"seconds": record["seconds"]}
+        return row | {key: numbers[key] for key in RUN_COLUMNS if key in numbers}
     except (OSError, ValueError, KeyError):
         return {"method": run.label, "note": "ended without a result"}
 

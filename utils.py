@@ -1034,8 +1034,6 @@ class WandbRun:
     missing or fails, a line is printed and the run continues without it. Only rank 0 logs.
     """
 
-    announced = False  # whether the line about logging offline has been printed
-
     def __init__(self, folder, name, config, mode=None):
         self._folder, self._active = folder, mode != "disabled" and not distributed.rank()
         self._try(lambda: self._start(name, config, mode))
@@ -1083,8 +1081,7 @@ class WandbRun:
             return
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
-        if mode == "offline" and not WandbRun.announced:
-            WandbRun.announced = True
+        if mode == "offline":
             print(f"wandb: logging offline; upload: wandb sync {folder}/wandb/offline-run-*")
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(

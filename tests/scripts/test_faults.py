@@ -32,7 +32,7 @@ import main_unlearn_cpu  # noqa: F401
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
 
-MANY_EPOCHS = 16
+MANY_EPOCHS = 120
 RUN_FOLDER = "runs/resnet18w8_image_folder-pictures_seed1"
 SCRIPTS = {
     "original": ["main_original_model.py"],
