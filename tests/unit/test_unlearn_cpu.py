@@ -12,7 +12,7 @@ import unlearn_cpu
 from metrics import CR, scores
 from models import inference
 from models.errors import UserError
-from unlearn_cpu import ConformalTerm, all_pairs_loss, conformal_loss
+from unlearn_cpu import ConformalTerm, all_pairs_loss, ascent_loss, conformal_loss
 
 LOGITS = torch.tensor([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]).log()
 LABELS = torch.tensor([0, 1, 0])
@@ -40,6 +40,12 @@ def test_all_pairs_loss_by_hand():
     assert single.item() == pytest.approx(0.5)
 
 
+def test_ascent_loss_by_hand():
+    # The probabilities of the true labels are 0.7, 0.3, 0.1: −mean(−log p)
+    expected = torch.tensor([0.7, 0.3, 0.1]).log().mean().item()
+    assert ascent_loss(LOGITS, LABELS, 0.75, 0.05).item() == pytest.approx(expected)
+
+
 def test_conformal_loss_of_an_image_depends_on_its_true_label_only():
     """A B×B matrix of probabilities would spread the gradient over other images' labels."""
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
@@ -59,7 +65,7 @@ def test_loss_lowers_the_true_label_until_it_is_outside_the_set(loss):
     assert not outside.grad.any()
 
 
-@pytest.mark.parametrize("loss", [conformal_loss, all_pairs_loss])
+@pytest.mark.parametrize("loss", [conformal_loss, all_pairs_loss, ascent_loss])
 def test_loss_of_no_images_is_zero_with_a_gradient(loss):
     logits = torch.zeros(0, 3, requires_grad=True)
     value = loss(logits, torch.zeros(0, dtype=torch.int64), 0.9, 0.1)
@@ -77,6 +83,7 @@ def test_unknown_loss_is_refused():
     [
         ([], conformal_loss, ("own", 0.05, 0.05, 0.01)),
         (["--loss", "pairs"], all_pairs_loss, ("pairs", 0.5, 0.05, 0.01)),
+        (["--loss", "ascent"], ascent_loss, ("ascent", 0.01, 0.05, 0.01)),
         (["--lamda", 0, "--alpha", 0.2, "--delta", 0.3], conformal_loss, ("own", 0.0, 0.2, 0.3)),
     ],
 )
