@@ -26,7 +26,7 @@ from metrics.accuracy import accuracy
 from metrics.columns import Column
 from metrics.report import tables
 from models import checkpoint, distributed, inference, seeds
-from models.errors import NotFinite, UserError, first_line
+from models.errors import UserError, first_line
 from models.training import Diverged, Job, Recipe
 
 TRAINING_FLAGS = ("num_epochs", "learning_rate", "batch_size", "milestones")
@@ -53,20 +53,12 @@ def main():
 
 def add_stop_flags(parser):
     """Flags that compare methods at an equal level of forgetting instead of their authors' ends."""
-    group = parser.add_argument_group("until forgotten")
-    group.add_argument(
-        "--until_forgotten",
-        action="store_true",
-        help="end training after the epoch in which the forget accuracy falls to --stop_accuracy, "
-        "within --num_epochs; ssd, IU, neg_merge and FisherForgetting take the weakest setting "
-        "that reaches it",
-    )
-    group.add_argument(
-        "--stop_accuracy",
-        type=utils.number(float, 0, 1),
-        help="forget accuracy of --until_forgotten; default: 0.03 for classes, else the accuracy "
-        "on held-out images",
-    )
+    add = parser.add_argument_group("until forgotten").add_argument
+    end = "end training after the epoch in which the forget accuracy falls to --stop_accuracy; "
+    end += "ssd, IU, neg_merge and FisherForgetting take the weakest setting that reaches it"
+    add("--until_forgotten", action="store_true", help=end)
+    target = "default: 0.03 for classes, else the accuracy on held-out images"
+    add("--stop_accuracy", type=utils.number(float, 0, 1), help=target)
 
 
 def unlearn_all(parser, args, methods, make_term=None):
@@ -86,9 +78,12 @@ def unlearn_all(parser, args, methods, make_term=None):
         print(f"{original.path}: forget {original.split.describe()}")
         for name, method in methods.items():
             term = make_term(seed_args, data, original.split) if make_term else None
-            runs.append(plan_run(name, method, original, term=term, device=device))
+            runs.append(Run(name, method, original, term=term, device=device))
 
     pending = [run for run in runs if not run.is_done]
+    for run in runs:
+        if run.is_done:
+            print(f"{run.files.model_path}: already done; pass --overwrite to run it again")
     commands = [
         utils.command_line(parser, args, seed=run.args.seed, unlearn_name=[run.name])
         for run in pending
@@ -172,18 +167,8 @@ class Run:
         self.is_done = utils.already_done(self.files.model_path, self.identity, args) is not None
 
 
-def plan_run(name, method, original, *, term, device):
-    """The :class:`Run` of one method; prints a line if it is already done."""
-    run = Run(name, method, original, term=term, device=device)
-    if run.is_done:
-        print(f"{run.files.model_path}: already done; pass --overwrite to run it again")
-    return run
-
-
 def check_flags(args, methods):
     """Raise UserError for a flag that cannot apply to the chosen methods (Method by name)."""
-    if args.jobs > 1 and distributed.world_size() > 1:
-        raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
     if len(methods) > 1 and args.learning_rate:
         raise UserError("--learning_rate: no rate suits several methods; omit it or choose one")
     reserved = {"original", *unlearn.METHODS, *(f"cpu_{name}" for name in unlearn.METHODS)}
@@ -202,8 +187,7 @@ def check_flags(args, methods):
 def read_original(args, data, device):
     """Read and check the original model for the seed and the scenario of the flags.
 
-    Raises UserError if it is missing, belongs to other data or another network, or has outputs
-    that are not finite.
+    Raises UserError if it is missing or belongs to other data or another network.
     """
     split = utils.make_split(data, utils.scenario_of(args))
     root = utils.run_folder(args, data)
@@ -213,20 +197,8 @@ def read_original(args, data, device):
     checkpoint.check_meta(path, meta, utils.model_facts(args, data))
     model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     checkpoint.load_weights(model, state, path)
-    try:
-        inference.compute_logits(model, data.train, split.retain[:64])
-    except NotFinite as error:
-        raise UserError(f"{path}: {error}") from error
-    return Original(
-        args,
-        path,
-        split,
-        held_out=data.held_out,
-        model=model,
-        meta=meta,
-        weights=checkpoint.weights_hash(state),
-        folder=root / split.folder,
-    )
+    about = {"meta": meta, "weights": checkpoint.weights_hash(state), "folder": root / split.folder}
+    return Original(args, path, split, held_out=data.held_out, model=model, **about)
 
 
 def target_accuracy(original):
@@ -246,7 +218,7 @@ def target_accuracy(original):
 
 def cases_of(args):
     """Which of ``unlearn.CASES`` hold: where a method's published values differ."""
-    from_scratch = models.describe(args.model_name).trained_from_scratch
+    from_scratch = args.model_name in models.FROM_SCRATCH
     cases = {
         "not_cifar10": args.data_name != "cifar10",
         "cifar100": args.data_name == "cifar100",

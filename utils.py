@@ -18,6 +18,7 @@ import math
 import pickle
 import platform
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -42,7 +43,7 @@ from torchvision.transforms.v2 import functional as transforms
 import models
 from models import checkpoint, distributed
 from models.checkpoint import write_file
-from models.errors import NotFinite, UserError, first_line, printable
+from models.errors import NotFinite, UserError, first_line
 from models.seeds import permutation
 from models.training import Diverged, Progress, Recipe, weights_are_finite
 
@@ -134,7 +135,6 @@ expand_path = os.path.expanduser  # an argparse type: shells leave the ~ in --fl
 ALPHA = number(float, 0, 1, exclusive=True)
 POSITIVE = number(float, 0, exclusive=True)
 SEED = number(int, 0, 2**32 - 1)
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 def make_parser(description, epilog=None):
@@ -162,10 +162,8 @@ def make_parser(description, epilog=None):
     add("--seeds", type=list_of(SEED), help="comma-separated seeds, e.g. 1,2,3 (overrides --seed)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
-    mode, text = os.environ.get("WANDB_MODE") or None, "default: online if logged in, else offline"
-    if mode and mode.lower() not in WANDB_MODES:
-        raise UserError(f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}")
-    add("--wandb_mode", type=str.lower, choices=WANDB_MODES, default=mode, help=text)
+    modes = {"choices": ["online", "offline", "disabled"]}
+    add("--wandb_mode", **modes, help="default: wandb's setting, else online if logged in")
     return parser
 
 
@@ -237,8 +235,6 @@ def pick_device(args):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(1, device=name).device  # "cuda" with the number of the GPU
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda and mps")
     except Exception as error:  # each backend raises its own kind
         raise UserError(f"--device {name}: {first_line(error)[:200]}; try --device cpu") from error
     if device.type == "cuda":
@@ -337,7 +333,7 @@ def load_data(
         data = distributed.first_process_first(load)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         flags = f"--data_name {name} --data_dir {folder} --workers {workers}"
-        raise UserError(printable(f"{flags}: {error}")) from error
+        raise UserError(f"{flags}: {error}") from error
     if num_classes not in (None, len(data.classes)):
         raise UserError(f"--num_classes {num_classes}: {name} has {len(data.classes)} classes")
     size = image_size or native_side or data.train.pixels.shape[-1]
@@ -530,9 +526,9 @@ def _load_image_folder(root, image_size, default_side, workers):
         differing = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
         reason = f"train/ has {len(classes)} classes, test/ {len(test_classes)} ({differing})"
         raise ValueError(f"{reason}, not the same two or more")
-    tag = f"image_folder-{printable(Path(root).resolve().name)}".replace("\\", "-")
+    tag = f"image_folder-{Path(root).resolve().name}"
     options = {"tag": tag, "side": image_size, "default_side": default_side, "workers": workers}
-    return _read_pictures(root, train, held_out, [*map(printable, classes)], **options)
+    return _read_pictures(root, train, held_out, classes, **options)
 
 
 def _list_folder(root, subset, ending=""):
@@ -546,7 +542,7 @@ def _list_folder(root, subset, ending=""):
     labels = {name: label for label, name in enumerate(classes)}
     files = make_dataset(folder, labels, is_valid_file=is_picture)
     start = len(folder) - len(subset)
-    return classes, [Sample(path, printable(path[start:]), label) for path, label in files]
+    return classes, [Sample(path, path[start:], label) for path, label in files]
 
 
 def _read_pictures(root, train, held_out, classes, *, tag, side, workers, default_side=None):
@@ -609,23 +605,19 @@ def _decode_files(samples, side, workers, prefix):
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(samples), 3, side, side)}
     unfinished, digest = prefix.with_name("unfinished"), hashlib.sha256()
     # A generator of its own, since the default is the global one, which dropout draws from.
-    options = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
-    images = torch.utils.data.DataLoader(Decoder(samples, side), num_workers=workers, **options)
+    options = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
+    images = torch.utils.data.DataLoader(Decoder(samples, side), **options)
     with open(unfinished, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for image in distributed.progress_bar(iterable=images, desc="decoding images"):
             if isinstance(image, Exception):
                 raise image
             pixels, image_hash = image
-            file.write(pixels)
+            file.write(pixels.numpy())
             digest.update(image_hash)
         file.flush()
         os.fsync(file.fileno())
     return unfinished.rename(f"{prefix}{digest.hexdigest()[:32]}.npy")
-
-
-def _unchanged(image):
-    return image
 
 
 class Decoder(torch.utils.data.Dataset):
@@ -653,7 +645,7 @@ class Decoder(torch.utils.data.Dataset):
         if list(pixels.shape[-2:]) != size:
             pixels = transforms.resize(pixels, size[:1], antialias=True)
             pixels = transforms.center_crop(pixels, size)
-        return pixels.contiguous().numpy(), image_hash.digest()
+        return pixels.contiguous(), image_hash.digest()
 
 
 def decode_image(file):
@@ -815,9 +807,8 @@ def _make_forget_set(data, scenario):
     if kind == "list":
         path = Path(scenario.forget_list)
         mask[read_forget_list(path, data)] = True
-        stem = printable(path.stem).replace("\\", "-")[:100]
-        folder = f"list_{stem}_{_hash_indices(np.flatnonzero(mask))[:8]}"
-        return ForgetSet(mask, folder, f"the images in {printable(path)}")
+        folder = f"list_{path.stem}_{_hash_indices(np.flatnonzero(mask))[:8]}"
+        return ForgetSet(mask, folder, f"the images in {path}")
     groups, names = data.train.labels, data.classes
     if kind == "subclass":
         groups, names = data.train.subclasses, data.subclass_names
@@ -839,7 +830,7 @@ def _class_numbers(scenario, names):
     """
     if scenario.forget_class is None:
         return (int(permutation(scenario.split_seed, "forget class", len(names))[0]),)
-    text = printable(scenario.forget_class)
+    text = scenario.forget_class
     numbers = {name: number for number, name in enumerate(names)}
     if not any(name.isdecimal() for name in names):
         numbers = {str(number): number for number in range(len(names))} | numbers
@@ -856,11 +847,11 @@ def read_forget_list(path, data):
     Blank lines and lines that begin with # are skipped. Raises UserError with the line number of
     an entry that is not a training image or names one a second time.
     """
-    flag = f"--forget_list {printable(path)}"
+    flag = f"--forget_list {path}"
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{flag}: {printable(str(error))}") from error
+        raise UserError(f"{flag}: {error}") from error
     by_name = {name: index for index, name in enumerate(data.train.names or ())}
     line_of = {}
     for number, line in enumerate(lines, 1):
@@ -871,7 +862,7 @@ def read_forget_list(path, data):
         if not 0 <= index < len(data.train) or index in line_of:
             repeated = f" (repeats line {line_of[index]})" if index in line_of else ""
             reason = f"not another index below {len(data.train)} or class/file.png{repeated}"
-            raise UserError(f"{flag}, line {number}: {printable(entry)}: {reason}")
+            raise UserError(f"{flag}, line {number}: {entry}: {reason}")
         line_of[index] = number
     return np.array(list(line_of), dtype=np.int64)
 
@@ -904,7 +895,7 @@ def describe_run(args, data, device):
     packages = ("torchvision", "timm", "numpy", "scikit-learn")
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return model_facts(args, data) | {
-        "flags": {key: printable(v) if isinstance(v, str) else v for key, v in vars(args).items()},
+        "flags": vars(args),
         "seed": args.seed,
         "split_seed": split_seed(args),
         "versions": versions | {package: metadata.version(package) for package in packages},
@@ -917,7 +908,7 @@ def describe_run(args, data, device):
 # ---------------------------------------------------------------- run folders
 
 MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
-UNFINISHED, RESUME_FILE = ".unfinished", "resume.pth"
+RESUME_FILE = ".resume.pth"
 
 
 def model_tag(args):
@@ -956,41 +947,30 @@ def locate(model_dir, folder):
 def unfinished_folder(folder):
     """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
-    Files of an interrupted run are removed, except the resume checkpoint, by rank 0. Raises
-    UserError if another run is writing there.
+    Rank 0 removes the files of an interrupted run. Raises UserError if another run is writing.
     """
-    unfinished = folder / UNFINISHED
+    unfinished = folder / ".unfinished"
     if distributed.rank():
         yield unfinished
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            _remove_files(unfinished)
-            unfinished.mkdir(exist_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
             try:
                 yield unfinished
             finally:
-                _remove_files(unfinished)
+                shutil.rmtree(unfinished)
     except Timeout:
         reason = "another run is writing here; choose another --runs_dir"
         raise UserError(f"{folder}: {reason}") from None
 
 
-def _remove_files(unfinished):
-    """Remove everything but the resume checkpoint, and the folder if it is then empty."""
-    for path in sorted(unfinished.rglob("*"), reverse=True):  # files before their folders
-        if path.name != RESUME_FILE:
-            path.rmdir() if path.is_dir() else path.unlink()
-    with suppress(OSError):  # not empty, or never made
-        unfinished.rmdir()
-
-
 def move_up(unfinished, last=None):
     """Move all files of an :func:`unfinished_folder` to its parent, those named ``last`` last.
 
-    Existing files are replaced by rank 0. The resume checkpoint is removed afterwards: a run killed
-    before the last move can be resumed.
+    Existing files are replaced by rank 0.
     """
     if distributed.rank():
         return
@@ -998,9 +978,7 @@ def move_up(unfinished, last=None):
     for path in sorted(files, key=lambda path: path.name == last):
         target = unfinished.parent / path.relative_to(unfinished)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.name != RESUME_FILE:
-            os.replace(path, target)
-    (unfinished / RESUME_FILE).unlink(missing_ok=True)
+        os.replace(path, target)
 
 
 def save_json(path, content):
@@ -1069,8 +1047,6 @@ class WandbRun:
                 print(f"wandb: {first_line(error)}; continuing without it, see {self._folder}")
 
     def _start(self, name, config, mode):
-        if mode:
-            os.environ["WANDB_MODE"] = mode  # wandb itself refuses capitals
         import wandb  # half a second, and it may be missing
 
         self._wandb, options = wandb, wandb.Settings(silent=True, console="off", init_timeout=30)
@@ -1134,7 +1110,7 @@ def original_recipe(args, device):
     """
     spec = SPECS[args.data_name]
     num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
-    if not models.describe(args.model_name).trained_from_scratch:
+    if args.model_name not in models.FROM_SCRATCH:
         num_epochs, learning_rate = min(num_epochs, 20), 0.01
     return Recipe(
         num_epochs=args.num_epochs or num_epochs,
@@ -1183,9 +1159,9 @@ def run_and_save(train, job, files, *, meta, args):
         # Another run may have finished here since the flags were checked.
         if earlier := already_done(files.model_path, identity, args):
             return earlier
-        is_gpu, saving = job.device.type == "cuda", {"resume": args.resume}
-        saving["save_every"] = args.save_every
-        job.progress = Progress(unfinished / RESUME_FILE, identity, **saving)
+        is_gpu, saving = job.device.type == "cuda", {"save_every": args.save_every}
+        state_path = files.folder / RESUME_FILE
+        job.progress = Progress(state_path, identity, resume=args.resume, **saving)
         if job.progress.restored:
             print(f"{job.label}: resuming after epoch {len(job.progress.restored['records'])}")
 
@@ -1220,6 +1196,9 @@ def run_and_save(train, job, files, *, meta, args):
         move_up(unfinished, last=files.model)
         if not distributed.rank():
             (files.folder / FAILURE_FILE).unlink(missing_ok=True)
+            # A run that was killed before its last file was moved could still be resumed.
+            for path in files.folder.glob(f"{RESUME_FILE}*"):
+                path.unlink()
         row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
         wandb_run.log_table("run", [row])
     if distributed.world_size() > 1:

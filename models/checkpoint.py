@@ -26,11 +26,6 @@ WRAPPERS = ("module.", "_orig_mod.")
 # ---------------------------------------------------------------- writing
 
 
-def size(model):
-    """Approximate bytes of a run folder: the checkpoint, its records and the state for --resume."""
-    return 3 * sum(tensor.nbytes for tensor in model.state_dict().values()) + 2**20
-
-
 def write_file(path, write):
     """Write a file atomically, on the first process only: ``write(file)``, then a rename.
 
@@ -70,23 +65,14 @@ def save_state(path, state):
     write_file(path, lambda file: torch.save(state, file))
 
 
-def on_cpu(nest):
-    """A copy of nested dicts and lists with every tensor detached and on the CPU."""
-    if torch.is_tensor(nest):
-        return nest.detach().cpu()
-    if isinstance(nest, dict):
-        return {key: on_cpu(value) for key, value in nest.items()}
-    return [on_cpu(value) for value in nest] if isinstance(nest, list) else nest
-
-
 def weights_hash(state):
     """16 hexadecimal digits that identify a state_dict: a hash of its names, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.ndim:
-            values = tensor.detach().cpu().contiguous()
-            digest.update(values.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+            values = tensor.detach().cpu().flatten().contiguous()
+            digest.update(values.view(torch.uint8).numpy())
         else:
             digest.update(repr(tensor.item()).encode())
     return digest.hexdigest()[:16]
@@ -109,15 +95,11 @@ def read(path, hint=""):
     meta = (state.get("meta") if "model" in state else None) or {}
     for key in WEIGHTS_KEYS:
         state = state[key] if isinstance(state.get(key), dict) else state
-    if not (state and all(map(_is_dense, state.values())) and isinstance(meta, dict)):
-        raise UserError(f"{path}: not a checkpoint: it contains no state_dict of dense tensors")
+    if not (state and all(map(torch.is_tensor, state.values())) and isinstance(meta, dict)):
+        raise UserError(f"{path}: not a checkpoint: it contains no state_dict")
     if meta.get("weights") not in (None, weights_hash(state)):
         raise UserError(f"{path}: damaged: its weights differ from those that were saved")
     return state, meta
-
-
-def _is_dense(value):
-    return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
 
 
 def read_state(path):
@@ -157,17 +139,10 @@ def check_meta(path, meta, requested):
 def load_weights(model, state, path):
     """Load a state_dict of any float type into ``model``. Missing BatchNorm counters are accepted.
 
-    Raises UserError, naming ``path``, if names, shapes or types do not fit, or if a weight is NaN
-    or infinite.
+    Raises UserError, naming ``path``, if names or shapes do not fit, or if a weight is not finite.
     """
-    expected = model.state_dict()
-    state = match_names(state, expected, path)
-    for name, tensor in state.items():
-        # load_state_dict would cast integers, and the real part of complex numbers, to floats.
-        if name in expected and expected[name].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"{path}: {name} is {tensor.dtype}, not {expected[name].dtype}")
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(match_names(state, model.state_dict(), path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not weights of this network: {reason}") from error

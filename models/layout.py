@@ -51,10 +51,10 @@ def _is_narrow(layer):
 
 
 def _convert_input(model, inputs):
-    images, *others = inputs
-    return images.contiguous(memory_format=input_layout(model, images.device)), *others
+    (images,) = inputs
+    return images.contiguous(memory_format=input_layout(model, images.device))
 
 
 def _contiguous_on_cpu(layer, inputs):
-    images, *others = inputs
-    return (images if images.is_cuda else images.contiguous()), *others
+    (images,) = inputs
+    return images if images.is_cuda else images.contiguous()

@@ -5,7 +5,7 @@ for epoch in job.epochs():
         epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
 """
 
-import copy
+import io
 import math
 import time
 from collections.abc import Callable
@@ -102,8 +102,8 @@ class Job:
         :class:`Diverged` if the loss, a weight or a logit is not finite.
         """
         state = TrainingState(self)
-        if self.progress:
-            self.progress.restore(state)
+        if self.progress and self.progress.restored:
+            state.load_state_dict(self.progress.restored)
             for record in self.records:
                 self.log(record)
         network = self._training_network()
@@ -124,8 +124,8 @@ class Job:
                     measured = record if "forget_acc" in record else self.monitor(["forget"])
                     state.ended |= measured["forget_acc"] <= max(targets)
                 if keep_weights:
-                    weights = checkpoint.on_cpu(self.model.state_dict())
-                    self.weights_after.append(copy.deepcopy(weights))
+                    weights = self.model.state_dict().items()
+                    self.weights_after.append({name: w.to("cpu", copy=True) for name, w in weights})
                 if self.progress:
                     self.progress.update(state)
 
@@ -262,21 +262,15 @@ class Epoch:
         with an equal share of every part. Equal sizes avoid a last batch of one image, on which
         BatchNorm cannot train.
         """
-        sets = {"retain": retain_set, "forget": self.job.split.forget}
-        if retain_set is None:
-            sets["retain"] = self.job.split.retain
-        num_images = sum(len(sets[part]) for part in parts)
-        num_steps = math.ceil(num_images / (batch_size or self.job.recipe.batch_size))
-        empty = [torch.empty(0, dtype=torch.int64, device=self.job.device)] * num_steps
-        retain, forget = (
-            self._shuffled_shares(part, sets[part], num_steps) if part in parts else empty
-            for part in PARTS
-        )
-        return [
-            (torch.cat([retain_share, forget_share]), len(retain_share))
-            for retain_share, forget_share in zip(retain, forget, strict=True)
-            if len(retain_share) + len(forget_share)
+        split = self.job.split
+        retain_set = split.retain if retain_set is None else retain_set
+        sets = [
+            indices if part in parts else indices[:0]
+            for part, indices in zip(PARTS, (retain_set, split.forget), strict=True)
         ]
+        num_steps = math.ceil(sum(map(len, sets)) / (batch_size or self.job.recipe.batch_size))
+        shares = map(self._shuffled_shares, PARTS, sets, [num_steps] * 2)
+        return [(torch.cat(pair), len(pair[0])) for pair in zip(*shares, strict=True)]
 
     def cycle(self, part):
         """Full batches of indices of a part without end, shuffled for every pass."""
@@ -491,16 +485,14 @@ class TrainingState:
         self.job, self.ended = job, False
 
     def state_dict(self):
-        """A copy on the CPU, which further training does not change."""
-        tensors = {
+        """Tensors and plain values, which further training changes."""
+        return {
             "model": self.job.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-        }
-        return copy.deepcopy(checkpoint.on_cpu(tensors)) | {
-            "q_hats": list(self.job.term.q_hats) if self.job.term is not None else [],
-            "records": list(self.job.records),
-            "weights_after": list(self.job.weights_after),
+            "q_hats": self.job.term.q_hats if self.job.term is not None else [],
+            "records": self.job.records,
+            "weights_after": self.job.weights_after,
             "ended": self.ended,
         }
 
@@ -542,22 +534,19 @@ class Progress:
         earlier = self.restored["seconds"] if self.restored else 0
         return time.perf_counter() - self._started + earlier
 
-    def restore(self, state):
-        """Load the saved state, if there is one, into a :class:`TrainingState`."""
-        if self.restored:
-            state.load_state_dict(self.restored)
-
     def update(self, state):
         """Keep a copy of the state, and save it at most every ``save_every`` seconds."""
         if distributed.rank():
             return
-        self._latest = state.state_dict() | {"identity": self.identity, "seconds": self.seconds}
+        self._latest = io.BytesIO()
+        latest = state.state_dict() | {"identity": self.identity, "seconds": self.seconds}
+        torch.save(latest, self._latest)
         if time.perf_counter() - self._saved_at >= self.save_every:
             self.save()
 
     def save(self):
         """Save the state after the last complete epoch. Returns whether there is one."""
         if self._latest is not None:
-            checkpoint.save_state(self.path, self._latest)
+            checkpoint.write_file(self.path, lambda file: file.write(self._latest.getbuffer()))
             self._saved_at = time.perf_counter()
         return self._latest is not None or self.restored is not None

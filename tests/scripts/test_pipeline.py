@@ -56,7 +56,7 @@ def test_method_is_recorded_and_leaves_nothing_else(method, pipeline):
     folder = pipeline.root / "random_0.9" / method
     documented = {"unlearning_model.pth", "history.jsonl", "results.json", "samples.csv"}
     assert visible_files(folder) == documented | {"fake_forgotten.png", "logits.npz", "wandb"}
-    assert not list(pipeline.folder.rglob("resume.pth"))
+    assert not list(pipeline.folder.rglob(".resume.pth"))
     results = read_json(folder / "results.json")
     original = read_json(pipeline.root / "original_model.json")
     assert results["method"] == method and results["seed"] == 1 and results["seconds"] > 0

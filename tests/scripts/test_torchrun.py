@@ -97,7 +97,7 @@ def test_only_the_first_process_prints_and_writes(two):
     history = (folder / FOLDER / "history.jsonl").read_text().splitlines()
     assert len(history) == 2
     assert (folder / FOLDER / "original_model.pth").exists()
-    assert not list(folder.rglob("resume.pth"))
+    assert not list(folder.rglob(".resume.pth"))
 
 
 def test_two_processes_evaluate_as_one_does(two):
