@@ -57,16 +57,8 @@ def train_original(args, data, device):
 
     seeds.seed_everything(args.seed, "original", "initialisation")
     model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
-    job = Job(
-        name="original",
-        label="original",
-        model=model,
-        data=data,
-        split=split,
-        recipe=recipe,
-        seed=args.seed,
-        compile=args.compile,
-    )
+    about = {"name": "original", "label": "original", "seed": args.seed, "compile": args.compile}
+    job = Job(model=model, data=data, split=split, recipe=recipe, **about)
     meta = utils.describe_run(args, data, device)
     meta |= {"method": "original", "identity": identity, "recipe": asdict(recipe)}
     size = f"{len(data.train)} images, {len(data.classes)} classes, {meta['device']}"

@@ -65,8 +65,8 @@ def unlearn_all(parser, args, methods, make_term=None):
     """Unlearn with every method for every seed, and print one table. Returns the exit status.
 
     ``methods`` are :class:`unlearn.Method` by name. ``make_term(args, data, split)`` builds the
-    conformal loss of a run. All settings are checked before the first run starts. Failures are
-    reported in the table; the remaining methods still run.
+    conformal loss of a run. All settings are checked before the first run. The table has a row for
+    every failure.
     """
     check_flags(args, methods)
     device = utils.pick_device(args)
@@ -130,8 +130,8 @@ def record_row(run):
 class Original:
     """The original model of one seed, and what all runs of this seed share.
 
-    ``args`` are the flags with this seed, ``path`` is its file, ``meta`` that of the checkpoint,
-    ``weights`` the hash of its weights. ``folder`` is where the scenario's results go.
+    ``args`` are the flags with this seed, ``weights`` is the hash of the model's weights. The
+    scenario's results go to ``folder``.
     """
 
     args: argparse.Namespace
@@ -147,10 +147,9 @@ class Original:
 class Run:
     """One method for one seed, with its settings.
 
-    ``name`` is that of the method, ``label`` that of the folder and the row. ``stop_at`` is
-    the forget accuracy of --until_forgotten, else None. ``identity`` is everything that determines
-    the weights. ``is_done`` is True if an earlier run with this identity left its model. Raises
-    UserError if the folder has another run's result.
+    ``name`` is that of the method, ``label`` that of the folder and the row. ``stop_at`` is the
+    target of --until_forgotten, else None. ``identity`` determines the weights. ``is_done`` says
+    whether the folder has a model with this identity. Raises UserError if it has another one.
     """
 
     def __init__(self, name, method, original, *, term, device):
@@ -210,10 +209,10 @@ def target_accuracy(original):
         return args.stop_accuracy
     if split.forget_classes:
         return 0.03
-    if not len(split.train_calibration):
+    calibration = split.train_calibration
+    if not len(calibration):
         raise UserError("--until_forgotten: there are no held-out images; pass --stop_accuracy")
-    images = original.held_out
-    return accuracy(*inference.compute_logits(original.model, images, split.train_calibration))
+    return accuracy(*inference.compute_logits(original.model, original.held_out, calibration))
 
 
 def cases_of(args):
@@ -233,8 +232,7 @@ def cases_of(args):
 def method_recipe(method, args, original_meta, device):
     """The recipe of a method: flags, else its defaults, else the recipe of the original model.
 
-    None for a method without training. An original model without a recorded recipe counts as
-    trained with the recipe of the flags.
+    None for a method without training. An original model of other code has the recipe of the flags.
     """
     if not method.trained:
         return None
@@ -265,10 +263,10 @@ def run_identity(original, recipe, options, *, term):
 
 
 def record_failure(run, error, *, is_only_run):
-    """Save the error that ended a run in its folder, for the table, and let the next run start.
+    """Save the error that ended a run in its folder, for the table.
 
-    The error of the only run is raised. So is, under torchrun, an error other than divergence,
-    since it may have reached only one process, and the others would wait for it.
+    Raises the error of the only run, and under torchrun every error but divergence: the other
+    processes may not have it, and would wait for this one.
     """
     reason = str(error) if isinstance(error, UserError) else first_line(error)
     failure = {"forget_set": run.original.split.fingerprint, "error": reason}
@@ -287,19 +285,10 @@ def unlearn_and_save(run, data, device):
         seeds.seed_everything(args.seed, run.method.name, "initialisation")
         return models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
 
-    job = Job(
-        name=run.method.name,
-        label=run.label,
-        model=copy.deepcopy(run.original.model),
-        data=data,
-        split=split,
-        recipe=run.recipe,
-        seed=args.seed,
-        new_model=new_model,
-        term=run.term,
-        stop_at=run.stop_at,
-        compile=args.compile,
-    )
+    about = {"name": run.method.name, "label": run.label, "new_model": new_model}
+    settings = {"seed": args.seed, "recipe": run.recipe, "term": run.term, "stop_at": run.stop_at}
+    model = copy.deepcopy(run.original.model)
+    job = Job(model=model, data=data, split=split, compile=args.compile, **about, **settings)
     meta = utils.describe_run(args, data, device) | {
         "method": run.label,
         "base_method": run.method.name,

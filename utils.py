@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before the import of torch: idle threads of OpenMP spin, and on a busy machine take the cores from
+# Before the import of torch: idle threads of OpenMP spin and take the cores of a busy machine from
 # the thread that they wait for. With no spin at all, an idle machine would be 20 % slower.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -293,7 +293,7 @@ class Data:
     """A data set: training images, held-out images, class names, and a tag for folder names.
 
     ``subclass_names`` are the fine classes inside the classes, if there are any. ``fingerprint`` is
-    a hash of all images, labels and file names; by default, it is computed from the pixels.
+    a hash of all images, labels and file names, by default of the pixels.
     """
 
     train: Images
@@ -319,9 +319,8 @@ def load_data(
 ):
     """The data set ``name``, a key of SPECS, in ``folder``; its tensors are on ``device``.
 
-    Batches have ``image_size`` pixels per side, else ``native_side`` (of the network), else as many
-    as the images. ``workers`` processes decode image files. Raises UserError for data that is
-    missing, unreadable or not of ``num_classes`` classes.
+    Batches have ``image_size`` pixels per side, else ``native_side``, else as many as the images.
+    Raises UserError for data that is missing, unreadable or not of ``num_classes`` classes.
     """
     loaders = {
         "digits": _load_digits,
@@ -411,8 +410,8 @@ def _load_tiny_imagenet(folder, workers):
 class Images:
     """Images as one uint8 tensor N×3×H×W: on the training device, or a memory-mapped file.
 
-    ``labels`` are int64 N, ``names`` file names, ``subclasses`` the int64 numbers N of the fine
-    classes inside the labels, if the data has any. Batches have ``size``×``size`` pixels.
+    ``labels`` and ``subclasses`` (the fine classes, if there are any) are int64 N, ``names`` file
+    names. Batches have ``size``×``size`` pixels.
     """
 
     pixels: torch.Tensor
@@ -475,8 +474,8 @@ def random_augment(pixels, spec, rng, batch_sizes=None):
     """Random crop after zero padding, horizontal flip (p = 0.5) and grayscale, for each image.
 
     Pixels B×3×S×S, uint8 in and float32 out (0 to 255). ``rng`` is a generator on their device.
-    With ``batch_sizes``, the pixels are this process's :func:`distributed.local_rows` of batches of
-    these sizes: every process draws for all images, so that the number of processes is irrelevant.
+    With ``batch_sizes``, the pixels are the :func:`distributed.local_rows` of batches of these
+    sizes: every process draws for all images, so that the number of processes is irrelevant.
     """
     (count, channels, side, _), device = pixels.shape, pixels.device
     sizes = [count] if batch_sizes is None else batch_sizes
@@ -548,9 +547,9 @@ def _list_folder(root, subset, ending=""):
 def _read_pictures(root, train, held_out, classes, *, tag, side, workers, default_side=None):
     """The :class:`Data` of image files: decoded once, into a memory-mapped array N×3×side×side.
 
-    Without ``side``, it is that of the images if all are squares of one size, else
-    ``default_side``. Arrays are in ``root``/.decoded, or in torch's cache folder if ``root`` is
-    read-only. A change that preserves a file's name, size and modification time is not noticed.
+    ``side`` defaults to that of the images if all are squares of one size, else ``default_side``.
+    Arrays are in ``root``/.decoded, or in torch's cache folder if ``root`` is read-only. A change
+    that preserves a file's name, size and modification time is not noticed.
     """
     samples = train + held_out
     key, folder = _files_key(samples), Path(root, ".decoded")
@@ -699,9 +698,9 @@ class Split:
     """Which images are used for what: int64 indices of training images and of held-out images.
 
     ``retain`` and ``forget`` are training images, the others are held-out images. If classes (or
-    subclasses) are forgotten, ``train_calibration`` (for the CPU loss) and ``test`` contain the
-    retained classes only, ``forget_test`` the test images of the forgotten ones, and
-    ``calibration`` all, of which the bool mask ``is_forgotten`` marks the forgotten ones.
+    subclasses) are forgotten, ``train_calibration`` (for the CPU loss) and ``test`` have retained
+    classes only, ``forget_test`` has the forgotten ones. ``calibration`` has both, and the bool
+    mask ``is_forgotten`` marks the forgotten ones.
     """
 
     retain: torch.Tensor
@@ -738,9 +737,9 @@ def default_cal_size(data):
 def make_split(data, scenario, cal_size=None):
     """The split that data set and :class:`Scenario` define: a pure function, so all scripts agree.
 
-    The split seed permutes the held-out images. The first tenth (at least 1, at most 1000)
-    calibrates the CPU loss, the next ``cal_size`` the metrics, and the rest is the test set.
-    Raises UserError for a scenario that contradicts the data.
+    The split seed permutes the held-out images. The first tenth (1 to 1000) calibrates the CPU
+    loss, the next ``cal_size`` the metrics, and the rest is the test set. Raises UserError for a
+    scenario that contradicts the data.
     """
     forget_set = _make_forget_set(data, scenario)
     flag = f"--unlearn_type {scenario.unlearn_type} ({forget_set.name})"
@@ -825,8 +824,7 @@ def _make_forget_set(data, scenario):
 def _class_numbers(scenario, names):
     """The positions of --forget_class among the class names, ascending; default: one is drawn.
 
-    Items between commas are names, or positions from 0 unless some name is a number: there, a
-    position could be another class.
+    Items between commas are names, or positions from 0 if no name is a number.
     """
     if scenario.forget_class is None:
         return (int(permutation(scenario.split_seed, "forget class", len(names))[0]),)
@@ -845,7 +843,7 @@ def read_forget_list(path, data):
     """Training indices (int64) from a UTF-8 text file: one index or ``class/file.png`` per line.
 
     Blank lines and lines that begin with # are skipped. Raises UserError with the line number of
-    an entry that is not a training image or names one a second time.
+    an entry that is unknown or repeated.
     """
     flag = f"--forget_list {path}"
     try:
@@ -853,18 +851,17 @@ def read_forget_list(path, data):
     except (OSError, UnicodeError) as error:
         raise UserError(f"{flag}: {error}") from error
     by_name = {name: index for index, name in enumerate(data.train.names or ())}
-    line_of = {}
+    indices = {}
     for number, line in enumerate(lines, 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
         index = int(entry) if entry.isdecimal() else by_name.get(entry, -1)
-        if not 0 <= index < len(data.train) or index in line_of:
-            repeated = f" (repeats line {line_of[index]})" if index in line_of else ""
-            reason = f"not another index below {len(data.train)} or class/file.png{repeated}"
+        if not 0 <= index < len(data.train) or index in indices:
+            reason = f"not another index below {len(data.train)} or class/file.png"
             raise UserError(f"{flag}, line {number}: {entry}: {reason}")
-        line_of[index] = number
-    return np.array(list(line_of), dtype=np.int64)
+        indices[index] = None
+    return np.array(list(indices), dtype=np.int64)
 
 
 def scenario_of(args):
@@ -1008,8 +1005,8 @@ def save_bytes(path, content):
 class WandbRun:
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
-    ``mode`` None is that of wandb's settings, else online if logged in, else offline. If wandb is
-    missing or fails, a line is printed and the run continues without it. Only rank 0 logs.
+    ``mode`` None is wandb's setting. Without a login, online becomes offline. If wandb is missing
+    or fails, a line is printed and the run continues without it. Only rank 0 logs.
     """
 
     def __init__(self, folder, name, config, mode=None):
@@ -1124,9 +1121,8 @@ def original_recipe(args, device):
 def already_done(path, identity, args):
     """The meta of an earlier run with the same ``identity`` that saved its model at ``path``.
 
-    ``identity`` is everything that determines the weights, but with --precision auto the precision
-    may differ. None if there is no file, or with --overwrite. Raises UserError for a file that is
-    unreadable or from other settings.
+    With --precision auto the precision may differ. None if there is no file, or with --overwrite.
+    Raises UserError for a file that is unreadable or from other settings.
     """
     if args.overwrite or not path.exists():
         return None
@@ -1146,10 +1142,9 @@ def already_done(path, identity, args):
 def run_and_save(train, job, files, *, meta, args):
     """Run a job and save its model and records, or return the meta of an equal earlier run.
 
-    ``train(job)`` changes ``job.model``. ``meta`` is saved with it and contains the "identity" (see
-    :func:`already_done`). Returns it with "seconds", the wall time, and the final "accuracies". All
-    files are moved up together, the model last: a failed run saves nothing, and an interrupted one
-    is either complete or can be resumed.
+    ``train(job)`` changes ``job.model``. ``meta`` contains the "identity" (:func:`already_done`).
+    Returns it with "seconds" and the final "accuracies". All files are moved up together, the model
+    last: a failed run saves nothing, and an interrupted one is complete or can be resumed.
     """
     identity, history = meta["identity"], []
     with (
@@ -1159,9 +1154,9 @@ def run_and_save(train, job, files, *, meta, args):
         # Another run may have finished here since the flags were checked.
         if earlier := already_done(files.model_path, identity, args):
             return earlier
-        is_gpu, saving = job.device.type == "cuda", {"save_every": args.save_every}
-        state_path = files.folder / RESUME_FILE
-        job.progress = Progress(state_path, identity, resume=args.resume, **saving)
+        is_gpu = job.device.type == "cuda"
+        saving = {"resume": args.resume, "save_every": args.save_every}
+        job.progress = Progress(files.folder / RESUME_FILE, identity, **saving)
         if job.progress.restored:
             print(f"{job.label}: resuming after epoch {len(job.progress.restored['records'])}")
 

@@ -1,8 +1,8 @@
 """Adversarial examples: images that are changed as little as possible to change the prediction.
 
 ``model`` is used in eval mode. Images pass through it in chunks, without augmentation, and several
-processes divide every chunk. ``images`` are those of a data set (:class:`utils.Images`), whose
-``spec`` has the mean and deviation of the normalization.
+processes divide every chunk. The ``spec`` of ``images`` has the mean and deviation of the
+normalization.
 """
 
 from typing import NamedTuple
@@ -86,8 +86,8 @@ def nearest(model, inputs, labels, spec, *, radius):
 def _ascent(model, inputs, labels):
     """The gradient of the loss at each image, its likeliest wrong class, and whether that wins.
 
-    The gradient is that of log Σ exp of the other logits less the label's logit. It has the
-    direction of the cross-entropy's gradient, and does not vanish where the model is certain.
+    The loss is log Σ exp of the other logits less the label's logit. Its gradient has the direction
+    of the cross-entropy's, and does not vanish where the model is certain.
     """
     inputs = inputs.detach().requires_grad_()
     logits = model(inputs).float()

@@ -27,10 +27,9 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 
 def write_file(path, write):
-    """Write a file atomically, on the first process only: ``write(file)``, then a rename.
+    """Write a file on the first process only: ``write(file)``, then a rename, which is atomic.
 
-    An existing file at ``path`` is replaced as a whole or not at all. Raises UserError if the file
-    cannot be written.
+    Raises UserError if the file cannot be written.
     """
     if rank():
         return
@@ -44,9 +43,8 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); the previous file is unchanged"
-        ) from error
+        reason = f"cannot be written ({error.strerror}); the previous file is unchanged"
+        raise UserError(f"{path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -84,8 +82,7 @@ def weights_hash(state):
 def read(path, hint=""):
     """``(state_dict, meta)`` of a checkpoint, on the CPU. ``meta`` is empty for a bare state_dict.
 
-    Raises UserError if the file is missing, unreadable, damaged or not a checkpoint. ``hint`` is
-    what to do about a missing file.
+    Raises UserError if the file is missing (with the ``hint``), damaged or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -103,10 +100,9 @@ def read(path, hint=""):
 
 
 def read_state(path):
-    """Read what :func:`save_state` or ``torch.save`` wrote, or a .safetensors file.
+    """Read what ``torch.save`` wrote, or a .safetensors file.
 
-    Raises UserError with torch's reason if the file is unreadable, damaged or of another kind, or
-    if it contains Python objects.
+    Raises UserError with torch's reason if the file is damaged, or contains other Python objects.
     """
     try:
         if path.suffix == ".safetensors":

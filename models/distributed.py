@@ -99,10 +99,11 @@ def equalise_buffers(model):
 def data_parallel(model):
     """DistributedDataParallel around a network: it averages the gradients of the processes.
 
-    On GPUs, BatchNorm normalises over the images of all processes (torch's SyncBatchNorm; timm's
-    conversion keeps the activations of its layers). On CPUs, each process has its own batch
-    statistics, and a printed line says so.
+    On GPUs, BatchNorm normalises over the images of all processes (torch's SyncBatchNorm, timm's
+    conversion). On CPUs, each process has its own batch statistics, and a printed line says so.
     """
+    if world_size() == 1:
+        return model
     device = next(model.parameters()).device
     # 1×1 convolutions have gradients with other strides, which only costs speed.
     warnings.filterwarnings("ignore", "Grad strides do not match")
@@ -120,8 +121,7 @@ def run_commands(commands, jobs, titles=None):
     """Run commands (lists of words), ``jobs`` at a time. → their exit statuses, in order.
 
     They share the CPU cores, or take the GPUs in turn. Lines are printed after ``title: ``. An
-    interruption ends all of them, after they have saved their states. Raises UserError under
-    torchrun.
+    interruption ends all of them with saved states. Raises UserError under torchrun.
     """
     if world_size() > 1:
         raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
@@ -153,6 +153,6 @@ def _environment(number, jobs):
     environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     environment |= dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
     environment.pop("WANDB_RUN_ID", None)  # each is a run of its own in wandb
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or range(torch.cuda.device_count())
-    gpus = gpus.split(",") if isinstance(gpus, str) else gpus
-    return environment | ({"CUDA_VISIBLE_DEVICES": str(gpus[number % len(gpus)])} if gpus else {})
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
+    return environment | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}

@@ -32,11 +32,10 @@ def save_logits(path, **fields):
 
 
 def read_logits(path, *, num_train, num_held_out, num_classes, data, weights=None):
-    """The :class:`Logits` in a file, float32 on the CPU.
+    """The :class:`Logits` in a file, float32 on the CPU. None if it is not of given ``weights``.
 
-    Where ``weights`` is given, None if the file belongs to other weights or other data. Raises
-    UserError for other data, a wrong shape or type, and logits that are not finite. A file of
-    another program may lack weights and data, which are then "".
+    Raises UserError for other data, a wrong shape or type, and logits that are not finite. A file
+    of another program may lack weights and data, which are then "".
     """
     shapes = {"train": (num_train, num_classes), "held_out": (num_held_out, num_classes)}
     try:
@@ -63,9 +62,9 @@ def compute_logits(model, images, indices, batch_size=None):
     """Logits and labels of the images at ``indices``: N×K float32 and N int64, on the CPU.
 
     Every process runs the model on its :func:`distributed.local_rows` and gets all rows.
-    ``batch_size`` is the number of images per forward pass and process. By default it is 64 images
-    of 32×32 on a CPU, 2,048 on a GPU, and a quarter of that whenever the memory is full. Every
-    module keeps its training mode. Raises NotFinite where a logit is NaN or infinite.
+    ``batch_size`` is that of a process, by default 64 images of 32×32 on a CPU, 2,048 on a GPU, and
+    a quarter of it whenever the memory is full. Every module keeps its training mode. Raises
+    NotFinite where a logit is NaN or infinite.
     """
     return _forward_images(model, images, indices, batch_size)
 

@@ -118,14 +118,6 @@ def test_coverage_of_test_images_is_near_its_level(pipeline):
 # ---------------------------------------------------------------- a second run
 
 
-def test_finished_run_is_not_repeated(pipeline):
-    path = pipeline.root / "random_0.9/finetune/unlearning_model.pth"
-    before = path.stat().st_mtime_ns
-    command = ["main_unlearn.py", *TINY, *QUIET, "--unlearn_name", "finetune", "--num_epochs", 3]
-    again = check(run_in_process(*command, cwd=pipeline.folder))
-    assert "already done" in again.stdout and path.stat().st_mtime_ns == before
-
-
 def test_second_evaluation_writes_the_same_bytes(pipeline):
     command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "all", *PIPELINE_EVALUATION]
     scenario = pipeline.root / "random_0.9"

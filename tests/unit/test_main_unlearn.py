@@ -197,11 +197,8 @@ def test_identity_has_the_content_of_a_mask_and_not_its_path(tmp_path):
 
 def test_run_that_left_its_model_is_done_and_another_one_is_refused(tmp_path):
     planned = plan(tmp_path, "scrub", "--beta", 2, label="mine")
-    assert (
-        planned.files.folder == tmp_path / "mine"
-        and planned.label == "mine"
-        and not planned.is_done
-    )
+    assert planned.files.folder == tmp_path / "mine" and planned.label == "mine"
+    assert not planned.is_done
     assert plan(tmp_path, "scrub").files.folder == tmp_path / "scrub"
     planned.files.folder.mkdir()
     checkpoint.save(planned.files.model_path, {"w": torch.zeros(1)}, {"identity": planned.identity})
@@ -253,7 +250,8 @@ def test_interrupted_run_saves_its_state_and_resumes_to_the_same_weights(error, 
     with pytest.raises(error):
         run_in(tmp_path, interrupted)
     state = tmp_path / utils.RESUME_FILE
-    assert len(checkpoint.read_state(state)["records"]) == 2 and [*tmp_path.glob("*.pth")] == [state]
+    assert len(checkpoint.read_state(state)["records"]) == 2
+    assert [*tmp_path.glob("*.pth")] == [state]
     state.with_name(f"{state.name}.7.part").write_text("of a killed process")
     job, meta = run_in(tmp_path, unlearn.finetune, "--resume")
     expected = run(small_job("finetune", quiet=True))

@@ -35,20 +35,6 @@ def finish_run(folder, text="new"):
         utils.move_up(unfinished, last="model.pth")
 
 
-def stop_moves_at(target, monkeypatch):
-    """A list of the names that os.replace moves. Moves from ``target`` on never happen."""
-    moved, replace = [], os.replace
-
-    def recorded(source, destination):
-        if Path(destination).name == target:
-            raise Killed
-        moved.append(Path(destination).name)
-        replace(source, destination)
-
-    monkeypatch.setattr(os, "replace", recorded)
-    return moved
-
-
 # ---------------------------------------------------------------- a run that ends
 
 
@@ -85,8 +71,15 @@ def test_files_of_a_killed_run_are_removed(tmp_path):
 @pytest.mark.parametrize("target", ["history.jsonl", "model.pth"])
 def test_run_killed_while_moving_keeps_the_earlier_model(target, tmp_path, monkeypatch):
     write(tmp_path, "old")
+    move = os.replace
+
+    def move_until_target(source, destination):
+        if Path(destination).name == target:
+            raise Killed
+        move(source, destination)
+
     with monkeypatch.context() as patch:
-        stop_moves_at(target, patch)
+        patch.setattr(os, "replace", move_until_target)
         with pytest.raises(Killed), utils.unfinished_folder(tmp_path) as unfinished:
             write(unfinished, "new")
             utils.move_up(unfinished, last="model.pth")
