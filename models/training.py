@@ -515,9 +515,9 @@ class Progress:
         """Keep a copy of the state, and save it at most every ``save_every`` seconds."""
         if distributed.rank():
             return
-        self._latest = io.BytesIO()
-        latest = state.state_dict() | {"identity": self.identity, "seconds": self.seconds}
-        torch.save(latest, self._latest)
+        content, saved = io.BytesIO(), {"identity": self.identity, "seconds": self.seconds}
+        torch.save(state.state_dict() | saved, content)
+        self._latest = content  # only now: an interruption may come while the copy is made
         if time.perf_counter() - self._saved_at >= self.save_every:
             self.save()
 

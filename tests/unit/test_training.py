@@ -570,6 +570,24 @@ def test_state_is_read_with_resume_only_and_that_of_another_run_is_refused(conte
         resumable(tmp_path, "finetune", resume=True)
 
 
+class Interrupts:
+    """Raises KeyboardInterrupt when it is saved."""
+
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_interruption_while_the_state_is_copied_keeps_the_previous_state(tmp_path):
+    job = small_job("finetune")
+    progress = Progress(tmp_path / "resume.pth", {}, resume=False, save_every=math.inf)
+    state = TrainingState(job)
+    progress.update(state)
+    job.records.append(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        progress.update(state)
+    assert progress.save() and not checkpoint.read_state(progress.path)["records"]
+
+
 def test_state_is_saved_every_save_every_seconds_and_on_demand(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
