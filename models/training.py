@@ -259,7 +259,8 @@ class Epoch:
         ]
         num_steps = math.ceil(sum(map(len, sets)) / (batch_size or self.job.recipe.batch_size))
         shares = map(self._shuffled_shares, PARTS, sets, [num_steps] * 2)
-        return [(torch.cat(pair), len(pair[0])) for pair in zip(*shares, strict=True)]
+        pairs = [pair for pair in zip(*shares, strict=True) if any(map(len, pair))]
+        return [(torch.cat(pair), len(pair[0])) for pair in pairs]
 
     def cycle(self, part):
         """Full batches of indices of a part without end, shuffled for every pass."""

@@ -75,6 +75,11 @@ def test_epoch_has_every_image_once_and_equal_shares_in_every_step(parts, sizes,
         assert max(shares, default=0) - min(shares, default=0) <= 1
 
 
+def test_no_step_is_empty():
+    few = one_epoch(small_job("RL", retain=2, forget=2, batch_size=1))
+    assert [len(indices) for indices, _ in few.steps("retain", "forget")] == [2, 2]
+
+
 def test_retain_set_and_batch_size_of_a_method_replace_those_of_the_job():
     epoch, chosen = one_epoch(small_job("amun", batch_size=2)), torch.tensor([1, 3, 3, 29])
     steps = epoch.steps("retain", "forget", retain_set=chosen)
