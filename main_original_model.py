@@ -15,7 +15,6 @@ from dataclasses import asdict
 import models
 import unlearn
 from models import distributed, seeds
-from models.errors import UserError
 from models.training import Job, Recipe
 
 RECIPES = "".join(
@@ -30,26 +29,19 @@ def main():
     parser = utils.make_parser(__doc__, epilog=DEFAULTS)
     utils.add_training_flags(parser, "default: listed below")
     args = parser.parse_args()
-    if args.dry_run or args.jobs > 1:
-        return run_in_children(parser, args)
-    device = utils.pick_device(args)
-    data = utils.read_data(args, device, models.input_size(args.model_name))
-    for seed_args in utils.each_seed(args):
-        train_original(seed_args, data, device)
-    return 0
-
-
-def run_in_children(parser, args):
-    """Print or run one command per seed. Returns the exit status."""
-    if distributed.world_size() > 1:
-        raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
-    all_seeds = [seed_args.seed for seed_args in utils.each_seed(args)]
-    commands = [utils.command_line(parser, args, seed=seed) for seed in all_seeds]
+    runs = list(utils.each_seed(args))
+    commands = [utils.command_line(parser, args, seed=run.seed) for run in runs]
     if args.dry_run:
         print("\n".join(map(shlex.join, commands)))
         return 0
-    titles = [f"seed {seed}" for seed in all_seeds]
-    return max(distributed.run_commands(commands, args.jobs, titles))
+    if args.jobs > 1:
+        titles = [f"seed {run.seed}" for run in runs]
+        return max(distributed.run_commands(commands, args.jobs, titles))
+    device = utils.pick_device(args)
+    data = utils.read_data(args, device, models.input_size(args.model_name))
+    for run in runs:
+        train_original(run, data, device)
+    return 0
 
 
 def train_original(args, data, device):
@@ -65,16 +57,8 @@ def train_original(args, data, device):
 
     seeds.seed_everything(args.seed, "original", "initialisation")
     model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
-    job = Job(
-        name="original",
-        label="original",
-        model=model,
-        data=data,
-        split=split,
-        recipe=recipe,
-        seed=args.seed,
-        compile=args.compile,
-    )
+    about = {"name": "original", "label": "original", "seed": args.seed, "compile": args.compile}
+    job = Job(model=model, data=data, split=split, recipe=recipe, **about)
     meta = utils.describe_run(args, data, device)
     meta |= {"method": "original", "identity": identity, "recipe": asdict(recipe)}
     size = f"{len(data.train)} images, {len(data.classes)} classes, {meta['device']}"

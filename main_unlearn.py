@@ -26,7 +26,7 @@ from metrics.accuracy import accuracy
 from metrics.columns import Column
 from metrics.report import tables
 from models import checkpoint, distributed, inference, seeds
-from models.errors import NotFinite, UserError, first_line
+from models.errors import UserError, first_line
 from models.training import Diverged, Job, Recipe
 
 TRAINING_FLAGS = ("num_epochs", "learning_rate", "batch_size", "milestones")
@@ -53,28 +53,20 @@ def main():
 
 def add_stop_flags(parser):
     """Flags that compare methods at an equal level of forgetting instead of their authors' ends."""
-    group = parser.add_argument_group("until forgotten")
-    group.add_argument(
-        "--until_forgotten",
-        action="store_true",
-        help="end training after the epoch in which the forget accuracy falls to --stop_accuracy, "
-        "within --num_epochs; ssd, IU, neg_merge and FisherForgetting take the weakest setting "
-        "that reaches it",
-    )
-    group.add_argument(
-        "--stop_accuracy",
-        type=utils.number(float, 0, 1),
-        help="forget accuracy of --until_forgotten; default: 0.03 for classes, else the accuracy "
-        "on held-out images",
-    )
+    add = parser.add_argument_group("until forgotten").add_argument
+    end = "end training after the epoch in which the forget accuracy falls to --stop_accuracy; "
+    end += "ssd, IU, neg_merge and FisherForgetting take the weakest setting that reaches it"
+    add("--until_forgotten", action="store_true", help=end)
+    target = "default: 0.03 for classes, else the accuracy on held-out images"
+    add("--stop_accuracy", type=utils.number(float, 0, 1), help=target)
 
 
 def unlearn_all(parser, args, methods, make_term=None):
     """Unlearn with every method for every seed, and print one table. Returns the exit status.
 
     ``methods`` are :class:`unlearn.Method` by name. ``make_term(args, data, split)`` builds the
-    conformal loss of a run. All settings are checked before the first run starts. Failures are
-    reported in the table; the remaining methods still run.
+    conformal loss of a run. All settings are checked before the first run. The table has a row for
+    every failure.
     """
     check_flags(args, methods)
     device = utils.pick_device(args)
@@ -86,9 +78,12 @@ def unlearn_all(parser, args, methods, make_term=None):
         print(f"{original.path}: forget {original.split.describe()}")
         for name, method in methods.items():
             term = make_term(seed_args, data, original.split) if make_term else None
-            runs.append(plan_run(name, method, original, term=term, device=device))
+            runs.append(Run(name, method, original, term=term, device=device))
 
     pending = [run for run in runs if not run.is_done]
+    for run in runs:
+        if run.is_done:
+            print(f"{run.files.model_path}: already done; pass --overwrite to run it again")
     commands = [
         utils.command_line(parser, args, seed=run.args.seed, unlearn_name=[run.name])
         for run in pending
@@ -135,8 +130,8 @@ def record_row(run):
 class Original:
     """The original model of one seed, and what all runs of this seed share.
 
-    ``args`` are the flags with this seed, ``path`` is its file, ``meta`` that of the checkpoint,
-    ``weights`` the hash of its weights. ``folder`` is where the scenario's results go.
+    ``args`` are the flags with this seed, ``weights`` is the hash of the model's weights. The
+    scenario's results go to ``folder``.
     """
 
     args: argparse.Namespace
@@ -152,10 +147,9 @@ class Original:
 class Run:
     """One method for one seed, with its settings.
 
-    ``name`` is that of the method, ``label`` that of the folder and the row. ``stop_at`` is
-    the forget accuracy of --until_forgotten, else None. ``identity`` is everything that determines
-    the weights. ``is_done`` is True if an earlier run with this identity left its model. Raises
-    UserError if the folder has another run's result.
+    ``name`` is that of the method, ``label`` that of the folder and the row. ``stop_at`` is the
+    target of --until_forgotten, else None. ``identity`` determines the weights. ``is_done`` says
+    whether the folder has a model with this identity. Raises UserError if it has another one.
     """
 
     def __init__(self, name, method, original, *, term, device):
@@ -172,18 +166,8 @@ class Run:
         self.is_done = utils.already_done(self.files.model_path, self.identity, args) is not None
 
 
-def plan_run(name, method, original, *, term, device):
-    """The :class:`Run` of one method; prints a line if it is already done."""
-    run = Run(name, method, original, term=term, device=device)
-    if run.is_done:
-        print(f"{run.files.model_path}: already done; pass --overwrite to run it again")
-    return run
-
-
 def check_flags(args, methods):
     """Raise UserError for a flag that cannot apply to the chosen methods (Method by name)."""
-    if args.jobs > 1 and distributed.world_size() > 1:
-        raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
     if len(methods) > 1 and args.learning_rate:
         raise UserError("--learning_rate: no rate suits several methods; omit it or choose one")
     reserved = {"original", *unlearn.METHODS, *(f"cpu_{name}" for name in unlearn.METHODS)}
@@ -202,8 +186,7 @@ def check_flags(args, methods):
 def read_original(args, data, device):
     """Read and check the original model for the seed and the scenario of the flags.
 
-    Raises UserError if it is missing, belongs to other data or another network, or has outputs
-    that are not finite.
+    Raises UserError if it is missing or belongs to other data or another network.
     """
     split = utils.make_split(data, utils.scenario_of(args))
     root = utils.run_folder(args, data)
@@ -213,20 +196,8 @@ def read_original(args, data, device):
     checkpoint.check_meta(path, meta, utils.model_facts(args, data))
     model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     checkpoint.load_weights(model, state, path)
-    try:
-        inference.compute_logits(model, data.train, split.retain[:64])
-    except NotFinite as error:
-        raise UserError(f"{path}: {error}") from error
-    return Original(
-        args,
-        path,
-        split,
-        held_out=data.held_out,
-        model=model,
-        meta=meta,
-        weights=checkpoint.weights_hash(state),
-        folder=root / split.folder,
-    )
+    about = {"meta": meta, "weights": checkpoint.weights_hash(state), "folder": root / split.folder}
+    return Original(args, path, split, held_out=data.held_out, model=model, **about)
 
 
 def target_accuracy(original):
@@ -238,15 +209,15 @@ def target_accuracy(original):
         return args.stop_accuracy
     if split.forget_classes:
         return 0.03
-    if not len(split.train_calibration):
+    calibration = split.train_calibration
+    if not len(calibration):
         raise UserError("--until_forgotten: there are no held-out images; pass --stop_accuracy")
-    images = original.held_out
-    return accuracy(*inference.compute_logits(original.model, images, split.train_calibration))
+    return accuracy(*inference.compute_logits(original.model, original.held_out, calibration))
 
 
 def cases_of(args):
     """Which of ``unlearn.CASES`` hold: where a method's published values differ."""
-    from_scratch = models.describe(args.model_name).trained_from_scratch
+    from_scratch = args.model_name in models.FROM_SCRATCH
     cases = {
         "not_cifar10": args.data_name != "cifar10",
         "cifar100": args.data_name == "cifar100",
@@ -261,8 +232,7 @@ def cases_of(args):
 def method_recipe(method, args, original_meta, device):
     """The recipe of a method: flags, else its defaults, else the recipe of the original model.
 
-    None for a method without training. An original model without a recorded recipe counts as
-    trained with the recipe of the flags.
+    None for a method without training. An original model of other code has the recipe of the flags.
     """
     if not method.trained:
         return None
@@ -293,10 +263,10 @@ def run_identity(original, recipe, options, *, term):
 
 
 def record_failure(run, error, *, is_only_run):
-    """Save the error that ended a run in its folder, for the table, and let the next run start.
+    """Save the error that ended a run in its folder, for the table.
 
-    The error of the only run is raised. So is, under torchrun, an error other than divergence,
-    since it may have reached only one process, and the others would wait for it.
+    Raises the error of the only run, and under torchrun every error but divergence: the other
+    processes may not have it, and would wait for this one.
     """
     reason = str(error) if isinstance(error, UserError) else first_line(error)
     failure = {"forget_set": run.original.split.fingerprint, "error": reason}
@@ -315,19 +285,10 @@ def unlearn_and_save(run, data, device):
         seeds.seed_everything(args.seed, run.method.name, "initialisation")
         return models.build_model(args, len(data.classes), data.train.size, device, pretrained=True)
 
-    job = Job(
-        name=run.method.name,
-        label=run.label,
-        model=copy.deepcopy(run.original.model),
-        data=data,
-        split=split,
-        recipe=run.recipe,
-        seed=args.seed,
-        new_model=new_model,
-        term=run.term,
-        stop_at=run.stop_at,
-        compile=args.compile,
-    )
+    about = {"name": run.method.name, "label": run.label, "new_model": new_model}
+    settings = {"seed": args.seed, "recipe": run.recipe, "term": run.term, "stop_at": run.stop_at}
+    model = copy.deepcopy(run.original.model)
+    job = Job(model=model, data=data, split=split, compile=args.compile, **about, **settings)
     meta = utils.describe_run(args, data, device) | {
         "method": run.label,
         "base_method": run.method.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before the import of torch: idle threads of OpenMP spin, and on a busy machine take the cores from
+# Before the import of torch: idle threads of OpenMP spin and take the cores of a busy machine from
 # the thread that they wait for. With no spin at all, an idle machine would be 20 % slower.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -18,6 +18,7 @@ import math
 import pickle
 import platform
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -42,7 +43,7 @@ from torchvision.transforms.v2 import functional as transforms
 import models
 from models import checkpoint, distributed
 from models.checkpoint import write_file
-from models.errors import NotFinite, UserError, first_line, printable
+from models.errors import NotFinite, UserError, first_line
 from models.seeds import permutation
 from models.training import Diverged, Progress, Recipe, weights_are_finite
 
@@ -134,7 +135,6 @@ expand_path = os.path.expanduser  # an argparse type: shells leave the ~ in --fl
 ALPHA = number(float, 0, 1, exclusive=True)
 POSITIVE = number(float, 0, exclusive=True)
 SEED = number(int, 0, 2**32 - 1)
-WANDB_MODES = ("online", "offline", "disabled")
 
 
 def make_parser(description, epilog=None):
@@ -162,10 +162,8 @@ def make_parser(description, epilog=None):
     add("--seeds", type=list_of(SEED), help="comma-separated seeds, e.g. 1,2,3 (overrides --seed)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     add("--runs_dir", type=expand_path, default="./runs", help="folder for all results")
-    mode, text = os.environ.get("WANDB_MODE") or None, "default: online if logged in, else offline"
-    if mode and mode.lower() not in WANDB_MODES:
-        raise UserError(f"WANDB_MODE={mode}: choose from {', '.join(WANDB_MODES)}")
-    add("--wandb_mode", type=str.lower, choices=WANDB_MODES, default=mode, help=text)
+    modes = {"choices": ["online", "offline", "disabled"]}
+    add("--wandb_mode", **modes, help="default: wandb's setting, else online if logged in")
     return parser
 
 
@@ -237,8 +235,6 @@ def pick_device(args):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.empty(1, device=name).device  # "cuda" with the number of the GPU
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not one of cpu, cuda and mps")
     except Exception as error:  # each backend raises its own kind
         raise UserError(f"--device {name}: {first_line(error)[:200]}; try --device cpu") from error
     if device.type == "cuda":
@@ -297,7 +293,7 @@ class Data:
     """A data set: training images, held-out images, class names, and a tag for folder names.
 
     ``subclass_names`` are the fine classes inside the classes, if there are any. ``fingerprint`` is
-    a hash of all images, labels and file names; by default, it is computed from the pixels.
+    a hash of all images, labels and file names, by default of the pixels.
     """
 
     train: Images
@@ -323,9 +319,8 @@ def load_data(
 ):
     """The data set ``name``, a key of SPECS, in ``folder``; its tensors are on ``device``.
 
-    Batches have ``image_size`` pixels per side, else ``native_side`` (of the network), else as many
-    as the images. ``workers`` processes decode image files. Raises UserError for data that is
-    missing, unreadable or not of ``num_classes`` classes.
+    Batches have ``image_size`` pixels per side, else ``native_side``, else as many as the images.
+    Raises UserError for data that is missing, unreadable or not of ``num_classes`` classes.
     """
     loaders = {
         "digits": _load_digits,
@@ -337,7 +332,7 @@ def load_data(
         data = distributed.first_process_first(load)
     except (OSError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         flags = f"--data_name {name} --data_dir {folder} --workers {workers}"
-        raise UserError(printable(f"{flags}: {error}")) from error
+        raise UserError(f"{flags}: {error}") from error
     if num_classes not in (None, len(data.classes)):
         raise UserError(f"--num_classes {num_classes}: {name} has {len(data.classes)} classes")
     size = image_size or native_side or data.train.pixels.shape[-1]
@@ -415,8 +410,8 @@ def _load_tiny_imagenet(folder, workers):
 class Images:
     """Images as one uint8 tensor N×3×H×W: on the training device, or a memory-mapped file.
 
-    ``labels`` are int64 N, ``names`` file names, ``subclasses`` the int64 numbers N of the fine
-    classes inside the labels, if the data has any. Batches have ``size``×``size`` pixels.
+    ``labels`` and ``subclasses`` (the fine classes, if there are any) are int64 N, ``names`` file
+    names. Batches have ``size``×``size`` pixels.
     """
 
     pixels: torch.Tensor
@@ -479,8 +474,8 @@ def random_augment(pixels, spec, rng, batch_sizes=None):
     """Random crop after zero padding, horizontal flip (p = 0.5) and grayscale, for each image.
 
     Pixels B×3×S×S, uint8 in and float32 out (0 to 255). ``rng`` is a generator on their device.
-    With ``batch_sizes``, the pixels are this process's :func:`distributed.local_rows` of batches of
-    these sizes: every process draws for all images, so that the number of processes is irrelevant.
+    With ``batch_sizes``, the pixels are the :func:`distributed.local_rows` of batches of these
+    sizes: every process draws for all images, so that the number of processes is irrelevant.
     """
     (count, channels, side, _), device = pixels.shape, pixels.device
     sizes = [count] if batch_sizes is None else batch_sizes
@@ -530,9 +525,9 @@ def _load_image_folder(root, image_size, default_side, workers):
         differing = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
         reason = f"train/ has {len(classes)} classes, test/ {len(test_classes)} ({differing})"
         raise ValueError(f"{reason}, not the same two or more")
-    tag = f"image_folder-{printable(Path(root).resolve().name)}".replace("\\", "-")
+    tag = f"image_folder-{Path(root).resolve().name}"
     options = {"tag": tag, "side": image_size, "default_side": default_side, "workers": workers}
-    return _read_pictures(root, train, held_out, [*map(printable, classes)], **options)
+    return _read_pictures(root, train, held_out, classes, **options)
 
 
 def _list_folder(root, subset, ending=""):
@@ -546,15 +541,15 @@ def _list_folder(root, subset, ending=""):
     labels = {name: label for label, name in enumerate(classes)}
     files = make_dataset(folder, labels, is_valid_file=is_picture)
     start = len(folder) - len(subset)
-    return classes, [Sample(path, printable(path[start:]), label) for path, label in files]
+    return classes, [Sample(path, path[start:], label) for path, label in files]
 
 
 def _read_pictures(root, train, held_out, classes, *, tag, side, workers, default_side=None):
     """The :class:`Data` of image files: decoded once, into a memory-mapped array N×3×side×side.
 
-    Without ``side``, it is that of the images if all are squares of one size, else
-    ``default_side``. Arrays are in ``root``/.decoded, or in torch's cache folder if ``root`` is
-    read-only. A change that preserves a file's name, size and modification time is not noticed.
+    ``side`` defaults to that of the images if all are squares of one size, else ``default_side``.
+    Arrays are in ``root``/.decoded, or in torch's cache folder if ``root`` is read-only. A change
+    that preserves a file's name, size and modification time is not noticed.
     """
     samples = train + held_out
     key, folder = _files_key(samples), Path(root, ".decoded")
@@ -609,23 +604,19 @@ def _decode_files(samples, side, workers, prefix):
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(samples), 3, side, side)}
     unfinished, digest = prefix.with_name("unfinished"), hashlib.sha256()
     # A generator of its own, since the default is the global one, which dropout draws from.
-    options = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator()}
-    images = torch.utils.data.DataLoader(Decoder(samples, side), num_workers=workers, **options)
+    options = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
+    images = torch.utils.data.DataLoader(Decoder(samples, side), **options)
     with open(unfinished, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for image in distributed.progress_bar(iterable=images, desc="decoding images"):
             if isinstance(image, Exception):
                 raise image
             pixels, image_hash = image
-            file.write(pixels)
+            file.write(pixels.numpy())
             digest.update(image_hash)
         file.flush()
         os.fsync(file.fileno())
     return unfinished.rename(f"{prefix}{digest.hexdigest()[:32]}.npy")
-
-
-def _unchanged(image):
-    return image
 
 
 class Decoder(torch.utils.data.Dataset):
@@ -653,7 +644,7 @@ class Decoder(torch.utils.data.Dataset):
         if list(pixels.shape[-2:]) != size:
             pixels = transforms.resize(pixels, size[:1], antialias=True)
             pixels = transforms.center_crop(pixels, size)
-        return pixels.contiguous().numpy(), image_hash.digest()
+        return pixels.contiguous(), image_hash.digest()
 
 
 def decode_image(file):
@@ -707,9 +698,9 @@ class Split:
     """Which images are used for what: int64 indices of training images and of held-out images.
 
     ``retain`` and ``forget`` are training images, the others are held-out images. If classes (or
-    subclasses) are forgotten, ``train_calibration`` (for the CPU loss) and ``test`` contain the
-    retained classes only, ``forget_test`` the test images of the forgotten ones, and
-    ``calibration`` all, of which the bool mask ``is_forgotten`` marks the forgotten ones.
+    subclasses) are forgotten, ``train_calibration`` (for the CPU loss) and ``test`` have retained
+    classes only, ``forget_test`` has the forgotten ones. ``calibration`` has both, and the bool
+    mask ``is_forgotten`` marks the forgotten ones.
     """
 
     retain: torch.Tensor
@@ -746,9 +737,9 @@ def default_cal_size(data):
 def make_split(data, scenario, cal_size=None):
     """The split that data set and :class:`Scenario` define: a pure function, so all scripts agree.
 
-    The split seed permutes the held-out images. The first tenth (at least 1, at most 1000)
-    calibrates the CPU loss, the next ``cal_size`` the metrics, and the rest is the test set.
-    Raises UserError for a scenario that contradicts the data.
+    The split seed permutes the held-out images. The first tenth (1 to 1000) calibrates the CPU
+    loss, the next ``cal_size`` the metrics, and the rest is the test set. Raises UserError for a
+    scenario that contradicts the data.
     """
     forget_set = _make_forget_set(data, scenario)
     flag = f"--unlearn_type {scenario.unlearn_type} ({forget_set.name})"
@@ -815,9 +806,8 @@ def _make_forget_set(data, scenario):
     if kind == "list":
         path = Path(scenario.forget_list)
         mask[read_forget_list(path, data)] = True
-        stem = printable(path.stem).replace("\\", "-")[:100]
-        folder = f"list_{stem}_{_hash_indices(np.flatnonzero(mask))[:8]}"
-        return ForgetSet(mask, folder, f"the images in {printable(path)}")
+        folder = f"list_{path.stem}_{_hash_indices(np.flatnonzero(mask))[:8]}"
+        return ForgetSet(mask, folder, f"the images in {path}")
     groups, names = data.train.labels, data.classes
     if kind == "subclass":
         groups, names = data.train.subclasses, data.subclass_names
@@ -834,12 +824,11 @@ def _make_forget_set(data, scenario):
 def _class_numbers(scenario, names):
     """The positions of --forget_class among the class names, ascending; default: one is drawn.
 
-    Items between commas are names, or positions from 0 unless some name is a number: there, a
-    position could be another class.
+    Items between commas are names, or positions from 0 if no name is a number.
     """
     if scenario.forget_class is None:
         return (int(permutation(scenario.split_seed, "forget class", len(names))[0]),)
-    text = printable(scenario.forget_class)
+    text = scenario.forget_class
     numbers = {name: number for number, name in enumerate(names)}
     if not any(name.isdecimal() for name in names):
         numbers = {str(number): number for number in range(len(names))} | numbers
@@ -854,26 +843,25 @@ def read_forget_list(path, data):
     """Training indices (int64) from a UTF-8 text file: one index or ``class/file.png`` per line.
 
     Blank lines and lines that begin with # are skipped. Raises UserError with the line number of
-    an entry that is not a training image or names one a second time.
+    an entry that is unknown or repeated.
     """
-    flag = f"--forget_list {printable(path)}"
+    flag = f"--forget_list {path}"
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{flag}: {printable(str(error))}") from error
+        raise UserError(f"{flag}: {error}") from error
     by_name = {name: index for index, name in enumerate(data.train.names or ())}
-    line_of = {}
+    indices = {}
     for number, line in enumerate(lines, 1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
         index = int(entry) if entry.isdecimal() else by_name.get(entry, -1)
-        if not 0 <= index < len(data.train) or index in line_of:
-            repeated = f" (repeats line {line_of[index]})" if index in line_of else ""
-            reason = f"not another index below {len(data.train)} or class/file.png{repeated}"
-            raise UserError(f"{flag}, line {number}: {printable(entry)}: {reason}")
-        line_of[index] = number
-    return np.array(list(line_of), dtype=np.int64)
+        if not 0 <= index < len(data.train) or index in indices:
+            reason = f"not another index below {len(data.train)} or class/file.png"
+            raise UserError(f"{flag}, line {number}: {entry}: {reason}")
+        indices[index] = None
+    return np.array(list(indices), dtype=np.int64)
 
 
 def scenario_of(args):
@@ -904,7 +892,7 @@ def describe_run(args, data, device):
     packages = ("torchvision", "timm", "numpy", "scikit-learn")
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return model_facts(args, data) | {
-        "flags": {key: printable(v) if isinstance(v, str) else v for key, v in vars(args).items()},
+        "flags": vars(args),
         "seed": args.seed,
         "split_seed": split_seed(args),
         "versions": versions | {package: metadata.version(package) for package in packages},
@@ -917,7 +905,7 @@ def describe_run(args, data, device):
 # ---------------------------------------------------------------- run folders
 
 MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
-UNFINISHED, RESUME_FILE = ".unfinished", "resume.pth"
+RESUME_FILE = ".resume.pth"
 
 
 def model_tag(args):
@@ -956,41 +944,30 @@ def locate(model_dir, folder):
 def unfinished_folder(folder):
     """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
-    Files of an interrupted run are removed, except the resume checkpoint, by rank 0. Raises
-    UserError if another run is writing there.
+    Rank 0 removes the files of an interrupted run. Raises UserError if another run is writing.
     """
-    unfinished = folder / UNFINISHED
+    unfinished = folder / ".unfinished"
     if distributed.rank():
         yield unfinished
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            _remove_files(unfinished)
-            unfinished.mkdir(exist_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
             try:
                 yield unfinished
             finally:
-                _remove_files(unfinished)
+                shutil.rmtree(unfinished)
     except Timeout:
         reason = "another run is writing here; choose another --runs_dir"
         raise UserError(f"{folder}: {reason}") from None
 
 
-def _remove_files(unfinished):
-    """Remove everything but the resume checkpoint, and the folder if it is then empty."""
-    for path in sorted(unfinished.rglob("*"), reverse=True):  # files before their folders
-        if path.name != RESUME_FILE:
-            path.rmdir() if path.is_dir() else path.unlink()
-    with suppress(OSError):  # not empty, or never made
-        unfinished.rmdir()
-
-
 def move_up(unfinished, last=None):
     """Move all files of an :func:`unfinished_folder` to its parent, those named ``last`` last.
 
-    Existing files are replaced by rank 0. The resume checkpoint is removed afterwards: a run killed
-    before the last move can be resumed.
+    Existing files are replaced by rank 0.
     """
     if distributed.rank():
         return
@@ -998,9 +975,7 @@ def move_up(unfinished, last=None):
     for path in sorted(files, key=lambda path: path.name == last):
         target = unfinished.parent / path.relative_to(unfinished)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if path.name != RESUME_FILE:
-            os.replace(path, target)
-    (unfinished / RESUME_FILE).unlink(missing_ok=True)
+        os.replace(path, target)
 
 
 def save_json(path, content):
@@ -1030,8 +1005,8 @@ def save_bytes(path, content):
 class WandbRun:
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
-    ``mode`` None is that of wandb's settings, else online if logged in, else offline. If wandb is
-    missing or fails, a line is printed and the run continues without it. Only rank 0 logs.
+    ``mode`` None is wandb's setting. Without a login, online becomes offline. If wandb is missing
+    or fails, a line is printed and the run continues without it. Only rank 0 logs.
     """
 
     def __init__(self, folder, name, config, mode=None):
@@ -1069,8 +1044,6 @@ class WandbRun:
                 print(f"wandb: {first_line(error)}; continuing without it, see {self._folder}")
 
     def _start(self, name, config, mode):
-        if mode:
-            os.environ["WANDB_MODE"] = mode  # wandb itself refuses capitals
         import wandb  # half a second, and it may be missing
 
         self._wandb, options = wandb, wandb.Settings(silent=True, console="off", init_timeout=30)
@@ -1134,7 +1107,7 @@ def original_recipe(args, device):
     """
     spec = SPECS[args.data_name]
     num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
-    if not models.describe(args.model_name).trained_from_scratch:
+    if args.model_name not in models.FROM_SCRATCH:
         num_epochs, learning_rate = min(num_epochs, 20), 0.01
     return Recipe(
         num_epochs=args.num_epochs or num_epochs,
@@ -1148,9 +1121,8 @@ def original_recipe(args, device):
 def already_done(path, identity, args):
     """The meta of an earlier run with the same ``identity`` that saved its model at ``path``.
 
-    ``identity`` is everything that determines the weights, but with --precision auto the precision
-    may differ. None if there is no file, or with --overwrite. Raises UserError for a file that is
-    unreadable or from other settings.
+    With --precision auto the precision may differ. None if there is no file, or with --overwrite.
+    Raises UserError for a file that is unreadable or from other settings.
     """
     if args.overwrite or not path.exists():
         return None
@@ -1170,10 +1142,9 @@ def already_done(path, identity, args):
 def run_and_save(train, job, files, *, meta, args):
     """Run a job and save its model and records, or return the meta of an equal earlier run.
 
-    ``train(job)`` changes ``job.model``. ``meta`` is saved with it and contains the "identity" (see
-    :func:`already_done`). Returns it with "seconds", the wall time, and the final "accuracies". All
-    files are moved up together, the model last: a failed run saves nothing, and an interrupted one
-    is either complete or can be resumed.
+    ``train(job)`` changes ``job.model``. ``meta`` contains the "identity" (:func:`already_done`).
+    Returns it with "seconds" and the final "accuracies". All files are moved up together, the model
+    last: a failed run saves nothing, and an interrupted one is complete or can be resumed.
     """
     identity, history = meta["identity"], []
     with (
@@ -1183,9 +1154,9 @@ def run_and_save(train, job, files, *, meta, args):
         # Another run may have finished here since the flags were checked.
         if earlier := already_done(files.model_path, identity, args):
             return earlier
-        is_gpu, saving = job.device.type == "cuda", {"resume": args.resume}
-        saving["save_every"] = args.save_every
-        job.progress = Progress(unfinished / RESUME_FILE, identity, **saving)
+        is_gpu = job.device.type == "cuda"
+        saving = {"resume": args.resume, "save_every": args.save_every}
+        job.progress = Progress(files.folder / RESUME_FILE, identity, **saving)
         if job.progress.restored:
             print(f"{job.label}: resuming after epoch {len(job.progress.restored['records'])}")
 
@@ -1220,6 +1191,9 @@ def run_and_save(train, job, files, *, meta, args):
         move_up(unfinished, last=files.model)
         if not distributed.rank():
             (files.folder / FAILURE_FILE).unlink(missing_ok=True)
+            # A run that was killed before its last file was moved could still be resumed.
+            for path in files.folder.glob(f"{RESUME_FILE}*"):
+                path.unlink()
         row = {"method": job.label, "seconds": meta["seconds"]} | meta["accuracies"]
         wandb_run.log_table("run", [row])
     if distributed.world_size() > 1:

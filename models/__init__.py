@@ -1,10 +1,7 @@
 """Networks by name: ``resnet18`` for small images, ``vit``, and every timm model.
 
-To add a network, write a file here and extend :func:`describe` and :func:`create_model`.
+To add a network, write a file here and extend :func:`input_size` and :func:`create_model`.
 """
-
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -14,36 +11,15 @@ from .layout import choose_layout
 from .resnet import ResNet18
 
 
-@dataclass(frozen=True)
-class Network:
-    """What the defaults of the scripts need to know about a network before it is built.
-
-    ``name`` is the value of --model_name. ``trained_from_scratch`` is False for a network that
-    starts from ImageNet weights by default. ``has_width`` is True if --width applies.
-    ``native_side`` is the side in pixels of the square images that the network was pre-trained on,
-    None if it takes any size.
-    """
-
-    name: str
-    trained_from_scratch: bool
-    has_width: bool
-    native_side: int | None
+FROM_SCRATCH = ("resnet18",)  # all others start from ImageNet weights by default
 
 
-@cache
-def describe(model_name):
-    """The :class:`Network` behind --model_name, without building it or downloading weights.
+def input_size(model_name):
+    """Side in pixels of the images that a network was pre-trained on. None if it takes any size.
 
     Raises UserError for an unknown name.
     """
-    if model_name == "resnet18":
-        return Network(model_name, trained_from_scratch=True, has_width=True, native_side=None)
-    return Network(
-        name=model_name,
-        trained_from_scratch=False,
-        has_width=False,
-        native_side=vit.native_side(model_name),
-    )
+    return None if model_name in FROM_SCRATCH else vit.native_side(model_name)
 
 
 def build_model(args, num_classes, size, device, *, pretrained):
@@ -74,20 +50,7 @@ def create_model(
     """
     if model_name == "resnet18":
         if pretrained_path:
-            raise UserError(
-                "--pretrained_path: resnet18 has no pre-trained weights; leave the flag out"
-            )
+            raise UserError("--pretrained_path: resnet18 has no pre-trained weights; omit it")
         return choose_layout(ResNet18(num_classes, width))
-    model = vit.create(
-        model_name,
-        num_classes,
-        image_size=image_size,
-        pretrained=pretrained,
-        pretrained_path=pretrained_path,
-    )
-    return choose_layout(model)
-
-
-def input_size(model_name):
-    """:attr:`Network.native_side` of a network."""
-    return describe(model_name).native_side
+    weights = {"pretrained": pretrained, "pretrained_path": pretrained_path}
+    return choose_layout(vit.create(model_name, num_classes, image_size=image_size, **weights))

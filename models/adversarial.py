@@ -1,8 +1,8 @@
 """Adversarial examples: images that are changed as little as possible to change the prediction.
 
 ``model`` is used in eval mode. Images pass through it in chunks, without augmentation, and several
-processes divide every chunk. ``images`` are those of a data set (:class:`utils.Images`), whose
-``spec`` has the mean and deviation of the normalization.
+processes divide every chunk. The ``spec`` of ``images`` has the mean and deviation of the
+normalization.
 """
 
 from typing import NamedTuple
@@ -25,19 +25,13 @@ class Examples(NamedTuple):
 
 def adversarial_examples(model, images, indices, radius, chunk):
     """The :class:`Examples` of :func:`nearest` for the images at ``indices``, in their order."""
-    parts = []
-    for inputs, labels, count in _chunks(model, images, indices, chunk):
-        examples = nearest(model, inputs, labels, images.spec, radius=radius)
-        parts.append([distributed.gather_rows(rows, count) for rows in examples])
-    return Examples(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def _chunks(model, images, indices, chunk):
-    """(inputs and labels of this process, number of images of all processes) of each chunk."""
     model.eval()
-    chunks = indices.split(chunk * distributed.world_size())
+    parts, chunks = [], indices.split(chunk * distributed.world_size())
     for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
-        yield inputs, images.labels[distributed.local_rows(chunk_indices)], len(chunk_indices)
+        labels = images.labels[distributed.local_rows(chunk_indices)]
+        examples = nearest(model, inputs, labels, images.spec, radius=radius)
+        parts.append([distributed.gather_rows(rows, len(chunk_indices)) for rows in examples])
+    return Examples(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def fgsm(model, inputs, labels, size, spec):
@@ -80,8 +74,11 @@ def nearest(model, inputs, labels, spec, *, radius):
             rows, centre = rows[~is_wrong], centre[~is_wrong]
             pixels, gradient = pixels[~is_wrong], gradient[~is_wrong]
             # A step of a tenth of the radius, then back into the ball and the range of pixels.
-            moved = pixels + radius / 10 * _unit(gradient / std) - centre
-            pixels = (centre + _into_ball(moved, radius)).clamp(0, 1)
+            tiny = torch.finfo(pixels.dtype).tiny
+            direction = F.normalize((gradient / std).flatten(1), eps=tiny).view_as(pixels)
+            moved = pixels + radius / 10 * direction - centre
+            shrink = radius / moved.flatten(1).norm(dim=1).clamp(min=radius)
+            pixels = (centre + moved * shrink[:, None, None, None]).clamp(0, 1)
         radius *= 2
     return examples
 
@@ -89,8 +86,8 @@ def nearest(model, inputs, labels, spec, *, radius):
 def _ascent(model, inputs, labels):
     """The gradient of the loss at each image, its likeliest wrong class, and whether that wins.
 
-    The gradient is that of log Σ exp of the other logits less the label's logit. It has the
-    direction of the cross-entropy's gradient, and does not vanish where the model is certain.
+    The loss is log Σ exp of the other logits less the label's logit. Its gradient has the direction
+    of the cross-entropy's, and does not vanish where the model is certain.
     """
     inputs = inputs.detach().requires_grad_()
     logits = model(inputs).float()
@@ -98,20 +95,6 @@ def _ascent(model, inputs, labels):
     loss = others.logsumexp(dim=1) - logits.gather(1, labels[:, None]).squeeze(1)
     (gradient,) = torch.autograd.grad(loss.sum(), inputs)
     return gradient, others.argmax(dim=1), logits.argmax(dim=1) != labels
-
-
-def _unit(images):
-    """Images divided by their L2 norms; images of zeros stay zeros."""
-    return images / _norms(images).clamp(min=torch.finfo(images.dtype).tiny)
-
-
-def _into_ball(images, radius):
-    """Images shortened to an L2 norm of at most ``radius``."""
-    return images * (radius / _norms(images).clamp(min=radius))
-
-
-def _norms(images):
-    return images.flatten(1).norm(dim=1)[:, None, None, None]
 
 
 def _normalization(inputs, spec):

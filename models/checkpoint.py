@@ -26,16 +26,10 @@ WRAPPERS = ("module.", "_orig_mod.")
 # ---------------------------------------------------------------- writing
 
 
-def size(model):
-    """Approximate bytes of a run folder: the checkpoint, its records and the state for --resume."""
-    return 3 * sum(tensor.nbytes for tensor in model.state_dict().values()) + 2**20
-
-
 def write_file(path, write):
-    """Write a file atomically, on the first process only: ``write(file)``, then a rename.
+    """Write a file on the first process only: ``write(file)``, then a rename, which is atomic.
 
-    An existing file at ``path`` is replaced as a whole or not at all. Raises UserError if the file
-    cannot be written.
+    Raises UserError if the file cannot be written.
     """
     if rank():
         return
@@ -49,9 +43,8 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); the previous file is unchanged"
-        ) from error
+        reason = f"cannot be written ({error.strerror}); the previous file is unchanged"
+        raise UserError(f"{path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,23 +63,14 @@ def save_state(path, state):
     write_file(path, lambda file: torch.save(state, file))
 
 
-def on_cpu(nest):
-    """A copy of nested dicts and lists with every tensor detached and on the CPU."""
-    if torch.is_tensor(nest):
-        return nest.detach().cpu()
-    if isinstance(nest, dict):
-        return {key: on_cpu(value) for key, value in nest.items()}
-    return [on_cpu(value) for value in nest] if isinstance(nest, list) else nest
-
-
 def weights_hash(state):
     """16 hexadecimal digits that identify a state_dict: a hash of its names, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.ndim:
-            values = tensor.detach().cpu().contiguous()
-            digest.update(values.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+            values = tensor.detach().cpu().flatten().contiguous()
+            digest.update(values.view(torch.uint8).numpy())
         else:
             digest.update(repr(tensor.item()).encode())
     return digest.hexdigest()[:16]
@@ -98,8 +82,7 @@ def weights_hash(state):
 def read(path, hint=""):
     """``(state_dict, meta)`` of a checkpoint, on the CPU. ``meta`` is empty for a bare state_dict.
 
-    Raises UserError if the file is missing, unreadable, damaged or not a checkpoint. ``hint`` is
-    what to do about a missing file.
+    Raises UserError if the file is missing (with the ``hint``), damaged or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -109,22 +92,17 @@ def read(path, hint=""):
     meta = (state.get("meta") if "model" in state else None) or {}
     for key in WEIGHTS_KEYS:
         state = state[key] if isinstance(state.get(key), dict) else state
-    if not (state and all(map(_is_dense, state.values())) and isinstance(meta, dict)):
-        raise UserError(f"{path}: not a checkpoint: it contains no state_dict of dense tensors")
+    if not (state and all(map(torch.is_tensor, state.values())) and isinstance(meta, dict)):
+        raise UserError(f"{path}: not a checkpoint: it contains no state_dict")
     if meta.get("weights") not in (None, weights_hash(state)):
         raise UserError(f"{path}: damaged: its weights differ from those that were saved")
     return state, meta
 
 
-def _is_dense(value):
-    return torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
-
-
 def read_state(path):
-    """Read what :func:`save_state` or ``torch.save`` wrote, or a .safetensors file.
+    """Read what ``torch.save`` wrote, or a .safetensors file.
 
-    Raises UserError with torch's reason if the file is unreadable, damaged or of another kind, or
-    if it contains Python objects.
+    Raises UserError with torch's reason if the file is damaged, or contains other Python objects.
     """
     try:
         if path.suffix == ".safetensors":
@@ -157,17 +135,10 @@ def check_meta(path, meta, requested):
 def load_weights(model, state, path):
     """Load a state_dict of any float type into ``model``. Missing BatchNorm counters are accepted.
 
-    Raises UserError, naming ``path``, if names, shapes or types do not fit, or if a weight is NaN
-    or infinite.
+    Raises UserError, naming ``path``, if names or shapes do not fit, or if a weight is not finite.
     """
-    expected = model.state_dict()
-    state = match_names(state, expected, path)
-    for name, tensor in state.items():
-        # load_state_dict would cast integers, and the real part of complex numbers, to floats.
-        if name in expected and expected[name].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"{path}: {name} is {tensor.dtype}, not {expected[name].dtype}")
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(match_names(state, model.state_dict(), path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not weights of this network: {reason}") from error

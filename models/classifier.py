@@ -10,16 +10,17 @@ from .inference import classifier_layers
 
 
 def linear_layers(model, num_classes):
-    """The layers that turn features into logits, each an nn.Linear with a row for each class.
+    """The layers that turn features into logits, each nn.Linear with a row and a bias per class.
 
     Raises UserError for a network whose classifier is anything else.
     """
     layers = classifier_layers(model)
     for layer in layers:
-        if not isinstance(layer, nn.Linear) or layer.out_features != num_classes:
+        is_linear = isinstance(layer, nn.Linear) and layer.bias is not None
+        if not is_linear or layer.out_features != num_classes:
             raise UserError(
                 f"the classifier of this network ends in {type(layer).__name__}, and this method "
-                f"needs nn.Linear with a row for each of the {num_classes} classes"
+                f"needs nn.Linear with a row and a bias for each of the {num_classes} classes"
             )
     return layers
 
@@ -48,22 +49,19 @@ def widen(model, num_classes, rng):
         limit = 1 / math.sqrt(layer.in_features)
         row = torch.empty(1, layer.in_features).uniform_(-limit, limit, generator=rng)
         bias = torch.empty(1).uniform_(-limit, limit, generator=rng)
-        _set_rows(layer, torch.cat([layer.weight, row.to(layer.weight)]), bias)
+        weight = torch.cat([layer.weight, row.to(layer.weight)])
+        _set_rows(layer, weight, torch.cat([layer.bias, bias.to(layer.bias)]))
 
 
 def narrow(model, num_classes):
     """Keep the first ``num_classes`` classes of a network. Returns it."""
     for layer in classifier_layers(model):
-        _set_rows(layer, layer.weight[:num_classes])
+        _set_rows(layer, layer.weight[:num_classes], layer.bias[:num_classes])
     return model
 
 
-def _set_rows(layer, weight, more_bias=None):
-    """Replace the weight of a linear layer, and cut or extend its bias to as many rows."""
+def _set_rows(layer, weight, bias):
+    """Replace the weight and the bias of a linear layer."""
     layer.out_features = len(weight)
     layer.weight = nn.Parameter(weight.detach().clone())
-    if layer.bias is not None:
-        bias = layer.bias.detach()
-        if more_bias is not None:
-            bias = torch.cat([bias, more_bias.to(bias)])
-        layer.bias = nn.Parameter(bias[: len(weight)].clone())
+    layer.bias = nn.Parameter(bias.detach().clone())

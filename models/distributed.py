@@ -8,7 +8,6 @@ import os
 import subprocess
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,8 @@ from timm.layers import convert_sync_batchnorm
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from .errors import UserError
 
 # ---------------------------------------------------------------- processes
 
@@ -37,16 +38,11 @@ def join_processes(device):
 
 
 def first_process_first(call):
-    """``call()`` on every process, in turns, so that only one process downloads a file.
-
-    The first process is first, then the first one of every other machine, then the rest.
-    """
-    if world_size() == 1:
-        return call()
-    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    for number in range(3):
-        if number == turn:
-            result = call()
+    """``call()`` on the first process, then on the others, so that only one downloads a file."""
+    if rank():
+        dist.barrier()
+    result = call()
+    if world_size() > 1 and not rank():
         dist.barrier()
     return result
 
@@ -103,24 +99,19 @@ def equalise_buffers(model):
 def data_parallel(model):
     """DistributedDataParallel around a network: it averages the gradients of the processes.
 
-    On GPUs, BatchNorm normalises over the images of all processes (torch's SyncBatchNorm; timm's
-    conversion keeps the activations of its layers). On CPUs, each process has its own batch
-    statistics, and a printed line says so.
+    On GPUs, BatchNorm normalises over the images of all processes (torch's SyncBatchNorm, timm's
+    conversion). On CPUs, each process has its own batch statistics, and a printed line says so.
     """
+    if world_size() == 1:
+        return model
     device = next(model.parameters()).device
     # 1×1 convolutions have gradients with other strides, which only costs speed.
     warnings.filterwarnings("ignore", "Grad strides do not match")
     if device.type == "cuda":
         return DistributedDataParallel(convert_sync_batchnorm(model), device_ids=[device])
-    if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
-        _print_batch_norm_note()
-    return DistributedDataParallel(model)
-
-
-@cache
-def _print_batch_norm_note():
-    if not rank():
+    if any(isinstance(layer, _BatchNorm) for layer in model.modules()) and not rank():
         tqdm.write("BatchNorm on CPUs: every process normalises with the statistics of its images")
+    return DistributedDataParallel(model)
 
 
 # ---------------------------------------------------------------- commands in parallel
@@ -130,8 +121,10 @@ def run_commands(commands, jobs, titles=None):
     """Run commands (lists of words), ``jobs`` at a time. → their exit statuses, in order.
 
     They share the CPU cores, or take the GPUs in turn. Lines are printed after ``title: ``. An
-    interruption ends all of them, after they have saved their states.
+    interruption ends all of them with saved states. Raises UserError under torchrun.
     """
+    if world_size() > 1:
+        raise UserError("--jobs: torchrun divides every run over its processes; omit one of them")
     prefixes = [f"{title}: " for title in titles] if titles else [""] * len(commands)
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     options |= {"start_new_session": True, "text": True, "errors": "replace"}  # Ctrl-C: from here
@@ -160,6 +153,6 @@ def _environment(number, jobs):
     environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     environment |= dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
     environment.pop("WANDB_RUN_ID", None)  # each is a run of its own in wandb
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or range(torch.cuda.device_count())
-    gpus = gpus.split(",") if isinstance(gpus, str) else gpus
-    return environment | ({"CUDA_VISIBLE_DEVICES": str(gpus[number % len(gpus)])} if gpus else {})
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or every).split(",")
+    return environment | {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}

@@ -41,8 +41,7 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
     """The diagonal of the Fisher information: a tensor for each parameter, by name.
 
     ``scores`` is :func:`expected_scores` or :func:`observed_score`. The model is left in eval mode.
-    Images are not augmented. ``chunk`` is the largest number of images per pass and process.
-    Several processes divide the images, and each returns the result of all.
+    Images are not augmented. Several processes divide each chunk, and return the same result.
     """
     model.eval()
     total = _zeros(model)

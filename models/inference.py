@@ -32,11 +32,10 @@ def save_logits(path, **fields):
 
 
 def read_logits(path, *, num_train, num_held_out, num_classes, data, weights=None):
-    """The :class:`Logits` in a file, float32 on the CPU.
+    """The :class:`Logits` in a file, float32 on the CPU. None if it is not of given ``weights``.
 
-    Where ``weights`` is given, None if the file belongs to other weights or other data. Raises
-    UserError for other data, a wrong shape or type, and logits that are not finite. A file of
-    another program may lack weights and data, which are then "".
+    Raises UserError for other data, a wrong shape or type, and logits that are not finite. A file
+    of another program may lack weights and data, which are then "".
     """
     shapes = {"train": (num_train, num_classes), "held_out": (num_held_out, num_classes)}
     try:
@@ -63,22 +62,22 @@ def compute_logits(model, images, indices, batch_size=None):
     """Logits and labels of the images at ``indices``: N×K float32 and N int64, on the CPU.
 
     Every process runs the model on its :func:`distributed.local_rows` and gets all rows.
-    ``batch_size`` is the number of images per forward pass and process. By default it is 64 images
-    of 32×32 on a CPU, 2,048 on a GPU, and a quarter of that whenever the memory is full. Every
-    module keeps its training mode. Raises NotFinite where a logit is NaN or infinite.
+    ``batch_size`` is that of a process, by default 64 images of 32×32 on a CPU, 2,048 on a GPU, and
+    a quarter of it whenever the memory is full. Every module keeps its training mode. Raises
+    NotFinite where a logit is NaN or infinite.
     """
-    return _forward_images(model, images, indices, batch_size=batch_size)
+    return _forward_images(model, images, indices, batch_size)
 
 
 def compute_features(model, images, indices, batch_size=None):
     """:func:`compute_logits` and the input of the classifier: N×K, N and N×F float32, on the CPU.
 
     Features with positions (N×F×H×W) or tokens (N×T×F) are averaged over them. Features of several
-    classifiers, or of several calls of a classifier, are concatenated. If the network never calls
-    its classifier as a module, the logits serve as features.
+    classifiers are concatenated. If the network never calls its classifier as a module, the logits
+    serve as features.
     """
-    options = {"batch_size": batch_size, "classifiers": classifier_layers(model)}
-    logits, labels, *features = _forward_images(model, images, indices, **options)
+    classifiers = classifier_layers(model)
+    logits, labels, *features = _forward_images(model, images, indices, batch_size, classifiers)
     return logits, labels, *(features or [logits])
 
 
@@ -91,7 +90,7 @@ def classifier_layers(model):
 
 
 @torch.no_grad()
-def _forward_images(model, images, indices, *, batch_size, classifiers=()):
+def _forward_images(model, images, indices, batch_size, classifiers=()):
     """Logits, labels and, if there are any, features: all rows, gathered from the processes."""
     size = batch_size or _default_batch_size(images)
     with _eval_mode(model, classifiers) as forward:
@@ -126,18 +125,16 @@ def _eval_mode(model, classifiers):
     Features are the pooled inputs of the ``classifiers``. Every module gets its mode back.
     """
     modes = [(module, module.training) for module in model.modules()]
-    calls = {}
+    features = []
 
     def record(layer, inputs):
-        features = inputs[0].float()
-        axes = {3: 1, 4: (2, 3)}.get(features.ndim)
-        calls[layer].append(features if axes is None else features.mean(dim=axes))
+        values = inputs[0].float()
+        axes = {3: 1, 4: (2, 3)}.get(values.ndim)
+        features.append(values if axes is None else values.mean(dim=axes))
 
     def forward(inputs):
-        # A forward pass that ran out of memory has left its calls behind.
-        calls.update({layer: [] for layer in classifiers})
+        features.clear()
         logits = model(inputs).float()
-        features = [features for layer_calls in calls.values() for features in layer_calls]
         return (logits, torch.cat(features, dim=1)) if features else (logits,)
 
     hooks = [layer.register_forward_pre_hook(record) for layer in classifiers]

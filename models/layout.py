@@ -23,13 +23,11 @@ def choose_layout(model):
 def input_layout(model, device):
     """``torch.channels_last`` or ``torch.contiguous_format`` for ``model``'s input on ``device``.
 
-    Channels last is faster on GPUs and CPUs. On the CPU it is used only if every convolution but
-    the first has at least 16 input channels per group, because of an error in oneDNN
-    (https://github.com/uxlfoundation/oneDNN/issues/6035). For a 1×1 convolution of stride 2 on
-    channels-last tensors, oneDNN computes a wrong weight gradient and writes beyond its workspace
-    if the convolution has fewer input channels than a vector register holds (8, or 16 with
-    AVX-512). The first convolution always has three input channels; its gradient is right unless it
-    is a 1×1 convolution.
+    Channels last is faster. On the CPU it is used only if every convolution but the first has at
+    least 16 input channels per group: for a 1×1 convolution of stride 2 on channels-last tensors,
+    oneDNN computes a wrong weight gradient and writes beyond its workspace if it has fewer input
+    channels than a vector register holds, 8 or 16 (github.com/uxlfoundation/oneDNN/issues/6035).
+    The first convolution has three input channels; its gradient is right unless it is 1×1.
     """
     kind = torch.device(device).type
     if kind == "cuda":
@@ -51,10 +49,10 @@ def _is_narrow(layer):
 
 
 def _convert_input(model, inputs):
-    images, *others = inputs
-    return images.contiguous(memory_format=input_layout(model, images.device)), *others
+    (images,) = inputs
+    return images.contiguous(memory_format=input_layout(model, images.device))
 
 
 def _contiguous_on_cpu(layer, inputs):
-    images, *others = inputs
-    return (images if images.is_cuda else images.contiguous()), *others
+    (images,) = inputs
+    return images if images.is_cuda else images.contiguous()

@@ -5,7 +5,7 @@ for epoch in job.epochs():
         epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
 """
 
-import copy
+import io
 import math
 import time
 from collections.abc import Callable
@@ -31,10 +31,10 @@ class Diverged(UserError):
 class Recipe:
     """Hyper-parameters of the training loop.
 
-    ``milestones`` are the epochs after which the learning rate is divided by 10. Without them it
-    follows ``schedule``: a cosine to zero, or constant. ``optimizer`` is sgd, adam or adamw, the
-    last two without ``momentum``. ``precision`` is that of the forward and backward pass: fp32,
-    tf32 or bf16 (autocast). Weights and losses are always float32.
+    The learning rate is divided by 10 after the epochs in ``milestones``, else it follows
+    ``schedule``: cosine (to zero) or constant. ``optimizer`` is sgd, adam or adamw, the last two
+    without ``momentum``. ``precision`` is that of the forward and backward pass: fp32, tf32 or bf16
+    (autocast). Weights and losses are always float32.
     """
 
     num_epochs: int
@@ -52,13 +52,11 @@ class Recipe:
 class Job:
     """One run: the model, its training data and its recipe (None for a method without training).
 
-    ``name`` is the base method. It seeds the run, so a CPU variant draws the same random numbers as
-    its base method. ``label`` is the name in the files. ``new_model()`` builds the network as it
-    was before any training on this data. ``term`` is the conformal loss
-    (:class:`unlearn_cpu.ConformalTerm`) or None. ``log`` is called with the record of every epoch.
-    A ``quiet`` run neither measures nor prints accuracies. ``progress`` saves the state for
-    --resume. ``stop_at`` is the forget accuracy at which training ends, or None. A method stores
-    additional results in ``by_products``, a state_dict by file name.
+    ``name``, the base method, seeds the run, so a CPU variant draws the numbers of its base method.
+    ``label`` is the name in the files. ``new_model()`` builds the network before any training on
+    this data. ``term`` is a conformal loss (:class:`unlearn_cpu.ConformalTerm`). ``log`` gets the
+    record of every epoch. A ``quiet`` run measures and prints no accuracies. ``stop_at`` is the
+    forget accuracy at which training ends. ``by_products`` are additional state_dicts by file name.
     """
 
     name: str
@@ -95,15 +93,14 @@ class Job:
     def epochs(self, stop_at=None, *, eval_mode=False, keep_weights=False):
         """Yield an :class:`Epoch` for each epoch of the recipe, and complete it afterwards.
 
-        Training ends early after the epoch in which the accuracy on (at most 2,000) forget images
-        falls to ``stop_at`` or to the job's, and after an epoch that the method calls the last. In
-        ``eval_mode`` BatchNorm normalizes by its running statistics and keeps them.
-        ``keep_weights`` keeps a copy of the weights after every epoch in ``weights_after``. Raises
-        :class:`Diverged` if the loss, a weight or a logit is not finite.
+        Training ends early once the accuracy on (at most 2,000) forget images falls to ``stop_at``
+        or to the job's, or the method sets ``is_last``. In ``eval_mode`` BatchNorm uses and keeps
+        its running statistics. ``keep_weights`` copies the weights after every epoch to
+        ``weights_after``. Raises :class:`Diverged` if the loss, a weight or a logit is not finite.
         """
         state = TrainingState(self)
-        if self.progress:
-            self.progress.restore(state)
+        if self.progress and self.progress.restored:
+            state.load_state_dict(self.progress.restored)
             for record in self.records:
                 self.log(record)
         network = self._training_network()
@@ -124,8 +121,8 @@ class Job:
                     measured = record if "forget_acc" in record else self.monitor(["forget"])
                     state.ended |= measured["forget_acc"] <= max(targets)
                 if keep_weights:
-                    weights = checkpoint.on_cpu(self.model.state_dict())
-                    self.weights_after.append(copy.deepcopy(weights))
+                    weights = self.model.state_dict()
+                    self.weights_after.append({k: weights[k].to("cpu", copy=True) for k in weights})
                 if self.progress:
                     self.progress.update(state)
 
@@ -137,9 +134,8 @@ class Job:
     def accuracies(self, parts=(*PARTS, "test"), limit=None):
         """Accuracies {part: fraction} without augmentation on retain, forget and test images.
 
-        ``limit`` restricts each part to a fixed random sample of that size. Parts without images
-        are left out. Only the logits of the data's classes count, e.g. where the network has an
-        additional class. Raises NotFinite for a logit that is not finite.
+        ``limit`` is the size of a fixed random sample of each part. Parts without images are left
+        out, and so are logits of a class that a method adds. Raises NotFinite for NaN logits.
         """
         measured = {}
         for part in parts:
@@ -170,8 +166,7 @@ class Job:
     def part(self, number, count, learning_rate):
         """The job of one of ``count`` trainings of a method, numbered from 0.
 
-        It draws random numbers of its own, logs the epochs of all trainings as one sequence, does
-        not end early, and saves no state.
+        It draws other random numbers, continues the count of epochs, and saves no state.
         """
 
         def log(record):
@@ -193,9 +188,7 @@ class Job:
 
         CUDA graphs are compiled for each batch size that occurs.
         """
-        network = self.model
-        if distributed.world_size() > 1:
-            network = distributed.data_parallel(network)
+        network = distributed.data_parallel(self.model)
         if self.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             network = torch.compile(network, dynamic=False, mode=mode)
@@ -231,10 +224,7 @@ class Epoch:
         return seeds.generator(job.seed, job.name, *purpose, self.number, device=job.device)
 
     def record_mean(self, name, total, count):
-        """Add a mean over ``count`` images to the epoch's record, and return it as a float.
-
-        ``total`` is the sum over the images of this process.
-        """
+        """Record a mean over ``count`` images, and return it. ``total`` is this process's sum."""
         total = total.double()
         distributed.add_up([total])
         self._record[name] = total.item() / count
@@ -258,25 +248,19 @@ class Epoch:
         """The steps of one pass through ``parts``: pairs (indices of training images, num_retain).
 
         The first ``num_retain`` images are retain images, of ``retain_set`` (default: the split's).
-        There are as many steps as full batches of ``batch_size`` (default: the recipe's) need, each
-        with an equal share of every part. Equal sizes avoid a last batch of one image, on which
-        BatchNorm cannot train.
+        There are as many steps as batches of ``batch_size`` (default: the recipe's), each with an
+        equal share of every part: BatchNorm cannot train on a last batch of one image.
         """
-        sets = {"retain": retain_set, "forget": self.job.split.forget}
-        if retain_set is None:
-            sets["retain"] = self.job.split.retain
-        num_images = sum(len(sets[part]) for part in parts)
-        num_steps = math.ceil(num_images / (batch_size or self.job.recipe.batch_size))
-        empty = [torch.empty(0, dtype=torch.int64, device=self.job.device)] * num_steps
-        retain, forget = (
-            self._shuffled_shares(part, sets[part], num_steps) if part in parts else empty
-            for part in PARTS
-        )
-        return [
-            (torch.cat([retain_share, forget_share]), len(retain_share))
-            for retain_share, forget_share in zip(retain, forget, strict=True)
-            if len(retain_share) + len(forget_share)
+        split = self.job.split
+        retain_set = split.retain if retain_set is None else retain_set
+        sets = [
+            indices if part in parts else indices[:0]
+            for part, indices in zip(PARTS, (retain_set, split.forget), strict=True)
         ]
+        num_steps = math.ceil(sum(map(len, sets)) / (batch_size or self.job.recipe.batch_size))
+        shares = map(self._shuffled_shares, PARTS, sets, [num_steps] * 2)
+        pairs = [pair for pair in zip(*shares, strict=True) if any(map(len, pair))]
+        return [(torch.cat(pair), len(pair[0])) for pair in pairs]
 
     def cycle(self, part):
         """Full batches of indices of a part without end, shuffled for every pass."""
@@ -304,11 +288,9 @@ class Epoch:
             (indices for indices, _ in steps), self._augmentation
         )
         for (indices, num_retain), inputs in zip(steps, all_inputs, strict=True):
-            if len(indices) < distributed.world_size():
-                raise UserError(
-                    f"{self.job.label}: a step has {len(indices)} images, fewer than torchrun's "
-                    f"{distributed.world_size()} processes; start fewer"
-                )
+            if len(indices) < (count := distributed.world_size()):
+                reason = f"a step has {len(indices)} images for torchrun's {count} processes"
+                raise UserError(f"{self.job.label}: {reason}; start fewer")
             num_retain = len(distributed.local_rows(indices[:num_retain]))
             batch = Batch(self, distributed.local_rows(indices), num_retain, inputs)
             batch.separate_passes = separate_passes
@@ -334,10 +316,7 @@ class Epoch:
     # ------------------------------------------------------------ steps
 
     def forward(self, inputs):
-        """Float32 logits of images by the network in training, with a gradient.
-
-        BatchNorm normalizes by the batch, except in eval mode and for a single image.
-        """
+        """Float32 logits of images, with a gradient. A single image passes in eval mode."""
         self.job.model.train(len(inputs) > 1 and not self.eval_mode)
         if self.job.compile:
             torch.compiler.cudagraph_mark_step_begin()
@@ -372,8 +351,7 @@ class Epoch:
     def finish(self):
         """Complete the epoch: next learning rate, checks, accuracies. Returns its record.
 
-        It contains the epoch, its learning rate, q̂ of a conformal term, the mean loss over steps,
-        the accuracy on augmented images, accuracies without augmentation, the speed and the time.
+        The loss is the mean over steps, ``train_acc`` the accuracy on augmented images.
         """
         job = self.job
         self._state.scheduler.step()
@@ -386,11 +364,9 @@ class Epoch:
         self._bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
         training_seconds = time.perf_counter() - self._start
         if not math.isfinite(loss) or not weights_are_finite(job.model):
-            raise Diverged(
-                f"{job.label} diverged in epoch {self.number} at learning rate "
-                f"{job.recipe.learning_rate:g}: the loss is {loss}; lower --learning_rate "
-                "(earlier results are unchanged)"
-            )
+            rate = f"learning rate {job.recipe.learning_rate:g}"
+            reason = f"diverged in epoch {self.number} at {rate}: the loss is {loss}"
+            raise Diverged(f"{job.label} {reason}; lower --learning_rate")
         if not job.quiet:
             record |= job.monitor()
         record["images_per_second"] = counts[1].item() / training_seconds
@@ -401,10 +377,10 @@ class Epoch:
 
 
 class Batch:
-    """The images of one step, retain images first: under torchrun, the share of this process.
+    """The M images of one step, under torchrun the share of this process.
 
-    ``indices`` (M) are positions in the training set, ``labels`` (M) and the augmented ``inputs``
-    (M×3×H×W) belong to them. The first ``num_retain`` are retain images, the others forget images.
+    ``indices`` are positions in the training set, with ``labels`` and augmented ``inputs``
+    (M×3×H×W). The first ``num_retain`` are retain images, the others forget images.
     """
 
     separate_passes = False
@@ -470,8 +446,7 @@ def epoch_line(job, record):
 class TrainingState:
     """Everything that an epoch changes: model, optimizer, learning rate, records, q̂.
 
-    It contains no random generator, since an epoch's numbers depend on the seed and the epoch only.
-    ``ended`` is True if training ended before the last epoch.
+    Random numbers depend on the seed and the epoch only. ``ended`` is True once training has ended.
     """
 
     def __init__(self, job):
@@ -491,16 +466,14 @@ class TrainingState:
         self.job, self.ended = job, False
 
     def state_dict(self):
-        """A copy on the CPU, which further training does not change."""
-        tensors = {
+        """Tensors and plain values, which further training changes."""
+        return {
             "model": self.job.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-        }
-        return copy.deepcopy(checkpoint.on_cpu(tensors)) | {
-            "q_hats": list(self.job.term.q_hats) if self.job.term is not None else [],
-            "records": list(self.job.records),
-            "weights_after": list(self.job.weights_after),
+            "q_hats": self.job.term.q_hats if self.job.term is not None else [],
+            "records": self.job.records,
+            "weights_after": self.job.weights_after,
             "ended": self.ended,
         }
 
@@ -517,11 +490,10 @@ class TrainingState:
 
 
 class Progress:
-    """Saves the state of a training after its epochs, and restores it with --resume.
+    """Saves the state of a training after its epochs to the file ``path``, for --resume.
 
-    The state is in the file ``path`` until the run is complete. ``identity`` is everything that
-    determines the weights. ``restored`` is the saved state, or None if the run starts from the
-    beginning. Raises UserError if ``resume`` finds the state of a run with another identity.
+    ``identity`` is everything that determines the weights. ``restored`` is the saved state, None
+    without one. Raises UserError if ``resume`` finds the state of a run with another identity.
     """
 
     def __init__(self, path, identity, *, resume, save_every):
@@ -531,10 +503,8 @@ class Progress:
         if resume and path.exists():
             self.restored = checkpoint.read_state(path)
             if not isinstance(self.restored, dict) or self.restored.get("identity") != identity:
-                raise UserError(
-                    f"--resume: {path} was saved by a run with other flags; "
-                    "pass the same flags, or omit --resume to start from the beginning"
-                )
+                reason = "is of a run with other flags; pass the same flags, or omit --resume"
+                raise UserError(f"--resume: {path} {reason}")
 
     @property
     def seconds(self):
@@ -542,22 +512,19 @@ class Progress:
         earlier = self.restored["seconds"] if self.restored else 0
         return time.perf_counter() - self._started + earlier
 
-    def restore(self, state):
-        """Load the saved state, if there is one, into a :class:`TrainingState`."""
-        if self.restored:
-            state.load_state_dict(self.restored)
-
     def update(self, state):
         """Keep a copy of the state, and save it at most every ``save_every`` seconds."""
         if distributed.rank():
             return
-        self._latest = state.state_dict() | {"identity": self.identity, "seconds": self.seconds}
+        content, saved = io.BytesIO(), {"identity": self.identity, "seconds": self.seconds}
+        torch.save(state.state_dict() | saved, content)
+        self._latest = content  # only now: an interruption may come while the copy is made
         if time.perf_counter() - self._saved_at >= self.save_every:
             self.save()
 
     def save(self):
         """Save the state after the last complete epoch. Returns whether there is one."""
         if self._latest is not None:
-            checkpoint.save_state(self.path, self._latest)
+            checkpoint.write_file(self.path, lambda file: file.write(self._latest.getbuffer()))
             self._saved_at = time.perf_counter()
         return self._latest is not None or self.restored is not None

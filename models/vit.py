@@ -1,11 +1,9 @@
 """ViT-Small (Dosovitskiy et al. 2021, arXiv 2010.11929) and every other timm model."""
 
-from pathlib import Path
-
 import timm
-import torch
 
-from .errors import UserError, error_reason
+from . import checkpoint
+from .errors import UserError, first_line
 
 PAPER_VIT = "vit_small_patch16_224"
 
@@ -47,42 +45,16 @@ def create(model_name, num_classes, *, image_size=None, pretrained=True, pretrai
     cannot be loaded or do not fit.
     """
     name = timm_name(model_name)
-    options = {"num_classes": num_classes}
-    if not pretrained:
-        pretrained_path = None
-    if pretrained_path:
-        if not Path(pretrained_path).is_file():
-            raise UserError(f"--pretrained_path {pretrained_path}: no such file")
+    options = {"pretrained": pretrained and timm.models.is_model_pretrained(name)}
+    if pretrained and pretrained_path:
+        checkpoint.read(pretrained_path)  # it refuses pickled code, which timm might run
         options |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(pretrained_path)}}
-    elif pretrained and timm.models.is_model_pretrained(name):
-        options["pretrained"] = True
     try:
-        if pretrained_path:
-            _refuse_code(Path(pretrained_path))
-        return _create(name, image_size, options)
+        try:
+            return timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
+        except TypeError:  # a network without a fixed input size has no img_size argument
+            return timm.create_model(name, num_classes=num_classes, **options)
     except Exception as error:  # the hub, urllib, safetensors and torch each raise their own
-        reason = error_reason(error)[:200]
-        if pretrained_path:
-            message = f"--pretrained_path {pretrained_path}: not weights of {name} ({reason})"
-        elif options.get("pretrained"):
-            message = (
-                f"--model_name {model_name}: its ImageNet weights could not be downloaded "
-                f"({reason}); load them from a file with --pretrained_path FILE, "
-                "or start at random with --no_pretrained"
-            )
-        else:
-            message = f"--model_name {model_name} --image_size {image_size}: {reason}"
-        raise UserError(message) from error
-
-
-def _create(name, image_size, options):
-    try:
-        return timm.create_model(name, img_size=image_size, **options)
-    except TypeError:  # a network without a fixed input size has no img_size argument
-        return timm.create_model(name, **options)
-
-
-def _refuse_code(path):
-    """Raise an error for a pickle of anything but tensors: timm might run its code."""
-    if path.suffix not in (".safetensors", ".npz"):
-        torch.load(path, map_location="cpu", weights_only=True)
+        flags = f"--model_name {model_name} --image_size {image_size}"
+        remedy = "load weights with --pretrained_path FILE, or omit them with --no_pretrained"
+        raise UserError(f"{flags}: {first_line(error)[:200]}; {remedy}") from error

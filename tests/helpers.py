@@ -50,34 +50,26 @@ def script_environment(cwd, fault=()):
     return environment
 
 
-def script_command(script, arguments, root=ROOT):
-    return [sys.executable, str(root / script), *map(str, arguments)]
-
-
-def run_script(script, *arguments, cwd, fault=(), env=None, limit=300, root=ROOT):
-    """Run a script in its own process. Returns the CompletedProcess with its output as text."""
-    return subprocess.run(
-        script_command(script, arguments, root),
-        cwd=cwd,
-        env=script_environment(cwd, fault) | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=limit,
-        check=False,
-    )
-
-
-def start_script(script, *arguments, cwd, **options):
+def start_script(script, *arguments, cwd, fault=(), program=(sys.executable,)):
     """Start a script in its own process. Returns the Popen object with pipes for its output."""
     return subprocess.Popen(
-        script_command(script, arguments),
+        [*program, str(ROOT / script), *map(str, arguments)],
         cwd=cwd,
-        env=script_environment(cwd),
+        env=script_environment(cwd, fault),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
+
+
+def run_script(script, *arguments, limit=300, **options):
+    """:func:`start_script`, waited for. Returns the CompletedProcess with its output as text."""
+    process = start_script(script, *arguments, **options)
+    try:
+        output = process.communicate(timeout=limit)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
 
 def run_in_process(script, *arguments, cwd):
@@ -272,9 +264,9 @@ def write_cifar10(folder, images_per_batch=30):
 # ---------------------------------------------------------------- the README
 
 
-def read_markdown(name, root=ROOT):
+def read_markdown(name):
     """A Markdown file with every command that backslashes break over several lines on one line."""
-    lines = (root / name).read_text().replace("\\\n", " ").splitlines()
+    lines = (ROOT / name).read_text().replace("\\\n", " ").splitlines()
     joined = [" ".join(line.split()) if line.startswith("python") else line for line in lines]
     return "\n".join(joined) + "\n"
 

@@ -77,7 +77,7 @@ def contents(folder):
 
 
 def resume_states(folder):
-    return list(folder.rglob("resume.pth"))
+    return list(folder.rglob(".resume.pth"))
 
 
 def finish_after_fault(name, undisturbed, folder, *more):

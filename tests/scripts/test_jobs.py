@@ -67,7 +67,7 @@ def test_interrupted_jobs_save_their_states_and_resume(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors.count("\n") == 1 and "--resume" in errors
-    assert len(list(tmp_path.glob("runs/*/.unfinished/resume.pth"))) == 2
+    assert len(list(tmp_path.glob("runs/*/.resume.pth"))) == 2
     done = check(run_in_process(*command, "--resume", cwd=tmp_path))
     assert done.stdout.count("resuming after epoch") == 2
 

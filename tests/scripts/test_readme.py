@@ -6,7 +6,7 @@ import shutil
 import sys
 from functools import partial
 
-from helpers import QUIET, ROOT, TINY, check, read_markdown, readme_block, run_forked
+from helpers import QUIET, ROOT, TINY, check, readme_block, run_forked
 from test_data_and_models import PUBLISHED
 from test_pipeline import read_table
 
@@ -38,27 +38,6 @@ def test_published_command_lines_are_in_the_readme():
         script, *flags = line.split()
         assert words[:2] == ["python", script]
         assert flags_of(words[2:]) == flags_of(flags)
-
-
-def test_command_broken_by_backslashes_is_read_as_one_line(tmp_path):
-    broken = "text\n\npython main.py --alpha 0.1 \\\n    --beta 2 \\\n    && python other.py\n"
-    (tmp_path / "README.md").write_text(broken)
-    lines = read_markdown("README.md", root=tmp_path).splitlines()
-    assert lines == ["text", "", "python main.py --alpha 0.1 --beta 2 && python other.py"]
-
-
-def test_second_command_installs_both_lists_of_packages_and_runs_the_tests():
-    block = readme_block("tests")
-    assert "-r requirements.txt" in block and "-r tests/requirements.txt" in block
-    assert "pytest" in block
-
-
-def test_requirements_of_the_scripts_are_not_those_of_the_tests():
-    scripts, tests = (
-        {re.split("[<>=]", line)[0] for line in (ROOT / name).read_text().split()}
-        for name in ("requirements.txt", "tests/requirements.txt")
-    )
-    assert "torch" in scripts and "pytest" in tests and not scripts & tests
 
 
 def import_from(project):

@@ -39,4 +39,4 @@ def test_closed_pipe_ends_a_training_that_can_be_resumed(tmp_path):
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait(60) == 141 and "Traceback" not in errors
-    assert next(tmp_path.rglob("resume.pth")).stat().st_size > 100_000
+    assert next(tmp_path.rglob(".resume.pth")).stat().st_size > 100_000

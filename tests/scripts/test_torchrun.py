@@ -5,18 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from helpers import (
     QUIET,
-    ROOT,
     TINY,
     check,
     read_json,
     read_weights,
     run_forked,
-    script_environment,
+    run_script,
+    start_script,
 )
 
 FOLDER = "runs/resnet18w8_digits_seed1"
@@ -28,25 +29,8 @@ VIT = ["--model_name", "test_vit", "--image_size", 32, "--no_pretrained", "--dev
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses pgrep, and forks scripts")
 
 
-def start(script, *arguments, cwd):
-    """Start a script on two processes, which connect through a free port."""
-    return subprocess.Popen(
-        [*TORCHRUN, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env=script_environment(cwd),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_two(script, *arguments, cwd):
-    process = start(script, *arguments, cwd=cwd)
-    try:
-        out, errors = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+# On two processes, which connect through a free port.
+run_two = partial(run_script, program=TORCHRUN)
 
 
 # ---------------------------------------------------------------- a network without BatchNorm
@@ -97,7 +81,7 @@ def test_only_the_first_process_prints_and_writes(two):
     history = (folder / FOLDER / "history.jsonl").read_text().splitlines()
     assert len(history) == 2
     assert (folder / FOLDER / "original_model.pth").exists()
-    assert not list(folder.rglob("resume.pth"))
+    assert not list(folder.rglob(".resume.pth"))
 
 
 def test_two_processes_evaluate_as_one_does(two):
@@ -117,7 +101,7 @@ def test_two_processes_evaluate_as_one_does(two):
 
 def test_dead_process_ends_both_and_two_processes_resume(tmp_path):
     common = ["main_original_model.py", *COMMON, "--num_epochs", 30]
-    process = start(*common, "--save_every", 0, cwd=tmp_path)
+    process = start_script(*common, "--save_every", 0, cwd=tmp_path, program=TORCHRUN)
     for line in process.stdout:
         if "epoch 2/" in line:
             break

@@ -220,14 +220,7 @@ class ByHand:
 
     def expected_fisher(self, inputs):
         """Mean over images of Σ_c p_c·(∂ log p_c / ∂ w)²."""
-        squares = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
-        for image in inputs:
-            for c in range(CLASSES):
-                log_p = self.log_p(image[None])[0, c]
-                share = log_p.exp().item() / len(inputs)
-                for name, gradient in self.gradients(log_p).items():
-                    squares[name] += share * gradient.square()
-        return squares
+        return by_definition(self.log_p, self.weights, inputs)
 
     def state(self):
         statistics = {"1.running_mean": self.mean, "1.running_var": self.var}
@@ -249,14 +242,14 @@ def rates(recipe):
         yield recipe.learning_rate * factor
 
 
-def by_definition(model, images, labels, expected):
-    """Importances of weights by one backward pass per image and, for the expectation, per class."""
-    total = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
-    for image, label in zip(images, labels, strict=True):
-        log_p = model(image[None]).log_softmax(1)[0]
-        for c in range(len(log_p)) if expected else [label]:
-            gradients = torch.autograd.grad(log_p[c], list(model.parameters()), retain_graph=True)
-            share = log_p[c].exp().detach() if expected else 1
+def by_definition(log_p, weights, images, labels=None):
+    """Importances of weights by one backward pass per image and, without labels, per class."""
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for number, image in enumerate(images):
+        row = log_p(image[None])[0]
+        for c in range(len(row)) if labels is None else [labels[number]]:
+            gradients = torch.autograd.grad(row[c], list(weights.values()), retain_graph=True)
+            share = row[c].exp().detach() if labels is None else 1
             for name, gradient in zip(total, gradients, strict=True):
-                total[name] += gradient**2 * share / len(labels)
+                total[name] += gradient**2 * share / len(images)
     return total

@@ -34,19 +34,13 @@ def test_added_class_has_small_random_weights_and_is_removed_again():
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_layer_without_bias_gets_none():
-    layer = nn.Linear(2, 3, bias=False)
-    classifier.widen(layer, 3, torch.Generator())
-    assert layer.weight.shape == (4, 2) and layer.bias is None
-
-
 def network_with(layer):
     model = nn.Sequential(nn.Flatten(), layer)
     model.get_classifier = lambda: layer
     return model
 
 
-OTHERS = [nn.Conv2d(3, 5, 1), nn.Linear(3, 4), NormLinear(48, 5), nn.Sequential(nn.Linear(48, 5))]
+OTHERS = [nn.Conv2d(3, 5, 1), nn.Linear(3, 4), NormLinear(48, 5), nn.Linear(48, 5, bias=False)]
 
 
 @pytest.mark.parametrize("layer", OTHERS, ids=lambda layer: type(layer).__name__)

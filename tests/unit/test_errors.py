@@ -1,11 +1,9 @@
 """A mistake gives one line that names the flag or file, exit status 2, and no lost results."""
 
-import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 from helpers import QUIET, TINY, check, fails_in_one_line, read_json, run_in_process
 
 COMMON = [*TINY, *QUIET]
@@ -48,22 +46,18 @@ FLAG_MISTAKES = [
     ([*ORIGINAL, "--learning_rate", "-1"], ["--learning_rate", "-1"]),
     ([*ORIGINAL, "--num_epochs", "many"], ["--num_epochs", "many"]),
     ([*ORIGINAL, "--unknown_flag", 1], ["--unknown_flag"]),
-    ([*ORIGINAL, "--wandb_mode", "sometimes"], ["--wandb_mode", "sometimes"]),
     ([*UNLEARN, "--label", "a/b"], ["--label", "a/b"]),
     ([*ORIGINAL, "--model_name", "resnet19"], ["--model_name resnet19"]),
     ([*ORIGINAL, "--device", "cuda:99"], ["--device cuda:99", "--device cpu"]),
     ([*ORIGINAL, *IMAGES_NOWHERE], ["nowhere"]),
     (VIT, ["--pretrained_path FILE", "--no_pretrained"]),
     ([*VIT, "--pretrained_path", "w.pth"], ["w.pth"]),
-    ([*UNLEARN, "--retain_ratio", "0.9999"], ["0 of 797"]),
     ([*UNLEARN, "--unlearn_type", "class", "--forget_class", "ten"], ["--forget_class ten"]),
     ([*UNLEARN_ANY, "--unlearn_name", "forget"], ["--unlearn_name forget", "finetune"]),
-    ([*UNLEARN_ANY, "--unlearn_name", "all", "--learning_rate", 0.1], ["--learning_rate"]),
     ([*UNLEARN, "--msteps", 3], ["--msteps", "scrub", "finetune"]),
     ([*UNLEARN_ANY, "--unlearn_name", "salun", "--mask_path", "no.pth"], ["no.pth"]),
     ([*UNLEARN_ANY, "--unlearn_name", "ssd", "--num_epochs", 3], ["--num_epochs", "ssd"]),
     ([*CPU[:-1], "GA"], ["--unlearn_name GA", "cpu_scrub"]),
-    ([*UNLEARN, "--seeds", "1,1"], ["--seeds", "1,1"]),
     ([*UNLEARN, "--num_epochs", 1, "--seeds", "1,9"], ["seed9"]),
     ([*UNLEARN, "--runs_dir", "empty"], ["original_model.pth", "main_original_model.py"]),
     ([*CPU, "--alpha", "0"], ["--alpha", "0"]),
@@ -71,7 +65,6 @@ FLAG_MISTAKES = [
     ([*EVALUATE, "--alphas", "0.05,1"], ["--alphas", "1"]),
     ([*EVALUATE, "--cal_sizes", "900"], ["--cal_sizes 900"]),
     ([*EVALUATE, "--score", "thr,lac"], ["--score", "lac"]),
-    ([*EVALUATE, "--resplits", "0"], ["--resplits", "0"]),
     ([*EVALUATE, "--seed", 7], ["seed7"]),
     ([*EVALUATE, "--model_dir", "some/file.pth"], ["some/file.pth"]),
 ]
@@ -87,34 +80,12 @@ def test_mistake_in_a_flag_is_reported_in_one_line_and_changes_nothing(command, 
 # ---------------------------------------------------------------- checkpoints
 
 
-class Trap:
-    """Unpickling an object of this class creates a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trapped",)
-
-
-def truncated(source, target):
-    data = source.read_bytes()
-    target.write_bytes(data[: len(data) // 2])
-
-
-def pickle_in_archive(source, target):
-    torch.save({"model": {"a": Trap()}, "meta": {}}, target)
-
-
-@pytest.mark.parametrize("damage", [truncated, pickle_in_archive])
-def test_damaged_or_foreign_checkpoint_is_refused_and_runs_no_code(damage, trained, tmp_path):
-    path = tmp_path / "model.pth"
-    damage(trained.original, path)
-    done = run_in_process(*UNLEARN, "--model_dir", path, "--runs_dir", "new", cwd=tmp_path)
-    fails_in_one_line(done, str(path))
-    assert not (tmp_path / "trapped").exists() and not (tmp_path / "new").exists()
-
-
-def test_model_of_another_width_is_named(trained, tmp_path):
+def test_truncated_model_or_model_of_another_width_is_named(trained, tmp_path):
     arguments = ["--width", 16, "--model_dir", trained.original]
     fails_in_one_line(run_in_process(*UNLEARN, *arguments, cwd=tmp_path), "--width 8", "16")
+    path, content = tmp_path / "model.pth", trained.original.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    fails_in_one_line(run_in_process(*UNLEARN, "--model_dir", path, cwd=tmp_path), str(path))
 
 
 def test_model_of_another_forget_set_is_not_scored(trained, tmp_path):

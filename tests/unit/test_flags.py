@@ -37,15 +37,6 @@ def test_list_is_split_at_commas_and_may_not_repeat_a_value():
             parse(text)
 
 
-def test_mode_of_wandb_comes_from_flag_else_variable(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "OFFLINE")
-    assert utils.make_parser("").parse_args([]).wandb_mode == "offline"
-    assert utils.make_parser("").parse_args(["--wandb_mode", "online"]).wandb_mode == "online"
-    monkeypatch.setenv("WANDB_MODE", "sometimes")
-    with pytest.raises(UserError, match="WANDB_MODE"):
-        utils.make_parser("").parse_args([])
-
-
 @pytest.mark.parametrize(
     ("items", "names"),
     [
@@ -76,7 +67,7 @@ def test_each_seed_has_its_own_flags_and_split_seed():
 # ---------------------------------------------------------------- devices
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda:99", "", "gpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "", "gpu"])
 def test_missing_device_is_refused_in_one_short_line(device):
     with pytest.raises(UserError, match=f"--device {device}: ") as caught:
         utils.pick_device(Namespace(device=device))

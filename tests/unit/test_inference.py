@@ -41,31 +41,31 @@ class FullMemory(nn.Module):
         return logits
 
 
-class Calls(nn.Module):
-    """A network that calls its classifier ``times`` times."""
+class TwoHeads(nn.Module):
+    """A network with two classifiers, one of which sees doubled features."""
 
-    def __init__(self, times):
+    def __init__(self):
         super().__init__()
-        self.times, self.fc = times, nn.Linear(48, 5)
+        self.heads = nn.ModuleList([nn.Linear(48, 5), nn.Linear(48, 5)])
+
+    def get_classifier(self):
+        return self.heads
 
     def forward(self, inputs):
         features = inputs.flatten(1)
-        if not self.times:
-            return features @ self.fc.weight.T
-        return sum(self.fc(features * number) for number in range(1, self.times + 1))
+        return self.heads[0](features) + self.heads[1](2 * features)
 
 
-NETWORKS = {
-    "once": SmallNet,
-    "twice": lambda: Calls(2),
-    "never": lambda: Calls(0),
-}
+class NeverCalls(nn.Linear):
+    """A network that never calls its classifier, which it is itself, as a module."""
+
+    def __call__(self, inputs):
+        return inputs.flatten(1) @ self.weight.T
 
 
-@pytest.mark.parametrize("calls", NETWORKS)
-def test_features_after_full_memory_equal_those_of_one_attempt(calls, data, monkeypatch):
+@pytest.mark.parametrize("network", [SmallNet(), TwoHeads(), NeverCalls(48, 5)])
+def test_features_after_full_memory_equal_those_of_one_attempt(network, data, monkeypatch):
     monkeypatch.setattr(inference, "_default_batch_size", lambda images: 8)
-    network = NETWORKS[calls]()
     expected = inference.compute_features(network, data, INDICES, 2)
     # Batches of 8 fail at the second of 11 images: it has 3.
     model = FullMemory(network, limit=2)
@@ -79,7 +79,7 @@ def test_features_after_full_memory_equal_those_of_one_attempt(calls, data, monk
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks the test process")
 def test_features_on_two_processes_equal_those_on_one(data, tmp_path):
-    network = Calls(2)
+    network = TwoHeads()
     expected = inference.compute_features(network, data, INDICES)
     compute = lambda: inference.compute_features(network, Shares(data), INDICES, 2)  # noqa: E731
     for logits, labels, features in run_two_processes(compute, tmp_path):
@@ -88,15 +88,15 @@ def test_features_on_two_processes_equal_those_on_one(data, tmp_path):
         assert labels.equal(data.labels[INDICES])
 
 
-def test_features_of_a_classifier_called_twice_are_both_inputs(data):
-    logits, labels, features = inference.compute_features(Calls(2), data, INDICES, 4)
+def test_features_of_two_classifiers_are_both_inputs(data):
+    logits, labels, features = inference.compute_features(TwoHeads(), data, INDICES, 4)
     flat = data.inputs[INDICES].flatten(1)
     assert features.equal(torch.cat([flat, 2 * flat], dim=1)) and logits.shape == (11, 5)
     assert labels.equal(data.labels[INDICES])
 
 
 def test_logits_are_the_features_of_a_classifier_that_is_never_called(data):
-    logits, _, features = inference.compute_features(Calls(0), data, INDICES, 4)
+    logits, _, features = inference.compute_features(NeverCalls(48, 5), data, INDICES, 4)
     assert features is logits
 
 

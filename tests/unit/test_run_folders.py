@@ -35,26 +35,12 @@ def finish_run(folder, text="new"):
         utils.move_up(unfinished, last="model.pth")
 
 
-def stop_moves_at(target, monkeypatch):
-    """A list of the names that os.replace moves. Moves from ``target`` on never happen."""
-    moved, replace = [], os.replace
-
-    def recorded(source, destination):
-        if Path(destination).name == target:
-            raise Killed
-        moved.append(Path(destination).name)
-        replace(source, destination)
-
-    monkeypatch.setattr(os, "replace", recorded)
-    return moved
-
-
 # ---------------------------------------------------------------- a run that ends
 
 
 def test_files_appear_only_when_they_are_moved(tmp_path):
     with utils.unfinished_folder(tmp_path) as unfinished:
-        write(unfinished, "new", names=["model.pth", utils.RESUME_FILE])
+        write(unfinished, "new", names=["model.pth"])
         assert not (tmp_path / "model.pth").exists()
         utils.move_up(unfinished)
         assert (tmp_path / "model.pth").read_text() == "new"
@@ -65,37 +51,39 @@ def test_files_appear_only_when_they_are_moved(tmp_path):
 
 
 @pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()])
-def test_failed_run_leaves_earlier_files_and_its_resume_checkpoint(error, tmp_path):
+def test_failed_run_leaves_earlier_files(error, tmp_path):
     write(tmp_path, "old", names=["model.pth"])
     with pytest.raises(type(error)), utils.unfinished_folder(tmp_path) as unfinished:
-        write(unfinished, "new", names=["model.pth", "masks/mask.pth", utils.RESUME_FILE])
+        write(unfinished, "new", names=["model.pth", "masks/mask.pth"])
         raise error
-    assert files(tmp_path) == {"model.pth": "old", ".unfinished/resume.pth": "new"}
+    assert files(tmp_path) == {"model.pth": "old"}
     finish_run(tmp_path)  # the lock is released
 
 
-def test_files_of_a_killed_run_are_removed_except_its_resume_checkpoint(tmp_path):
-    write(tmp_path / ".unfinished", "killed", names=["model.pth", "masks/mask.pth"])
-    write(tmp_path / ".unfinished", "killed", names=["resume.pth", "resume.pth.7.part"])
+def test_files_of_a_killed_run_are_removed(tmp_path):
+    write(tmp_path / ".unfinished", "killed")
     with utils.unfinished_folder(tmp_path) as unfinished:
-        assert files(unfinished) == {"resume.pth": "killed"}
+        assert not files(unfinished)
         utils.move_up(unfinished)
     assert not files(tmp_path)
 
 
 @pytest.mark.parametrize("target", ["history.jsonl", "model.pth"])
-def test_run_killed_while_moving_keeps_the_earlier_model_and_its_state(
-    target, tmp_path, monkeypatch
-):
+def test_run_killed_while_moving_keeps_the_earlier_model(target, tmp_path, monkeypatch):
     write(tmp_path, "old")
+    move = os.replace
+
+    def move_until_target(source, destination):
+        if Path(destination).name == target:
+            raise Killed
+        move(source, destination)
+
     with monkeypatch.context() as patch:
-        stop_moves_at(target, patch)
+        patch.setattr(os, "replace", move_until_target)
         with pytest.raises(Killed), utils.unfinished_folder(tmp_path) as unfinished:
             write(unfinished, "new")
-            write(unfinished, "state", names=[utils.RESUME_FILE])
             utils.move_up(unfinished, last="model.pth")
-    left = files(tmp_path)
-    assert left["model.pth"] == "old" and left[".unfinished/resume.pth"] == "state"
+    assert files(tmp_path)["model.pth"] == "old"
     finish_run(tmp_path, "resumed")
     assert set(files(tmp_path).values()) == {"resumed"} and len(files(tmp_path)) == 3
 
@@ -139,14 +127,14 @@ def test_run_that_another_process_finished_meanwhile_is_kept(tmp_path):
 def test_record_of_a_run_has_flags_facts_and_versions():
     train = SimpleNamespace(size=8)
     data = SimpleNamespace(classes=["a", "b"], train=train, fingerprint="f", tag="few")
-    args = flags(seed=3, split_seed=5, data_dir="caf\udce9")
+    args = flags(seed=3, split_seed=5)
     record = utils.describe_run(args, data, torch.device("cpu"))
     facts = {"model_name": "resnet18", "width": 8, "num_classes": 2, "image_size": 8}
     facts |= {"data_name": "digits", "data_fingerprint": "f"}
     assert utils.model_facts(args, data) == facts
     assert facts.items() <= record.items()
     assert (record["seed"], record["split_seed"], record["processes"]) == (3, 5, 1)
-    assert record["flags"]["data_dir"] == r"caf\xe9" and record["flags"]["seed"] == 3
+    assert record["flags"]["data_dir"] == "./data" and record["flags"]["seed"] == 3
     assert record["versions"]["torch"] == torch.__version__ and "timm" in record["versions"]
 
 
