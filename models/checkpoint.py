@@ -135,10 +135,16 @@ def check_meta(path, meta, requested):
 def load_weights(model, state, path):
     """Load a state_dict of any float type into ``model``. Missing BatchNorm counters are accepted.
 
-    Raises UserError, naming ``path``, if names or shapes do not fit, or if a weight is not finite.
+    Raises UserError, naming ``path``, if names, shapes or kinds of numbers (float, integer) do not
+    fit, or if a weight is not finite.
     """
+    expected = model.state_dict()
+    state = match_names(state, expected, path)
+    for name in state.keys() & expected.keys():  # torch would cast them without a word
+        if state[name].is_floating_point() != expected[name].is_floating_point():
+            raise UserError(f"{path}: {name} is {state[name].dtype}, not {expected[name].dtype}")
     try:
-        model.load_state_dict(match_names(state, model.state_dict(), path))
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: not weights of this network: {reason}") from error

@@ -199,8 +199,12 @@ def test_damaged_checkpoint_is_refused_or_unchanged(kind, place, network, tmp_pa
         assert kind != "cut" and same(state, network.state_dict())
 
 
-@pytest.mark.parametrize("bias", [torch.zeros(11), torch.tensor([0.0] * 9 + [-torch.inf])])
-def test_weights_of_other_shape_or_infinite_ones_are_refused(bias, network):
+OTHER_WEIGHTS = [torch.zeros(11), torch.tensor([0.0] * 9 + [-torch.inf])]
+OTHER_WEIGHTS += [torch.zeros(10, dtype=kind) for kind in (torch.int64, torch.complex64)]
+
+
+@pytest.mark.parametrize("bias", OTHER_WEIGHTS)
+def test_weights_of_other_shape_or_kind_or_infinite_ones_are_refused(bias, network):
     state = network.state_dict() | {"fc.bias": bias}
     with pytest.raises(UserError, match="model.pth: "):
         checkpoint.load_weights(copy.deepcopy(network), state, "model.pth")
