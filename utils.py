@@ -93,6 +93,11 @@ def run_script(main):
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, *given):
+        args = super().parse_args(*given)
+        args.width = args.width or SPECS[args.data_name].width
+        return args
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -144,7 +149,8 @@ def make_parser(description, epilog=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--model_name", default="resnet18", help="resnet18, vit, or the name of a timm model")
-    add("--width", type=number(int, 1, 512), default=64, help="channels in resnet18's first stage")
+    width = "channels in resnet18's first stage; default: 16 for digits, else 64"
+    add("--width", type=number(int, 1, 512), help=width)
     add("--image_size", type=number(int, 1, 4096), help="pixels per side; default: unchanged")
     add("--pretrained_path", type=expand_path, help="file with ImageNet weights (no download)")
     add("--no_pretrained", action="store_true", help="start vit or a timm model untrained")
@@ -267,12 +273,13 @@ class DataSpec:
     grayscale: float = 0.1
     num_epochs: int = 200
     learning_rate: float = 0.1
+    width: int = 64
 
 
 # No flips: a mirrored digit is not a digit. Padding 1 on 8 pixels equals CIFAR's 4 on 32. A
 # learning rate of 0.1 does not converge in 20 epochs of 13 steps.
 _DIGITS = {"crop_padding": 1, "flip": False, "grayscale": 0.0}
-_DIGITS |= {"num_epochs": 20, "learning_rate": 0.01}
+_DIGITS |= {"num_epochs": 20, "learning_rate": 0.01, "width": 16}
 SPECS = {
     "digits": DataSpec((0.3053,) * 3, (0.3759,) * 3, **_DIGITS),
     "cifar10": DataSpec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -912,7 +919,7 @@ def model_tag(args):
     """The model's part of a folder name: every flag that changes the original model."""
     tag = args.model_name.replace("/", "-").replace("_", "-")
     if args.model_name == "resnet18":
-        tag += f"w{args.width}" if args.width != 64 else ""
+        tag += f"w{args.width}" if args.width != SPECS[args.data_name].width else ""
     elif args.no_pretrained:
         tag += "-random"
     elif args.pretrained_path:
@@ -1002,16 +1009,27 @@ def save_bytes(path, content):
     write_file(path, lambda file: file.write(content))
 
 
+def without_empty(config):
+    """A nested dict of settings without those that are not set: None, False and empty ones."""
+    cleaned = {key: without_empty(v) if isinstance(v, dict) else v for key, v in config.items()}
+    return {key: v for key, v in cleaned.items() if v or (v == 0 and v is not False)}
+
+
 class WandbRun:
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
     ``mode`` None is wandb's setting. Without a login, online becomes offline. If wandb is missing
-    or fails, a line is printed and the run continues without it. Only rank 0 logs.
+    or fails, a line is printed and the run continues without it. Only rank 0 logs. ``curves_over``
+    is the x axis of all numbers. ``continued`` logs to the run that this folder had before.
     """
 
-    def __init__(self, folder, name, config, mode=None):
+    def __init__(self, folder, name, config, mode=None, *, curves_over=None, continued=False):
         self._folder, self._active = folder, mode != "disabled" and not distributed.rank()
+        self._id_file = folder / "wandb/run_id" if continued else None
         self._try(lambda: self._start(name, config, mode))
+        if curves_over:
+            self._try(lambda: self._run.define_metric(curves_over))
+            self._try(lambda: self._run.define_metric("*", step_metric=curves_over))
 
     def __enter__(self):
         return self
@@ -1057,12 +1075,18 @@ class WandbRun:
         if mode == "offline":
             print(f"wandb: logging offline; upload: wandb sync {folder}/wandb/offline-run-*")
         folder.mkdir(parents=True, exist_ok=True)
+        run_id = os.environ.pop("WANDB_RUN_ID", None) or secrets.token_hex(4)  # a sweep's, only once
+        if self._id_file:
+            self._id_file.parent.mkdir(parents=True, exist_ok=True)
+            run_id = self._id_file.read_text() if self._id_file.exists() else run_id
+            self._id_file.write_text(run_id)
         self._run = wandb.init(
             project=saved.project or "conformal-prediction-unlearning",
             name=saved.run_name or name,
             group=saved.run_group or self._folder.parent.name,
-            id=os.environ.pop("WANDB_RUN_ID", None) or secrets.token_hex(4),  # a sweep's, only once
-            config=config,
+            id=run_id,
+            resume="allow" if self._id_file else None,
+            config=without_empty(config),
             dir=folder,
             mode=mode,
             reinit="finish_previous",
@@ -1149,7 +1173,7 @@ def run_and_save(train, job, files, *, meta, args):
     identity, history = meta["identity"], []
     with (
         unfinished_folder(files.folder) as unfinished,
-        WandbRun(files.folder, job.label, meta, args.wandb_mode) as wandb_run,
+        WandbRun(files.folder, job.label, meta, args.wandb_mode, curves_over="epoch") as wandb_run,
     ):
         # Another run may have finished here since the flags were checked.
         if earlier := already_done(files.model_path, identity, args):

@@ -117,6 +117,19 @@ def test_command_has_changed_flags_and_no_defaults():
     parser = training_parser()
     args = parser.parse_args(["--unlearn_name", "RL", "--seeds", "1,2", "--label", "x", "--resume"])
     words = utils.command_line(parser, args, unlearn_name="GA", seed=0, label=None)[2:]
-    assert words == ["--seed=0", "--unlearn_name=GA", "--resume"]
+    assert words == ["--width=16", "--seed=0", "--unlearn_name=GA", "--resume"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "width"),
+    [([], 16), (["--data_name", "cifar10"], 64), (["--width", "8"], 8)],
+)
+def test_width_is_that_of_the_data_set_unless_it_is_passed(flags, width):
+    assert training_parser().parse_args(["--unlearn_name", "all", *flags]).width == width
+
+
+def test_command_has_negative_numbers():
+    parser = training_parser()
+    args = parser.parse_args(["--unlearn_name", "RL"])
     words = utils.command_line(parser, args, learning_rate=-1e-5, seed=1)
     assert "--learning_rate=-1e-05" in words and "--seed=1" not in words

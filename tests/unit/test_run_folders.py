@@ -145,7 +145,9 @@ def test_record_of_a_run_has_flags_facts_and_versions():
     ("values", "tag"),
     [
         ({"width": 8}, "resnet18w8"),
-        ({"width": 64, "image_size": 32}, "resnet18i32"),
+        ({"width": 64, "image_size": 32}, "resnet18w64i32"),
+        ({"width": 16}, "resnet18"),
+        ({"width": 64, "data_name": "cifar10"}, "resnet18"),
         ({"model_name": "vit", "no_pretrained": True}, "vit-random"),
         ({"model_name": "vit", "pretrained_path": "a/b.pth"}, "vit-b"),
         ({"model_name": "test_resnet.r160_in1k", "image_size": 96}, "test-resnet.r160-in1ki96"),

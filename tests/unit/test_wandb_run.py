@@ -36,7 +36,9 @@ class Wandb:
     def init(self, **options):
         self.call("init", options)
         return SimpleNamespace(
-            log=lambda numbers: self.call("log", numbers), finish=lambda: self.call("finish")
+            log=lambda numbers: self.call("log", numbers),
+            finish=lambda: self.call("finish"),
+            define_metric=lambda name, step_metric=None: self.call("axis", (name, step_metric)),
         )
 
     def names(self):
@@ -61,8 +63,9 @@ def install(monkeypatch):
     return install
 
 
-def run(folder, mode=None):
-    with utils.WandbRun(Path(folder), "finetune", {"seed": 1}, mode) as wandb_run:
+def run(folder, mode=None, config=None, **options):
+    config = config or {"seed": 1}
+    with utils.WandbRun(Path(folder), "finetune", config, mode, **options) as wandb_run:
         wandb_run.log({"loss": 1.0})
         wandb_run.log_table("run", [{"a": 1, "b": 2}, {"b": 3, "c": 4}])
         wandb_run.log_pictures({"caption": "a.png"})
@@ -125,6 +128,25 @@ def test_only_the_first_run_of_a_process_has_the_run_id_of_a_sweep(install, tmp_
         run(tmp_path)
     ids = [options["id"] for name, options in wandb.calls if name == "init"]
     assert ids[0] == "sweeps" and len({*ids}) == 3
+
+
+def test_curves_have_epochs_as_their_axis_and_the_config_has_what_is_set(install, tmp_path):
+    wandb = install()
+    flags = {"alpha": None, "resume": False, "label": "", "relearn": 0, "lamda": 0.5}
+    run(tmp_path, config={"flags": flags, "recipe": None}, curves_over="epoch")
+    assert wandb.names()[:3] == ["init", "axis", "axis"]
+    assert [value for _, value in wandb.calls[1:3]] == [("epoch", None), ("*", "epoch")]
+    assert wandb.calls[0][1]["config"] == {"flags": {"relearn": 0, "lamda": 0.5}}
+
+
+def test_evaluations_of_one_folder_are_one_run(install, tmp_path):
+    wandb = install()
+    for folder in ("a", "a", "b"):
+        run(tmp_path / folder, continued=True)
+    run(tmp_path / "a")
+    started = [(v["id"], v["resume"]) for name, v in wandb.calls if name == "init"]
+    assert started[0] == started[1] and len({*started}) == 3
+    assert [resume for _, resume in started] == ["allow", "allow", "allow", None]
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
