@@ -1,7 +1,8 @@
 """Speed, as ratios of two sides that are timed in one run.
 
     python tests/benchmark.py augmentation epoch
-    python tests/benchmark.py --device cuda --width 64 --images 50000 --batch_size 512
+    python tests/benchmark.py epoch --width 64 --images 50000 --batch_size 512
+    python tests/benchmark.py gpu
 
 The plain side of each benchmark is written here, as the usual scripts do it. These are not tests:
 a ratio depends on the machine. Images are random 32×32 pixels of ten classes that differ in
@@ -12,6 +13,8 @@ import argparse
 import json
 import os
 import platform
+import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,7 +31,8 @@ import utils  # before torch; Python itself adds the folder of this file
 # isort: split
 import numpy as np
 import torch
-from helpers import ROOT, script_environment
+from faults import channels_last, unchecked_cifar
+from helpers import FAULTS, ROOT, run_in_process, script_environment, write_cifar10
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.svm import SVC
@@ -38,9 +42,12 @@ from torchvision import transforms
 
 import metrics
 import models
+import unlearn
+import unlearn_cpu
 from metrics import attack, classwise, samples
 from models import fisher as importances
 from models import inference, seeds, training
+from models.errors import first_line
 
 BENCHMARKS = {}
 
@@ -68,6 +75,41 @@ def report(subject, *numbers):
 def medians(times):
     """The median of each side of rows of times."""
     return map(statistics.median, zip(*times, strict=True))
+
+
+def peak_gib(args):
+    """The largest memory since the last call in GiB, of tensors on the GPU. On a CPU, that of the
+    process since its start.
+    """
+    if args.device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak / 2**30
+
+
+def last_error(output):
+    """The line of a program's output that says why it failed."""
+    lines = output.strip().splitlines() or ["no output"]
+    return [line for line in lines if "rror" in line or line is lines[-1]][-1].strip()
+
+
+def train(*flags, env=None, launcher=()):
+    """(seconds, images/s) of a command of main_original_model.py.
+
+    The speed is summed over the runs that the command makes, without their first epochs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *launcher, str(ROOT / "main_original_model.py"), *flags]
+        command += ["--runs_dir", folder, "--wandb_mode", "disabled"]
+        options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        run = partial(subprocess.run, list(map(str, command)), text=True, **options)
+        seconds_taken, done = seconds(run)
+        if done.returncode:
+            sys.exit(last_error(done.stdout))
+        histories = [path.read_text().splitlines() for path in Path(folder).rglob("history.jsonl")]
+    rates = [[json.loads(line)["images_per_second"] for line in lines[1:]] for lines in histories]
+    return seconds_taken, sum(map(statistics.median, rates))
 
 
 def network(args):
@@ -156,7 +198,8 @@ def epoch(args):
     precision = utils.pick_precision(args, torch.device(args.device))
     layout = torch.channels_last if args.device != "cpu" else torch.preserve_format
     model = network(args).to(memory_format=layout).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    settings = {"momentum": 0.9, "weight_decay": 5e-4, "fused": args.device == "cuda"}
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, **settings)
 
     def step(inputs, labels):
         loss = F.cross_entropy(model(inputs), labels)
@@ -172,16 +215,16 @@ def epoch(args):
         for inputs, labels in loader:
             total += step(inputs.to(args.device), labels.to(args.device)).item()
 
+    retain = everything[: len(few)] if args.device == "cpu" else everything
     inputs = data.train.batch(everything[: args.batch_size])
     labels = data.train.labels[: args.batch_size]
-    steps = max(1, len(few) // args.batch_size)
+    steps = max(1, len(retain) // args.batch_size)
 
     def bare():
         with torch.autocast(args.device, torch.bfloat16, enabled=precision == "bf16"):
             for _ in range(steps):
                 step(inputs, labels)
 
-    retain = everything[: len(few)] if args.device == "cpu" else everything
     nothing = everything[:0]
     job = training.Job(
         name="original",
@@ -213,6 +256,8 @@ def epoch(args):
         f"ratio {ours_speed / plain_speed:.2f} to plain",
         f"{bare_speed / ours_speed:.2f} × the time of bare steps",
     )
+    speeds = {"images/s": ours_speed, "bare": bare_speed, "plain fp32": plain_speed}
+    return speeds | {"GiB": peak_gib(args)}
 
 
 @benchmark
@@ -295,18 +340,9 @@ def busy(args):
     """
 
     def speed(settings):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu"]
-            command += ["--width", str(args.width), "--precision", args.precision]
-            command += ["--num_epochs", "4", "--runs_dir", folder, "--wandb_mode", "disabled"]
-            private = ("OMP_", "GOMP")
-            kept = {key: os.environ[key] for key in os.environ if not key.startswith(private)}
-            options = {"env": kept | settings, "stdout": subprocess.DEVNULL}
-            subprocess.run(command, check=True, **options)
-            (history,) = Path(folder).rglob("history.jsonl")
-            lines = history.read_text().splitlines()
-        rates = [json.loads(line)["images_per_second"] for line in lines]
-        return statistics.median(rates[1:])
+        kept = {key: os.environ[key] for key in os.environ if not key.startswith(("OMP_", "GOMP"))}
+        flags = ["--device", "cpu", "--width", args.width, "--precision", args.precision]
+        return train(*flags, "--num_epochs", 4, env=kept | settings)[1]
 
     @contextmanager
     def busy_processes():
@@ -340,19 +376,10 @@ def busy(args):
 def jobs(args):
     """Eight trainings on digits: two at a time, one after the other, and as eight commands."""
 
-    def train(*seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu"]
-            command += ["--width", str(args.width), "--runs_dir", folder, *seeds]
-            command += ["--wandb_mode", "disabled"]
-            start = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            return time.perf_counter() - start
-
-    seeds = [str(seed) for seed in range(1, 9)]
-    together = train("--seeds", ",".join(seeds), "--jobs", "2")
-    alone = train("--seeds", ",".join(seeds))
-    commands = sum(train("--seed", seed) for seed in seeds)
+    flags = ["--device", "cpu", "--width", args.width]
+    together = train(*flags, "--seeds", "1,2,3,4,5,6,7,8", "--jobs", 2)[0]
+    alone = train(*flags, "--seeds", "1,2,3,4,5,6,7,8")[0]
+    commands = sum(train(*flags, "--seed", seed)[0] for seed in range(1, 9))
     report(
         f"eight trainings on digits, width {args.width}",
         f"--jobs 2 {together:.1f} s",
@@ -474,17 +501,175 @@ def evaluation(args):
     )
 
 
+def write_data(folder, args):
+    """Data of CIFAR-10's format in a folder, of which nothing has to be decoded. Returns flags."""
+    write_cifar10(Path(folder), max(1, args.images // 5))
+    data = ["--data_name", "cifar10", "--data_dir", folder]
+    data += [] if args.device == "cuda" else ["--image_size", 8]
+    return [*data, "--width", args.width, "--device", args.device, "--precision", args.precision]
+
+
+@benchmark
+def methods(args):
+    """One epoch of every method and CPU variant, and an evaluation with relearning.
+
+    On a CPU, weights have the memory layout that they have on a GPU.
+    """
+    results = {}
+    unchecked_cifar.install()
+    if args.device == "cpu":
+        channels_last.install()
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*write_data(folder, args), "--wandb_mode", "disabled"]
+
+        def run(name, script, *more):
+            try:
+                took, done = seconds(partial(run_in_process, script, *flags, *more, cwd=folder))
+                error = done.stderr.strip() if done.returncode else None
+            except Exception as exception:  # one method must not end the others
+                error = f"{type(exception).__name__}: {first_line(exception)}"
+            memory = peak_gib(args)
+            results[name] = {"error": error} if error else {"seconds": took, "GiB": memory}
+            report(name, error or f"{took:.1f} s, {memory:.2f} GiB")
+            save(args, {"methods": results})  # in case that a later one does not end
+
+        run("original", "main_original_model.py", "--num_epochs", 1)
+        for name, method in (unlearn.METHODS | unlearn_cpu.METHODS).items():
+            script = f"main_unlearn{'_cpu' if name in unlearn_cpu.METHODS else ''}.py"
+            epochs = ["--num_epochs", 1] if method.trained else []
+            epochs += ["--alpha", 0.1] if name in unlearn_cpu.METHODS else []
+            run(name, script, "--unlearn_name", name, *epochs)
+        evaluate = ["--unlearn_name", "retrain", "--relearn", 4, "--relearn_on", "forget,retain"]
+        run("evaluation", "main_evaluate.py", *evaluate)
+    return results
+
+
+def training_speed(args, *more, **options):
+    """Images/s of :func:`train` with the benchmark's flags, over all runs and processes."""
+    env = os.environ | {"PYTHONPATH": str(FAULTS), "FAULT": '["unchecked_cifar"]'}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*write_data(folder, args), "--batch_size", args.batch_size, "--num_epochs", 6]
+        return train(*flags, *more, env=env, **options)[1]
+
+
+@benchmark
+def parallel(args):
+    """Images/s of one run, and of three runs together (--jobs 3)."""
+    alone = training_speed(args)
+    together = training_speed(args, "--seeds", "1,2,3", "--jobs", 3)
+    report("--jobs 3", f"{together:,.0f} images/s", f"one run {alone:,.0f} images/s")
+    return {"images/s": together, "one run": alone}
+
+
+@benchmark
+def torchrun(args):
+    """Images/s of one run in as many processes as there are GPUs. Without a GPU, in two."""
+    processes = torch.cuda.device_count() or 2
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    speed = training_speed(args, launcher=launcher)
+    report(f"torchrun, {processes} processes", f"{speed:,.0f} images/s")
+    return {"images/s": speed, "processes": processes}
+
+
+GPU_SECONDS = 520  # of all sections of gpu, which may take 540
+
+
+@benchmark
+def gpu(args):
+    """What only a GPU shows, in nine minutes: {section: its numbers, or an error}.
+
+    Every section is a process of its own with a limit in seconds. On a CPU the network is narrow
+    and the images are few, which shows that the sections run.
+    """
+    is_gpu = args.device == "cuda"
+    width, steps, patience = (64, 200, 1) if is_gpu else (8, 1, 10)
+
+    def words(name, *more, batch_size=256, **flags):
+        flags = {"width": width, "images": batch_size * steps, "repeats": 2} | flags
+        flags |= {"batch_size": batch_size, "device": args.device, "precision": args.precision}
+        return [name, *(f"--{key}={value}" for key, value in flags.items()), *more]
+
+    def epoch(batch_size, *more):
+        return words("epoch", *more, batch_size=batch_size)
+
+    # Narrower networks have no channels-last input on a CPU (models/layout.py).
+    few = {"images": 2500} if is_gpu else {"images": 40, "width": 16}
+    sections = {
+        "batches of 64": (45, epoch(64)),
+        "batches of 256": (45, epoch(256)),
+        "batches of 512": (45, epoch(512)),
+        "batches of 256 --compile": (110, epoch(256, "--compile")),
+        "methods": (150, words("methods", **few)),
+        "--jobs 3": (80, words("parallel")),
+        "torchrun": (45, words("torchrun")),
+        "batches of 64 --compile": (110, epoch(64, "--compile")),
+        "batches of 512 --compile": (110, epoch(512, "--compile")),
+    }
+    results, start = {}, time.perf_counter()
+    for name, (limit, command) in sections.items():
+        began = time.perf_counter()
+        left = GPU_SECONDS - (began - start)
+        numbers = run_section(command, patience * max(0, min(limit, left)))
+        results[name] = {"seconds": time.perf_counter() - began} | numbers
+        save(args, {"gpu": results})
+    device = "" if is_gpu else "The device is the CPU: these are not the speeds of a GPU. "
+    print(f"\n{device}{time.perf_counter() - start:.0f} s")
+    for name, numbers in results.items():
+        cells = [f"{key} {n:,.4g}" for key, n in numbers.items() if isinstance(n, float | int)]
+        failed = {key: value["error"] for key, value in numbers.items() if "error" in str(value)}
+        print(f"{name:<25}", ", ".join(cells), failed or "")
+    return results
+
+
+def run_section(words, limit):
+    """The numbers of a benchmark in a process of its own, with an "error" (a line) if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out.json"), Path(folder, "errors.txt")
+        command, error = [sys.executable, __file__, *words, f"--out={out}"], None
+        # A file, because a pipe stays open as long as the compiler's processes.
+        with open(errors, "w") as file:
+            process = subprocess.Popen(command, stderr=file, start_new_session=True)
+        try:
+            if process.wait(limit):
+                error = last_error(errors.read_text())
+        except subprocess.TimeoutExpired:
+            error = f"stopped after {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                time.sleep(3)  # the processes of --jobs are ended by their parent
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        numbers = json.loads(out.read_text()).get(words[0], {}) if out.exists() else {}
+        return numbers | ({"error": error} if error else {})
+
+
+def save(args, results):
+    """Save the numbers of benchmarks, with the machine and the date, to ``--out``."""
+    is_gpu = args.device == "cuda"
+    about = {
+        "device": torch.cuda.get_device_name() if is_gpu else f"CPU ({platform.machine()})",
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | results, indent=2))
+    return about
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], default=[], metavar="NAME")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--images",
         type=int,
         help="training images, plus a fifth as many held-out ones "
-        "(default: 10,000; evaluation: 50,000)",
+        "(default: 10,000; evaluation: 50,000; methods: 60)",
     )
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
     parser.add_argument(
@@ -493,13 +678,16 @@ def main():
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto")
     parser.add_argument("--compile", action="store_true", help="epoch: the project's side compiled")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", default="runs/benchmark.json", help="file of the numbers")
     args = parser.parse_args()
-    device = utils.pick_device(args)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device} ({where})")
-    for name in args.names or BENCHMARKS:
-        images = args.images or (50_000 if name == "evaluation" else 10_000)
-        BENCHMARKS[name](Namespace(**vars(args) | {"images": images}))
+    args.device = utils.pick_device(args).type
+    results = {}
+    about = save(args, results)
+    print(f"torch {about['torch']}, {torch.get_num_threads()} threads, {about['device']}")
+    for name in args.names or [name for name in BENCHMARKS if name != "gpu"]:
+        images = args.images or {"evaluation": 50_000, "methods": 60}.get(name, 10_000)
+        results[name] = BENCHMARKS[name](Namespace(**vars(args) | {"images": images}))
+        save(args, results)
 
 
 if __name__ == "__main__":
