@@ -72,6 +72,14 @@ def report(subject, *numbers):
     print(f"{subject}: {', '.join(numbers)}", flush=True)
 
 
+def cells(numbers):
+    """The names and values of a dictionary in a line."""
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else f'{value:,.4g}'}"
+        for name, value in numbers.items()
+    )
+
+
 def medians(times):
     """The median of each side of rows of times."""
     return map(statistics.median, zip(*times, strict=True))
@@ -258,6 +266,26 @@ def epoch(args):
     )
     speeds = {"images/s": ours_speed, "bare": bare_speed, "plain fp32": plain_speed}
     return speeds | {"GiB": peak_gib(args)}
+
+
+def attempt(call):
+    """The numbers that ``call()`` returns, or {"error": a line}, so that others are measured."""
+    try:
+        return call()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+
+
+@benchmark
+def batches(args):
+    """:func:`epoch` in batches of 64, 256 and 512 images; 200 steps an epoch, on a CPU one."""
+    results = {}
+    for batch_size in (256, 64, 512):
+        size = {"batch_size": batch_size, "images": batch_size * (200, 1)[args.device == "cpu"]}
+        numbers = attempt(partial(epoch, Namespace(**vars(args) | size)))
+        results[f"batches of {batch_size}"] = numbers
+        save(args, {"batches": results})  # in case that the next one does not end
+    return results
 
 
 @benchmark
@@ -506,7 +534,7 @@ def write_data(folder, args):
     write_cifar10(Path(folder), max(1, args.images // 5))
     data = ["--data_name", "cifar10", "--data_dir", folder]
     data += [] if args.device == "cuda" else ["--image_size", 8]
-    return [*data, "--width", args.width, "--device", args.device, "--precision", args.precision]
+    return [*data, "--width", args.width, "--device", args.device]
 
 
 @benchmark
@@ -522,23 +550,24 @@ def methods(args):
     with tempfile.TemporaryDirectory() as folder:
         flags = [*write_data(folder, args), "--wandb_mode", "disabled"]
 
-        def run(name, script, *more):
-            try:
-                took, done = seconds(partial(run_in_process, script, *flags, *more, cwd=folder))
-                error = done.stderr.strip() if done.returncode else None
-            except Exception as exception:  # one method must not end the others
-                error = f"{type(exception).__name__}: {first_line(exception)}"
-            memory = peak_gib(args)
-            results[name] = {"error": error} if error else {"seconds": took, "GiB": memory}
-            report(name, error or f"{took:.1f} s, {memory:.2f} GiB")
-            save(args, {"methods": results})  # in case that a later one does not end
+        def measure(script, *more):
+            took, done = seconds(partial(run_in_process, script, *flags, *more, cwd=folder))
+            if done.returncode:
+                return {"error": last_error(done.stdout + done.stderr)}
+            return {"seconds": took, "GiB": peak_gib(args)}
 
-        run("original", "main_original_model.py", "--num_epochs", 1)
+        def run(name, *command):
+            results[name] = attempt(partial(measure, *command))
+            report(name, cells(results[name]))
+            save(args, {"methods": results})
+
+        precision = ["--precision", args.precision]
+        run("original", "main_original_model.py", *precision, "--num_epochs", 1)
         for name, method in (unlearn.METHODS | unlearn_cpu.METHODS).items():
             script = f"main_unlearn{'_cpu' if name in unlearn_cpu.METHODS else ''}.py"
-            epochs = ["--num_epochs", 1] if method.trained else []
-            epochs += ["--alpha", 0.1] if name in unlearn_cpu.METHODS else []
-            run(name, script, "--unlearn_name", name, *epochs)
+            more = ["--num_epochs", 1] if method.trained else []
+            more += ["--alpha", 0.1] if name in unlearn_cpu.METHODS else []
+            run(name, script, "--unlearn_name", name, *precision, *more)
         evaluate = ["--unlearn_name", "retrain", "--relearn", 4, "--relearn_on", "forget,retain"]
         run("evaluation", "main_evaluate.py", *evaluate)
     return results
@@ -548,7 +577,8 @@ def training_speed(args, *more, **options):
     """Images/s of :func:`train` with the benchmark's flags, over all runs and processes."""
     env = os.environ | {"PYTHONPATH": str(FAULTS), "FAULT": '["unchecked_cifar"]'}
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*write_data(folder, args), "--batch_size", args.batch_size, "--num_epochs", 6]
+        flags = [*write_data(folder, args), "--precision", args.precision]
+        flags += ["--batch_size", args.batch_size, "--num_epochs", 6]
         return train(*flags, *more, env=env, **options)[1]
 
 
@@ -582,43 +612,39 @@ def gpu(args):
     and the images are few, which shows that the sections run.
     """
     is_gpu = args.device == "cuda"
-    width, steps, patience = (64, 200, 1) if is_gpu else (8, 1, 10)
-
-    def words(name, *more, batch_size=256, **flags):
-        flags = {"width": width, "images": batch_size * steps, "repeats": 2} | flags
-        flags |= {"batch_size": batch_size, "device": args.device, "precision": args.precision}
-        return [name, *(f"--{key}={value}" for key, value in flags.items()), *more]
-
-    def epoch(batch_size, *more):
-        return words("epoch", *more, batch_size=batch_size)
-
-    # Narrower networks have no channels-last input on a CPU (models/layout.py).
-    few = {"images": 2500} if is_gpu else {"images": 40, "width": 16}
+    width, images, patience = (64, 51_200, 1) if is_gpu else (8, 256, 10)
+    # A narrower network has no channels-last input on a CPU (models/layout.py).
+    few = ["--images=2500"] if is_gpu else ["--images=40", "--width=16"]
     sections = {
-        "batches of 64": (45, epoch(64)),
-        "batches of 256": (45, epoch(256)),
-        "batches of 512": (45, epoch(512)),
-        "batches of 256 --compile": (110, epoch(256, "--compile")),
-        "methods": (150, words("methods", **few)),
-        "--jobs 3": (80, words("parallel")),
-        "torchrun": (45, words("torchrun")),
-        "batches of 64 --compile": (110, epoch(64, "--compile")),
-        "batches of 512 --compile": (110, epoch(512, "--compile")),
+        "speed": (100, ["batches"]),
+        "methods": (160, ["methods", *few]),
+        "jobs": (80, ["parallel"]),
+        "torchrun": (50, ["torchrun"]),
+        "compiled": (300, ["batches", "--compile"]),
     }
+    flags = {"device": args.device, "precision": args.precision, "repeats": 2}
+    flags |= {"width": width, "images": images, "batch_size": 256}
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the section too
     results, start = {}, time.perf_counter()
-    for name, (limit, command) in sections.items():
+    for name, (limit, (benchmark_name, *more)) in sections.items():
         began = time.perf_counter()
         left = GPU_SECONDS - (began - start)
-        numbers = run_section(command, patience * max(0, min(limit, left)))
-        results[name] = {"seconds": time.perf_counter() - began} | numbers
+        numbers = run_section([benchmark_name, *words, *more], patience * min(limit, max(left, 0)))
+        results[name] = {"total seconds": time.perf_counter() - began} | numbers
         save(args, {"gpu": results})
-    device = "" if is_gpu else "The device is the CPU: these are not the speeds of a GPU. "
-    print(f"\n{device}{time.perf_counter() - start:.0f} s")
-    for name, numbers in results.items():
-        cells = [f"{key} {n:,.4g}" for key, n in numbers.items() if isinstance(n, float | int)]
-        failed = {key: value["error"] for key, value in numbers.items() if "error" in str(value)}
-        print(f"{name:<25}", ", ".join(cells), failed or "")
+    print_sections(results)
+    print("" if is_gpu else "The device was the CPU: these are not the speeds of a GPU.")
     return results
+
+
+def print_sections(results):
+    """A line for each row of numbers, after the name of its section."""
+    for section, numbers in results.items():
+        rows = {name: row for name, row in numbers.items() if isinstance(row, dict)}
+        rows[""] = {name: number for name, number in numbers.items() if name not in rows}
+        for name, row in rows.items():
+            print(f"{section:<9} {name:<18}", cells(row))
 
 
 def run_section(words, limit):
