@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,7 @@ import utils  # before torch; Python itself adds the folder of this file
 import numpy as np
 import torch
 from faults import channels_last, unchecked_cifar
-from helpers import FAULTS, ROOT, run_in_process, script_environment, write_cifar10
+from helpers import FAULTS, ROOT, run_in_process, write_cifar10
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.svm import SVC
@@ -44,7 +43,7 @@ import metrics
 import models
 import unlearn
 import unlearn_cpu
-from metrics import attack, classwise, samples
+from metrics import classwise, samples
 from models import fisher as importances
 from models import inference, seeds, training
 from models.errors import first_line
@@ -72,12 +71,14 @@ def report(subject, *numbers):
     print(f"{subject}: {', '.join(numbers)}", flush=True)
 
 
-def cells(numbers):
-    """The names and values of a dictionary in a line."""
-    return ", ".join(
-        f"{name} {value if isinstance(value, str) else f'{value:,.4g}'}"
-        for name, value in numbers.items()
-    )
+def show(title, numbers):
+    """Print numbers by name in a line, and a line for each dictionary among them."""
+    flat = {name: value for name, value in numbers.items() if not isinstance(value, dict)}
+    cells = (f"{key} {v if isinstance(v, str) else f'{v:,.4g}'}" for key, v in flat.items())
+    if flat:
+        report(title, *cells)
+    for name in [name for name in numbers if name not in flat]:
+        show(f"{title} {name}", numbers[name])
 
 
 def medians(times):
@@ -100,24 +101,6 @@ def last_error(output):
     """The line of a program's output that says why it failed."""
     lines = output.strip().splitlines() or ["no output"]
     return [line for line in lines if "rror" in line or line is lines[-1]][-1].strip()
-
-
-def train(*flags, env=None, launcher=()):
-    """(seconds, images/s) of a command of main_original_model.py.
-
-    The speed is summed over the runs that the command makes, without their first epochs.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *launcher, str(ROOT / "main_original_model.py"), *flags]
-        command += ["--runs_dir", folder, "--wandb_mode", "disabled"]
-        options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        run = partial(subprocess.run, list(map(str, command)), text=True, **options)
-        seconds_taken, done = seconds(run)
-        if done.returncode:
-            sys.exit(last_error(done.stdout))
-        histories = [path.read_text().splitlines() for path in Path(folder).rglob("history.jsonl")]
-    rates = [[json.loads(line)["images_per_second"] for line in lines[1:]] for lines in histories]
-    return seconds_taken, sum(map(statistics.median, rates))
 
 
 def network(args):
@@ -198,7 +181,7 @@ def augmentation(args):
 @benchmark
 def epoch(args):
     """A training epoch: a plain fp32 loop over the PIL loader, bare steps on one ready batch, and
-    the project's loop, by its own record.
+    the project's loop.
     """
     data = random_data(args)
     few = torch.arange(min(args.images, 2560))
@@ -245,27 +228,19 @@ def epoch(args):
         quiet=True,
         compile=args.compile,
     )
-    rates = []
-    for job_epoch in job.epochs():
+    def ours(job_epoch):
         for batch in job_epoch.batches("retain"):
             job_epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
-        # The three sides take turns.
-        bare_rate, plain_rate = steps * args.batch_size / seconds(bare)[0], seconds(plain)[0]
-        rates.append((bare_rate, len(few) / plain_rate))
-    ours = [record["images_per_second"] for record in job.records]
+
+    sides = {"images/s": len(retain), "bare": steps * args.batch_size, "plain fp32": len(few)}
+    times = []
+    for job_epoch in job.epochs():  # the three sides take turns
+        calls = [partial(ours, job_epoch), bare, plain]
+        times.append([seconds(call)[0] for call in calls])
     # The first epoch is a warm-up and includes compilation.
-    ours_speed = statistics.median(ours[1:])
-    bare_speed, plain_speed = medians(rates[1:])
-    report(
-        f"epoch at width {args.width} in batches of {args.batch_size}, {precision}",
-        f"plain {plain_speed:,.0f} images/s",
-        f"bare steps {bare_speed:,.0f}",
-        f"here {ours_speed:,.0f}",
-        f"ratio {ours_speed / plain_speed:.2f} to plain",
-        f"{bare_speed / ours_speed:.2f} × the time of bare steps",
-    )
-    speeds = {"images/s": ours_speed, "bare": bare_speed, "plain fp32": plain_speed}
-    return speeds | {"GiB": peak_gib(args)}
+    pairs = zip(sides.items(), medians(times[1:]), strict=True)
+    speeds = {side: count / median for (side, count), median in pairs}
+    return speeds | {"bare / here": speeds["bare"] / speeds["images/s"], "GiB": peak_gib(args)}
 
 
 def attempt(call):
@@ -328,129 +303,6 @@ def fisher(args):
         f"ratio {plain_s / ours_s:.1f}",
         f"45,000 images take {750 * ours_s:.1f} min",
     )
-
-
-@benchmark
-def startup(args):
-    """From the start of a script to its first batch, digits, against importing torch, timm and
-    scikit-learn.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-
-        def run(*command, fault=()):
-            options = {"env": script_environment(folder, fault), "stdout": subprocess.DEVNULL}
-            call = partial(subprocess.run, [sys.executable, *command], check=True, **options)
-            return seconds(call)[0]
-
-        def imports():
-            return run("-c", "import torch, timm, sklearn")
-
-        def script():
-            command = [str(ROOT / "main_original_model.py"), "--runs_dir", folder]
-            return run(*command, "--wandb_mode", "disabled", fault=["first_batch"])
-
-        imports()
-        times = [(imports(), script()) for _ in range(max(3, args.repeats))]
-    imports_s, ours_s = medians(times)
-    report(
-        "start to first batch",
-        f"imports {imports_s:.1f} s",
-        f"script {ours_s:.1f} s",
-        f"ratio {ours_s / imports_s:.2f}",
-    )
-
-
-@benchmark
-def busy(args):
-    """Training speed on digits with one busy process per core and on an otherwise idle machine.
-
-    Waiting OpenMP threads either sleep (the scripts' setting) or spin, or there is one thread only.
-    """
-
-    def speed(settings):
-        kept = {key: os.environ[key] for key in os.environ if not key.startswith(("OMP_", "GOMP"))}
-        flags = ["--device", "cpu", "--width", args.width, "--precision", args.precision]
-        return train(*flags, "--num_epochs", 4, env=kept | settings)[1]
-
-    @contextmanager
-    def busy_processes():
-        program = [sys.executable, str(ROOT / "tests/faults/busy.py")]
-        loops = [subprocess.Popen(program) for _ in range(os.cpu_count())]
-        try:
-            yield
-        finally:
-            for loop in loops:
-                loop.kill()
-                loop.wait()
-
-    sides = {
-        "the scripts' setting": {},
-        "threads that spin": {"OMP_WAIT_POLICY": "ACTIVE"},
-        "one thread": {"OMP_NUM_THREADS": "1"},
-    }
-    for what, settings in sides.items():
-        idle = speed(settings)
-        with busy_processes():
-            loaded = speed(settings)
-        report(
-            f"training at width {args.width} next to {os.cpu_count()} busy processes, {what}",
-            f"{loaded:,.0f} images/s",
-            f"idle {idle:,.0f} images/s",
-            f"ratio {loaded / idle:.2f}",
-        )
-
-
-@benchmark
-def jobs(args):
-    """Eight trainings on digits: two at a time, one after the other, and as eight commands."""
-
-    flags = ["--device", "cpu", "--width", args.width]
-    together = train(*flags, "--seeds", "1,2,3,4,5,6,7,8", "--jobs", 2)[0]
-    alone = train(*flags, "--seeds", "1,2,3,4,5,6,7,8")[0]
-    commands = sum(train(*flags, "--seed", seed)[0] for seed in range(1, 9))
-    report(
-        f"eight trainings on digits, width {args.width}",
-        f"--jobs 2 {together:.1f} s",
-        f"--jobs 1 {alone:.1f} s",
-        f"eight commands {commands:.1f} s",
-        f"ratios {alone / together:.2f} and {commands / together:.2f}",
-    )
-
-
-@benchmark
-def mia(args):
-    """The membership attack at the paper's size against scikit-learn's SVC with Platt scaling.
-
-    8,000 members, as many non-members, 5,000 targets and 2,000 calibration images; decisions and
-    probabilities.
-    """
-    rng = np.random.default_rng(0)
-    kinds = {
-        "members surer": lambda n, member: rng.beta(6 if member else 3, 0.7, n),
-        "nearly certain": lambda n, member: 1 - 10 ** -rng.exponential(5 if member else 3, n),
-        "no difference": lambda n, member: rng.beta(5, 1, n),
-    }
-    for kind, draw in kinds.items():
-        members, non_members = draw(8000, True), draw(8000, False)
-        points = np.concatenate([draw(2500, True), draw(4500, False)])
-        start = time.perf_counter()
-        trained = attack.Attack(members[:, None], non_members[:, None])
-        ours = trained.says_member(points[:, None])
-        ours_p = attack.membership_probabilities(members, non_members, points)
-        middle = time.perf_counter()
-        model = CalibratedClassifierCV(SVC(C=3, gamma="auto"), ensemble=False)
-        model.fit(np.concatenate([members, non_members])[:, None], np.repeat([1, 0], 8000))
-        plain = model.calibrated_classifiers_[0].estimator.predict(points[:, None]) == 1
-        plain_p = model.predict_proba(points[:, None])[:, 1]
-        ours_s, plain_s = middle - start, time.perf_counter() - middle
-        report(
-            f"mia, {kind}",
-            f"scikit-learn {plain_s:.2f} s",
-            f"here {ours_s:.2f} s",
-            f"ratio {plain_s / ours_s:.0f}",
-            f"{100 * np.mean(ours == plain):.2f} % of the decisions agree",
-            f"probabilities within {np.abs(ours_p - plain_p).max():.4f}",
-        )
 
 
 @benchmark
@@ -530,11 +382,12 @@ def evaluation(args):
 
 
 def write_data(folder, args):
-    """Data of CIFAR-10's format in a folder, of which nothing has to be decoded. Returns flags."""
+    """Data of CIFAR-10's format in a folder, where nothing is decoded. Returns flags for it."""
     write_cifar10(Path(folder), max(1, args.images // 5))
     data = ["--data_name", "cifar10", "--data_dir", folder]
     data += [] if args.device == "cuda" else ["--image_size", 8]
-    return [*data, "--width", args.width, "--device", args.device]
+    run = ["--device", args.device, "--runs_dir", f"{folder}/runs", "--wandb_mode", "disabled"]
+    return [*data, *run, "--width", args.width]
 
 
 @benchmark
@@ -548,7 +401,7 @@ def methods(args):
     if args.device == "cpu":
         channels_last.install()
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*write_data(folder, args), "--wandb_mode", "disabled"]
+        flags = write_data(folder, args)
 
         def measure(script, *more):
             took, done = seconds(partial(run_in_process, script, *flags, *more, cwd=folder))
@@ -558,7 +411,6 @@ def methods(args):
 
         def run(name, *command):
             results[name] = attempt(partial(measure, *command))
-            report(name, cells(results[name]))
             save(args, {"methods": results})
 
         precision = ["--precision", args.precision]
@@ -573,22 +425,30 @@ def methods(args):
     return results
 
 
-def training_speed(args, *more, **options):
-    """Images/s of :func:`train` with the benchmark's flags, over all runs and processes."""
+def training_speed(args, *more, launcher=()):
+    """Images/s of a command of main_original_model.py, summed over the runs that it makes.
+
+    First epochs do not count.
+    """
     env = os.environ | {"PYTHONPATH": str(FAULTS), "FAULT": '["unchecked_cifar"]'}
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*write_data(folder, args), "--precision", args.precision]
-        flags += ["--batch_size", args.batch_size, "--num_epochs", 6]
-        return train(*flags, *more, env=env, **options)[1]
+        command = [sys.executable, *launcher, ROOT / "main_original_model.py", *more]
+        command += [*write_data(folder, args), "--precision", args.precision]
+        command += ["--batch_size", args.batch_size, "--num_epochs", 6]
+        options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(list(map(str, command)), text=True, check=False, **options)
+        if done.returncode:
+            sys.exit(last_error(done.stdout))
+        histories = [path.read_text().splitlines() for path in Path(folder).rglob("history.jsonl")]
+    rates = [[json.loads(line)["images_per_second"] for line in lines[1:]] for lines in histories]
+    return sum(map(statistics.median, rates))
 
 
 @benchmark
-def parallel(args):
-    """Images/s of one run, and of three runs together (--jobs 3)."""
-    alone = training_speed(args)
+def jobs(args):
+    """Images/s of three runs together (--jobs 3), and of one."""
     together = training_speed(args, "--seeds", "1,2,3", "--jobs", 3)
-    report("--jobs 3", f"{together:,.0f} images/s", f"one run {alone:,.0f} images/s")
-    return {"images/s": together, "one run": alone}
+    return {"images/s": together, "one run": training_speed(args)}
 
 
 @benchmark
@@ -596,12 +456,10 @@ def torchrun(args):
     """Images/s of one run in as many processes as there are GPUs. Without a GPU, in two."""
     processes = torch.cuda.device_count() or 2
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    speed = training_speed(args, launcher=launcher)
-    report(f"torchrun, {processes} processes", f"{speed:,.0f} images/s")
-    return {"images/s": speed, "processes": processes}
+    return {"images/s": training_speed(args, launcher=launcher), "processes": processes}
 
 
-GPU_SECONDS = 520  # of all sections of gpu, which may take 540
+GPU_SECONDS = 510  # of all sections of gpu, which may take 540
 
 
 @benchmark
@@ -618,7 +476,7 @@ def gpu(args):
     sections = {
         "speed": (100, ["batches"]),
         "methods": (160, ["methods", *few]),
-        "jobs": (80, ["parallel"]),
+        "jobs": (80, ["jobs"]),
         "torchrun": (50, ["torchrun"]),
         "compiled": (300, ["batches", "--compile"]),
     }
@@ -633,18 +491,7 @@ def gpu(args):
         numbers = run_section([benchmark_name, *words, *more], patience * min(limit, max(left, 0)))
         results[name] = {"total seconds": time.perf_counter() - began} | numbers
         save(args, {"gpu": results})
-    print_sections(results)
-    print("" if is_gpu else "The device was the CPU: these are not the speeds of a GPU.")
     return results
-
-
-def print_sections(results):
-    """A line for each row of numbers, after the name of its section."""
-    for section, numbers in results.items():
-        rows = {name: row for name, row in numbers.items() if isinstance(row, dict)}
-        rows[""] = {name: number for name, number in numbers.items() if name not in rows}
-        for name, row in rows.items():
-            print(f"{section:<9} {name:<18}", cells(row))
 
 
 def run_section(words, limit):
@@ -691,12 +538,8 @@ def main():
     )
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], default=[], metavar="NAME")
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--images",
-        type=int,
-        help="training images, plus a fifth as many held-out ones "
-        "(default: 10,000; evaluation: 50,000; methods: 60)",
-    )
+    text = "training images, and a fifth as many held-out ones; default: depends on the benchmark"
+    parser.add_argument("--images", type=int, help=text)
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
     parser.add_argument(
         "--batch_size", type=int, default=64, help="of the training and of all plain sides"
@@ -712,8 +555,11 @@ def main():
     print(f"torch {about['torch']}, {torch.get_num_threads()} threads, {about['device']}")
     for name in args.names or [name for name in BENCHMARKS if name != "gpu"]:
         images = args.images or {"evaluation": 50_000, "methods": 60}.get(name, 10_000)
-        results[name] = BENCHMARKS[name](Namespace(**vars(args) | {"images": images}))
+        results[name] = BENCHMARKS[name](Namespace(**vars(args) | {"images": images})) or {}
+        show(name, results[name])
         save(args, results)
+    if args.device == "cpu":
+        print("The device was the CPU: these are not the speeds of a GPU.")
 
 
 if __name__ == "__main__":
