@@ -87,9 +87,7 @@ def medians(times):
 
 
 def peak_gib(args):
-    """The largest memory since the last call in GiB, of tensors on the GPU. On a CPU, that of the
-    process since its start.
-    """
+    """The largest memory in GiB: of a GPU's tensors since the last call, else of the process."""
     if args.device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     peak = torch.cuda.max_memory_allocated()
