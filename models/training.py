@@ -186,10 +186,12 @@ class Job:
     def _training_network(self):
         """The network that a step calls: under torchrun DistributedDataParallel, compiled if asked.
 
-        CUDA graphs are compiled for each batch size that occurs.
+        CUDA graphs are compiled for each batch size that occurs. Those of earlier trainings are
+        released: they hold memory, and torch compiles at most eight sizes.
         """
         network = distributed.data_parallel(self.model)
         if self.compile:
+            torch.compiler.reset()
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             network = torch.compile(network, dynamic=False, mode=mode)
         return network
@@ -294,6 +296,9 @@ class Epoch:
             num_retain = len(distributed.local_rows(indices[:num_retain]))
             batch = Batch(self, distributed.local_rows(indices), num_retain, inputs)
             batch.separate_passes = separate_passes
+            # Once per step: a second forward pass must not overwrite what the first one saved.
+            if self.job.compile:
+                torch.compiler.cudagraph_mark_step_begin()
             yield batch
             self._bar.update(len(indices))
 
@@ -318,8 +323,6 @@ class Epoch:
     def forward(self, inputs):
         """Float32 logits of images, with a gradient. A single image passes in eval mode."""
         self.job.model.train(len(inputs) > 1 and not self.eval_mode)
-        if self.job.compile:
-            torch.compiler.cudagraph_mark_step_begin()
         with self.job.autocast():
             return self._network(inputs).float()
 

@@ -1,7 +1,8 @@
 """Speed, as ratios of two sides that are timed in one run.
 
     python tests/benchmark.py augmentation epoch
-    python tests/benchmark.py --device cuda --width 64 --images 50000 --batch_size 512
+    python tests/benchmark.py epoch --width 64 --images 50000 --batch_size 512
+    python tests/benchmark.py gpu
 
 The plain side of each benchmark is written here, as the usual scripts do it. These are not tests:
 a ratio depends on the machine. Images are random 32×32 pixels of ten classes that differ in
@@ -12,13 +13,14 @@ import argparse
 import json
 import os
 import platform
+import resource
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from argparse import Namespace
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +30,8 @@ import utils  # before torch; Python itself adds the folder of this file
 # isort: split
 import numpy as np
 import torch
-from helpers import ROOT, script_environment
+from faults import channels_last, unchecked_cifar
+from helpers import FAULTS, ROOT, run_in_process, write_cifar10
 from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.svm import SVC
@@ -38,9 +41,12 @@ from torchvision import transforms
 
 import metrics
 import models
-from metrics import attack, classwise, samples
+import unlearn
+import unlearn_cpu
+from metrics import classwise, samples
 from models import fisher as importances
 from models import inference, seeds, training
+from models.errors import first_line
 
 BENCHMARKS = {}
 
@@ -65,9 +71,34 @@ def report(subject, *numbers):
     print(f"{subject}: {', '.join(numbers)}", flush=True)
 
 
+def show(title, numbers):
+    """Print numbers by name in a line, and a line for each dictionary among them."""
+    flat = {name: value for name, value in numbers.items() if not isinstance(value, dict)}
+    cells = (f"{key} {v if isinstance(v, str) else f'{v:,.4g}'}" for key, v in flat.items())
+    if flat:
+        report(title, *cells)
+    for name in [name for name in numbers if name not in flat]:
+        show(f"{title} {name}", numbers[name])
+
+
 def medians(times):
     """The median of each side of rows of times."""
     return map(statistics.median, zip(*times, strict=True))
+
+
+def peak_gib(args):
+    """The largest memory in GiB: of a GPU's tensors since the last call, else of the process."""
+    if args.device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak / 2**30
+
+
+def last_error(output):
+    """The line of a program's output that says why it failed."""
+    lines = output.strip().splitlines() or ["no output"]
+    return [line for line in lines if "rror" in line or line is lines[-1]][-1].strip()
 
 
 def network(args):
@@ -148,7 +179,7 @@ def augmentation(args):
 @benchmark
 def epoch(args):
     """A training epoch: a plain fp32 loop over the PIL loader, bare steps on one ready batch, and
-    the project's loop, by its own record.
+    the project's loop.
     """
     data = random_data(args)
     few = torch.arange(min(args.images, 2560))
@@ -156,7 +187,8 @@ def epoch(args):
     precision = utils.pick_precision(args, torch.device(args.device))
     layout = torch.channels_last if args.device != "cpu" else torch.preserve_format
     model = network(args).to(memory_format=layout).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    settings = {"momentum": 0.9, "weight_decay": 5e-4, "fused": args.device == "cuda"}
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, **settings)
 
     def step(inputs, labels):
         loss = F.cross_entropy(model(inputs), labels)
@@ -172,16 +204,16 @@ def epoch(args):
         for inputs, labels in loader:
             total += step(inputs.to(args.device), labels.to(args.device)).item()
 
+    retain = everything[: len(few)] if args.device == "cpu" else everything
     inputs = data.train.batch(everything[: args.batch_size])
     labels = data.train.labels[: args.batch_size]
-    steps = max(1, len(few) // args.batch_size)
+    steps = max(1, len(retain) // args.batch_size)
 
     def bare():
         with torch.autocast(args.device, torch.bfloat16, enabled=precision == "bf16"):
             for _ in range(steps):
                 step(inputs, labels)
 
-    retain = everything[: len(few)] if args.device == "cpu" else everything
     nothing = everything[:0]
     job = training.Job(
         name="original",
@@ -194,25 +226,39 @@ def epoch(args):
         quiet=True,
         compile=args.compile,
     )
-    rates = []
-    for job_epoch in job.epochs():
+    def ours(job_epoch):
         for batch in job_epoch.batches("retain"):
             job_epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
-        # The three sides take turns.
-        bare_rate, plain_rate = steps * args.batch_size / seconds(bare)[0], seconds(plain)[0]
-        rates.append((bare_rate, len(few) / plain_rate))
-    ours = [record["images_per_second"] for record in job.records]
+
+    sides = {"images/s": len(retain), "bare": steps * args.batch_size, "plain fp32": len(few)}
+    times = []
+    for job_epoch in job.epochs():  # the three sides take turns
+        calls = [partial(ours, job_epoch), bare, plain]
+        times.append([seconds(call)[0] for call in calls])
     # The first epoch is a warm-up and includes compilation.
-    ours_speed = statistics.median(ours[1:])
-    bare_speed, plain_speed = medians(rates[1:])
-    report(
-        f"epoch at width {args.width} in batches of {args.batch_size}, {precision}",
-        f"plain {plain_speed:,.0f} images/s",
-        f"bare steps {bare_speed:,.0f}",
-        f"here {ours_speed:,.0f}",
-        f"ratio {ours_speed / plain_speed:.2f} to plain",
-        f"{bare_speed / ours_speed:.2f} × the time of bare steps",
-    )
+    pairs = zip(sides.items(), medians(times[1:]), strict=True)
+    speeds = {side: count / median for (side, count), median in pairs}
+    return speeds | {"bare / here": speeds["bare"] / speeds["images/s"], "GiB": peak_gib(args)}
+
+
+def attempt(call):
+    """The numbers that ``call()`` returns, or {"error": a line}, so that others are measured."""
+    try:
+        return call()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {first_line(error)}"}
+
+
+@benchmark
+def batches(args):
+    """:func:`epoch` in batches of 64, 256 and 512 images; 200 steps an epoch, on a CPU one."""
+    results = {}
+    for batch_size in (256, 64, 512):
+        size = {"batch_size": batch_size, "images": batch_size * (200, 1)[args.device == "cpu"]}
+        numbers = attempt(partial(epoch, Namespace(**vars(args) | size)))
+        results[f"batches of {batch_size}"] = numbers
+        save(args, {"batches": results})  # in case that the next one does not end
+    return results
 
 
 @benchmark
@@ -255,147 +301,6 @@ def fisher(args):
         f"ratio {plain_s / ours_s:.1f}",
         f"45,000 images take {750 * ours_s:.1f} min",
     )
-
-
-@benchmark
-def startup(args):
-    """From the start of a script to its first batch, digits, against importing torch, timm and
-    scikit-learn.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-
-        def run(*command, fault=()):
-            options = {"env": script_environment(folder, fault), "stdout": subprocess.DEVNULL}
-            call = partial(subprocess.run, [sys.executable, *command], check=True, **options)
-            return seconds(call)[0]
-
-        def imports():
-            return run("-c", "import torch, timm, sklearn")
-
-        def script():
-            command = [str(ROOT / "main_original_model.py"), "--runs_dir", folder]
-            return run(*command, "--wandb_mode", "disabled", fault=["first_batch"])
-
-        imports()
-        times = [(imports(), script()) for _ in range(max(3, args.repeats))]
-    imports_s, ours_s = medians(times)
-    report(
-        "start to first batch",
-        f"imports {imports_s:.1f} s",
-        f"script {ours_s:.1f} s",
-        f"ratio {ours_s / imports_s:.2f}",
-    )
-
-
-@benchmark
-def busy(args):
-    """Training speed on digits with one busy process per core and on an otherwise idle machine.
-
-    Waiting OpenMP threads either sleep (the scripts' setting) or spin, or there is one thread only.
-    """
-
-    def speed(settings):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu"]
-            command += ["--width", str(args.width), "--precision", args.precision]
-            command += ["--num_epochs", "4", "--runs_dir", folder, "--wandb_mode", "disabled"]
-            private = ("OMP_", "GOMP")
-            kept = {key: os.environ[key] for key in os.environ if not key.startswith(private)}
-            options = {"env": kept | settings, "stdout": subprocess.DEVNULL}
-            subprocess.run(command, check=True, **options)
-            (history,) = Path(folder).rglob("history.jsonl")
-            lines = history.read_text().splitlines()
-        rates = [json.loads(line)["images_per_second"] for line in lines]
-        return statistics.median(rates[1:])
-
-    @contextmanager
-    def busy_processes():
-        program = [sys.executable, str(ROOT / "tests/faults/busy.py")]
-        loops = [subprocess.Popen(program) for _ in range(os.cpu_count())]
-        try:
-            yield
-        finally:
-            for loop in loops:
-                loop.kill()
-                loop.wait()
-
-    sides = {
-        "the scripts' setting": {},
-        "threads that spin": {"OMP_WAIT_POLICY": "ACTIVE"},
-        "one thread": {"OMP_NUM_THREADS": "1"},
-    }
-    for what, settings in sides.items():
-        idle = speed(settings)
-        with busy_processes():
-            loaded = speed(settings)
-        report(
-            f"training at width {args.width} next to {os.cpu_count()} busy processes, {what}",
-            f"{loaded:,.0f} images/s",
-            f"idle {idle:,.0f} images/s",
-            f"ratio {loaded / idle:.2f}",
-        )
-
-
-@benchmark
-def jobs(args):
-    """Eight trainings on digits: two at a time, one after the other, and as eight commands."""
-
-    def train(*seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(ROOT / "main_original_model.py"), "--device", "cpu"]
-            command += ["--width", str(args.width), "--runs_dir", folder, *seeds]
-            command += ["--wandb_mode", "disabled"]
-            start = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            return time.perf_counter() - start
-
-    seeds = [str(seed) for seed in range(1, 9)]
-    together = train("--seeds", ",".join(seeds), "--jobs", "2")
-    alone = train("--seeds", ",".join(seeds))
-    commands = sum(train("--seed", seed) for seed in seeds)
-    report(
-        f"eight trainings on digits, width {args.width}",
-        f"--jobs 2 {together:.1f} s",
-        f"--jobs 1 {alone:.1f} s",
-        f"eight commands {commands:.1f} s",
-        f"ratios {alone / together:.2f} and {commands / together:.2f}",
-    )
-
-
-@benchmark
-def mia(args):
-    """The membership attack at the paper's size against scikit-learn's SVC with Platt scaling.
-
-    8,000 members, as many non-members, 5,000 targets and 2,000 calibration images; decisions and
-    probabilities.
-    """
-    rng = np.random.default_rng(0)
-    kinds = {
-        "members surer": lambda n, member: rng.beta(6 if member else 3, 0.7, n),
-        "nearly certain": lambda n, member: 1 - 10 ** -rng.exponential(5 if member else 3, n),
-        "no difference": lambda n, member: rng.beta(5, 1, n),
-    }
-    for kind, draw in kinds.items():
-        members, non_members = draw(8000, True), draw(8000, False)
-        points = np.concatenate([draw(2500, True), draw(4500, False)])
-        start = time.perf_counter()
-        trained = attack.Attack(members[:, None], non_members[:, None])
-        ours = trained.says_member(points[:, None])
-        ours_p = attack.membership_probabilities(members, non_members, points)
-        middle = time.perf_counter()
-        model = CalibratedClassifierCV(SVC(C=3, gamma="auto"), ensemble=False)
-        model.fit(np.concatenate([members, non_members])[:, None], np.repeat([1, 0], 8000))
-        plain = model.calibrated_classifiers_[0].estimator.predict(points[:, None]) == 1
-        plain_p = model.predict_proba(points[:, None])[:, 1]
-        ours_s, plain_s = middle - start, time.perf_counter() - middle
-        report(
-            f"mia, {kind}",
-            f"scikit-learn {plain_s:.2f} s",
-            f"here {ours_s:.2f} s",
-            f"ratio {plain_s / ours_s:.0f}",
-            f"{100 * np.mean(ours == plain):.2f} % of the decisions agree",
-            f"probabilities within {np.abs(ours_p - plain_p).max():.4f}",
-        )
 
 
 @benchmark
@@ -474,18 +379,165 @@ def evaluation(args):
     )
 
 
+def write_data(folder, args):
+    """Data of CIFAR-10's format in a folder, where nothing is decoded. Returns flags for it."""
+    write_cifar10(Path(folder), max(1, args.images // 5))
+    data = ["--data_name", "cifar10", "--data_dir", folder]
+    data += [] if args.device == "cuda" else ["--image_size", 8]
+    run = ["--device", args.device, "--runs_dir", f"{folder}/runs", "--wandb_mode", "disabled"]
+    return [*data, *run, "--width", args.width]
+
+
+@benchmark
+def methods(args):
+    """One epoch of every method and CPU variant, and an evaluation with relearning.
+
+    On a CPU, weights have the memory layout that they have on a GPU.
+    """
+    results = {}
+    unchecked_cifar.install()
+    if args.device == "cpu":
+        channels_last.install()
+    with tempfile.TemporaryDirectory() as folder:
+        flags = write_data(folder, args)
+
+        def measure(script, *more):
+            took, done = seconds(partial(run_in_process, script, *flags, *more, cwd=folder))
+            if done.returncode:
+                return {"error": last_error(done.stdout + done.stderr)}
+            return {"seconds": took, "GiB": peak_gib(args)}
+
+        def run(name, *command):
+            results[name] = attempt(partial(measure, *command))
+            save(args, {"methods": results})
+
+        precision = ["--precision", args.precision]
+        run("original", "main_original_model.py", *precision, "--num_epochs", 1)
+        for name, method in (unlearn.METHODS | unlearn_cpu.METHODS).items():
+            script = f"main_unlearn{'_cpu' if name in unlearn_cpu.METHODS else ''}.py"
+            more = ["--num_epochs", 1] if method.trained else []
+            more += ["--alpha", 0.1] if name in unlearn_cpu.METHODS else []
+            run(name, script, "--unlearn_name", name, *precision, *more)
+        evaluate = ["--unlearn_name", "retrain", "--relearn", 4, "--relearn_on", "forget,retain"]
+        run("evaluation", "main_evaluate.py", *evaluate)
+    return results
+
+
+def training_speed(args, *more, launcher=()):
+    """Images/s of a command of main_original_model.py, summed over the runs that it makes.
+
+    First epochs do not count.
+    """
+    env = os.environ | {"PYTHONPATH": str(FAULTS), "FAULT": '["unchecked_cifar"]'}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, *launcher, ROOT / "main_original_model.py", *more]
+        command += [*write_data(folder, args), "--precision", args.precision]
+        command += ["--batch_size", args.batch_size, "--num_epochs", 6]
+        options = {"env": env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(list(map(str, command)), text=True, check=False, **options)
+        if done.returncode:
+            sys.exit(last_error(done.stdout))
+        histories = [path.read_text().splitlines() for path in Path(folder).rglob("history.jsonl")]
+    rates = [[json.loads(line)["images_per_second"] for line in lines[1:]] for lines in histories]
+    return sum(map(statistics.median, rates))
+
+
+@benchmark
+def jobs(args):
+    """Images/s of three runs together (--jobs 3), and of one."""
+    together = training_speed(args, "--seeds", "1,2,3", "--jobs", 3)
+    return {"images/s": together, "one run": training_speed(args)}
+
+
+@benchmark
+def torchrun(args):
+    """Images/s of one run in as many processes as there are GPUs. Without a GPU, in two."""
+    processes = torch.cuda.device_count() or 2
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return {"images/s": training_speed(args, launcher=launcher), "processes": processes}
+
+
+GPU_SECONDS = 510  # of all sections of gpu, which may take 540
+
+
+@benchmark
+def gpu(args):
+    """What only a GPU shows, in nine minutes: {section: its numbers, or an error}.
+
+    Every section is a process of its own with a limit in seconds. On a CPU the network is narrow
+    and the images are few, which shows that the sections run.
+    """
+    is_gpu = args.device == "cuda"
+    width, images, patience = (64, 51_200, 1) if is_gpu else (8, 256, 10)
+    # A narrower network has no channels-last input on a CPU (models/layout.py).
+    few = ["--images=2500"] if is_gpu else ["--images=40", "--width=16"]
+    sections = {
+        "speed": (100, ["batches"]),
+        "methods": (160, ["methods", *few]),
+        "jobs": (80, ["jobs"]),
+        "torchrun": (50, ["torchrun"]),
+        "compiled": (300, ["batches", "--compile"]),
+    }
+    flags = {"device": args.device, "precision": args.precision, "repeats": 2}
+    flags |= {"width": width, "images": images, "batch_size": 256}
+    words = [f"--{key}={value}" for key, value in flags.items()]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the section too
+    results, start = {}, time.perf_counter()
+    for name, (limit, (benchmark_name, *more)) in sections.items():
+        began = time.perf_counter()
+        left = GPU_SECONDS - (began - start)
+        numbers = run_section([benchmark_name, *words, *more], patience * min(limit, max(left, 0)))
+        results[name] = {"total seconds": time.perf_counter() - began} | numbers
+        save(args, {"gpu": results})
+    return results
+
+
+def run_section(words, limit):
+    """The numbers of a benchmark in a process of its own, with an "error" (a line) if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out.json"), Path(folder, "errors.txt")
+        command, error = [sys.executable, __file__, *words, f"--out={out}"], None
+        # A file, because a pipe stays open as long as the compiler's processes.
+        with open(errors, "w") as file:
+            process = subprocess.Popen(command, stderr=file, start_new_session=True)
+        try:
+            if process.wait(limit):
+                error = last_error(errors.read_text())
+        except subprocess.TimeoutExpired:
+            error = f"stopped after {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                time.sleep(3)  # the processes of --jobs are ended by their parent
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        numbers = json.loads(out.read_text()).get(words[0], {}) if out.exists() else {}
+        return numbers | ({"error": error} if error else {})
+
+
+def save(args, results):
+    """Save the numbers of benchmarks, with the machine and the date, to ``--out``."""
+    is_gpu = args.device == "cuda"
+    about = {
+        "device": torch.cuda.get_device_name() if is_gpu else f"CPU ({platform.machine()})",
+        "cpus": os.cpu_count(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(about | results, indent=2))
+    return about
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], default=[], metavar="NAME")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--images",
-        type=int,
-        help="training images, plus a fifth as many held-out ones "
-        "(default: 10,000; evaluation: 50,000)",
-    )
+    parser.add_argument("--device", default="auto")
+    text = "training images, and a fifth as many held-out ones; default: depends on the benchmark"
+    parser.add_argument("--images", type=int, help=text)
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
     parser.add_argument(
         "--batch_size", type=int, default=64, help="of the training and of all plain sides"
@@ -493,13 +545,19 @@ def main():
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto")
     parser.add_argument("--compile", action="store_true", help="epoch: the project's side compiled")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", default="runs/benchmark.json", help="file of the numbers")
     args = parser.parse_args()
-    device = utils.pick_device(args)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device} ({where})")
-    for name in args.names or BENCHMARKS:
-        images = args.images or (50_000 if name == "evaluation" else 10_000)
-        BENCHMARKS[name](Namespace(**vars(args) | {"images": images}))
+    args.device = utils.pick_device(args).type
+    results = {}
+    about = save(args, results)
+    print(f"torch {about['torch']}, {torch.get_num_threads()} threads, {about['device']}")
+    for name in args.names or [name for name in BENCHMARKS if name != "gpu"]:
+        images = args.images or {"evaluation": 50_000, "methods": 60}.get(name, 10_000)
+        results[name] = BENCHMARKS[name](Namespace(**vars(args) | {"images": images})) or {}
+        show(name, results[name])
+        save(args, results)
+    if args.device == "cpu":
+        print("The device was the CPU: these are not the speeds of a GPU.")
 
 
 if __name__ == "__main__":

@@ -281,13 +281,23 @@ def test_network_has_the_precision_of_the_recipe_and_weights_and_logits_float32(
 
 
 def test_optimizer_is_not_fused_on_a_cpu_and_the_network_compiled_if_asked(monkeypatch):
-    expected, sgd, marks, options = run(small_job("finetune")), torch.optim.SGD, [], []
+    expected, sgd, marks, options = run(small_job("ga_plus")), torch.optim.SGD, [], []
     monkeypatch.setattr(torch.optim, "SGD", lambda *a, **o: options.append(o) or sgd(*a, **o))
     monkeypatch.setattr(torch, "compile", lambda model, **o: options.append(o) or model)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
-    assert same(run(small_job("finetune", compile=True)), expected)
+    assert same(run(small_job("ga_plus", compile=True)), expected)
     settings = {"momentum": 0.8, "weight_decay": 0.03, "fused": False}
-    assert options == [settings, {"dynamic": False, "mode": "default"}] and len(marks) == 9
+    assert options == [settings, {"dynamic": False, "mode": "default"}]
+    assert len(marks) == 9  # of the steps, which have two forward passes
+
+
+def test_every_training_is_compiled_although_torch_compiles_eight_sizes_only(monkeypatch):
+    graphs, torch_compile = [], torch.compile
+    options = {"dynamic": False, "backend": lambda graph, _: graphs.append(graph) or graph.forward}
+    monkeypatch.setattr(torch, "compile", lambda model, **_: torch_compile(model, **options))
+    for size in range(4, 14):
+        run(small_job("finetune", size, batch_size=20, num_epochs=1, quiet=True, compile=True))
+    assert len(graphs) == 10
 
 
 class Waits(TorchDispatchMode):

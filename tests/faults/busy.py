@@ -1,4 +1,0 @@
-"""Keeps one core busy until it is killed."""
-
-while True:
-    pass
