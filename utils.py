@@ -953,11 +953,11 @@ def locate(model_dir, folder):
 
 
 @contextmanager
-def unfinished_folder(folder):
+def unfinished_folder(folder, wait=0):
     """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
     Files of an interrupted run are removed, except the resume checkpoint, by rank 0. Raises
-    UserError if another run is writing there.
+    UserError if another run is still writing there after ``wait`` seconds.
     """
     unfinished = folder / UNFINISHED
     if distributed.rank():
@@ -965,7 +965,7 @@ def unfinished_folder(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=wait):
             _remove_files(unfinished)
             unfinished.mkdir(exist_ok=True)
             try:
