@@ -43,7 +43,7 @@ MOST_FAKE = 18  # images of a fake_forgotten.png
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 LOGITS, ORIGINAL_LOGITS = "logits.npz", "original_logits.npz"  # the latter is in the run folder
 CURVES = {"forget": "relearn", "retain": "relearn_retain"}  # --relearn_on, and names in the record
-PICTURES = ("scores.png", "relearn.png", "q_hat.png")  # that not every evaluation draws
+PICTURES = ("scores.png", "relearn.png", "q_hat.png", "compute.png")  # not of every evaluation
 
 
 def main():
@@ -488,6 +488,7 @@ class ModelView:
     training: ensembles.Training
     curves: dict[str, dict]
     distances: dict
+    destination_rows: list[dict]
     histogram: dict | None = None
     fake_sheet: Figure | None = None
 
@@ -499,6 +500,7 @@ class Views:
     models: dict[str, ModelView]
     rows: list[dict]
     class_rows: list[dict]
+    destination_rows: list[dict]
 
 
 def make_views(saved_models, evaluation):
@@ -521,7 +523,8 @@ def make_views(saved_models, evaluation):
         if "finetune" in views and name != "original":
             view.numbers |= comparison.costs(bare[name], bare["finetune"])
     class_rows = [row for view in views.values() for row in view.class_rows]
-    return Views(views, rows_of(views, evaluation), class_rows)
+    destination_rows = [row for view in views.values() for row in view.destination_rows]
+    return Views(views, rows_of(views, evaluation), class_rows, destination_rows)
 
 
 def view_model(saved, references, evaluation):
@@ -541,12 +544,16 @@ def view_model(saved, references, evaluation):
         both = logits, references["original"]
         both = [torch.cat([each.train, each.held_out[evaluation.held_out]]) for each in both]
         numbers["changed"] = comparison.changed_share(*(each.argmax(dim=1) for each in both))
+    destination_rows = classwise.destination_rows(outputs, data.classes)
     if "retrain" in references:
+        reference = outputs_of(references["retrain"], evaluation)
         answers = (
             comparison.Answers(each.forget, each.held_out.select(each.test()))
-            for each in (outputs, outputs_of(references["retrain"], evaluation))
+            for each in (outputs, reference)
         )
-        distances = comparison.answer_distances(*answers)
+        expected = classwise.destination_rows(reference, data.classes)
+        distances = classwise.total_variation(destination_rows, expected)
+        distances |= comparison.answer_distances(*answers)
     conformal_scores = metrics.ConformalScores(outputs, settings)
     class_rows = classwise.class_rows(conformal_scores, data.classes)
     file_names = data.train.names and [data.train.names[index] for index in forget.tolist()]
@@ -564,6 +571,7 @@ def view_model(saved, references, evaluation):
         training=ensembles.describe(conformal_scores, torch.from_numpy(retain_sample)),
         curves={key: c for key, c in curves.items() if (c["score"], c["alpha"]) == first},
         distances=distances,
+        destination_rows=[{"method": saved.name} | row for row in destination_rows],
     )
     if not evaluation.args.no_pictures:
         view.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
@@ -589,7 +597,8 @@ def rows_of(views, evaluation):
         for name, view in views.items():
             if key in view.set_rows:
                 row = block | {"method": name} | view.numbers | view.set_rows[key] | origin
-                rows.append(row | {"weights": view.saved.weights})
+                base_method = view.saved.meta.get("base_method") or name
+                rows.append(row | {"base_method": base_method, "weights": view.saved.weights})
         rows += [block | failure for failure in failures]
     return rows
 
@@ -613,6 +622,8 @@ def save_seed(views, requested, evaluation):
     for saved in requested:
         record = {"method": saved.name, "weights": saved.weights, "metrics": saved.numbers}
         files[saved.path_of("results.json")] = saved.meta | record | {"evaluation": description}
+    if views.destination_rows:
+        files[folder / "destinations.csv"] = tables.as_csv(views.destination_rows)
     if not evaluation.args.no_pictures:
         drawn = draw_models(views, evaluation)
         for file in set(PICTURES) - drawn.keys():
@@ -639,7 +650,7 @@ def save_summary(rows, ensemble_rows, flags, data, device):
     description["forget_set"] = "; ".join(forget_sets) or "a different one for each seed"
     description["seed"], drawn = seeds, {}
     if not flags.no_pictures:
-        drawn = figures.overview(rows, flags.score[0], max(flags.cal_sizes))
+        drawn = figures.overview(rows, flags.score[0], max(flags.cal_sizes), ensemble_rows)
     if drawn and ensemble_rows:
         drawn["klom.png"] = "Distance to retrained models (KLOM)", figures.klom_dots(ensemble_rows)
     about = {"data": data, "description": description, "ensemble_rows": ensemble_rows}
@@ -665,7 +676,7 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
         report = report_page(folder.name, rows, embedded, data, description, ensemble_rows)
         files[folder / "report.html"] = report
     save = {str: utils.save_text, bytes: utils.save_bytes, dict: utils.save_json}
-    with utils.unfinished_folder(folder) as unfinished:
+    with utils.unfinished_folder(folder, wait=60) as unfinished:  # sweep agents share it
         for path, content in files.items():
             if path.is_relative_to(folder):
                 path = unfinished / path.relative_to(folder)
@@ -679,6 +690,9 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
             run.log_table("ensembles", [tables.without_nan(row) for row in ensemble_rows])
         shown = itertools.product(rows, tables.SHORT_MODEL_KEYS)
         numbers = {f"{row['method']}/{key}": row[key] for row, key in shown if key in row}
+        if len(flags["unlearn_name"]) == 1:  # a sweep's metric needs one name for all labels
+            prefix = f"{flags['unlearn_name'][0]}/"
+            numbers |= {key.removeprefix(prefix): value for key, value in numbers.items()}
         run.log({key: value for key, value in numbers.items() if isinstance(value, float)})
         run.log_pictures({caption: path for path, (caption, _) in pictures.items()})
 
@@ -698,6 +712,9 @@ def draw_models(views, evaluation):
     if curves:
         drawn["relearn.png"] = "Relearning", figures.relearn_curves(curves, alpha)
     q_hats = {name: view.saved.meta.get("q_hats") for name, view in models.items()}
+    if views.destination_rows:
+        figure = figures.destination_tables(views.destination_rows)
+        drawn["destinations.png"] = "Predicted classes of the forgotten class's images", figure
     if q_hats := {name: values for name, values in q_hats.items() if values}:
         drawn["q_hat.png"] = "q̂ of the conformal loss by epoch", figures.q_hat_curves(q_hats)
     return drawn
@@ -746,7 +763,7 @@ def print_results(rows, seeds, flags):
     seed_rows = [row for views in seeds for row in views.rows]
     class_rows = [row for views in seeds for row in views.class_rows]
     lines = [*notes.missing_q_hats(seed_rows, class_rows), *notes.unchanged(seed_rows)]
-    lines += notes.advice([views.rows for views in seeds])
+    lines += notes.advice([views.rows for views in seeds]) + notes.empty_sets(seed_rows)
     for line in lines:
         print(line)
 

@@ -948,10 +948,11 @@ def locate(model_dir, folder):
 
 
 @contextmanager
-def unfinished_folder(folder):
+def unfinished_folder(folder, wait=0):
     """``folder/.unfinished``, in which one run at a time writes its files, until :func:`move_up`.
 
-    Rank 0 removes the files of an interrupted run. Raises UserError if another run is writing.
+    Rank 0 removes the files of an interrupted run. Raises UserError if another run is still writing
+    after ``wait`` seconds.
     """
     unfinished = folder / ".unfinished"
     if distributed.rank():
@@ -959,7 +960,7 @@ def unfinished_folder(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=wait):
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
             try:

@@ -28,12 +28,14 @@ ROW_COLUMNS = {
     "forget_CR": Column(
         "CR_f", "number", "low", "CR of the forget images: Coverage divided by Set Size"
     ),
+    "forget_empty": Column("empty_f", "percent", "", "share of empty sets of forget images"),
     "test_coverage": Column("Cov_t", "percent", "high", "Coverage of the test images"),
     "theory_coverage": Column(
         "theory", "percent", "", "mean test coverage of exchangeable images, ⌈(n+1)(1−α)⌉ / (n+1)"
     ),
     "test_set_size": Column("Size_t", "number", "low", "Set Size of the test images"),
     "test_CR": Column("CR_t", "number", "high", "CR of the test images"),
+    "test_empty": Column("empty_t", "percent", "low", "share of empty sets of test images"),
     "forget_misclassified": Column(
         "wrong", "count", "near Retrain", "number of misclassified forget images"
     ),
@@ -53,6 +55,7 @@ ROW_COLUMNS = {
     "forget_by_retain_CR": Column(
         "CR_f|r", "number", "low", "CR of the forget images under the retained classes' q̂"
     ),
+    "forget_by_retain_empty": Column("empty_f|r", "percent", "", "forget_empty under that q̂"),
 }
 CSV_COLUMNS = {
     "q_hat": csv_only(
@@ -62,6 +65,7 @@ CSV_COLUMNS = {
     "<group>_coverage": csv_only("percent", "share of images with the true label in the set"),
     "<group>_set_size": csv_only("number", "mean number of labels in the set"),
     "<group>_CR": csv_only("number", "Coverage divided by Set Size; 0 if all sets are empty"),
+    "<group>_empty": csv_only("percent", "share of empty sets; CR counts their size as 0"),
     "<group>_CR_error": csv_only("number", "standard error of CR over the images"),
     "<group>_misclassified": csv_only("count", "number of misclassified images"),
     "<group>_fake": csv_only("count", "misclassified images with the true label in the set"),
@@ -221,6 +225,7 @@ def _chunk_metrics(part, q_hats, set_sizes):
         "coverage": coverage(inside),
         "set_size": set_size(sizes),
         "CR": conformal_ratio(inside, sizes),
+        "empty": (sizes == 0).double().mean(dim=-1),
         "CR_error": ratio_error(inside, sizes),
         "fake": fake,
         "fake_ratio": fake / wrong.sum(),

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import CR, MIA, MIACR, accuracy, comparison, ensembles, probe
+from . import CR, MIA, MIACR, accuracy, classwise, comparison, ensembles, probe
 from .columns import RUN_COLUMNS, Column, Spread, markdown
 from .conformal import ConformalScores
 from .scores import Score
 
-MODULES = (accuracy, MIA, CR, MIACR)
+MODULES = (accuracy, MIA, CR, MIACR, classwise)
 
 
 def columns_of(kind):

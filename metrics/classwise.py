@@ -1,12 +1,70 @@
-"""Coverage of each class, under the common q̂ and under the q̂ of this class.
+"""Coverage of each class, and the predicted classes of a forgotten class's images.
 
-The latter is class-conditional (Mondrian) conformal prediction (Vovk et al. 2005). The common q̂
-covers 1 − α of all images on average, but its coverage of a single class can be far lower.
+Coverage is under the common q̂ and under the q̂ of the class. The latter is class-conditional
+(Mondrian) conformal prediction (Vovk et al. 2005). The common q̂ covers 1 − α of all images on
+average, but its coverage of a single class can be far lower.
 """
 
+import itertools
+import math
+
 import torch
+from torch.nn import functional as F
 
 from . import CR, scores
+from .columns import Column
+
+TV = "total variation distance to Retrain's predicted classes, {} images; positive even by chance"
+COLUMNS = {
+    "TV_forget": Column("TV_f", "percent", "low", TV.format("forget")),
+    "TV_forget_test": Column("TV_f_test", "percent", "low", TV.format("the class's test")),
+}
+WORST = "least coverage of a class's test images, all resplits together"
+ROW_COLUMNS = {"worst_class_coverage": Column("worst class", "percent", "high", WORST)}
+
+
+def report(outputs, conformal_scores, settings):
+    """The coverage of the worst class, per (score, calibration size, α). Returns ``({}, rows)``.
+
+    Pools the draws with a finite q̂, because one draw has few images of a class.
+    """
+    rows, of_class = {}, F.one_hot(outputs.held_out.labels).double()
+    for score, size in itertools.product(settings.scores, outputs.cal_sizes):
+        part, tests, q_hats = conformal_scores.groups(score, size)["test"]
+        inside = tested = 0  # images, alphas×K
+        for images, q_hat in zip(tests, q_hats, strict=True):
+            inside = inside + part.in_set(q_hat)[:, images].double() @ of_class[images]
+            tested = tested + (~q_hat.isnan()).double()[:, None] * of_class[images].sum(dim=0)
+        worst = (inside / tested).nan_to_num(math.inf).amin(dim=1)  # classes without images: 0/0
+        worst = worst.where(~q_hats[0].isnan(), math.nan).tolist()
+        for alpha, coverage in zip(settings.alphas, worst, strict=True):
+            rows[score.name, size, alpha] = {"worst_class_coverage": coverage}
+    return {}, rows
+
+
+def destination_rows(outputs, classes):
+    """The predicted classes of a forgotten class's images: a row (dict) per part and class.
+
+    ``share`` is a fraction of the part's images, NaN if it has none. [] unless a class is forgotten.
+    """
+    if outputs.forgotten is None:
+        return []
+    forget_test, rows = outputs.held_out.select(outputs.forget_test()), []
+    for part, (logits, labels) in {"forget": outputs.forget, "forget_test": forget_test}.items():
+        counts = logits.argmax(dim=1).bincount(minlength=len(classes))
+        shares = (counts.double() / len(labels)).tolist()
+        pairs = zip(classes, shares, strict=True)
+        rows += [{"part": part, "predicted_class": name, "share": share} for name, share in pairs]
+    return rows
+
+
+def total_variation(rows, reference):
+    """{"TV_<part>": ½ Σ |p − q| in [0, 1]} between two results of :func:`destination_rows`."""
+    distances = {}
+    for row, other in zip(rows, reference, strict=True):
+        key = f"TV_{row['part']}"
+        distances[key] = distances.get(key, 0) + abs(row["share"] - other["share"]) / 2
+    return distances
 
 
 def class_rows(conformal_scores, classes):

@@ -56,6 +56,7 @@ RUN_COLUMNS = {
         "changed", "percent", "", "predictions on all images that differ from the original model's"
     ),
     "note": Column("note", "text", "", "why a method failed; the row has no numbers"),
+    "base_method": csv_only("text", "the method of a row that --label names"),
     "num_forget": csv_only("count", "number of forget images"),
     "forget_set": csv_only("text", "fingerprint of the forget set"),
     "forget_class": csv_only("text", "the forgotten classes"),

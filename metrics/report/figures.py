@@ -44,12 +44,11 @@ MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")  # with 6 colo
 PARTS = {"forget": (RED, "-"), "test": (BLUE, "--"), "calibration": (BLACK, ":")}
 GUIDE = {"color": GREY, "linewidth": 0.8}
 POINT = {"markersize": 7, "markeredgewidth": 1.3, "linestyle": "none"}
-RING = {"marker": "o", "markersize": 15, "markeredgecolor": BLACK, "markerfacecolor": "none"}
-LEADER = {"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkB": 3, "relpos": (0, 0.5)}
 MIDDLE = {"ha": "center", "va": "center"}
 LEGEND_RIGHT = {"loc": "outside right center"}
 LEGEND_BELOW = {"loc": "outside lower center", "ncols": 4}
 LONGEST_NAME, LONGEST_TITLE = 24, 120  # characters
+MOST_POINTS, MOST_CLASSES = 8, 12  # methods of the plane, columns of the predicted classes
 MOST_LABELS = 8  # labels of a prediction set that the sheet lists
 LOGIT_EDGES = np.linspace(-14, 14, 57)
 NO_Q_HAT = "no finite q̂"
@@ -118,7 +117,7 @@ def _say_if_nothing(axis, values):
 # ---------------------------------------------------------------- all models in one picture
 
 
-def overview(rows, score, cal_size):
+def overview(rows, score, cal_size, ensemble_rows=()):
     """The pictures that compare all models: {file name: (caption, Figure)}.
 
     ``rows`` are those of results.csv. The rows of ``score`` and ``cal_size`` are drawn. The bars
@@ -135,11 +134,14 @@ def overview(rows, score, cal_size):
     known = known or [row["alpha"] for row in rows]
     alpha = max(sorted(known), key=known.count)
     at_alpha = [row for row in rows if row["alpha"] == alpha]
-    return {
+    drawn = {
         "fake_forgetting.png": ("Fake forgetting", fake_bars(at_alpha)),
         "cr_plane.png": ("CR on forget against CR on test images", cr_plane(at_alpha)),
         "against_alpha.png": ("Coverage and CR against α", against_alpha(rows)),
     }
+    if compute := gap_against_time(at_alpha, ensemble_rows):
+        drawn["compute.png"] = "Gap to Retrain against running time", compute
+    return drawn
 
 
 @styled
@@ -184,45 +186,98 @@ def _rows_of_methods(rows, size, columns=1):
 
 @styled
 def cr_plane(rows):
-    """CR on forget images against CR on test images: a labeled point per method, Retrain marked.
+    """CR on forget images against CR on test images: a point per method, Retrain marked.
 
-    ``rows`` have one α and no standard deviations.
+    ``rows`` have one α and no standard deviations. At most eight methods are drawn: the original
+    model, Retrain, and those nearest to Retrain in this plane.
     """
     forget = CR.forget_group(rows[0])
-    points = {row["method"]: (row["test_CR"], row.get(f"{forget}_CR")) for row in rows}
-    points = {name: point for name, point in points.items() if not any(map(is_missing, point))}
-    figure = Figure(figsize=(6.4, 4.8))
+    known = {row["method"]: (row["test_CR"], row.get(f"{forget}_CR")) for row in rows}
+    known = {name: point for name, point in known.items() if not any(map(is_missing, point))}
+    center = known.get("retrain", (1, 0))
+    order = sorted(known, key=lambda name: (name != "original", math.dist(known[name], center)))
+    points = {name: known[name] for name in known if name in order[:MOST_POINTS]}
+    figure = Figure(figsize=(7.2, 4.8))
     axis = figure.subplots()
     _say_if_nothing(axis, [x for x, _ in points.values()])
+    title = f"Forgetting against usefulness (α = {rows[0]['alpha']:g})"
     if "retrain" in points:
         x, y = points["retrain"]
         axis.axvline(x, linestyle=":", **GUIDE)
         axis.axhline(y, linestyle=":", **GUIDE)
-        axis.plot(x, y, **RING)
-    for name, look in looks(points).items():
-        axis.plot(*points[name], **(look | POINT))
+        title += ": the dotted lines meet at Retrain"
+    if left_out := len(known) - len(points):
+        title += f"\n{left_out} methods farther away are left out"
+    style = looks(points)
+    marks = [axis.plot(*point, **(style[name] | POINT))[0] for name, point in points.items()]
+    figure.legend(marks, map(printable, points), **LEGEND_RIGHT)
     axis.margins(0.16)
-    _label_points(axis, points)
     axis.set_xlabel("CR on test images (right: useful)")
     axis.set_ylabel("CR on forget images (down: forgotten)")
-    reference = ": the dotted lines meet at Retrain" if "retrain" in points else ""
-    axis.set_title(f"Forgetting against usefulness (α = {rows[0]['alpha']:g}){reference}")
+    axis.set_title(title)
     return figure
 
 
-def _label_points(axis, points):
-    """Names to the right of the axes, from high to low points, with a line to each point."""
-    for rank, name in enumerate(sorted(points, key=lambda name: points[name][1])):
-        axis.annotate(
-            printable(name),
-            points[name],
-            xytext=(1.03, (rank + 0.5) / len(points)),
-            textcoords="axes fraction",
-            va="center",
-            arrowprops=LEADER,
-            weight="bold" if name == "retrain" else "normal",
-            fontsize=7.5,
-        )
+@styled
+def gap_against_time(rows, ensemble_rows=()):
+    """Gap to Retrain against running time: a line of Retrain's runs, a point per other method.
+
+    The line joins the runs whose ``base_method`` is retrain. The original model and models without
+    a time are dashed levels. ``rows`` have one α and no standard deviations. ``ensemble_rows`` add
+    KLOM, with Retrain at the noise floor. None without gaps or times.
+    """
+    seconds = {row["method"]: row["seconds"] for row in rows if not is_missing(row.get("seconds"))}
+    seconds.pop("original", None)
+    if not seconds or "gap" not in rows[0]:
+        return None
+    panels = {"gap in percentage points": {row["method"]: 100 * row["gap"] for row in rows}}
+    if ensemble_rows:
+        klom = {row["method"]: row.get("KLOM_forget") for row in ensemble_rows}
+        panels["median KLOM of forget images"] = {"retrain": klom.get(ensembles.NOISE_FLOOR)} | klom
+    base = {row["method"]: row["base_method"] for row in rows}
+    retrained = [name for name in sorted(seconds, key=seconds.get) if base[name] == "retrain"]
+    others = [name for name in base if name not in retrained]
+    is_wide = max(seconds.values()) > 8 * min(seconds.values())
+    figure = Figure(figsize=(1.8 + 3.9 * len(panels), 4))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (label, values) in zip(axes, panels.items(), strict=True):
+        line = [seconds[name] for name in retrained], [values.get(name) for name in retrained]
+        curves = {name: ([seconds.get(name, math.nan)], [values.get(name)]) for name in others}
+        lines = _draw_curves(axis, {"retrain": line} | curves)
+        for name in sorted(curves.keys() - seconds.keys()):
+            lines[name].set(linestyle="--", marker="")  # for the legend
+            axis.axhline(values.get(name, math.nan), color=lines[name].get_color(), linestyle="--")
+        axis.set(xlabel="running time in seconds", ylabel=label)
+        axis.set_ylim(bottom=0)
+        if is_wide:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+    figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
+    figure.suptitle("Above the line, retraining for the same time is better")
+    return figure
+
+
+@styled
+def destination_tables(rows):
+    """Predicted classes of a forgotten class's images, in %: a row per method, a panel per part.
+
+    ``rows`` are those of destinations.csv. The classes with the largest shares are shown.
+    """
+    keys = ("method", "part", "predicted_class")
+    methods, parts, classes = (list(dict.fromkeys(row[key] for row in rows)) for key in keys)
+    table = [{"method": name} for name in methods]
+    figure, axes = _rows_of_methods(table, (8.6, 1.6, 0.27), len(parts))
+    shares = np.reshape([100 * row["share"] for row in rows], (len(methods), len(parts), -1))
+    shown = np.sort(np.argsort(-np.nanmax(shares, axis=(0, 1)), kind="stable")[:MOST_CLASSES])
+    for axis, part, values in zip(axes, parts, shares[::-1, :, shown].swapaxes(0, 1), strict=True):
+        axis.imshow(values, cmap="Blues", vmin=0, vmax=150, aspect="auto", origin="lower")
+        for row, column in np.argwhere(values >= 0.5):
+            axis.text(column, row, f"{values[row, column]:.0f}", fontsize=7, **MIDDLE)
+        axis.set_xticks(range(len(shown)), [printable(classes[i], 12) for i in shown], rotation=90)
+        axis.set_title(f"{part.replace('_', ' ')} images")
+        axis.grid(False)
+    figure.suptitle("Predicted classes of the forgotten class's images, in %")
+    return figure
 
 
 # ---------------------------------------------------------------- curves

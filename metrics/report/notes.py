@@ -98,3 +98,13 @@ def unchanged(rows):
     if not methods:
         return []
     return [f"no prediction of the original model changed: {methods}; the settings have no effect"]
+
+
+def empty_sets(rows):
+    """A line on the α at which some sets are empty, with the largest share of any model."""
+    keys = ("forget_empty", "forget_by_retain_empty", "test_empty")
+    shares = [(mean_of(row[key]), row["alpha"]) for row in rows for key in keys if key in row]
+    largest = {alpha: share for share, alpha in sorted(pair for pair in shares if pair[0] > 0)}
+    listed = ", ".join(f"{100 * share:.1f} % at alpha {a:g}" for a, share in largest.items())
+    note = f"CR counts an empty set as size 0; largest shares of empty sets: {listed}"
+    return [note] if largest else []

@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, check, read_json, run_forked, script_environment
+from helpers import (
+    PIPELINE_EVALUATION,
+    QUIET,
+    ROOT,
+    TINY,
+    check,
+    run_forked,
+    script_environment,
+)
 from test_pipeline import read_table
 
 import main_original_model  # noqa: F401 - forks start faster when everything is imported
@@ -37,8 +45,8 @@ def read_offline_run(path):
             yield record
 
 
-def history_and_config(folder):
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+def history_and_config(folder, run=""):
+    (path,) = folder.glob(f"wandb/offline-run-*{run}/*.wandb")
     history, config = [], {}
     for record in read_offline_run(path):
         if record.HasField("history"):
@@ -89,39 +97,38 @@ def test_evaluation_table_and_pictures_are_logged(pipeline):
     assert written and len(logged) == len(written)
 
 
-def test_sweep_run_logs_the_gap_to_retrain(pipeline, tmp_path):
-    """The command of the sweep file as wandb's agent runs it, with a narrow network."""
+def test_parallel_runs_of_the_sweep_log_their_own_gap(pipeline, tmp_path):
+    """The command of the sweep file as two of wandb's agents run it, with a narrow network."""
     yaml = pytest.importorskip("yaml")
     sweeps = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    sweep = yaml.safe_load((ROOT / ".sweeps/learning_rate.yaml").read_text())
-    assert sweep["parameters"].keys() == {"learning_rate"}
-    arguments = sweeps.create_sweep_command_args({"args": {"learning_rate": {"value": 0.004}}})[
-        "args"
-    ]
-    command = sweeps.create_sweep_command(sweep["command"])
-    command = [word for each in command for word in (arguments if each == "${args}" else [each])]
-    command[2] = command[2].replace(
-        "--data_name digits", "--data_name digits --width 8 --device cpu"
-    )
-    command[2] = command[2].replace("resnet18_digits", "resnet18w8_digits")
-    for name in ("main_unlearn.py", "main_evaluate.py"):
-        command[2] = command[2].replace(f"python {name}", f"python {ROOT / name}")
-    environment = script_environment(tmp_path)
-    environment |= {"WANDB_MODE": "offline", "WANDB_RUN_ID": "abc123"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    sweep = yaml.safe_load((ROOT / ".sweeps/sweep.yaml").read_text())
+    assert sweep["metric"] == {"name": "gap", "goal": "minimize"}
     shutil.copytree(pipeline.folder / "runs", tmp_path / "runs")
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs/sweep/abc123/resnet18w8_digits_seed1/random_0.9"
-    numbers = [
-        record for record in history_and_config(folder)[0] if sweep["metric"]["name"] in record
-    ]
-    recipe = read_json(folder / "finetune/results.json")["recipe"]
+    started = {}
+    for name, learning_rate in (("abc1", 0.004), ("abc2", 0.00001)):
+        flags = {"unlearn_name": "finetune", "learning_rate": learning_rate, "num_epochs": 2}
+        flags |= {"until_forgotten": True, "compile": False}
+        values = sweeps.create_sweep_command_args({"args": {k: {"value": flags[k]} for k in flags}})
+        macros = {f"${{{key}}}": value for key, value in values.items()}
+        macros["${program}"] = [str(ROOT / sweep["program"])]
+        command = [word for each in sweep["command"] for word in macros.get(each, [each])]
+        command[2] = command[2].replace("'--data_name digits'", f"'{' '.join(TINY)}'")
+        evaluate = f"{ROOT / 'main_evaluate.py'} {' '.join(map(str, PIPELINE_EVALUATION))}"
+        command[2] = command[2].replace("main_evaluate.py", evaluate)
+        environment = script_environment(tmp_path)
+        environment |= {"WANDB_MODE": "offline", "WANDB_RUN_ID": name}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        started[name] = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    assert [process.wait(timeout=300) for process in started.values()] == [0, 0]
+    evaluate = ["--unlearn_name", "all", *TINY, *QUIET, *PIPELINE_EVALUATION, "--no_pictures"]
+    check(run_forked("main_evaluate.py", *evaluate, cwd=tmp_path))
+    folder = tmp_path / "runs/resnet18w8_digits_seed1/random_0.9"
     gaps = {row["method"]: float(row["gap"] or 0) for row in read_table(folder / "results.csv")}
-    assert recipe["learning_rate"] == 0.004 and numbers[0]["retrain/gap"] == 0
-    assert numbers[0]["finetune/gap"] == pytest.approx(gaps["finetune"]) != 0
+    for name in started:
+        history, _ = history_and_config(folder, name)
+        (logged,) = (record["gap"] for record in history if "gap" in record)
+        assert logged == pytest.approx(gaps[f"sweep_{name}"]) != 0
+    assert gaps["sweep_abc1"] != gaps["sweep_abc2"]
 
 
 def test_disabled_wandb_writes_and_prints_nothing(tmp_path):

@@ -106,6 +106,7 @@ def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
     wrong_sizes = [size for size, is_wrong in zip(sizes, wrong, strict=False) if is_wrong]
     numbers = {"misclassified": sum(wrong), "coverage": mean(inside), "set_size": mean(sizes)}
     numbers |= {"CR": ratio(inside, sizes), "CR_error": None}
+    numbers["empty"] = mean([size == 0 for size in sizes])
     if images:
         squares = [(item - numbers["CR"] * size) ** 2 for item, size in images]
         error = math.sqrt(sum(squares)) / len(images)

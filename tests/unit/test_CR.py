@@ -63,7 +63,9 @@ def test_sets_coverage_size_and_ratio_by_hand():
     assert all(math.isnan(values[2]) for values in actual.values())
     actual = {key: values[:2] for key, values in actual.items()}
     assert actual["coverage"].tolist() == [3 / 4, 1] and actual["set_size"].tolist() == [7 / 4, 3]
-    assert actual["fake"].tolist() == [2, 3]
+    assert actual["fake"].tolist() == [2, 3] and actual["empty"].tolist() == [0, 0]
+    # At q̂ = 0.28, labels need a probability of 0.72: only the last image has one.
+    assert CR.set_metrics(part, [math.log(0.28 / 0.72)])["empty"].item() == 3 / 4
     assert actual["fake_ratio"].tolist() == pytest.approx([2 / 3, 1])
     assert actual["wrong_set_size"].tolist() == [2, 3]
     assert actual["wrong_CR"].tolist() == pytest.approx([1 / 3, 1 / 3])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import read_json, write_pictures
+from matplotlib.text import Text
 from small import BRIGHTER, ByHand, SmallNet, small_job
 from torch.nn import functional as F
 
@@ -122,6 +123,45 @@ def test_logits_of_another_program_give_rows_like_any_other(bench):
     bench.evaluate("--unlearn_name", "mine", "--alphas", "0.3")
     assert methods(bench.table()) == ["mine"]
     assert read_json(bench.folder() / "mine/results.json")["weights"] == "mine 4"
+
+
+def test_network_of_another_program_is_in_every_table_and_picture(bench):
+    where = {"scenario": "class_0"}
+    for number, name in enumerate(["original", "retrain", "ga"], 1):
+        bench.save(name, number, **where)
+    bench.save("quick", 4, **where, base_method="retrain")
+    torch.manual_seed(0)  # the network and its loop know nothing of this project
+    network, labels = torch.nn.Linear(3 * 8 * 8, 2), bench.data.train.labels
+    inputs = [images.pixels.flatten(1) / 255 for images in (bench.data.train, bench.data.held_out)]
+    for _ in range(20):
+        F.cross_entropy(network(inputs[0]), labels).backward()
+        network.weight.data -= 0.01 * network.weight.grad
+    train, held_out = (network(images).detach().numpy() for images in inputs)
+    path = bench.save_logits("mine", 0, **where, train=train, held_out=held_out)
+    flags = ["--unlearn_type", "class", "--forget_class", "0", "--unlearn_name", "all"]
+    args = bench.parse(*flags, "--alphas", "0.2")
+    evaluation = main_evaluate.start_evaluation(args, bench.data, torch.device("cpu"))
+    paths = main_evaluate.locate_models(["all"], utils.MODEL_FILE, evaluation.folder)
+    saved_models = main_evaluate.read_models(paths, evaluation)
+    main_evaluate.measure_models(saved_models, evaluation)
+    views = main_evaluate.make_views(saved_models, evaluation)
+    drawn = main_evaluate.draw_models(views, evaluation)
+    assert {"destinations.png", "compute.png", "cr_plane.png", "scores.png"} < drawn.keys()
+    for file, (_, figure) in drawn.items():
+        assert "mine" in {text.get_text() for text in figure.findobj(Text)}, file
+    main_evaluate.save_seed(views, saved_models, evaluation)
+    for file in ("results.csv", "classes.csv", "destinations.csv"):
+        assert methods(bench.table(file, **where)) == ["original", "retrain", "ga", "mine", "quick"]
+    for file in ("results.tex", "report.html"):
+        assert "mine" in (bench.folder(**where) / file).read_text()
+    assert {"samples.csv", "fake_forgotten.png"} < {each.name for each in path.parent.iterdir()}
+    rows = {row["method"]: row for row in bench.table(**where)}
+    assert rows["quick"]["base_method"] == "retrain" and rows["mine"]["base_method"] == "mine"
+    shares = [row for row in bench.table("destinations.csv", **where) if row["part"] == "forget"]
+    shares = {row["method"]: float(row["share"]) for row in shares if row["predicted_class"] == "ant"}
+    assert shares["mine"] == pytest.approx((train[labels == 0].argmax(1) == 0).mean())
+    distance = abs(shares["mine"] - shares["retrain"])  # ½ of twice this, for two classes
+    assert float(rows["mine"]["TV_forget"]) == pytest.approx(distance) and distance > 0
 
 
 def test_other_alpha_needs_no_model_file(bench):
@@ -320,9 +360,9 @@ def test_pictures_and_report_show_all_methods_of_the_table(bench):
     bench.evaluate("--unlearn_name", "all", "--alphas", "0.2", pictures=True)
     names = {path.name for path in bench.folder().glob("*.png")}
     drawn = {"scores.png", "q_hat.png", "fake_forgetting.png", "cr_plane.png", "against_alpha.png"}
-    assert names == drawn
+    assert names == drawn | {"compute.png"}
     bench.evaluate("--unlearn_name", "GA", "--alphas", "0.2", "--score", "aps", pictures=True)
-    assert not (bench.folder() / "scores.png").exists()
+    assert not [name for name in ("scores.png", "compute.png") if (bench.folder() / name).exists()]
     report = (bench.folder() / "report.html").read_text()
     assert methods(bench.table()) == ["GA"] and "cpu_RL" not in report
     names = {path.name for path in bench.folder().glob("*.png")}

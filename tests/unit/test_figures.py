@@ -93,8 +93,7 @@ def test_overview_draws_the_smallest_alpha_at_which_most_methods_have_a_finite_q
     failed = {"method": "x", "score": "thr", "cal_size": 20, "alpha": 0.1, "note": "diverged"}
     bars, plane, curves = pictures([*rows, *others, failed])
     assert "α = 0.05" in bars.axes[0].get_title() and "α = 0.05" in plane.axes[0].get_title()
-    assert texts(plane.axes[0].texts) == ["retrain", "ga"]
-    assert list(legend(curves)) == ["retrain", "ga"]
+    assert list(legend(plane)) == list(legend(curves)) == ["retrain", "ga"]
     assert figures.overview(rows, "aps", 20) == figures.overview(rows, "thr", 9) == {}
 
 
@@ -103,7 +102,7 @@ def test_overview_of_class_forgetting_draws_means_under_the_q_hat_of_the_retaine
     numbers = {f"forget_by_retain_{key}": value for key, value in under_retain.items()}
     bars, plane, curves = pictures([row("ga", **numbers)])
     assert texts(bars.axes[0].texts) == ["4 of 8 (50%)"]
-    assert plane.axes[0].texts[0].xy == (0.515625, 0.1)
+    assert points(plane.axes[0].lines[0]) == [(0.515625, 0.1)]
     assert [axis.lines[0].get_ydata() for axis in curves.axes[::2]] == [[0.2], [0.1]]
 
 
@@ -134,29 +133,77 @@ def test_bars_show_shares_of_the_forget_images():
     assert list(legend(figure)) == ["label in the set (fake)", "label out of the set"]
 
 
-def test_plane_has_a_labeled_point_for_every_method_with_numbers():
+def test_plane_has_a_point_for_every_method_with_numbers():
     rows = [row("retrain", test_CR=0.4, forget_CR=0.1), row("ga", test_CR=0.3, forget_CR=0.2)]
     rows += [row("cpu_ga", test_CR=0.35, forget_CR=0.3), row("ssd", test_CR=None)]
     rows += [row("scrub", forget_CR=NAN)]
-    (axis,) = figures.cr_plane(rows).axes
+    figure = figures.cr_plane(rows)
+    (axis,) = figure.axes
     known = {"retrain": (0.4, 0.1), "ga": (0.3, 0.2), "cpu_ga": (0.35, 0.3)}
     marks = [line for line in axis.lines if line.get_linestyle() == "None"]
     assert [tuple(line.get_xydata()[0]) for line in marks] == list(known.values())
     assert [line.get_marker() for line in marks] == ["o", "s", "s"]
     colors = [to_hex(line.get_color()) for line in marks]
     assert colors[0] != colors[1] == colors[2] != to_hex(marks[2].get_markerfacecolor())
-    assert {label.get_text(): label.xy for label in axis.texts} == known
-    heights = {label.get_text(): label.xyann[1] for label in axis.texts}
-    assert heights == {"retrain": 0.5 / 3, "ga": 1.5 / 3, "cpu_ga": 2.5 / 3}
-    assert min(label.xyann[0] for label in axis.texts) > 1
+    assert legend(figure) == dict(zip(known, colors, strict=True)) and not axis.texts
     guides = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == ":"]
     assert guides == [[[0.4, 0], [0.4, 1]], [[0, 0.1], [1, 0.1]]]
-    (ring,) = (line for line in axis.lines if line.get_markersize() > 10)
-    assert tuple(ring.get_xydata()[0]) == (0.4, 0.1)
     assert "test" in axis.get_xlabel() and "forget" in axis.get_ylabel()
     assert "Retrain" in axis.get_title()
     (alone,) = figures.cr_plane([row("ga")]).axes
     assert len(alone.lines) == 1 and "Retrain" not in alone.get_title()
+
+
+def test_plane_shows_the_original_retrain_and_the_six_methods_nearest_to_retrain():
+    rows = [row(name, test_CR=0.4, forget_CR=y) for name, y in (("far", 0.9), ("retrain", 0.2))]
+    rows += [row(f"m{number}", test_CR=0.5 + number / 64, forget_CR=0.2) for number in range(8)]
+    figure = figures.cr_plane([*rows, row("original", test_CR=0.9, forget_CR=0.9)])
+    names = ["retrain", "m0", "m1", "m2", "m3", "m4", "m5", "original"]
+    assert list(legend(figure)) == names and "\n3 methods" in figure.axes[0].get_title()
+    assert "\n" not in figures.cr_plane(rows[:8]).axes[0].get_title()
+
+
+def test_gap_against_time_has_a_line_of_retrains_runs_and_points_and_levels_of_others():
+    def timed(method, gap, seconds, base_method=None):
+        return row(method, gap=gap, seconds=seconds, base_method=base_method or method)
+
+    rows = [timed("original", 0.25, 50.0), timed("retrain", 0.0, 24.0), timed("ga", 0.125, 5.0)]
+    rows += [timed("mine", 0.5, None), timed("r10", 0.375, 4.0, "retrain")]
+    rows += [timed("r50", 0.0625, 20.0, "retrain"), timed("cpu_ga", 0.1875, NAN)]
+    klom = {"retrain (halves)": 0.5, "ga": 2, "r10": 6, "r50": 1, "original": 8, "mine": 3}
+    klom = [{"method": name, "KLOM_forget": value} for name, value in klom.items()]
+    figure = figures.gap_against_time(rows, klom)
+    places = {"retrain": [(4, 37.5, 6), (20, 6.25, 1), (24, 0, 0.5)], "ga": [(5, 12.5, 2)]}
+    assert list(legend(figure)) == ["retrain", "original", "ga", "mine", "cpu_ga"]
+    for axis, number, levels in zip(figure.axes, (1, 2), ([18.75, 50, 25], [3, 8]), strict=True):
+        drawn = [points(line) for line in axis.lines if line.get_marker() not in ("", "None")]
+        assert drawn == [[(point[0], point[number]) for point in line] for line in places.values()]
+        dashed = [points(line) for line in axis.lines if line.get_linestyle() == "--"]
+        drawn = [line for line in dashed if len(line) == 2]  # the others are for the legend
+        assert drawn == [[(0, y), (1, y)] for y in levels]
+        assert not axis.texts and axis.get_ylim()[0] == 0 and axis.get_xscale() == "linear"
+    assert len(figures.overview(rows, "thr", 20)["compute.png"][1].axes) == 1
+    assert figures.gap_against_time([*rows, timed("ssd", 0.1, 0.25)]).axes[0].get_xscale() == "log"
+    for without in ([row("ga", seconds=3.0)], [rows[0], rows[3]]):  # no gap, no time
+        assert figures.gap_against_time(without) is None
+
+
+def test_predicted_classes_are_a_row_for_each_method_in_percent():
+    classes = [f"class {number:02}" for number in range(14)]
+    shares = {"retrain": {2: 0.75, 13: 0.25}, "ga": {0: 0.996, 5: 0.004}}
+    rows = [
+        {"method": name, "part": part, "predicted_class": text, "share": each.get(number, 0) / more}
+        for name, each in shares.items()
+        for more, part in enumerate(("forget", "forget_test"), 1)
+        for number, text in enumerate(classes)
+    ]
+    figure = figures.destination_tables(rows)
+    assert [axis.get_title() for axis in figure.axes] == ["forget images", "forget test images"]
+    assert texts(figure.axes[0].get_yticklabels()) == ["ga", "retrain"]
+    for axis, cells in zip(figure.axes, (("100", "75", "25"), ("50", "38", "12")), strict=True):
+        assert texts(axis.get_xticklabels()) == [*classes[:11], classes[13]]
+        numbers = {text.get_text(): text.get_position() for text in axis.texts}
+        assert numbers == dict(zip(cells, [(0, 0), (2, 1), (11, 1)], strict=True))
 
 
 def test_curves_against_alpha_show_every_known_number():

@@ -65,3 +65,11 @@ def test_missing_q_hats_have_one_line_per_calibrated_group():
         assert f"q̂ for {group}" in line and all(part in line for part in parts)
         assert line.count("available") == len(parts) / 2 and "--cal_sizes" in line
     assert notes.missing_q_hats([q_hat_row(0.01, MIACR_calibration_images=99)]) == []
+
+
+def test_empty_sets_name_each_alpha_and_its_largest_share():
+    rows = [advised(forget_empty=Spread(0.125, 0.1), test_empty=0.25), advised(test_empty=0.06)]
+    rows += [advised(alpha=0.2, forget_by_retain_empty=0.5, forget_empty=0.0), {"note": "failed"}]
+    (line,) = notes.empty_sets(rows)
+    assert "25.0 % at alpha 0.1" in line and "50.0 % at alpha 0.2" in line and "12.5" not in line
+    assert notes.empty_sets([advised(forget_empty=0.0, test_empty=NAN)]) == []
