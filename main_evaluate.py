@@ -683,8 +683,9 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
                 path.parent.mkdir(parents=True, exist_ok=True)
             save[type(content)](path, content)
         utils.move_up(unfinished)
-    mode = description["flags"]["wandb_mode"]
-    with utils.WandbRun(folder, "evaluation", description, mode, continued=True) as run:
+    flags = description["flags"]
+    about = {"mode": flags["wandb_mode"], "continued": True}
+    with utils.WandbRun(folder, "evaluation", description, **about) as run:
         run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
         if ensemble_rows:
             run.log_table("ensembles", [tables.without_nan(row) for row in ensemble_rows])

@@ -1076,16 +1076,16 @@ class WandbRun:
         if mode == "offline":
             print(f"wandb: logging offline; upload: wandb sync {folder}/wandb/offline-run-*")
         folder.mkdir(parents=True, exist_ok=True)
-        run_id = os.environ.pop("WANDB_RUN_ID", None) or secrets.token_hex(4)  # a sweep's, only once
-        if self._id_file:
+        run_id = os.environ.pop("WANDB_RUN_ID", None)  # a sweep's, only once
+        if self._id_file and not run_id:
+            run_id = self._id_file.read_text() if self._id_file.exists() else secrets.token_hex(4)
             self._id_file.parent.mkdir(parents=True, exist_ok=True)
-            run_id = self._id_file.read_text() if self._id_file.exists() else run_id
             self._id_file.write_text(run_id)
         self._run = wandb.init(
             project=saved.project or "conformal-prediction-unlearning",
             name=saved.run_name or name,
             group=saved.run_group or self._folder.parent.name,
-            id=run_id,
+            id=run_id or secrets.token_hex(4),
             resume="allow" if self._id_file else None,
             config=without_empty(config),
             dir=folder,
