@@ -763,7 +763,7 @@ def print_results(rows, seeds, flags):
         print("\n".join(tables.short_lines(rows, over_seeds=bool(flags.seeds))))
     seed_rows = [row for views in seeds for row in views.rows]
     class_rows = [row for views in seeds for row in views.class_rows]
-    lines = [*notes.missing_q_hats(seed_rows, class_rows), *notes.unchanged(seed_rows)]
+    lines = [*notes.missing_q_hats(seed_rows, class_rows), *notes.unchanged(seed_rows), *notes.destroyed(seed_rows)]
     lines += notes.advice([views.rows for views in seeds]) + notes.empty_sets(seed_rows)
     for line in lines:
         print(line)

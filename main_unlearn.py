@@ -301,7 +301,11 @@ def unlearn_and_save(run, data, device):
         "original_seconds": run.original.meta.get("seconds"),
     }
     train = partial(run.method.run, **run.options)
-    utils.run_and_save(train, job, run.files, meta=meta, args=args)
+    meta = utils.run_and_save(train, job, run.files, meta=meta, args=args)
+    left = meta["accuracies"]["forget"]
+    if job.stop_at is not None and left > job.stop_at + 0.01:
+        target, remedy = f"{100 * job.stop_at:.1f} %", "raise --num_epochs or --learning_rate"
+        print(f"{run.label}: forget accuracy {100 * left:.1f} %, not {target}; {remedy}")
     if run.term is not None and (advice := run.term.advice()):
         print(f"{run.label}: {advice}")
 

@@ -983,7 +983,6 @@ def apply_strength(job, apply, strength, *, weakest, strongest):
         return monitored_accuracy(job, "forget") <= job.stop_at
 
     if not forgets(1.0):
-        print(f"{job.label}: the forget images are not forgotten at the largest strength")
         return
     low, high = 0.0, 1.0
     for _ in range(10):

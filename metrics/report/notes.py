@@ -97,7 +97,20 @@ def unchanged(rows):
     methods = ", ".join(method for method, shares in changed.items() if not any(shares))
     if not methods:
         return []
-    return [f"no prediction of the original model changed: {methods}; the settings have no effect"]
+    remedy = "try another --learning_rate, or --until_forgotten"
+    return [f"no prediction of the original model changed: {methods}; {remedy}"]
+
+
+def destroyed(rows):
+    """A line on the methods with less than half of the original's retain accuracy in some seed."""
+    accuracies = {}
+    for row in rows:
+        if not is_missing(mean_of(row.get("RA"))):
+            accuracies.setdefault(row["method"], []).append(mean_of(row["RA"]))
+    least = max(accuracies.pop("original", [0])) / 2
+    methods = ", ".join(method for method, values in accuracies.items() if min(values) < least)
+    remedy = "try another --learning_rate, or --until_forgotten"
+    return [f"retain accuracy below half of the original's: {methods}; {remedy}"] if methods else []
 
 
 def empty_sets(rows):

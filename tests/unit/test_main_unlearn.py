@@ -173,15 +173,17 @@ def test_target_without_held_out_images_is_refused(tmp_path):
         plan(tmp_path, "GA", "--until_forgotten", job=small_job("GA", train_calibration=0))
 
 
-def test_run_until_forgotten_ends_at_the_target(tmp_path):
+@pytest.mark.parametrize(("target", "epochs"), [(1, 1), (0, 20)])
+def test_run_until_forgotten_ends_at_the_target_or_says_so(target, epochs, tmp_path, capsys):
     job = small_job("finetune")
     for name in ("tag", "fingerprint"):
         setattr(job.data, name, "data")
-    flags = ["--until_forgotten", "--stop_accuracy", 1, "--wandb_mode", "disabled"]
+    flags = ["--until_forgotten", "--stop_accuracy", target, "--wandb_mode", "disabled"]
     planned = plan(tmp_path, "finetune", *flags, job=job)
     main_unlearn.unlearn_and_save(planned, job.data, CPU)
     record = json.loads((tmp_path / "finetune" / "results.json").read_text())
-    assert len(record["history"]) == 1 and record["identity"]["stop_at"] == 1
+    assert len(record["history"]) == epochs and record["identity"]["stop_at"] == target
+    assert ("--num_epochs" in capsys.readouterr().out) == (epochs == 20)
     assert record["recipe"]["num_epochs"] == 20 and record["num_forget"] == 11
 
 

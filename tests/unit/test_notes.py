@@ -39,6 +39,15 @@ def test_methods_that_change_no_prediction_are_named():
     assert notes.unchanged(rows[1:]) == []
 
 
+def test_methods_that_destroy_the_network_are_named():
+    """The retain accuracy is below half of the original's in some seed."""
+    accuracies = {"original": [0.8, 0.6], "GA": [0.41, 0.39], "RL": [0.41, Spread(0.4, 0.3)]}
+    rows = [{"method": name, "RA": value} for name, many in accuracies.items() for value in many]
+    (line,) = notes.destroyed([*rows, {"method": "ssd", "RA": NAN}, {"method": "failed"}])
+    assert ": GA;" in line
+    assert notes.destroyed(rows[:2] + rows[4:]) == notes.destroyed(rows[2:]) == []
+
+
 def q_hat_row(alpha, **values):
     row = {"alpha": alpha, "q_hat": 0.9, "calibration_images": 30, "draws_left_out": 0}
     return row | {"MIACR_calibration_images": 1000} | values
