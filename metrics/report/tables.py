@@ -222,8 +222,8 @@ def ensemble_lines(rows, heading):
     columns = {key: column for key, column in ensembles.COLUMNS.items() if key not in REPORT_ONLY}
     key = "ULiRA_excess"
     rows = [row | {key: Spread(row.get(key), row.get(f"{key}_error"))} for row in rows]
-    level = f"{0.05 / len(rows):.3g} (0.05 / {len(rows)} rows, Bonferroni)"
-    note = f"A method differs from Retrain if p is below {level}. ± is the standard error."
+    level = f"{0.05 / len(rows):.2g} (0.05 / {len(rows)} rows)"
+    note = f"A method differs from Retrain if p is below {level}. ± is a standard error."
     return [f"{heading}:", *lines_of(filled_table(heading, columns, rows)), note]
 
 
