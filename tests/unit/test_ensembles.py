@@ -56,16 +56,14 @@ def test_klom_clips_margins_at_100():
     unlearned, retrained = gaussian((4, 3), 60), gaussian((4, 3), seed=1)
     unlearned[0], retrained[1] = 1e6, -250
     clipped = torch.cat([torch.full((1, 3), 100.0), unlearned[1:]]), retrained.clamp(min=-100)
-    divergence = ensembles.klom(unlearned, retrained)
-    assert divergence.tolist() == pytest.approx(klom_by_loop(*clipped))
-    assert divergence.tolist() != pytest.approx(klom_by_loop(unlearned, retrained))
+    expected = klom_by_loop(*clipped)
+    assert ensembles.klom(unlearned, retrained).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("compare", [ensembles.klom, ensembles.u_lira, ensembles.permutation_test])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_margins_that_are_not_finite_are_an_error(compare, value):
-    margins = gaussian((4, 3))
-    infinite = margins.clone()
+    margins, infinite = gaussian((4, 3)), gaussian((4, 3))
     infinite[2, 1] = value
     for pair in ((infinite, margins), (margins, infinite)):
         with pytest.raises(ValueError):
@@ -74,18 +72,14 @@ def test_margins_that_are_not_finite_are_an_error(compare, value):
 
 def u_lira_by_loop(unlearned, retrained):
     """The balanced accuracy of each image, model by model."""
-    correct = np.zeros((2, *unlearned.shape))
-    for kind, models in enumerate((unlearned.tolist(), retrained.tolist())):
-        for number, model in enumerate(models):
-            for image, margin in enumerate(model):
-                likelihoods = []
-                for others in (unlearned, retrained):
-                    values = others[:, image].tolist()
-                    values.pop(number)
-                    law = norm(np.mean(values), np.std(values, ddof=1))
-                    likelihoods.append(law.logpdf(margin))
-                correct[kind, number, image] = (likelihoods[0] > likelihoods[1]) == (kind == 0)
-    return correct.mean(axis=(0, 1)).tolist()
+    kinds, correct = (unlearned.numpy(), retrained.numpy()), np.zeros(unlearned.shape[1])
+    for number, image in np.ndindex(*unlearned.shape):
+        others = [np.delete(kind[:, image], number) for kind in kinds]
+        laws = [norm(values.mean(), values.std(ddof=1)) for values in others]
+        for is_retrained, kind in enumerate(kinds):
+            likelihoods = [law.pdf(kind[number, image]) for law in laws]
+            correct[image] += np.argmax(likelihoods) == is_retrained
+    return correct / (2 * len(unlearned))
 
 
 @pytest.mark.parametrize("count", [3, 6])
@@ -93,11 +87,6 @@ def test_u_lira_equals_a_plain_loop_over_models_and_images(count):
     unlearned, retrained = gaussian((count, 12), 0.8), 2 * gaussian((count, 12), seed=1)
     accuracy = ensembles.u_lira(unlearned, retrained)
     assert accuracy.tolist() == pytest.approx(u_lira_by_loop(unlearned, retrained))
-
-
-def test_u_lira_of_known_gaussians_has_the_accuracy_of_theory():
-    accuracy = ensembles.u_lira(gaussian((200, 300), 1), gaussian((200, 300), seed=1))
-    assert accuracy.mean().item() == pytest.approx(norm.cdf(1 / 2), abs=0.005)
 
 
 def test_u_lira_of_margins_without_deviation_is_finite_and_of_two_models_an_error():
@@ -108,22 +97,10 @@ def test_u_lira_of_margins_without_deviation_is_finite_and_of_two_models_an_erro
         ensembles.u_lira(same[:2], same[:2])
 
 
-# ---------------------------------------------------------------- simulations
-
-
 def models(count, seed, shift=0.0, images=40):
     """Margins with mean ``shift`` and deviation 1. Images of a training have correlation 0.3."""
     common = gaussian((count, 1), seed=2 * seed)
     return shift + 0.3**0.5 * common + 0.7**0.5 * gaussian((count, images), seed=2 * seed + 1)
-
-
-def rejections(count, shift, repeats):
-    """The share of p-values of at most 0.05."""
-    p_values = [
-        ensembles.permutation_test(models(count, 2 * k, shift), models(count, 2 * k + 1))
-        for k in range(repeats)
-    ]
-    return np.mean(np.array(p_values) <= 0.05)
 
 
 @pytest.mark.parametrize(
@@ -131,35 +108,33 @@ def rejections(count, shift, repeats):
     [(8, 0, 0.02, 0.09), (8, 0.5, 0.2, 1), (8, 1, 0.75, 1), (8, 1.5, 0.95, 1)]
     + [(16, 0, 0.02, 0.09), (16, 0.5, 0.5, 1), (16, 1, 0.95, 1), (16, 1.5, 0.99, 1)],
 )
-def test_permutation_test_rejects_one_law_in_5_percent_and_a_shift_more_often(
-    count, shift, least, most
-):
-    assert least <= rejections(count, shift, 80 if shift else 300) <= most
+def test_permutation_test_has_level_5_percent_and_power(count, shift, least, most):
+    p_values = [
+        ensembles.permutation_test(models(count, 2 * k, shift), models(count, 2 * k + 1))
+        for k in range(80 if shift else 300)
+    ]
+    assert least <= np.mean(np.array(p_values) <= 0.05) <= most
 
 
-def test_permutation_test_sees_more_variation_a_shift_of_few_images_and_no_difference_in_equals():
+def test_permutation_test_sees_variation_and_is_limited_by_the_number_of_trainings():
     retrained = gaussian((16, 40), seed=1)
     assert ensembles.permutation_test(2 * gaussian((16, 40)), retrained) == 0.001
-    few = gaussian((16, 40))
-    few[:, :4] += 1.5
-    assert ensembles.permutation_test(few, retrained) < 0.01
     assert ensembles.permutation_test(retrained, retrained) == 1
-    assert ensembles.permutation_test(few[:2], retrained[:2]) >= 0.25  # 2 of 6 labelings at least
+    shifted = retrained[:2] + 9
+    assert ensembles.permutation_test(shifted, retrained[2:4]) >= 0.25  # 2 of 6 labelings
 
 
 def test_chance_is_the_distance_without_a_difference_and_halves_are_farther():
-    distances, chances, halves = [], [], []
+    numbers = []
     for seed in range(20):
         pair = models(16, 2 * seed), models(16, 2 * seed + 1)
-        distances.append(ensembles.median_klom(*pair))
-        chances.append(ensembles.chance(ensembles.median_klom, *pair))
-        halves.append(ensembles.median_klom(pair[1][:8], pair[1][8:]))
-    error = np.std(np.subtract(distances, chances)) / math.sqrt(20)
+        by_chance = ensembles.chance(ensembles.median_klom, *pair)
+        halves = ensembles.median_klom(pair[1][:8], pair[1][8:])
+        numbers.append([ensembles.median_klom(*pair), by_chance, halves])
+    distances, chances, halves = np.transpose(numbers)
+    error = np.std(distances - chances) / math.sqrt(20)
     assert abs(np.mean(distances) - np.mean(chances)) < 3 * error
     assert np.mean(halves) > np.mean(chances) + 1  # with fewer trainings, KLOM is larger
-
-
-# ---------------------------------------------------------------- the table
 
 
 def trainings(count, shift=0.0, seed=0, in_set=0.5, elsewhere=0.0):
@@ -186,7 +161,6 @@ def test_rows_compare_every_method_with_as_many_trainings_of_retrain():
         shares = [kind.in_set.double().mean(0) for kind in pair]
         assert row["in_set_difference"] == pytest.approx((shares[0] - shares[1]).abs().mean())
     assert original["p_value"] == 0.001 < 0.01 < ascent["p_value"]
-    assert original["in_set_difference"] > 3 * original["in_set_difference_chance"]
     for key in ("KLOM_forget", "KLOM_retain", "KLOM_test", "in_set_difference"):
         assert ascent[key] == pytest.approx(ascent[f"{key}_chance"], rel=0.3)
 
@@ -194,20 +168,16 @@ def test_rows_compare_every_method_with_as_many_trainings_of_retrain():
 def test_excess_of_u_lira_is_near_0_for_another_procedure_and_large_for_a_trace():
     methods = {"retrain": trainings(16), "procedure": trainings(16, 1, 10, elsewhere=1)}
     procedure, trace = ensembles.rows(methods | {"trace": trainings(16, 2, 30, elsewhere=1)})
-    for row in (procedure, trace):
-        difference = row["ULiRA_accuracy"] - row["ULiRA_control"]
-        assert row["ULiRA_excess"] == pytest.approx(difference)
     assert procedure["ULiRA_accuracy"] > 0.6 and trace["ULiRA_excess"] > 0.1
     assert abs(procedure["ULiRA_excess"]) < 2 * procedure["ULiRA_excess_error"] < 0.05
 
 
-@pytest.mark.parametrize("forgotten", [False, True])
-def test_control_is_test_images_or_those_of_the_forgotten_class(forgotten):
-    outputs = make_outputs(forgotten=forgotten)
+def test_control_of_a_forgotten_class_is_its_test_images():
+    outputs = make_outputs(forgotten=True)
     scores = metrics.ConformalScores(outputs, metrics.Settings((0.1,)))
     control = ensembles.describe(scores, torch.arange(5)).margins["control"]
-    images = outputs.forget_test() if forgotten else outputs.test()
-    assert control.tolist() == ensembles.margins(*outputs.held_out.select(images)).tolist() != []
+    expected = ensembles.margins(*outputs.held_out.select(outputs.forget_test()))
+    assert control.tolist() == expected.tolist() != []
 
 
 def test_numbers_need_enough_trainings_and_finite_q_hats():
