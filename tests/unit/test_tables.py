@@ -113,13 +113,11 @@ def test_table_over_trainings_has_the_error_of_the_excess_and_the_level_for_p():
     ]
     rows[1] |= {"ULiRA_accuracy": 0.9, "ULiRA_excess": 0.07, "ULiRA_excess_error": 0.02}
     heading, headings, *lines, note = tables.ensemble_lines(rows, "Over 4 trainings")
-    assert heading == "Over 4 trainings:"
     assert headings.split() == ["method", "n", "KLOM_f", "p", "U-LiRA", "%", "excess", "%"]
     assert [" ".join(line.split()) for line in lines] == [
         "GA 4 0.100 0.200 – –", "RL 3 9.000 0.001 90.0 7.0±2.0",
     ]  # fmt: skip
-    assert "0.025" in note
-    assert "KLOM_retain" in tables.ensemble_table(rows, "").columns
+    assert heading == "Over 4 trainings:" and "0.025" in note
 
 
 def test_csv_has_empty_cells_for_missing_numbers_and_two_columns_for_a_spread():
