@@ -604,12 +604,15 @@ def rows_of(views, evaluation):
 
 
 def compare_trainings(seeds):
-    """The rows of ensembles.csv: the trainings of each method with one split."""
+    """The rows of ensembles.csv: the trainings of each method with one split. Or NotFinite."""
     trainings = {}
     for name, view in itertools.chain.from_iterable(views.models.items() for views in seeds):
         trainings.setdefault(name, []).append(view.training)
     stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
-    return ensembles.rows(stacked)
+    try:
+        return ensembles.rows(stacked)
+    except ValueError as error:
+        raise NotFinite(str(error)) from error
 
 
 # ---------------------------------------------------------------- files

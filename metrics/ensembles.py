@@ -4,6 +4,10 @@ One model cannot show that an image is forgotten, because Retrain itself varies 
 training. These functions compare distributions over trainings with one forget set. Their inputs
 are margins n×M of n trainings on M images: the logit of the image's label minus the logsumexp of
 the other logits.
+
+Most distances between two samples of n trainings are above 0 without a difference, and the more so
+the smaller n is. A distance is therefore reported with its chance, the mean over random relabelings
+of the 2n trainings, which has n trainings on each side as well.
 """
 
 import math
@@ -11,38 +15,35 @@ from typing import NamedTuple
 
 import torch
 
-from .attack import roc
 from .columns import RUN_COLUMNS, Column
 
 BINS = 20
 FLOOR = 1e-5  # the least probability of a bin
-FALSE_POSITIVES = 0.01
+FARTHEST = 100  # KLOM clips margins beyond
 FEWEST_U_LIRA = 3  # trainings of each kind
 FEW = 8  # with fewer trainings, distributions can hardly be compared
 PARTS = ("forget", "retain", "test")
-NOISE_FLOOR = "retrain (halves)"
+RELABELINGS = 999  # of the permutation test
+CHANCE_RELABELINGS = 99  # that a chance is the mean over
 
 COLUMNS = {
     "method": RUN_COLUMNS["method"],
-    "trainings": Column("n", "count", "", "number of trainings"),
-    **{
-        f"KLOM_{part}": Column(
-            f"KLOM_{part[0]}", "number", "low", f"median KL of {part} margins from Retrain's"
-        )
-        for part in PARTS
-    },
-    "KLOM_forget_95": Column(
-        "95 %", "number", "low", "95th percentile over forget images of that divergence"
-    ),
-    "ULiRA_accuracy": Column(
-        "U-LiRA", "percent", "near 50 %", "accuracy of an attack that tells the method from Retrain"
-    ),
-    "ULiRA_AUC": Column("AUC", "number", "near 0.5", "area under its ROC curve"),
-    "ULiRA_TPR@1%": Column("TPR@1%", "percent", "near 1 %", "its true positives at 1 % false"),
+    "trainings": Column("n", "count", "", "number of trainings of the method, and of Retrain"),
+    "KLOM_forget": Column("KLOM_f", "number", "low", "median KL of forget margins from Retrain's"),
+    "KLOM_forget_chance": Column("chance", "number", "", "its mean over relabelings"),
+    "p_value": Column("p", "number", "", "permutation test of forget margins against Retrain's"),
+    "KLOM_retain": Column("KLOM_r", "number", "low", "median KL of retain margins"),
+    "KLOM_retain_chance": Column("chance_r", "number", "", "its mean over relabelings"),
+    "KLOM_test": Column("KLOM_t", "number", "low", "median KL of test margins"),
+    "KLOM_test_chance": Column("chance_t", "number", "", "its mean over relabelings"),
+    "ULiRA_accuracy": Column("U-LiRA", "percent", "", "accuracy of telling it from Retrain"),
+    "ULiRA_control": Column("test", "percent", "", "the same attack on unseen (test) images"),
+    "ULiRA_excess": Column("excess", "percent", "near 0", "U-LiRA minus its accuracy on test"),
+    "ULiRA_excess_error": Column("±", "percent", "", "standard error of excess over the images"),
     "in_set_difference": Column(
-        "|Δ in set|", "percent", "low", "difference to Retrain in in-set trainings, forget images"
+        "Δ set", "percent", "low", "difference to Retrain in in-set trainings, forget images"
     ),
-    "within_noise": Column("noise", "text", "", "numbers no larger than between halves of Retrain"),
+    "in_set_difference_chance": Column("chance", "percent", "", "its mean over relabelings"),
 }
 
 
@@ -57,9 +58,12 @@ def margins(logits, labels):
 def klom(unlearned, retrained):
     """KL divergence of margins, KLOM (Georgiev et al. 2024, 2410.23232), for each image.
 
-    Both margins are binned into 20 bins over their joint range, with a probability of at least
-    1e-5 in every bin. n×M and m×M → KL(unlearned ‖ retrained), M.
+    Margins are clipped to ±100, as in the authors' benchmark (2602.16400). Both are binned into 20
+    bins over their joint range, with a probability of at least 1e-5 in every bin.
+    n×M and m×M → KL(unlearned ‖ retrained), M. ValueError for margins that are not finite.
     """
+    _check_finite(unlearned, retrained)
+    unlearned, retrained = (kind.clamp(-FARTHEST, FARTHEST) for kind in (unlearned, retrained))
     both = torch.cat([unlearned, retrained])
     low, high = both.min(dim=0).values, both.max(dim=0).values
 
@@ -77,52 +81,94 @@ def klom(unlearned, retrained):
     return (p * (p / q).log()).sum(dim=0)
 
 
-class ULiRA(NamedTuple):
-    """The success of the attack: balanced accuracy, AUC and TPR at 1 % false positives."""
-
-    accuracy: float
-    auc: float
-    tpr: float
-
-
 def u_lira(unlearned, retrained):
-    """The per-image attack U-LiRA (Hayes et al. 2024, 2403.01218). n×M and m×M → :class:`ULiRA`.
+    """The per-image attack U-LiRA (Hayes et al. 2024, 2403.01218): its balanced accuracy.
 
     For each image, one Gaussian is fitted to the margins of each kind of model. A likelihood ratio
     above 1 means unlearned. Both Gaussians leave out the model itself and the other kind's model of
-    the same number, so that no kind has an advantage. Pooled over images and models. ValueError for
-    fewer than three models of a kind.
+    the same number, so that no kind has an advantage. n×M and n×M → accuracy for each image, M.
+    ValueError for fewer than three models of a kind and for margins that are not finite.
+
+    The attack also succeeds if the method trains differently from Retrain, without a trace of the
+    forget images. Its accuracy on images that no model has seen is therefore the control. Other
+    attacks have such images as their null: deepunlearn (2410.01276) compares models of one method
+    that forgot an image with models of that method in which it is a test image. So does the privacy
+    attack of RULI (2506.13009). RULI's efficacy attack has models trained without the image.
     """
-    if min(len(unlearned), len(retrained)) < FEWEST_U_LIRA:
+    _check_finite(unlearned, retrained)
+    count = len(unlearned)
+    if count < FEWEST_U_LIRA:
         raise ValueError(f"U-LiRA needs at least {FEWEST_U_LIRA} models of each kind")
-    positive = _log_ratios(unlearned, unlearned, retrained).flatten()
-    negative = _log_ratios(retrained, unlearned, retrained).flatten()
-    accuracy = ((positive > 0).double().mean() + (negative <= 0).double().mean()) / 2
-    area, (tpr,) = roc(positive, negative, [FALSE_POSITIVES])
-    return ULiRA(accuracy.item(), area, tpr)
-
-
-def _log_ratios(points, unlearned, retrained):
-    """log N(point | unlearned) − log N(point | retrained), leaving out each model's own number."""
-    ratios = []
-    for number, point in enumerate(points):
-        likelihoods = []
+    correct = torch.zeros(unlearned.shape[1], dtype=torch.float64)
+    for number in range(count):
+        others, laws = torch.arange(count) != number, []
         for kind in (unlearned, retrained):
-            others = torch.arange(len(kind)) != number % len(kind)
             deviation, mean = torch.std_mean(kind[others], dim=0)
             # Equal margins have no deviation, and any distance from them is then decisive.
-            normal = torch.distributions.Normal(mean, deviation.clamp(min=1e-9))
-            likelihoods.append(normal.log_prob(point))
-        ratios.append(likelihoods[0] - likelihoods[1])
-    return torch.stack(ratios)
+            laws.append(torch.distributions.Normal(mean, deviation.clamp(min=1e-9)))
+        positive, negative = (
+            laws[0].log_prob(kind[number]) - laws[1].log_prob(kind[number])
+            for kind in (unlearned, retrained)
+        )
+        correct += (positive > 0).double() + (negative <= 0).double()
+    return correct / (2 * count)
+
+
+def permutation_test(unlearned, retrained):
+    """The p-value of a permutation test that margins n×M and n×M follow one law.
+
+    The statistic is the energy distance between the two kinds of models (Székely & Rizzo 2004), the
+    mean over images of E|U − R| − E|U − U'|/2 − E|R − R'|/2 in units of each image's standard
+    deviation. Models are relabeled and not images, because all images of a training vary together.
+    """
+    _check_finite(unlearned, retrained)
+    both, count = torch.cat([unlearned, retrained]), len(unlearned)
+    deviations = both.std(dim=0).clamp(min=1e-9)
+    distances = torch.cdist(both / deviations, both / deviations, p=1) / both.shape[1]
+    signs = torch.full((1 + RELABELINGS, 2 * count), -1.0, dtype=distances.dtype)
+    signs[0, :count] = 1
+    signs[1:].scatter_(1, relabelings(count)[:, :count], 1.0)
+    energies = -((signs @ distances) * signs).sum(dim=1) / (2 * count**2)
+    as_large = (energies[1:] >= energies[0] - 1e-9).sum().item()
+    return (1 + as_large) / (1 + RELABELINGS)
+
+
+def relabelings(count):
+    """Random orders of ``count`` models of each kind, 999×2·count. The first half is one kind."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(RELABELINGS, 2 * count, generator=generator).argsort(dim=1)
+
+
+def chance(distance, unlearned, retrained):
+    """The mean over random relabelings of ``distance``, a function of n×M and n×M."""
+    both, count = torch.cat([unlearned, retrained]), len(unlearned)
+    orders = relabelings(count)[:CHANCE_RELABELINGS]
+    distances = [distance(both[order[:count]], both[order[count:]]) for order in orders]
+    return sum(distances) / len(distances)
+
+
+def median_klom(unlearned, retrained):
+    """The median over images of :func:`klom`."""
+    return klom(unlearned, retrained).median().item()
+
+
+def in_set_difference(unlearned, retrained):
+    """Mean absolute difference in the share of trainings. Booleans n×M and m×M → a number."""
+    shares = [in_set.double().mean(dim=0) for in_set in (unlearned, retrained)]
+    return (shares[0] - shares[1]).abs().mean().item()
+
+
+def _check_finite(*all_margins):
+    if not all(margins.isfinite().all() for margins in all_margins):
+        raise ValueError("margins are NaN or infinite")
 
 
 # ---------------------------------------------------------------- the table
 
 
 class Training(NamedTuple):
-    """One model: its margins {part: M} for ``PARTS``, and whether the set of each forget image
-    contains the label (booleans; None without a finite q̂).
+    """One model: its margins {part: M} for ``PARTS`` and "control", and whether the set of each
+    forget image contains the label (booleans; None without a finite q̂).
     """
 
     margins: dict[str, torch.Tensor]
@@ -132,7 +178,8 @@ class Training(NamedTuple):
 def describe(conformal_scores, retain_sample):
     """The :class:`Training` of one model, under its first score and α and the split's own q̂.
 
-    ``retain_sample`` are the positions of the retain images to compare.
+    ``retain_sample`` are the positions of the retain images to compare. The control of the forget
+    images are test images, of the forgotten class if there is one.
     """
     outputs = conformal_scores.outputs
     images = {
@@ -140,6 +187,9 @@ def describe(conformal_scores, retain_sample):
         "retain": outputs.retain.select(retain_sample),
         "test": outputs.held_out.select(outputs.test()),
     }
+    images["control"] = images["test"]
+    if outputs.forgotten is not None:
+        images["control"] = outputs.held_out.select(outputs.forget_test())
     all_margins = {part: margins(*output) for part, output in images.items()}
     q_hat = conformal_scores.q_hats()[:1, 0]
     inside = conformal_scores.part("forget").in_set(q_hat)[0]
@@ -155,9 +205,9 @@ class Trainings(NamedTuple):
     @classmethod
     def stack(cls, trainings):
         """All :class:`Training` of a method."""
-        in_sets = [training.in_set for training in trainings]
+        in_sets, parts = [training.in_set for training in trainings], trainings[0].margins
         return cls(
-            {part: torch.stack([each.margins[part] for each in trainings]) for part in PARTS},
+            {part: torch.stack([each.margins[part] for each in trainings]) for part in parts},
             None if any(inside is None for inside in in_sets) else torch.stack(in_sets),
         )
 
@@ -173,52 +223,42 @@ class Trainings(NamedTuple):
 
 
 def compare(unlearned, retrained):
-    """The numbers of ``COLUMNS`` for two :class:`Trainings`, without those that need more."""
+    """The numbers of ``COLUMNS`` for n trainings of each kind, without those that need more."""
     row = {"trainings": unlearned.count}
+    pairs = {part: (unlearned.margins[part], retrained.margins[part]) for part in unlearned.margins}
     for part in PARTS:
-        if unlearned.margins[part].shape[1]:
-            divergence = klom(unlearned.margins[part], retrained.margins[part])
-            row[f"KLOM_{part}"] = divergence.median().item()
-            if part == "forget":
-                row["KLOM_forget_95"] = divergence.quantile(0.95).item()
-    if min(unlearned.count, retrained.count) >= FEWEST_U_LIRA:
-        attack = u_lira(unlearned.margins["forget"], retrained.margins["forget"])
-        row |= {"ULiRA_accuracy": attack.accuracy, "ULiRA_AUC": attack.auc}
-        row["ULiRA_TPR@1%"] = attack.tpr
+        if pairs[part][0].shape[1]:
+            row[f"KLOM_{part}"] = median_klom(*pairs[part])
+            row[f"KLOM_{part}_chance"] = chance(median_klom, *pairs[part])
+    row["p_value"] = permutation_test(*pairs["forget"])
+    if unlearned.count >= FEWEST_U_LIRA:
+        accuracy, control = u_lira(*pairs["forget"]), u_lira(*pairs["control"])
+        variance = accuracy.var() / len(accuracy) + control.var() / len(control)
+        row |= {"ULiRA_accuracy": accuracy.mean().item(), "ULiRA_control": control.mean().item()}
+        row["ULiRA_excess"] = row["ULiRA_accuracy"] - row["ULiRA_control"]
+        row["ULiRA_excess_error"] = variance.sqrt().item()
     if unlearned.in_set is not None and retrained.in_set is not None:
-        shares = [trainings.in_set.double().mean(dim=0) for trainings in (unlearned, retrained)]
-        row["in_set_difference"] = (shares[0] - shares[1]).abs().mean().item()
+        row["in_set_difference"] = in_set_difference(unlearned.in_set, retrained.in_set)
+        by_chance = chance(in_set_difference, unlearned.in_set, retrained.in_set)
+        row["in_set_difference_chance"] = by_chance
     return row
 
 
 def rows(trainings):
-    """A row for every method but Retrain of {method: :class:`Trainings`}, after the noise floor.
+    """A row for every method but Retrain of {method: :class:`Trainings`}.
 
-    The noise floor compares the first half of Retrain's trainings with the second, if there are
-    four. A row needs two trainings of the method and two of Retrain.
+    A method and Retrain enter with their first n trainings, where n is the smaller number. A row
+    needs two of each. ValueError that names the method for margins that are not finite.
     """
-    retrained = trainings.get("retrain")
-    if retrained is None or retrained.count < 2:
-        return []
-    floor = {}
-    if retrained.count >= 4:
-        half = retrained.count // 2
-        floor = compare(retrained.select(slice(half)), retrained.select(slice(half, 2 * half)))
-    table = [{"method": NOISE_FLOOR} | floor] if floor else []
+    for name, kind in trainings.items():
+        for part, values in kind.margins.items():
+            if infinite := (~values.isfinite()).any(dim=1).nonzero().flatten().tolist():
+                number = f"training {infinite[0] + 1} of {kind.count}"
+                raise ValueError(f"{name}, {number}: {part} margins are NaN or infinite")
+    retrained, table = trainings.get("retrain"), []
     for name, unlearned in trainings.items():
-        if name != "retrain" and unlearned.count >= 2:
-            row = compare(unlearned, retrained)
-            table.append({"method": name} | row | {"within_noise": within(row, floor)})
+        count = min(unlearned.count, retrained.count) if retrained else 0
+        if name != "retrain" and count >= 2:
+            same = (kind.select(slice(count)) for kind in (unlearned, retrained))
+            table.append({"method": name} | compare(*same))
     return table
-
-
-def within(row, floor):
-    """Headings of the numbers at most as far from their best value as the floor's."""
-    best = {"ULiRA_accuracy": 0.5, "ULiRA_AUC": 0.5, "ULiRA_TPR@1%": FALSE_POSITIVES}
-    keys = [key for key in row if key in floor and key != "trainings"]
-
-    def distance(numbers, key):
-        return abs(numbers[key] - best.get(key, 0))
-
-    near = [COLUMNS[key].heading for key in keys if distance(row, key) <= distance(floor, key)]
-    return "all" if near and len(near) == len(keys) else ", ".join(near) or "–"

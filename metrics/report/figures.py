@@ -364,30 +364,24 @@ def q_hat_curves(q_hats):
 
 @styled
 def klom_dots(rows):
-    """KLOM of forget, retain and test images: a dot per method, with the noise floor as a band.
+    """KLOM of forget, retain and test images: a dot per method, and its chance as a grey line.
 
     ``rows`` are those of :func:`metrics.ensembles.rows`. Dots are medians over the images. The
-    line of the forget images ends at the 95th percentile.
+    chance is the mean over random relabelings of the same trainings.
     """
-    floor = next((row for row in rows if row["method"] == ensembles.NOISE_FLOOR), {})
-    methods = [row for row in rows if row is not floor]
-    look_of = looks([row["method"] for row in methods])
-    figure, axes = _rows_of_methods(methods, (8.2, 1.3, 0.25), len(ensembles.PARTS))
+    look_of = looks([row["method"] for row in rows])
+    figure, axes = _rows_of_methods(rows, (8.2, 1.3, 0.25), len(ensembles.PARTS))
     for axis, part in zip(axes, ensembles.PARTS, strict=True):
         key = f"KLOM_{part}"
-        if not is_missing(floor.get(key)):
-            axis.axvspan(0, floor[key], color=GREY, alpha=0.3, linewidth=0)
-        for position, row in enumerate(reversed(methods)):
+        for position, row in enumerate(reversed(rows)):
             if is_missing(row.get(key)):
                 continue
-            look = look_of[row["method"]]
-            axis.plot(row[key], position, **(look | POINT))
-            if part == "forget":
-                axis.plot([row[key], row["KLOM_forget_95"]], [position] * 2, color=look["color"])
-        axis.set(title=f"{part} images", xlabel="KLOM (0: like Retrain)")
+            by_chance = row[f"{key}_chance"]
+            axis.plot([by_chance] * 2, [position - 0.4, position + 0.4], color=GREY, linewidth=3)
+            axis.plot(row[key], position, **(look_of[row["method"]] | POINT))
+        axis.set(title=f"{part} images", xlabel="KLOM (grey: no difference)")
         axis.set_xlim(left=0)
-    band = "; grey: half of Retrain's trainings against the other half" if floor else ""
-    figure.suptitle(f"Distance to retrained models{band}")
+    figure.suptitle("Distance to retrained models; grey: the same trainings, randomly relabeled")
     return figure
 
 

@@ -43,6 +43,7 @@ MODEL_COLUMNS = {"method": RUN_COLUMNS["method"]} | columns_of("COLUMNS")
 MODEL_COLUMNS |= {key: RUN_COLUMNS[key] for key in COSTS}
 SET_COLUMNS = {key: RUN_COLUMNS[key] for key in KEYS} | columns_of("ROW_COLUMNS")
 SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "UA_word", "seconds")
+REPORT_ONLY = {"KLOM_retain", "KLOM_retain_chance", "KLOM_test_chance", "ULiRA_excess_error"}
 FAKE_OF_WRONG = Column("fake of wrong", "text", "near Retrain", "fake-forgotten of misclassified")
 
 
@@ -217,22 +218,13 @@ def ensemble_table(rows, heading):
 
 
 def ensemble_lines(rows, heading):
-    """The printed table of :func:`metrics.ensembles.rows`. Numbers within the noise have a star."""
-    table = ensemble_table(rows, heading)
-    columns = {key: table.columns[key] for key in table.columns if key != "within_noise"}
-    starred = []
-    for row in rows:
-        near = row.get("within_noise", "").split(", ")
-        cells = {key: format_cell(row.get(key), column.kind) for key, column in columns.items()}
-        for key in columns.keys() - {"method", "trainings"}:
-            is_near = "all" in near or columns[key].heading in near
-            cells[key] += "*" if is_near and cells[key] != MISSING else ""
-        starred.append(cells)
-    texts = {key: Column(heading_of(column), "text") for key, column in columns.items()}
-    lines = [f"{heading}:", *lines_of(Table(heading, texts, starred))]
-    if any("*" in line for line in lines):
-        lines.append("* within the noise: the distance between two halves of Retrain's trainings")
-    return lines
+    """The printed table of :func:`metrics.ensembles.rows`, with how small a p has to be."""
+    columns = {key: column for key, column in ensembles.COLUMNS.items() if key not in REPORT_ONLY}
+    key = "ULiRA_excess"
+    rows = [row | {key: Spread(row.get(key), row.get(f"{key}_error"))} for row in rows]
+    level = f"{0.05 / len(rows):.2g} (0.05 / {len(rows)} rows)"
+    note = f"A method differs from Retrain if p is below {level}. ± is a standard error."
+    return [f"{heading}:", *lines_of(filled_table(heading, columns, rows)), note]
 
 
 # ---------------------------------------------------------------- tables as text

@@ -1,4 +1,4 @@
-"""Distributions over trainings: KLOM, U-LiRA and labels in sets against plain loops."""
+"""Distributions over trainings: against plain loops, and tests in simulations."""
 
 import math
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
+from scored import make_outputs
 
+import metrics
 from metrics import ensembles
 
 
@@ -50,90 +52,138 @@ def test_klom_by_hand():
     assert ensembles.klom(retrained, retrained).tolist() == [0, 0]
 
 
+def test_klom_clips_margins_at_100():
+    unlearned, retrained = gaussian((4, 3), 60), gaussian((4, 3), seed=1)
+    unlearned[0], retrained[1] = 1e6, -250
+    clipped = torch.cat([torch.full((1, 3), 100.0), unlearned[1:]]), retrained.clamp(min=-100)
+    expected = klom_by_loop(*clipped)
+    assert ensembles.klom(unlearned, retrained).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("compare", [ensembles.klom, ensembles.u_lira, ensembles.permutation_test])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_margins_that_are_not_finite_are_an_error(compare, value):
+    margins, infinite = gaussian((4, 3)), gaussian((4, 3))
+    infinite[2, 1] = value
+    for pair in ((infinite, margins), (margins, infinite)):
+        with pytest.raises(ValueError):
+            compare(*pair)
+
+
 def u_lira_by_loop(unlearned, retrained):
-    """Scores of unlearned and of retrained models, model by model and image by image."""
-    scores = ([], [])
-    for kind, models in enumerate((unlearned.tolist(), retrained.tolist())):
-        for number, model in enumerate(models):
-            for image, margin in enumerate(model):
-                likelihoods = []
-                for others in (unlearned, retrained):
-                    values = others[:, image].tolist()
-                    values.pop(number % len(values))
-                    law = norm(np.mean(values), np.std(values, ddof=1))
-                    likelihoods.append(law.logpdf(margin))
-                scores[kind].append(likelihoods[0] - likelihoods[1])
-    return scores
+    """The balanced accuracy of each image, model by model."""
+    kinds, correct = (unlearned.numpy(), retrained.numpy()), np.zeros(unlearned.shape[1])
+    for number, image in np.ndindex(*unlearned.shape):
+        others = [np.delete(kind[:, image], number) for kind in kinds]
+        laws = [norm(values.mean(), values.std(ddof=1)) for values in others]
+        for is_retrained, kind in enumerate(kinds):
+            likelihoods = [law.pdf(kind[number, image]) for law in laws]
+            correct[image] += np.argmax(likelihoods) == is_retrained
+    return correct / (2 * len(unlearned))
 
 
-@pytest.mark.parametrize(("n", "m"), [(5, 5), (3, 6), (7, 4)])
-def test_u_lira_equals_a_plain_loop_over_models_and_images(n, m):
-    unlearned, retrained = gaussian((n, 12), 0.8), gaussian((m, 12), seed=1)
-    positive, negative = u_lira_by_loop(unlearned, retrained)
-    attack = ensembles.u_lira(unlearned, retrained)
-    accuracy = (np.mean(np.array(positive) > 0) + np.mean(np.array(negative) <= 0)) / 2
-    assert attack.accuracy == pytest.approx(accuracy)
-    wins = [(p > q) + (p == q) / 2 for p in positive for q in negative]
-    assert attack.auc == pytest.approx(np.mean(wins))
-    allowed = int(0.01 * len(negative))
-    threshold = sorted(negative, reverse=True)[allowed]
-    assert attack.tpr == pytest.approx(np.mean(np.array(positive) > threshold))
-
-
-@pytest.mark.parametrize("shift", [0.5, 2])
-def test_u_lira_of_known_gaussians_has_the_auc_of_theory(shift):
-    attack = ensembles.u_lira(gaussian((200, 400), shift), gaussian((200, 400), seed=1))
-    assert attack.auc == pytest.approx(norm.cdf(shift / math.sqrt(2)), abs=0.005)
-    assert attack.accuracy == pytest.approx(norm.cdf(shift / 2), abs=0.005)
-    assert attack.tpr == pytest.approx(norm.sf(norm.isf(0.01) - shift), abs=0.01)
+@pytest.mark.parametrize("count", [3, 6])
+def test_u_lira_equals_a_plain_loop_over_models_and_images(count):
+    unlearned, retrained = gaussian((count, 12), 0.8), 2 * gaussian((count, 12), seed=1)
+    accuracy = ensembles.u_lira(unlearned, retrained)
+    assert accuracy.tolist() == pytest.approx(u_lira_by_loop(unlearned, retrained))
 
 
 def test_u_lira_of_margins_without_deviation_is_finite_and_of_two_models_an_error():
     same = torch.ones(4, 3).double()
-    assert ensembles.u_lira(same, same) == (0.5, 0.5, 0.0)
-    assert ensembles.u_lira(same + 1, same) == (1.0, 1.0, 1.0)
+    assert ensembles.u_lira(same, same).tolist() == [0.5] * 3
+    assert ensembles.u_lira(same + 1, same).tolist() == [1.0] * 3
     with pytest.raises(ValueError, match="at least 3 models of each kind"):
-        ensembles.u_lira(same, same[:2])
+        ensembles.u_lira(same[:2], same[:2])
 
 
-def trainings(count, mean=0.0, seed=0, in_set=0.5):
+def models(count, seed, shift=0.0, images=40):
+    """Margins with mean ``shift`` and deviation 1. Images of a training have correlation 0.3."""
+    common = gaussian((count, 1), seed=2 * seed)
+    return shift + 0.3**0.5 * common + 0.7**0.5 * gaussian((count, images), seed=2 * seed + 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "shift", "least", "most"),
+    [(8, 0, 0.02, 0.09), (8, 0.5, 0.2, 1), (8, 1, 0.75, 1), (8, 1.5, 0.95, 1)]
+    + [(16, 0, 0.02, 0.09), (16, 0.5, 0.5, 1), (16, 1, 0.95, 1), (16, 1.5, 0.99, 1)],
+)
+def test_permutation_test_has_level_5_percent_and_power(count, shift, least, most):
+    p_values = [
+        ensembles.permutation_test(models(count, 2 * k, shift), models(count, 2 * k + 1))
+        for k in range(80 if shift else 300)
+    ]
+    assert least <= np.mean(np.array(p_values) <= 0.05) <= most
+
+
+def test_permutation_test_sees_variation_and_is_limited_by_the_number_of_trainings():
+    retrained = gaussian((16, 40), seed=1)
+    assert ensembles.permutation_test(2 * gaussian((16, 40)), retrained) == 0.001
+    assert ensembles.permutation_test(retrained, retrained) == 1
+    shifted = retrained[:2] + 9
+    assert ensembles.permutation_test(shifted, retrained[2:4]) >= 0.25  # 2 of 6 labelings
+
+
+def test_chance_is_the_distance_without_a_difference_and_halves_are_farther():
+    numbers = []
+    for seed in range(20):
+        pair = models(16, 2 * seed), models(16, 2 * seed + 1)
+        by_chance = ensembles.chance(ensembles.median_klom, *pair)
+        halves = ensembles.median_klom(pair[1][:8], pair[1][8:])
+        numbers.append([ensembles.median_klom(*pair), by_chance, halves])
+    distances, chances, halves = np.transpose(numbers)
+    error = np.std(distances - chances) / math.sqrt(20)
+    assert abs(np.mean(distances) - np.mean(chances)) < 3 * error
+    assert np.mean(halves) > np.mean(chances) + 1  # with fewer trainings, KLOM is larger
+
+
+def trainings(count, shift=0.0, seed=0, in_set=0.5, elsewhere=0.0):
     margins = {
-        part: gaussian((count, 50), mean, seed + k) for k, part in enumerate(ensembles.PARTS)
+        part: gaussian((count, 50), elsewhere if k else shift, seed + k)
+        for k, part in enumerate((*ensembles.PARTS, "control"))
     }
     drawn = torch.rand(count, 50, generator=torch.Generator().manual_seed(seed))
     return ensembles.Trainings(margins, drawn < in_set)
 
 
-def test_table_has_the_noise_floor_and_every_method_but_retrain():
-    retrained = trainings(16)
-    methods = {"original": trainings(16, 4, 1, 1.0), "retrain": retrained, "GA": trainings(9, 0, 5)}
-    floor, original, ascent = ensembles.rows(methods)
-    assert [row["method"] for row in (floor, original, ascent)] == [
-        "retrain (halves)", "original", "GA",
-    ]  # fmt: skip
-    assert (floor["trainings"], original["trainings"], ascent["trainings"]) == (8, 16, 9)
-    assert original["ULiRA_accuracy"] > 0.95 > floor["ULiRA_accuracy"]
-    for part in ensembles.PARTS:
-        expected = klom_by_loop(methods["original"].margins[part], retrained.margins[part])
-        assert original[f"KLOM_{part}"] == pytest.approx(sorted(expected)[24])
-    expected = klom_by_loop(methods["original"].margins["forget"], retrained.margins["forget"])
-    assert original["KLOM_forget_95"] == pytest.approx(np.quantile(expected, 0.95))
-    shares = [kind.in_set.double().mean(0) for kind in (methods["original"], retrained)]
-    assert original["in_set_difference"] == pytest.approx((shares[0] - shares[1]).abs().mean())
-    assert original["within_noise"] == "–" and floor.keys() == original.keys() - {"within_noise"}
-    halves = ensembles.rows({"retrain": retrained, "again": retrained.select(slice(8))})
-    assert halves[1]["within_noise"] == "all"
+def test_rows_compare_every_method_with_as_many_trainings_of_retrain():
+    methods = {"original": trainings(16, 4, 1, 1.0), "retrain": trainings(16)}
+    methods["GA"] = trainings(9, 0, 5)
+    original, ascent = ensembles.rows(methods)
+    assert (original["trainings"], ascent["trainings"]) == (16, 9)
+    for name, row in {"original": original, "GA": ascent}.items():
+        assert row["method"] == name and row.keys() == ensembles.COLUMNS.keys()
+        pair = methods[name], methods["retrain"].select(slice(row["trainings"]))
+        for part in ensembles.PARTS:
+            expected = klom_by_loop(*(kind.margins[part] for kind in pair))
+            assert row[f"KLOM_{part}"] == pytest.approx(sorted(expected)[24])
+        shares = [kind.in_set.double().mean(0) for kind in pair]
+        assert row["in_set_difference"] == pytest.approx((shares[0] - shares[1]).abs().mean())
+    assert original["p_value"] == 0.001 < 0.01 < ascent["p_value"]
+    for key in ("KLOM_forget", "KLOM_retain", "KLOM_test", "in_set_difference"):
+        assert ascent[key] == pytest.approx(ascent[f"{key}_chance"], rel=0.3)
+
+
+def test_excess_of_u_lira_is_near_0_for_another_procedure_and_large_for_a_trace():
+    methods = {"retrain": trainings(16), "procedure": trainings(16, 1, 10, elsewhere=1)}
+    procedure, trace = ensembles.rows(methods | {"trace": trainings(16, 2, 30, elsewhere=1)})
+    assert procedure["ULiRA_accuracy"] > 0.6 and trace["ULiRA_excess"] > 0.1
+    assert abs(procedure["ULiRA_excess"]) < 2 * procedure["ULiRA_excess_error"] < 0.05
+
+
+def test_control_of_a_forgotten_class_is_its_test_images():
+    outputs = make_outputs(forgotten=True)
+    scores = metrics.ConformalScores(outputs, metrics.Settings((0.1,)))
+    control = ensembles.describe(scores, torch.arange(5)).margins["control"]
+    expected = ensembles.margins(*outputs.held_out.select(outputs.forget_test()))
+    assert control.tolist() == expected.tolist() != []
 
 
 def test_numbers_need_enough_trainings_and_finite_q_hats():
     assert ensembles.rows({"GA": trainings(4)}) == []
     assert ensembles.rows({"retrain": trainings(1), "GA": trainings(4)}) == []
-    assert ensembles.rows({"retrain": trainings(3), "GA": trainings(1)}) == []
     (row,) = ensembles.rows({"retrain": trainings(2), "GA": trainings(3)})
-    assert "KLOM_forget" in row and "ULiRA_AUC" not in row and row["within_noise"] == "–"
+    assert "KLOM_forget" in row and "ULiRA_excess" not in row and row["trainings"] == 2
     unknown = ensembles.Trainings(trainings(4).margins, None)
-    floor, row = ensembles.rows({"retrain": trainings(4), "GA": unknown})
-    assert "in_set_difference" in floor and "in_set_difference" not in row
-    row = {"KLOM_forget": 0.3, "ULiRA_accuracy": 0.45, "ULiRA_AUC": 0.7, "trainings": 4}
-    floor = {"KLOM_forget": 0.2, "ULiRA_accuracy": 0.55, "ULiRA_AUC": 0.5, "trainings": 2}
-    assert ensembles.within(row, floor) == "U-LiRA"
+    (row,) = ensembles.rows({"retrain": trainings(4), "GA": unknown})
+    assert "ULiRA_excess" in row and "in_set_difference" not in row

@@ -231,23 +231,18 @@ def test_curves_against_alpha_show_every_known_number():
     assert list(legend(figure)) == ["retrain", "ga", "cpu_ga"]
 
 
-def test_klom_dots_are_medians_and_the_band_is_the_noise_floor():
+def test_klom_dots_have_their_chance_as_a_grey_line():
     rows = [
-        {"method": "retrain (halves)", "KLOM_forget": 0.2, "KLOM_retain": 0.3, "KLOM_test": 0.1},
-        {"method": "ga", "KLOM_forget": 1, "KLOM_forget_95": 4, "KLOM_retain": 2},
-        {"method": "cpu_ga", "KLOM_forget": 3, "KLOM_forget_95": 5, "KLOM_test": 0.5},
+        {"method": "ga", "KLOM_forget": 1, "KLOM_retain": 2},
+        {"method": "cpu_ga", "KLOM_forget": 3, "KLOM_test": 0.5},
     ]
+    rows = [row | {f"{key}_chance": row[key] / 4 for key in row if key != "method"} for row in rows]
     figure = figures.klom_dots(rows)
     assert [axis.get_title().split()[0] for axis in figure.axes] == ["forget", "retain", "test"]
-    dots = [[line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes]
-    assert dots[0] == [[[3, 0]], [[3, 0], [5, 0]], [[1, 1]], [[1, 1], [4, 1]]]
-    assert dots[1:] == [[[[2, 1]]], [[[0.5, 0]]]]
-    bands = [axis.patches[0].get_bbox() for axis in figure.axes]
-    assert [(band.x0, band.x1) for band in bands] == [(0, 0.2), (0, 0.3), (0, 0.1)]
+    drawn = [[list(line.get_xdata()) for line in axis.lines] for axis in figure.axes]
+    assert drawn == [[[0.75] * 2, [3], [0.25] * 2, [1]], [[0.5] * 2, [2]], [[0.125] * 2, [0.5]]]
+    assert [line.get_ydata().mean() for line in figure.axes[0].lines] == [0, 0, 1, 1]
     assert texts(figure.axes[0].get_yticklabels()) == ["cpu_ga", "ga"]
-    assert "grey" in figure.get_suptitle() and figure.axes[0].get_xlim()[0] == 0
-    without = figures.klom_dots(rows[1:])
-    assert "grey" not in without.get_suptitle() and not without.axes[0].patches
 
 
 def outline(axis, color):

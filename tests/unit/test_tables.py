@@ -106,22 +106,18 @@ def test_short_tables_of_class_forgetting_use_the_calibration_of_the_retained_cl
     assert " ".join(row.split()) == "GA 10.0 3.000 0.033 90.0 0.600 2.2 of 9 over-forgets"
 
 
-def test_numbers_within_the_noise_of_retrain_have_a_star():
+def test_table_over_trainings_has_the_error_of_the_excess_and_the_level_for_p():
     rows = [
-        {"method": "retrain (halves)", "trainings": 2, "KLOM_forget": 0.2, "KLOM_test": 0.1},
-        {"method": "GA", "trainings": 4, "KLOM_forget": 0.1, "within_noise": "KLOM_f"},
-        {"method": "RL", "trainings": 4, "KLOM_forget": 9, "KLOM_test": 0.1, "within_noise": "all"},
-        {"method": "SSD", "trainings": 4, "KLOM_forget": 9, "KLOM_test": 9, "within_noise": "–"},
+        {"method": "GA", "trainings": 4, "KLOM_forget": 0.1, "KLOM_retain": 3.0, "p_value": 0.2},
+        {"method": "RL", "trainings": 3, "KLOM_forget": 9.0, "p_value": 0.001},
     ]
+    rows[1] |= {"ULiRA_accuracy": 0.9, "ULiRA_excess": 0.07, "ULiRA_excess_error": 0.02}
     heading, headings, *lines, note = tables.ensemble_lines(rows, "Over 4 trainings")
-    assert heading == "Over 4 trainings:"
-    assert headings.split() == ["method", "n", "KLOM_f", "KLOM_t"]
+    assert headings.split() == ["method", "n", "KLOM_f", "p", "U-LiRA", "%", "excess", "%"]
     assert [" ".join(line.split()) for line in lines] == [
-        "retrain (halves) 2 0.200 0.100", "GA 4 0.100* –",
-        "RL 4 9.000* 0.100*", "SSD 4 9.000 9.000",
+        "GA 4 0.100 0.200 – –", "RL 3 9.000 0.001 90.0 7.0±2.0",
     ]  # fmt: skip
-    assert note.startswith("* ")
-    assert "*" not in "".join(tables.ensemble_lines(rows[:1], ""))
+    assert heading == "Over 4 trainings:" and "0.025" in note
 
 
 def test_csv_has_empty_cells_for_missing_numbers_and_two_columns_for_a_spread():
