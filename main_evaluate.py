@@ -32,13 +32,12 @@ import metrics
 import models
 import unlearn
 import unlearn_cpu
-from metrics import classwise, comparison, conformal, ensembles, probe, samples, scores
-from metrics.report import figures, latex, notes, page, tables, verdicts
+from metrics import classwise, comparison, conformal, ensembles, intervals, probe, samples, scores
+from metrics.report import differences, figures, latex, notes, page, tables
 from metrics.report.tables import KEYS, RESPLITS, block_of
 from models import checkpoint, distributed, inference, relearning
 from models.errors import NotFinite
 
-SET_SIZES = (1, 5)  # set sizes c of ECF@c and EuCF@c, in labels
 MOST_FAKE = 18  # images of a fake_forgotten.png
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 LOGITS, ORIGINAL_LOGITS = "logits.npz", "original_logits.npz"  # the latter is in the run folder
@@ -69,7 +68,7 @@ def main():
     if flags.seeds:
         blocks = [*dict.fromkeys(map(block_of, rows))]
         rows.sort(key=lambda row: (blocks.index(block_of(row)), *position(row["method"])))
-        rows = verdicts.summarise_seeds(rows)
+        rows = differences.summarise_seeds(rows)
         ensemble_rows = compare_trainings(seeds) if flags.split_seed is not None else []
         save_summary(rows, ensemble_rows, flags, data, device)
     print_results(rows, seeds, flags)
@@ -143,7 +142,7 @@ def start_evaluation(args, data, device):
         data,
         split,
         folder=utils.run_folder(args, data) / split.folder,
-        settings=metrics.Settings(tuple(args.alphas), chosen, SET_SIZES, seed=args.seed),
+        settings=metrics.Settings(tuple(args.alphas), chosen, seed=args.seed),
         args=args,
         keys=[*itertools.product(args.score, args.cal_sizes, args.alphas)],
         held_out=held_out,
@@ -478,6 +477,7 @@ class ModelView:
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α), ``distances`` those to Retrain's outputs. ``curves`` are those of
     :func:`relearn` by source. ``training`` is what trainings of one split are compared by.
+    ``influences`` are those of :func:`metrics.intervals.influences`, if Retrain is evaluated.
     """
 
     saved: SavedModel
@@ -488,6 +488,7 @@ class ModelView:
     training: ensembles.Training
     curves: dict[str, dict]
     distances: dict
+    influences: dict
     histogram: dict | None = None
     fake_sheet: Figure | None = None
 
@@ -502,10 +503,7 @@ class Views:
 
 
 def make_views(saved_models, evaluation):
-    """The :class:`Views` of all models, compared with the original model, Retrain and finetune.
-
-    Verdicts on one seed tolerate two standard errors over the images.
-    """
+    """The :class:`Views` of all models, compared with the original model, Retrain and finetune."""
     saved_of = {saved.name: saved for saved in sorted(saved_models, key=lambda s: position(s.name))}
     present = [name for name in ("original", "retrain") if name in saved_of]
     references = {name: read_logits(saved_of[name], evaluation) for name in present}
@@ -514,10 +512,12 @@ def make_views(saved_models, evaluation):
     for name, view in views.items():
         if retrain:
             for key in view.set_rows.keys() & retrain.set_rows.keys():
-                row, num_forget = view.set_rows[key], bare[name]["num_forget"]
-                row |= verdicts.compare_sets(row, retrain.set_rows[key], num_forget)
-            view.numbers |= verdicts.compare_model(name, bare[name], bare["retrain"])
-            view.numbers |= view.distances
+                row, both = view.set_rows[key], (view.influences[key], retrain.influences[key])
+                row |= differences.compare_sets(name, row, retrain.set_rows[key], influences=both)
+            both = view.influences[None], retrain.influences[None]
+            reference = bare["retrain"]
+            compared = differences.compare_model(name, bare[name], reference, influences=both)
+            view.numbers |= compared | view.distances
         if "finetune" in views and name != "original":
             view.numbers |= comparison.costs(bare[name], bare["finetune"])
     class_rows = [row for view in views.values() for row in view.class_rows]
@@ -542,12 +542,15 @@ def view_model(saved, references, evaluation):
         both = [torch.cat([each.train, each.held_out[evaluation.held_out]]) for each in both]
         numbers["changed"] = comparison.changed_share(*(each.argmax(dim=1) for each in both))
     if "retrain" in references:
-        answers = (
-            comparison.Answers(each.forget, each.held_out.select(each.test()))
+        predictions = (
+            comparison.Predictions(each.forget, each.held_out.select(each.test()))
             for each in (outputs, outputs_of(references["retrain"], evaluation))
         )
-        distances = comparison.answer_distances(*answers)
+        distances = comparison.prediction_distances(*predictions)
     conformal_scores = metrics.ConformalScores(outputs, settings)
+    set_rows = {key: set_rows[key] for key in evaluation.keys if key in set_rows}
+    has_retrain = "retrain" in references
+    influences = intervals.influences(conformal_scores, set_rows) if has_retrain else {}
     class_rows = classwise.class_rows(conformal_scores, data.classes)
     file_names = data.train.names and [data.train.names[index] for index in forget.tolist()]
     sample_rows = samples.sample_rows(conformal_scores, forget, file_names)
@@ -558,12 +561,13 @@ def view_model(saved, references, evaluation):
     view = ModelView(
         saved,
         numbers,
-        set_rows={key: set_rows[key] for key in evaluation.keys if key in set_rows},
+        set_rows=set_rows,
         class_rows=[{"method": saved.name} | row for row in class_rows],
         sample_rows=sample_rows,
         training=ensembles.describe(conformal_scores, torch.from_numpy(retain_sample)),
         curves={key: c for key, c in curves.items() if (c["score"], c["alpha"]) == first},
         distances=distances,
+        influences=influences,
     )
     if not evaluation.args.no_pictures:
         view.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
@@ -746,7 +750,7 @@ def print_results(rows, seeds, flags):
     seed_rows = [row for views in seeds for row in views.rows]
     class_rows = [row for views in seeds for row in views.class_rows]
     lines = [*notes.missing_q_hats(seed_rows, class_rows), *notes.unchanged(seed_rows)]
-    lines += notes.advice([views.rows for views in seeds])
+    lines += notes.intervals(rows, len(seeds)) + notes.advice([views.rows for views in seeds])
     for line in lines:
         print(line)
 

@@ -18,7 +18,7 @@ class Spread(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A number with the ends of its 95 % interval, NaN if these are unknown."""
+    """A difference to Retrain with the ends of its 95 % interval, NaN if these are unknown."""
 
     mean: float
     low: float

@@ -16,12 +16,12 @@ COLUMNS = {
     "gap": Column(
         "gap", "percent", "low", "mean absolute difference to Retrain over UA, RA, TA and MIA"
     ),
-    "UA_word": Column(
+    "by_UA": Column(
         "by UA",
         "text",
-        "matches",
-        "under-forgets, matches (within two standard errors over the images or two standard "
-        "deviations of Retrain over seeds) or over-forgets",
+        "",
+        "under-forgets or over-forgets if the 95 % interval of the difference to Retrain excludes "
+        "zero, else this interval in points (positive: forgets more)",
     ),
     "ToW": Column(
         "ToW", "number", "high", "tug of war: product of 1 − distance to Retrain in UA, RA, TA"
@@ -38,15 +38,16 @@ COLUMNS = {
     ),
 }
 ROW_COLUMNS = {
-    "CR_word": Column(
-        "by CR", "text", "matches", "the same by forget_CR (or forget_by_retain_CR if it exists)"
+    "by_CR": Column(
+        "by CR", "text", "", "the same by −forget_CR (or −forget_by_retain_CR if it exists)"
     ),
 }
 CSV_COLUMNS = {
     "<column>_minus_retrain": csv_only("number", "the model's number minus Retrain's", "near 0"),
+    "<column>_minus_retrain_low": csv_only("number", "lower end of the difference's 95 % interval"),
+    "<column>_minus_retrain_high": csv_only("number", "its upper end"),
 }
 GAP_OVER = ("UA", "RA", "TA", "MIA")
-WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"
 
 
 def gap(scalars, reference):
@@ -94,15 +95,15 @@ def tug_of_war(numbers, reference):
     return math.prod(1 - abs(distance) for distance in distances.values())
 
 
-class Answers(NamedTuple):
-    """A model's outputs on the forget and the test images: logits N×K and labels N of each."""
+class Predictions(NamedTuple):
+    """A model's predictions for the forget and the test images: logits N×K and labels N of each."""
 
     forget: tuple[torch.Tensor, torch.Tensor]
     test: tuple[torch.Tensor, torch.Tensor]
 
 
-def answer_distances(outputs, reference):
-    """The columns that compare the :class:`Answers` of a model with Retrain's, image by image."""
+def prediction_distances(outputs, reference):
+    """The columns that compare the :class:`Predictions` of a model with Retrain's, image by image."""
     return {
         "JSD_forget": jensen_shannon(outputs.forget[0], reference.forget[0]),
         "JSD_test": jensen_shannon(outputs.test[0], reference.test[0]),
@@ -133,27 +134,3 @@ def calibrated_auc(outputs, reference):
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def verdict(difference, tolerance):
-    """A word for a difference to Retrain (positive: the method forgets more). None for NaN."""
-    if math.isnan(difference) or math.isnan(tolerance):
-        return None
-    if abs(difference) <= tolerance:
-        return MATCHES
-    return OVER if difference > 0 else UNDER
-
-
-def share_tolerance(share, reference, n):
-    """Two standard errors of the difference between two equal shares of n images → a fraction.
-
-    At least 1/n. As in the two-proportion z-test, the pooled share is the mean of both: that of
-    the reference alone would give no error where none of its images is wrong.
-    """
-    pooled = (share + reference) / 2
-    return at_least_one_image(2 * math.sqrt(2 * pooled * (1 - pooled) / n), n)
-
-
-def at_least_one_image(tolerance, n):
-    """``tolerance``, but at least 1/n, the smallest difference between shares of n images."""
-    return max(tolerance, 1 / n)

@@ -33,14 +33,15 @@ def word(interval):
 
 
 def over_seeds(differences, resolution=0.0):
-    """The paired t interval of the differences of n ≥ 2 seeds → :class:`Interval`.
+    """The paired t interval of the differences of n seeds → :class:`Interval`, NaN for n = 1.
 
     ``resolution`` is the step of the numbers, e.g. 1/N for a share of N images. The deviation is at
-    least that of rounding two numbers to it, so equal differences still have an error.
+    least that of rounding two numbers to it: two equal differences are otherwise a sure difference.
     """
-    deviation = max(np.std(differences, ddof=1), resolution / math.sqrt(6))
-    error = deviation / math.sqrt(len(differences))
-    return _t_interval(float(np.mean(differences)), error, len(differences) - 1)
+    n = len(differences)
+    deviation = np.std(differences, ddof=1) if n > 1 else math.nan
+    error = max(deviation, resolution / math.sqrt(6)) / math.sqrt(n)
+    return _t_interval(float(np.mean(differences)), error, n - 1)
 
 
 def over_shares(share, reference, n):
@@ -66,19 +67,33 @@ def over_images(difference, influences, reference):
     return _t_interval(difference, math.sqrt(variance), n - 1)
 
 
+def influences(conformal_scores, keys):
+    """{key: influences} on the numbers of (score name, calibration size, α), and of the model: None.
+
+    ``keys`` are such triples.
+    """
+    score_of = {score.name: score for score in conformal_scores.settings.scores}
+    by_key = {None: model_influences(conformal_scores.outputs)}
+    for name, size, alpha in keys:
+        by_key[name, size, alpha] = set_influences(
+            conformal_scores, score_of[name], size=size, alpha=alpha
+        )
+    return by_key
+
+
 def model_influences(outputs):
     """{key: :class:`Influences`} on UA, RA and TA."""
     images = {"UA": outputs.forget, "RA": outputs.retain}
     images["TA"] = outputs.held_out.select(outputs.test())
-    influences = {}
+    on_number = {}
     for key, (logits, labels) in images.items():
         correct = (logits.argmax(dim=1) == labels).double()
         values = (correct - correct.mean()) / len(labels)
-        influences[key] = Influences(-values if key == "UA" else values, len(labels))
-    return influences
+        on_number[key] = Influences(-values if key == "UA" else values, len(labels))
+    return on_number
 
 
-def set_influences(conformal_scores, score, size, alpha):
+def set_influences(conformal_scores, score, *, size, alpha):
     """{key: :class:`Influences`} on CR_f, the fake share and CR_t under the retained classes' q̂.
 
     An image acts directly in the draws in which it is measured, and through q̂ in the draws in which
@@ -100,7 +115,7 @@ def set_influences(conformal_scores, score, size, alpha):
     known = ~q_hats.isnan()
     errors = (1 - alpha - held_out.in_set(q_hats).double()) * calibrates
     errors /= calibrates.sum(dim=1, keepdim=True).clamp(min=1)
-    influences = {}
+    on_number = {}
     for key, terms in _terms(conformal_scores, score, tests, q_hats).items():
         numerators, denominators = terms
         residuals = numerators.double() - CR.conformal_ratio(*terms)[:, None] * denominators
@@ -109,8 +124,8 @@ def set_influences(conformal_scores, score, size, alpha):
         through_q_hat = CR.conformal_ratio(*near[key]).diff() / change * errors[known].mean(dim=0)
         parts = [direct + through_q_hat] if key == "test_CR" else [direct, through_q_hat]
         num_images = int((denominators > 0).any(dim=0).sum())
-        influences[key] = Influences(torch.cat(parts), num_images)
-    return influences
+        on_number[key] = Influences(torch.cat(parts), num_images)
+    return on_number
 
 
 def _terms(conformal_scores, score, tests, q_hats):

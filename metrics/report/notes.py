@@ -4,7 +4,10 @@
 """
 
 from .. import CR
-from .tables import is_missing, mean_of
+from ..columns import Interval
+from .tables import is_missing, mean_of, one_per_method
+
+ONE_SEED = "intervals cover the sampling of images only, not the variation over trainings; use --seeds"
 
 
 def missing_q_hats(rows, class_rows=()):
@@ -86,6 +89,22 @@ def _coverage_outside(rows):
         "test coverage outside the range for exchangeable images (measured, expected): "
         f"{'; '.join(outside)}; the usual cause is tied scores (equal logits for all images)"
     ]
+
+
+def intervals(rows, num_seeds):
+    """Lines on the intervals of differences to Retrain: what they cover, how many words are chance.
+
+    The words are not corrected for their number: with one or two degrees of freedom, Holm's
+    correction could never find a difference.
+    """
+    by_UA = [row.get("UA_minus_retrain") for row in one_per_method(rows)]
+    by_CR = [row.get(f"{CR.forget_group(row)}_CR_minus_retrain") for row in rows]
+    known = [d for d in by_UA + by_CR if isinstance(d, Interval) and not is_missing(d.low)]
+    if not known:
+        return []
+    lines = [f"{len(known)} comparisons with Retrain by UA and CR: if all methods were equal to it, "
+             f"about {0.05 * len(known):.1f} would get a word by chance"]
+    return lines if num_seeds > 1 else [ONE_SEED, *lines]
 
 
 def unchanged(rows):

@@ -1,7 +1,7 @@
 """Tables: summaries over seeds, what is printed, and the text of CSV files.
 
 A row is a dict from column keys to values. A value is a number, a :class:`metrics.columns.Spread`
-(a number and its standard deviation), a text, or None. ``columns`` is a dict from column keys to
+(a number and its standard deviation), an :class:`metrics.columns.Interval`, a text, or None. ``columns`` is a dict from column keys to
 :class:`metrics.columns.Column`, in the order in which a table shows them.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .. import CR, columns_of, ensembles
-from ..columns import RUN_COLUMNS, Column, Spread
+from ..columns import RUN_COLUMNS, Column, Interval, Spread
 
 KEYS = ("score", "cal_size", "alpha", "method")  # together they identify a row of results.csv
 WIDTH = 100  # characters of a printed line, where no method's name is longer than 16
@@ -42,8 +42,15 @@ COSTS = ("changed", "seconds", "time_ratio", "peak_memory", "memory_ratio", "not
 MODEL_COLUMNS = {"method": RUN_COLUMNS["method"]} | columns_of("COLUMNS")
 MODEL_COLUMNS |= {key: RUN_COLUMNS[key] for key in COSTS}
 SET_COLUMNS = {key: RUN_COLUMNS[key] for key in KEYS} | columns_of("ROW_COLUMNS")
-SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "UA_word", "seconds")
+SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "by_UA", "seconds")
 FAKE_OF_WRONG = Column("fake of wrong", "text", "near Retrain", "fake-forgotten of misclassified")
+COMPARED = ("UA", "RA", "TA", "MIA", "forget_CR", "forget_by_retain_CR", "test_CR")
+COMPARED += ("forget_fake_ratio", "forget_by_retain_fake_ratio")
+DIFFERENCES = {key: (MODEL_COLUMNS | SET_COLUMNS)[key] for key in COMPARED}
+DIFFERENCES = {
+    f"{key}_minus_retrain": Column(f"Δ{column.heading}", column.kind)
+    for key, column in DIFFERENCES.items()
+}
 
 
 # ---------------------------------------------------------------- values
@@ -55,12 +62,12 @@ def is_missing(value):
 
 
 def mean_of(value):
-    """The mean of a :class:`Spread`. Any other value is returned unchanged."""
-    return value.mean if isinstance(value, Spread) else value
+    """The mean of a :class:`Spread` or :class:`Interval`. Any other value is returned unchanged."""
+    return value.mean if isinstance(value, Spread | Interval) else value
 
 
 def means_of(row):
-    """A row without standard deviations."""
+    """A row without standard deviations and intervals."""
     return {key: mean_of(value) for key, value in row.items()}
 
 
@@ -70,7 +77,8 @@ def block_of(row):
 
 
 def format_cell(value, kind):
-    """A value as a table shows it: ``mean±std`` for a :class:`Spread` with a known deviation.
+    """A value as a table shows it: ``mean±std`` for a :class:`Spread` with a known deviation,
+    ``mean [low, high]`` for a known :class:`Interval`.
 
     ``kind`` is percent, number, count, seconds or text.
     """
@@ -79,7 +87,20 @@ def format_cell(value, kind):
         return MISSING
     if isinstance(value, Spread) and not is_missing(value.std):
         return f"{FORMATS[kind](mean)}±{FORMATS[kind](value.std)}"
+    if isinstance(value, Interval) and not is_missing(value.low):
+        return f"{_signed(mean, kind)} {format_interval(value, kind)}"
     return FORMATS[kind](mean)
+
+
+def format_interval(interval, kind):
+    """The ends of an :class:`Interval`, e.g. ``[-0.3, +2.1]``; "–" if they are unknown."""
+    if is_missing(interval.low):
+        return MISSING
+    return f"[{_signed(interval.low, kind)}, {_signed(interval.high, kind)}]"
+
+
+def _signed(value, kind):
+    return f"{'+' if value > 0 else ''}{FORMATS[kind](value)}"
 
 
 def short_count(count):
@@ -97,18 +118,20 @@ def summarise(rows, columns, keys):
 
     A number becomes a :class:`Spread`. A number that already has a spread over resplits enters
     with its mean. Different texts are joined. A count or text that all rows agree on is kept, and
-    a single row keeps its means.
+    a single row keeps its means and intervals.
     """
     groups = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(means_of(row))
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [_merged(group, columns, keys) for group in groups.values()]
 
 
 def _merged(group, columns, keys):
-    merged = dict(group[0])
     if len(group) == 1:
-        return merged
+        is_spread = {key: isinstance(value, Spread) for key, value in group[0].items()}
+        return {key: v.mean if is_spread[key] else v for key, v in group[0].items()}
+    group = [means_of(row) for row in group]
+    merged = dict(group[0])
     for name in dict.fromkeys(name for row in group for name in row if name not in keys):
         known = [row[name] for row in group if not is_missing(row.get(name))]
         if not known:
@@ -129,7 +152,7 @@ def _merged(group, columns, keys):
 
 
 def full_tables(rows):
-    """The :class:`Table` of the models and that of their prediction sets, with every column.
+    """The :class:`Table` of the models, of their prediction sets, and of the differences to Retrain.
 
     ``rows`` are those of results.csv. A table in which no row has a number is left out, as is a
     column that no row fills, and a score or calibration size that all rows share.
@@ -138,9 +161,14 @@ def full_tables(rows):
     for key in ("score", "cal_size"):
         if len({row[key] for row in sets}) == 1:
             del columns[key]
-    models = filled_table("Models", MODEL_COLUMNS, one_per_method(rows))
-    both = models, filled_table("Prediction sets", columns, sets)
-    return [table for table in both if table is not None]
+    about = {key: column for key, column in columns.items() if key in KEYS}
+    others = [row for row in sets if row["method"] != "retrain"]
+    made = [
+        filled_table("Models", MODEL_COLUMNS, one_per_method(rows)),
+        filled_table("Prediction sets", columns, sets),
+        filled_table("Differences to Retrain", about | DIFFERENCES, others),
+    ]
+    return [table for table in made if table is not None]
 
 
 def one_per_method(rows):
@@ -165,7 +193,7 @@ def short_set_table(rows):
     forget = CR.forget_group(rows[0]) if rows else "forget"
     shown = ("method", f"{forget}_coverage", f"{forget}_set_size", f"{forget}_CR")
     columns = {key: SET_COLUMNS[key] for key in (*shown, "test_coverage", "test_CR")}
-    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
+    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "by_CR": SET_COLUMNS["by_CR"]}
     rows = [row | {"fake_of_wrong": _fake_of_wrong(row, forget)} for row in rows]
     return filled_table("Prediction sets", columns, rows)
 
@@ -181,7 +209,7 @@ def short_lines(rows, *, over_seeds=False):
 
     A table of the models, the reasons of failures, and a table of the prediction sets for each
     score, calibration size and α. Numbers are means. ``over_seeds`` adds the standard deviations
-    over seeds: of all columns where they fit, else of the columns that decide the verdicts.
+    over seeds: of all columns where they fit, else of UA, the gap and CR.
     """
     rows = rows if over_seeds else [means_of(row) for row in rows]
     lines = []
@@ -291,12 +319,16 @@ def print_table(columns, rows):
 
 
 def flat(row, ending=RESPLITS):
-    """A row with plain values for files. A :class:`Spread` becomes ``key`` and ``key`` + ending."""
+    """A row with plain values for files. A :class:`Spread` becomes ``key`` and ``key`` + ending, an
+    :class:`Interval` becomes ``key``, ``key_low`` and ``key_high``.
+    """
     cells = {}
     for key, value in row.items():
         cells[key] = mean_of(value)
         if isinstance(value, Spread):
             cells[key + ending] = value.std
+        elif isinstance(value, Interval):
+            cells |= {f"{key}_low": value.low, f"{key}_high": value.high}
     return cells
 
 
