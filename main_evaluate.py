@@ -477,7 +477,7 @@ class ModelView:
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α), ``distances`` those to Retrain's outputs. ``curves`` are those of
     :func:`relearn` by source. ``training`` is what trainings of one split are compared by.
-    ``influences`` are those of :func:`metrics.intervals.influences`, if Retrain is evaluated.
+    ``influences`` are those of images on ``set_rows`` and, under None, on ``numbers``.
     """
 
     saved: SavedModel
@@ -513,11 +513,11 @@ def make_views(saved_models, evaluation):
         if retrain:
             for key in view.set_rows.keys() & retrain.set_rows.keys():
                 row, both = view.set_rows[key], (view.influences[key], retrain.influences[key])
-                row |= differences.compare_sets(name, row, retrain.set_rows[key], influences=both)
+                row |= differences.compare(row, retrain.set_rows[key], both)
             both = view.influences[None], retrain.influences[None]
-            reference = bare["retrain"]
-            compared = differences.compare_model(name, bare[name], reference, influences=both)
-            view.numbers |= compared | view.distances
+            view.numbers |= differences.compare(bare[name], bare["retrain"], both)
+            view.numbers |= differences.compare_model(name, bare[name], bare["retrain"])
+            view.numbers |= view.distances
         if "finetune" in views and name != "original":
             view.numbers |= comparison.costs(bare[name], bare["finetune"])
     class_rows = [row for view in views.values() for row in view.class_rows]
@@ -542,15 +542,13 @@ def view_model(saved, references, evaluation):
         both = [torch.cat([each.train, each.held_out[evaluation.held_out]]) for each in both]
         numbers["changed"] = comparison.changed_share(*(each.argmax(dim=1) for each in both))
     if "retrain" in references:
-        predictions = (
-            comparison.Predictions(each.forget, each.held_out.select(each.test()))
-            for each in (outputs, outputs_of(references["retrain"], evaluation))
-        )
-        distances = comparison.prediction_distances(*predictions)
+        retrain = outputs_of(references["retrain"], evaluation)
+        distances = comparison.prediction_distances(outputs, retrain)
     conformal_scores = metrics.ConformalScores(outputs, settings)
     set_rows = {key: set_rows[key] for key in evaluation.keys if key in set_rows}
-    has_retrain = "retrain" in references
-    influences = intervals.influences(conformal_scores, set_rows) if has_retrain else {}
+    influences = {None: intervals.model_influences(outputs)}
+    for key in set_rows if distances else ():
+        influences[key] = intervals.set_influences(conformal_scores, *key)
     class_rows = classwise.class_rows(conformal_scores, data.classes)
     file_names = data.train.names and [data.train.names[index] for index in forget.tolist()]
     sample_rows = samples.sample_rows(conformal_scores, forget, file_names)
@@ -593,7 +591,7 @@ def rows_of(views, evaluation):
         for name, view in views.items():
             if key in view.set_rows:
                 row = block | {"method": name} | view.numbers | view.set_rows[key] | origin
-                rows.append(row | {"weights": view.saved.weights})
+                rows.append(differences.with_words(row | {"weights": view.saved.weights}))
         rows += [block | failure for failure in failures]
     return rows
 
@@ -730,6 +728,7 @@ def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
         "seed": str(description["seed"]),
         "device": description["device"],
         "date": description["date"],
+        "intervals": "; ".join(notes.intervals(rows)) or "none",
     }
     if ensemble_rows:
         heading = tables.ensemble_heading(len(flags["seeds"]), flags["split_seed"])
@@ -750,7 +749,7 @@ def print_results(rows, seeds, flags):
     seed_rows = [row for views in seeds for row in views.rows]
     class_rows = [row for views in seeds for row in views.class_rows]
     lines = [*notes.missing_q_hats(seed_rows, class_rows), *notes.unchanged(seed_rows)]
-    lines += notes.intervals(rows, len(seeds)) + notes.advice([views.rows for views in seeds])
+    lines += notes.intervals(rows) + notes.advice([views.rows for views in seeds])
     for line in lines:
         print(line)
 

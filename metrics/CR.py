@@ -184,8 +184,8 @@ def coverage_law(n, m, alpha):
 def set_metrics(part, q_hats):
     """Every metric of one group of images under each of Q thresholds: {key: tensor Q, float64}.
 
-    ``part`` is a :class:`metrics.conformal.ImageScores`, ``q_hats`` are Q log-odds. Under a q̂ of NaN
-    only ``misclassified`` is not NaN.
+    ``part`` is a :class:`metrics.conformal.ImageScores`, ``q_hats`` are Q log-odds. Under a q̂ of
+    NaN only ``misclassified`` is not NaN.
     """
     chunks = torch.as_tensor(q_hats, dtype=torch.float64).split(THRESHOLDS_PER_CHUNK)
     numbers = [_chunk_metrics(part, chunk) for chunk in chunks]

@@ -4,7 +4,6 @@ Both under-forgetting and over-forgetting are errors.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -39,7 +38,7 @@ COLUMNS = {
 }
 ROW_COLUMNS = {
     "by_CR": Column(
-        "by CR", "text", "", "the same by −forget_CR (or −forget_by_retain_CR if it exists)"
+        "by CR", "text", "", "the same by −forget_CR (or −forget_by_retain_CR)"
     ),
 }
 CSV_COLUMNS = {
@@ -95,19 +94,14 @@ def tug_of_war(numbers, reference):
     return math.prod(1 - abs(distance) for distance in distances.values())
 
 
-class Predictions(NamedTuple):
-    """A model's predictions for the forget and the test images: logits N×K and labels N of each."""
-
-    forget: tuple[torch.Tensor, torch.Tensor]
-    test: tuple[torch.Tensor, torch.Tensor]
-
-
 def prediction_distances(outputs, reference):
-    """The columns that compare the :class:`Predictions` of a model with Retrain's, image by image."""
+    """The columns that compare a model with Retrain image by image. Both are metrics.Outputs."""
+    forget = outputs.forget, reference.forget
+    test = [each.held_out.select(each.test()) for each in (outputs, reference)]
     return {
-        "JSD_forget": jensen_shannon(outputs.forget[0], reference.forget[0]),
-        "JSD_test": jensen_shannon(outputs.test[0], reference.test[0]),
-        "calibrated_AUC": calibrated_auc(outputs, reference),
+        "JSD_forget": jensen_shannon(*(images.logits for images in forget)),
+        "JSD_test": jensen_shannon(*(images.logits for images in test)),
+        "calibrated_AUC": calibrated_auc(forget, test),
     }
 
 
@@ -119,17 +113,15 @@ def jensen_shannon(logits, reference_logits):
     return (divergences.clamp(min=0).mean() / 2 / math.log(2)).item()
 
 
-def calibrated_auc(outputs, reference):
+def calibrated_auc(forget, test):
     """AUC of a membership attack with Retrain as reference model (Watson et al. 2022, 2111.08440).
 
     The score of an image is the log-odds of its label less Retrain's, which removes the difficulty
-    of the image. Forget images are positives, test images negatives; NaN if a kind has no image.
+    of the image. Both arguments are (the model's, Retrain's) Output of logits N×K and labels N.
+    Forget images are positives, test images negatives; NaN if a kind has no image.
     """
-    forget, test = (
-        margins(*images) - margins(*reference_images)
-        for images, reference_images in zip(outputs, reference, strict=True)
-    )
-    return roc(forget, test)[0]
+    scores = [margins(*model) - margins(*reference) for model, reference in (forget, test)]
+    return roc(*scores)[0]
 
 
 def _is_number(value):

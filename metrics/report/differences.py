@@ -1,6 +1,7 @@
 """The columns that compare rows with Retrain's: differences with their intervals, and the gap.
 
-Rows are those of results.csv (dicts).
+Rows are those of results.csv (dicts). ``influences`` are those of the model and of Retrain, as
+:mod:`metrics.intervals` makes them.
 """
 
 from .. import CR, comparison, intervals
@@ -8,92 +9,68 @@ from ..columns import Interval
 from . import tables
 from .tables import DIFFERENCES, KEYS, MODEL_COLUMNS, SET_COLUMNS, is_missing
 
-REFERENCE = "reference"  # the cell of Retrain
 
+def compare(numbers, reference, influences):
+    """The differences of a model's or its sets' numbers to Retrain's: {key_minus_retrain: number}.
 
-def compare_model(name, numbers, reference, *, influences):
-    """The columns that compare a model as a whole with Retrain. Both are {key: number}.
-
-    ``influences`` are the two results of :func:`metrics.intervals.model_influences`.
+    Those whose ``influences`` are known are Intervals.
     """
-    shown = {key: numbers[key] for key in MODEL_COLUMNS if key in numbers}
-    compared = comparison.differences(shown, reference)
-    compared["gap"] = comparison.gap(numbers, reference)
+    shown = {key: numbers[key] for key in MODEL_COLUMNS | SET_COLUMNS if key in numbers}
+    compared = comparison.differences(tables.means_of(shown), tables.means_of(reference))
+    model_influences, reference_influences = influences
+    for key in model_influences:
+        column = f"{key}_minus_retrain"
+        if column in compared:
+            both = model_influences[key], reference_influences[key]
+            compared[column] = intervals.over_images(compared[column], *both)
+    return compared
+
+
+def compare_model(name, numbers, reference):
+    """The other columns that compare a model as a whole with Retrain. Both are {key: number}."""
+    compared = {"gap": comparison.gap(numbers, reference)}
     compared["ToW"] = comparison.tug_of_war(numbers, reference)
-    if name == "retrain":
-        compared["by_UA"] = REFERENCE
-    else:
-        compared |= _image_intervals(compared, *influences)
-        if "MIA_minus_retrain" in compared:
-            shares = numbers["MIA"], reference["MIA"]
-            interval = intervals.over_shares(*shares, numbers["num_forget"])
-            compared["MIA_minus_retrain"] = interval
-        compared["by_UA"] = _cell(compared, "UA")
+    shares = numbers["MIA"], reference["MIA"]
+    if name != "retrain" and not any(map(is_missing, shares)):
+        compared["MIA_minus_retrain"] = intervals.over_shares(*shares, numbers["num_forget"])
     seconds, reference_seconds = (row.get("seconds") or 0 for row in (numbers, reference))
     if name != "original" and seconds > 0 and reference_seconds > 0:
         compared["RTE"] = seconds / reference_seconds
     return compared
 
 
-def compare_sets(name, row, reference, *, influences):
-    """The columns that compare a model's prediction sets with Retrain's. Both are {key: number}.
-
-    ``influences`` are the two results of :func:`metrics.intervals.set_influences`.
-    """
-    row, reference = tables.means_of(row), tables.means_of(reference)
-    shown = {key: row[key] for key in SET_COLUMNS if key in row}
-    compared = comparison.differences(shown, reference)
-    if name == "retrain":
-        return compared | {"by_CR": REFERENCE}
-    compared |= _image_intervals(compared, *influences)
-    return compared | {"by_CR": _cell(compared, f"{CR.forget_group(row)}_CR")}
-
-
-def _image_intervals(compared, influences, reference):
-    """The differences that have influences, as Intervals."""
-    found = {}
-    for key in influences:
-        column = f"{key}_minus_retrain"
-        if column in compared:
-            both = influences[key], reference[key]
-            found[column] = intervals.over_images(compared[column], *both)
-    return found
+def with_words(row):
+    """A row with ``by_UA`` and ``by_CR``: a word or an interval, positive if more is forgotten."""
+    cells = {}
+    for cell, key, sign in (("by_UA", "UA", 1), ("by_CR", f"{CR.forget_group(row)}_CR", -1)):
+        difference = row.get(f"{key}_minus_retrain")
+        if row["method"] == "retrain":
+            cells[cell] = "reference"
+        elif isinstance(difference, Interval) and not is_missing(difference.low):
+            mean, low, high = difference
+            # A lower CR means more forgetting.
+            signed = difference if sign > 0 else Interval(-mean, -high, -low)
+            text = tables.format_ends(signed, "percent" if key == "UA" else "number")
+            cells[cell] = intervals.word(signed) or text
+    return row | cells
 
 
 def summarise_seeds(rows):
     """One row per (score, calibration size, α, method), with a Spread over the seeds.
 
-    Several seeds have paired t intervals, a single seed keeps those over its images.
+    Several seeds have paired t intervals. A single seed keeps those over its images.
     """
-    seeds = {}
-    for row in rows:
-        seeds.setdefault(tuple(row[key] for key in KEYS), []).append(row)
-    summary = tables.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
+    summary, seeds = tables.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS), {}
     if len(summary) == len(rows):
         return summary
-    for row, group in zip(summary, seeds.values(), strict=True):
-        num_forget = min((seed["num_forget"] for seed in group if seed.get("num_forget")), default=1)
-        for column in DIFFERENCES.keys() & row.keys():
+    for row in rows:
+        seeds.setdefault(tuple(row[key] for key in KEYS), []).append(row)
+    for row in summary:
+        group = seeds[tuple(row[key] for key in KEYS)]
+        fewest = min(seed.get("num_forget") or 1 for seed in group)
+        for column in DIFFERENCES.keys() & row.keys() if row["method"] != "retrain" else ():
             values = [tables.mean_of(seed.get(column)) for seed in group]
+            resolution = 0 if column.startswith(("RA", "TA", "test")) else 1 / fewest
             known = [value for value in values if not is_missing(value)]
-            on_forget = not column.startswith(("RA", "TA", "test"))
-            resolution = 1 / num_forget if on_forget else 0
-            row[column] = intervals.over_seeds(known, resolution)
-        if row["method"] != "retrain":
-            cells = {"by_UA": "UA", "by_CR": f"{CR.forget_group(row)}_CR"}
-            row |= {cell: _cell(row, key) for cell, key in cells.items() if cell in row}
-    return summary
-
-
-def _cell(row, key):
-    """The cell of ``by UA`` or ``by CR``: a word or an interval, positive where more is forgotten.
-
-    None without an interval.
-    """
-    difference = row.get(f"{key}_minus_retrain")
-    if not isinstance(difference, Interval) or is_missing(difference.low):
-        return None
-    if key != "UA":  # a lower CR means more forgetting
-        difference = Interval(-difference.mean, -difference.high, -difference.low)
-    kind = "percent" if key == "UA" else "number"
-    return intervals.word(difference) or tables.format_interval(difference, kind)
+            row[column] = intervals.over_seeds(known, resolution) if known else None
+    return [with_words(row | dict.fromkeys(("by_UA", "by_CR"))) for row in summary]

@@ -4,10 +4,8 @@
 """
 
 from .. import CR
-from ..columns import Interval
+from ..columns import Interval, Spread
 from .tables import is_missing, mean_of, one_per_method
-
-ONE_SEED = "intervals cover the sampling of images only, not the variation over trainings; use --seeds"
 
 
 def missing_q_hats(rows, class_rows=()):
@@ -91,20 +89,19 @@ def _coverage_outside(rows):
     ]
 
 
-def intervals(rows, num_seeds):
-    """Lines on the intervals of differences to Retrain: what they cover, how many words are chance.
-
-    The words are not corrected for their number: with one or two degrees of freedom, Holm's
-    correction could never find a difference.
-    """
-    by_UA = [row.get("UA_minus_retrain") for row in one_per_method(rows)]
-    by_CR = [row.get(f"{CR.forget_group(row)}_CR_minus_retrain") for row in rows]
-    known = [d for d in by_UA + by_CR if isinstance(d, Interval) and not is_missing(d.low)]
-    if not known:
+def intervals(rows):
+    """Lines on the intervals of differences: how many words are chance, and what they cover."""
+    compared = [row.get("UA_minus_retrain") for row in one_per_method(rows)]
+    compared += [row.get(f"{CR.forget_group(row)}_CR_minus_retrain") for row in rows]
+    count = sum(isinstance(item, Interval) and not is_missing(item.low) for item in compared)
+    if not count:
         return []
-    lines = [f"{len(known)} comparisons with Retrain by UA and CR: if all methods were equal to it, "
-             f"about {0.05 * len(known):.1f} would get a word by chance"]
-    return lines if num_seeds > 1 else [ONE_SEED, *lines]
+    chance = f"about {0.05 * count:.1f} would get a word by chance if all methods equaled Retrain"
+    lines = [f"{count} comparisons with Retrain by UA or CR: {chance}"]
+    if not any(isinstance(row.get("UA"), Spread) for row in rows):
+        reason = "not the variation over trainings; use --seeds"
+        lines.append(f"intervals cover the sampling of images only, {reason}")
+    return lines
 
 
 def unchanged(rows):

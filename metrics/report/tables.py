@@ -1,8 +1,9 @@
 """Tables: summaries over seeds, what is printed, and the text of CSV files.
 
 A row is a dict from column keys to values. A value is a number, a :class:`metrics.columns.Spread`
-(a number and its standard deviation), an :class:`metrics.columns.Interval`, a text, or None. ``columns`` is a dict from column keys to
-:class:`metrics.columns.Column`, in the order in which a table shows them.
+(a number and its standard deviation), an :class:`metrics.columns.Interval`, a text, or None.
+``columns`` is a dict from column keys to :class:`metrics.columns.Column`, in the order in which a
+table shows them.
 """
 
 import csv
@@ -46,10 +47,10 @@ SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "by_UA", "seconds"
 FAKE_OF_WRONG = Column("fake of wrong", "text", "near Retrain", "fake-forgotten of misclassified")
 COMPARED = ("UA", "RA", "TA", "MIA", "forget_CR", "forget_by_retain_CR", "test_CR")
 COMPARED += ("forget_fake_ratio", "forget_by_retain_fake_ratio")
-DIFFERENCES = {key: (MODEL_COLUMNS | SET_COLUMNS)[key] for key in COMPARED}
 DIFFERENCES = {
     f"{key}_minus_retrain": Column(f"Δ{column.heading}", column.kind)
-    for key, column in DIFFERENCES.items()
+    for key, column in (MODEL_COLUMNS | SET_COLUMNS).items()
+    if key in COMPARED
 }
 
 
@@ -88,19 +89,13 @@ def format_cell(value, kind):
     if isinstance(value, Spread) and not is_missing(value.std):
         return f"{FORMATS[kind](mean)}±{FORMATS[kind](value.std)}"
     if isinstance(value, Interval) and not is_missing(value.low):
-        return f"{_signed(mean, kind)} {format_interval(value, kind)}"
+        return f"{FORMATS[kind](mean)} {format_ends(value, kind)}"
     return FORMATS[kind](mean)
 
 
-def format_interval(interval, kind):
-    """The ends of an :class:`Interval`, e.g. ``[-0.3, +2.1]``; "–" if they are unknown."""
-    if is_missing(interval.low):
-        return MISSING
-    return f"[{_signed(interval.low, kind)}, {_signed(interval.high, kind)}]"
-
-
-def _signed(value, kind):
-    return f"{'+' if value > 0 else ''}{FORMATS[kind](value)}"
+def format_ends(interval, kind):
+    """The ends of an :class:`Interval`: ``[low, high]``."""
+    return f"[{FORMATS[kind](interval.low)}, {FORMATS[kind](interval.high)}]"
 
 
 def short_count(count):
@@ -128,8 +123,8 @@ def summarise(rows, columns, keys):
 
 def _merged(group, columns, keys):
     if len(group) == 1:
-        is_spread = {key: isinstance(value, Spread) for key, value in group[0].items()}
-        return {key: v.mean if is_spread[key] else v for key, v in group[0].items()}
+        items = group[0].items()
+        return {key: v if isinstance(v, Interval) else mean_of(v) for key, v in items}
     group = [means_of(row) for row in group]
     merged = dict(group[0])
     for name in dict.fromkeys(name for row in group for name in row if name not in keys):
@@ -152,7 +147,7 @@ def _merged(group, columns, keys):
 
 
 def full_tables(rows):
-    """The :class:`Table` of the models, of their prediction sets, and of the differences to Retrain.
+    """The :class:`Table` of the models, of their prediction sets, and of differences to Retrain.
 
     ``rows`` are those of results.csv. A table in which no row has a number is left out, as is a
     column that no row fills, and a score or calibration size that all rows share.
@@ -161,7 +156,7 @@ def full_tables(rows):
     for key in ("score", "cal_size"):
         if len({row[key] for row in sets}) == 1:
             del columns[key]
-    about = {key: column for key, column in columns.items() if key in KEYS}
+    about = {key: columns[key] for key in KEYS if key in columns}
     others = [row for row in sets if row["method"] != "retrain"]
     made = [
         filled_table("Models", MODEL_COLUMNS, one_per_method(rows)),
