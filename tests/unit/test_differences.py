@@ -1,10 +1,20 @@
-"""Rows compared with Retrain's: the gap, differences, and verdicts on one and several seeds."""
+"""Rows compared with Retrain's: the gap, differences, and their words or intervals."""
 
 import math
 
 import pytest
+import torch
+from scipy import stats
 
-from metrics.report import verdicts
+from metrics import Interval
+from metrics.intervals import Influences
+from metrics.report import differences
+
+
+def influences(*keys, values=(0.1, -0.1)):
+    on_number = {key: Influences(torch.tensor(values), 2) for key in keys}
+    none = {key: Influences(torch.zeros(2), 2) for key in keys}
+    return on_number, none
 
 
 def comparable(**numbers):
@@ -12,64 +22,58 @@ def comparable(**numbers):
     return scalars | numbers
 
 
-def test_comparison_of_a_model_with_retrain_has_gap_and_verdict():
-    actual = verdicts.compare_model("GA", comparable(UA=0.3, TA=0.7, seconds=0.5), comparable())
+def test_comparison_of_a_model_with_retrain_by_hand():
+    model, retrain = comparable(UA=0.3, TA=0.7, seconds=0.5, weights="x"), comparable()
+    actual = differences.compare_model("GA", model, retrain)
     assert actual["gap"] == pytest.approx((0.2 + 0 + 0.1 + 0) / 4)
     assert actual["ToW"] == pytest.approx(0.8 * 0.9) and actual["RTE"] == 0.05
-    assert actual["UA_minus_retrain"] == pytest.approx(-0.2)
-    assert actual["TA_minus_retrain"] == pytest.approx(-0.1)
-    # The tolerance is that of the two-proportion z-test, e.g. 2·√(2 · 0.24 / 100) = 0.139 at 0.3.
-    words = {0.3: "under-forgets", 0.37: "matches", 0.63: "matches", 0.65: "over-forgets"}
-    words[math.nan] = None
-    for ua, word in words.items():
-        assert verdicts.compare_model("GA", comparable(UA=ua), comparable())["UA_word"] == word
+    half = stats.t.ppf(0.975, 99) * math.sqrt(2 * 0.24 / 99)
+    assert actual["MIA_minus_retrain"] == pytest.approx((0, -half, half))
+    actual = differences.compare(model, retrain, influences("UA", "RA"))
+    assert actual["TA_minus_retrain"] == pytest.approx(-0.1) and "weights_minus_retrain" not in actual
+    half = stats.t.ppf(0.975, 1) * math.sqrt(0.02 * 2 / 1)
+    assert actual["UA_minus_retrain"] == pytest.approx((-0.2, -0.2 - half, -0.2 + half))
+    assert "MIA_minus_retrain" not in differences.compare_model("retrain", retrain, retrain)
 
 
 @pytest.mark.parametrize("key", ["forget_CR", "forget_by_retain_CR"])
-def test_sets_with_higher_CR_than_retrain_under_forget(key):
-    reference = {"forget_CR": 0.9, "test_CR": 0.6, key: 0.5, f"{key}_error": 0.03}
+def test_words_and_intervals_have_the_sign_of_forgetting(key):
+    def cells(UA, CR, method="GA"):
+        row = {"method": method, "forget_CR": 0.5, key: 0.5, "UA_minus_retrain": UA}
+        row = differences.with_words(row | {f"{key}_minus_retrain": CR})
+        return row.get("by_UA"), row.get("by_CR")
 
-    def compare(value, error=0.04, num_forget=100):
-        row = {"forget_CR": 0.1, "test_CR": 0.7, key: value, f"{key}_error": error}
-        return verdicts.compare_sets(row, reference, num_forget)
-
-    # The tolerance is 2 · √(0.03² + 0.04²) = 0.1.
-    words = {0.61: "under-forgets", 0.59: "matches", 0.41: "matches", 0.39: "over-forgets"}
-    assert {value: compare(value)["CR_word"] for value in words} == words
-    assert compare(0.61, num_forget=5)["CR_word"] == "matches"  # one image is 0.2
-    assert compare(math.nan)["CR_word"] is None and compare(0.5, math.nan)["CR_word"] is None
-    assert compare(0.6)["test_CR_minus_retrain"] == pytest.approx(0.1)
-    assert compare(0.6)[f"{key}_minus_retrain"] == pytest.approx(0.1)
+    above, below = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1)
+    around, unknown = Interval(0.1, -0.0125, 0.3), Interval(0.1, math.nan, math.nan)
+    assert cells(above, above) == ("over-forgets", "under-forgets")
+    assert cells(below, below) == ("under-forgets", "over-forgets")
+    assert cells(around, around) == ("[-1.2, 30.0]", "[-0.300, 0.013]")
+    assert cells(unknown, 0.2) == (None, None)
+    assert cells(0.0, 0.0, "retrain") == ("reference", "reference")
 
 
-def seeds_of(method, UA, CR_f, num_forget=50):
+def seeds_of(method, UA, CR_f, num_forget=1000):
     columns = {"score": "thr", "cal_size": 20, "alpha": 0.1, "method": method}
-    columns |= {"num_forget": num_forget, "q_hat": 0.9}
-    return [columns | {"UA": ua, "forget_CR": r} for ua, r in zip(UA, CR_f, strict=True)]
+    columns |= {"num_forget": num_forget, "q_hat": 0.9, "by_UA": "one seed", "by_CR": "one seed"}
+    names = ("UA", "forget_CR", "UA_minus_retrain", "forget_CR_minus_retrain")
+    pairs = zip(UA, CR_f, strict=True)
+    return [columns | dict(zip(names, (0.5, 0.5, *pair), strict=True)) for pair in pairs]
 
 
-def words(*rows):
-    """{method: (verdict by UA, verdict by CR)} of a summary over seeds."""
-    summary = verdicts.summarise_seeds([row for seeds in rows for row in seeds])
-    return {row["method"]: (row.get("UA_word"), row.get("CR_word")) for row in summary}
+def test_seeds_have_paired_intervals_of_the_known_differences():
+    UA, CR_f = [0.1, 0.2, 0.3], [-0.1, math.nan, -0.1]
+    rows = seeds_of("GA", UA, CR_f) + seeds_of("RL", [0.1], [math.nan])
+    GA, RL, retrain = differences.summarise_seeds(rows + seeds_of("retrain", [0, 0], [0, 0]))
+    expected = stats.ttest_1samp(UA, 0).confidence_interval(0.95)
+    assert GA["UA_minus_retrain"] == pytest.approx((0.2, *expected))
+    # Two equal differences of 1000 images have the deviation of rounding.
+    half = stats.t.ppf(0.975, 1) / 1000 / math.sqrt(6 * 2)
+    assert GA["forget_CR_minus_retrain"] == pytest.approx((-0.1, -0.1 - half, -0.1 + half))
+    assert (GA["by_UA"], GA["by_CR"]) == ("[-4.8, 44.8]", "over-forgets")
+    assert RL["by_UA"] is None and RL["UA_minus_retrain"].mean == 0.1
+    assert retrain["by_UA"] == retrain["by_CR"] == "reference"
 
 
-def test_verdicts_over_seeds_tolerate_one_image_of_the_smallest_forget_set():
-    reference = seeds_of("retrain", [1.0, 1.0], [0.1, 0.1])
-    far = seeds_of("finetune", [0.97] * 2, [0.0, 0.15])
-    methods = seeds_of("GA", [0.999] * 2, [0.119] * 2), seeds_of("salun", [0.97] * 2, [0.12, 0.13])
-    assert words(reference, far, *methods) == {
-        "retrain": ("matches", "matches"),
-        "GA": ("matches", "matches"),
-        "finetune": ("under-forgets", "over-forgets"),
-        "salun": ("under-forgets", "under-forgets"),
-    }
-    assert words(reference, [far[0] | {"num_forget": 10}, far[1]])["finetune"][0] == "matches"
-
-
-def test_verdicts_over_seeds_tolerate_two_deviations_of_retrain():
-    reference = seeds_of("retrain", [0.4, 0.6], [0.2, 0.4], 1000)  # deviations of 0.1414
-    actual = words(reference, seeds_of("GA", [0.79] * 2, [0.02] * 2, 1000))
-    assert actual["GA"] == ("over-forgets", "matches")
-    actual = words(reference, seeds_of("GA", [0.77] * 2, [0.01] * 2, 1000))
-    assert actual["GA"] == ("matches", "over-forgets")
+def test_a_single_seed_keeps_the_intervals_over_its_images():
+    row = seeds_of("GA", [Interval(0.1, 0.0, 0.2)], [0.1])[0]
+    assert differences.summarise_seeds([row]) == [row]

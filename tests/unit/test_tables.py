@@ -48,9 +48,9 @@ def test_summary_over_seeds_by_hand():
 
 def set_row(alpha, method, **numbers):
     row = {"score": "thr", "cal_size": 20, "alpha": alpha, "method": method, "q_hat": 0.9}
-    row |= {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "gap": 0.1, "UA_word": "under-forgets"}
+    row |= {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "gap": 0.1, "by_UA": "under-forgets"}
     row |= {"seconds": 3.0, "forget_coverage": Spread(0.7, 0.1), "forget_set_size": 2.5}
-    row |= {"forget_CR": 0.28, "test_coverage": 0.9, "test_CR": 0.6, "CR_word": "over-forgets"}
+    row |= {"forget_CR": 0.28, "test_coverage": 0.9, "test_CR": 0.6, "by_CR": "over-forgets"}
     return row | {"forget_misclassified": 10, "forget_fake": Spread(4, 1.0)} | numbers
 
 
