@@ -38,7 +38,8 @@ COLUMNS = {
 }
 ROW_COLUMNS = {
     "by_CR": Column(
-        "by CR", "text", "", "the same by −forget_CR (or −forget_by_retain_CR)"
+        "by CR", "text", "", "the same by −forget_CR (or −forget_by_retain_CR); needs about 4/α calibration images for "
+        "one seed"
     ),
 }
 CSV_COLUMNS = {

@@ -42,16 +42,15 @@ def compare_model(name, numbers, reference):
 def with_words(row):
     """A row with ``by_UA`` and ``by_CR``: a word or an interval, positive if more is forgotten."""
     cells = {}
-    for cell, key, sign in (("by_UA", "UA", 1), ("by_CR", f"{CR.forget_group(row)}_CR", -1)):
+    for cell, key in (("by_UA", "UA"), ("by_CR", f"{CR.forget_group(row)}_CR")):
         difference = row.get(f"{key}_minus_retrain")
-        if row["method"] == "retrain":
+        if row["method"] == "retrain" and difference is not None:
             cells[cell] = "reference"
         elif isinstance(difference, Interval) and not is_missing(difference.low):
-            mean, low, high = difference
-            # A lower CR means more forgetting.
-            signed = difference if sign > 0 else Interval(-mean, -high, -low)
-            text = tables.format_ends(signed, "percent" if key == "UA" else "number")
-            cells[cell] = intervals.word(signed) or text
+            if key != "UA":  # a lower CR means more forgetting
+                difference = Interval(-difference.mean, -difference.high, -difference.low)
+            text = tables.format_ends(difference, "percent" if key == "UA" else "number")
+            cells[cell] = intervals.word(difference) or text
     return row | cells
 
 

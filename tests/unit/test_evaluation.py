@@ -251,6 +251,11 @@ def test_comparison_is_with_the_retrain_of_the_table(bench):
     assert float(GA["gap"]) == pytest.approx(np.mean([abs(a - b) for a, b in pairs]))
     assert float(GA["TA_minus_retrain"]) == pytest.approx(pairs[2][0] - pairs[2][1])
     assert float(retrain["gap"]) == 0 and float(GA["JSD_forget"]) > 0.01
+    assert retrain["by_UA"] == "reference" and "UA_minus_retrain_low" in GA
+    for key in ("UA", "RA", "TA", "MIA", "forget_CR", "test_CR"):
+        row, column = bench.table()[-1], f"{key}_minus_retrain"
+        low, mean, high = (float(row[column + end]) for end in ("_low", "", "_high"))
+        assert low < mean < high and mean == pytest.approx((low + high) / 2), key
     record = read_json(bench.folder() / "GA/results.json")["metrics"]
     assert not {"gap", "JSD_forget", "by_UA", "time_ratio"} & record.keys()
 
