@@ -7,7 +7,7 @@ Rows are those of results.csv (dicts). ``influences`` are those of the model and
 from .. import CR, comparison, intervals
 from ..columns import Interval
 from . import tables
-from .tables import DIFFERENCES, KEYS, MODEL_COLUMNS, SET_COLUMNS, is_missing
+from .tables import KEYS, MODEL_COLUMNS, SET_COLUMNS, is_missing
 
 
 def compare(numbers, reference, influences):
@@ -55,21 +55,6 @@ def with_words(row):
 
 
 def summarise_seeds(rows):
-    """One row per (score, calibration size, α, method), with a Spread over the seeds.
-
-    Several seeds have paired t intervals. A single seed keeps those over its images.
-    """
-    summary, seeds = tables.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS), {}
-    if len(summary) == len(rows):
-        return summary
-    for row in rows:
-        seeds.setdefault(tuple(row[key] for key in KEYS), []).append(row)
-    for row in summary:
-        group = seeds[tuple(row[key] for key in KEYS)]
-        fewest = min(seed.get("num_forget") or 1 for seed in group)
-        for column in DIFFERENCES.keys() & row.keys() if row["method"] != "retrain" else ():
-            values = [tables.mean_of(seed.get(column)) for seed in group]
-            resolution = 0 if column.startswith(("RA", "TA", "test")) else 1 / fewest
-            known = [value for value in values if not is_missing(value)]
-            row[column] = intervals.over_seeds(known, resolution) if known else None
+    """One row per (score, calibration size, α, method), with Spreads and Intervals over the seeds."""
+    summary = tables.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
     return [with_words(row | dict.fromkeys(("by_UA", "by_CR"))) for row in summary]

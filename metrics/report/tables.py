@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import CR, columns_of, ensembles
+from .. import CR, columns_of, ensembles, intervals
 from ..columns import RUN_COLUMNS, Column, Interval, Spread
 
 KEYS = ("score", "cal_size", "alpha", "method")  # together they identify a row of results.csv
@@ -111,22 +111,20 @@ def short_count(count):
 def summarise(rows, columns, keys):
     """One row for all rows that agree in ``keys``, with the mean and deviation over these rows.
 
-    A number becomes a :class:`Spread`. A number that already has a spread over resplits enters
+    A number becomes a :class:`Spread`, a difference to Retrain an :class:`Interval`. A number that already has a spread over resplits enters
     with its mean. Different texts are joined. A count or text that all rows agree on is kept, and
-    a single row keeps its means and intervals.
+    a single row keeps its means.
     """
     groups = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+        groups.setdefault(tuple(row[key] for key in keys), []).append(means_of(row))
     return [_merged(group, columns, keys) for group in groups.values()]
 
 
 def _merged(group, columns, keys):
-    if len(group) == 1:
-        items = group[0].items()
-        return {key: v if isinstance(v, Interval) else mean_of(v) for key, v in items}
-    group = [means_of(row) for row in group]
     merged = dict(group[0])
+    if len(group) == 1:
+        return merged
     for name in dict.fromkeys(name for row in group for name in row if name not in keys):
         known = [row[name] for row in group if not is_missing(row.get(name))]
         if not known:
@@ -137,6 +135,10 @@ def _merged(group, columns, keys):
             merged[name] = known[0]
         elif kind == "text":
             merged[name] = "; ".join(dict.fromkeys(map(str, known)))
+        elif name in DIFFERENCES and merged["method"] != "retrain":
+            is_forget = not name.startswith(("RA", "TA", "test"))
+            resolution = 1 / min(row.get("num_forget") or 1 for row in group) if is_forget else 0
+            merged[name] = intervals.over_seeds(known, resolution)
         else:
             deviation = np.std(known, ddof=1) if len(known) > 1 else 0
             merged[name] = Spread(float(np.mean(known)), float(deviation))

@@ -92,8 +92,8 @@ def test_numbers_of_the_table_are_consistent(pipeline):
         differences = [float(row[key]) - float(reference[key]) for key in ("UA", "RA", "TA", "MIA")]
         assert float(row["gap"]) == pytest.approx(np.mean(np.abs(differences)))
         assert float(row["TA_minus_retrain"]) == pytest.approx(differences[2])
-        cells = {row["by_UA"], row["by_CR"]}
-        assert all(cell[0] == "[" or cell.endswith("forgets") or row is reference for cell in cells)
+        for cell in (row["by_UA"], row["by_CR"]) if row["method"] != "retrain" else ():
+            assert cell.startswith("[") or cell.endswith("forgets")
 
 
 def test_results_json_contains_the_numbers_of_the_table(pipeline):
