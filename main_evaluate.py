@@ -32,13 +32,12 @@ import metrics
 import models
 import unlearn
 import unlearn_cpu
-from metrics import classwise, comparison, conformal, ensembles, probe, samples, scores
-from metrics.report import figures, latex, notes, page, tables, verdicts
+from metrics import classwise, comparison, conformal, ensembles, intervals, probe, samples, scores
+from metrics.report import differences, figures, latex, notes, page, tables
 from metrics.report.tables import KEYS, RESPLITS, block_of
 from models import checkpoint, distributed, inference, relearning
 from models.errors import NotFinite
 
-SET_SIZES = (1, 5)  # set sizes c of ECF@c and EuCF@c, in labels
 MOST_FAKE = 18  # images of a fake_forgotten.png
 RETAIN_SAMPLE = 1000  # retain images whose margins are compared over trainings
 LOGITS, ORIGINAL_LOGITS = "logits.npz", "original_logits.npz"  # the latter is in the run folder
@@ -69,7 +68,7 @@ def main():
     if flags.seeds:
         blocks = [*dict.fromkeys(map(block_of, rows))]
         rows.sort(key=lambda row: (blocks.index(block_of(row)), *position(row["method"])))
-        rows = verdicts.summarise_seeds(rows)
+        rows = differences.summarise_seeds(rows)
         ensemble_rows = compare_trainings(seeds) if flags.split_seed is not None else []
         save_summary(rows, ensemble_rows, flags, data, device)
     print_results(rows, seeds, flags)
@@ -143,7 +142,7 @@ def start_evaluation(args, data, device):
         data,
         split,
         folder=utils.run_folder(args, data) / split.folder,
-        settings=metrics.Settings(tuple(args.alphas), chosen, SET_SIZES, seed=args.seed),
+        settings=metrics.Settings(tuple(args.alphas), chosen, seed=args.seed),
         args=args,
         keys=[*itertools.product(args.score, args.cal_sizes, args.alphas)],
         held_out=held_out,
@@ -478,6 +477,7 @@ class ModelView:
     ``numbers`` are those of the model as a whole, ``set_rows`` those of its prediction sets by
     (score, calibration size, α), ``distances`` those to Retrain's outputs. ``curves`` are those of
     :func:`relearn` by source. ``training`` is what trainings of one split are compared by.
+    ``influences`` are those of images on ``set_rows`` and, under None, on ``numbers``.
     """
 
     saved: SavedModel
@@ -489,6 +489,7 @@ class ModelView:
     curves: dict[str, dict]
     distances: dict
     destination_rows: list[dict]
+    influences: dict
     histogram: dict | None = None
     fake_sheet: Figure | None = None
 
@@ -504,10 +505,7 @@ class Views:
 
 
 def make_views(saved_models, evaluation):
-    """The :class:`Views` of all models, compared with the original model, Retrain and finetune.
-
-    Verdicts on one seed tolerate two standard errors over the images.
-    """
+    """The :class:`Views` of all models, compared with the original model, Retrain and finetune."""
     saved_of = {saved.name: saved for saved in sorted(saved_models, key=lambda s: position(s.name))}
     present = [name for name in ("original", "retrain") if name in saved_of]
     references = {name: read_logits(saved_of[name], evaluation) for name in present}
@@ -516,9 +514,11 @@ def make_views(saved_models, evaluation):
     for name, view in views.items():
         if retrain:
             for key in view.set_rows.keys() & retrain.set_rows.keys():
-                row, num_forget = view.set_rows[key], bare[name]["num_forget"]
-                row |= verdicts.compare_sets(row, retrain.set_rows[key], num_forget)
-            view.numbers |= verdicts.compare_model(name, bare[name], bare["retrain"])
+                row, both = view.set_rows[key], (view.influences[key], retrain.influences[key])
+                row |= differences.compare(row, retrain.set_rows[key], both)
+            both = view.influences[None], retrain.influences[None]
+            view.numbers |= differences.compare(bare[name], bare["retrain"], both)
+            view.numbers |= differences.compare_model(name, bare[name], bare["retrain"])
             view.numbers |= view.distances
         if "finetune" in views and name != "original":
             view.numbers |= comparison.costs(bare[name], bare["finetune"])
@@ -547,14 +547,14 @@ def view_model(saved, references, evaluation):
     destination_rows = classwise.destination_rows(outputs, data.classes)
     if "retrain" in references:
         reference = outputs_of(references["retrain"], evaluation)
-        answers = (
-            comparison.Answers(each.forget, each.held_out.select(each.test()))
-            for each in (outputs, reference)
-        )
         expected = classwise.destination_rows(reference, data.classes)
         distances = classwise.total_variation(destination_rows, expected)
-        distances |= comparison.answer_distances(*answers)
+        distances |= comparison.prediction_distances(outputs, reference)
     conformal_scores = metrics.ConformalScores(outputs, settings)
+    set_rows = {key: set_rows[key] for key in evaluation.keys if key in set_rows}
+    influences = {None: intervals.model_influences(outputs)}
+    for key in set_rows if distances else ():
+        influences[key] = intervals.set_influences(conformal_scores, *key)
     class_rows = classwise.class_rows(conformal_scores, data.classes)
     file_names = data.train.names and [data.train.names[index] for index in forget.tolist()]
     sample_rows = samples.sample_rows(conformal_scores, forget, file_names)
@@ -565,13 +565,14 @@ def view_model(saved, references, evaluation):
     view = ModelView(
         saved,
         numbers,
-        set_rows={key: set_rows[key] for key in evaluation.keys if key in set_rows},
+        set_rows=set_rows,
         class_rows=[{"method": saved.name} | row for row in class_rows],
         sample_rows=sample_rows,
         training=ensembles.describe(conformal_scores, torch.from_numpy(retain_sample)),
         curves={key: c for key, c in curves.items() if (c["score"], c["alpha"]) == first},
         distances=distances,
         destination_rows=[{"method": saved.name} | row for row in destination_rows],
+        influences=influences,
     )
     if not evaluation.args.no_pictures:
         view.fake_sheet = draw_fake_sheet(conformal_scores, saved.name, evaluation)
@@ -598,7 +599,8 @@ def rows_of(views, evaluation):
             if key in view.set_rows:
                 row = block | {"method": name} | view.numbers | view.set_rows[key] | origin
                 base_method = view.saved.meta.get("base_method") or name
-                rows.append(row | {"base_method": base_method, "weights": view.saved.weights})
+                row |= {"base_method": base_method, "weights": view.saved.weights}
+                rows.append(differences.with_words(row))
         rows += [block | failure for failure in failures]
     return rows
 
@@ -747,6 +749,7 @@ def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
         "seed": str(description["seed"]),
         "device": description["device"],
         "date": description["date"],
+        "intervals": "; ".join(notes.intervals(rows)) or "none",
     }
     if ensemble_rows:
         heading = tables.ensemble_heading(len(flags["seeds"]), flags["split_seed"])
@@ -766,7 +769,8 @@ def print_results(rows, seeds, flags):
         print("\n".join(tables.short_lines(rows, over_seeds=bool(flags.seeds))))
     seed_rows = [row for views in seeds for row in views.rows]
     class_rows = [row for views in seeds for row in views.class_rows]
-    lines = [*notes.missing_q_hats(seed_rows, class_rows), *notes.unchanged(seed_rows), *notes.destroyed(seed_rows)]
+    lines = notes.missing_q_hats(seed_rows, class_rows)
+    lines += notes.unchanged(seed_rows) + notes.destroyed(seed_rows) + notes.intervals(rows)
     lines += notes.advice([views.rows for views in seeds]) + notes.empty_sets(seed_rows)
     for line in lines:
         print(line)

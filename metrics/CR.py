@@ -1,5 +1,4 @@
-"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403), ECF and
-EuCF (2508.03245).
+"""The conformal metrics: Coverage, Set Size, CR and fake forgetting (arXiv 2501.19403).
 
 Pure functions of tensors. The metrics of a group of images need two facts per image: whether its
 true label is in its prediction set (``inside``, booleans …×N) and how many labels the set contains
@@ -56,6 +55,9 @@ ROW_COLUMNS = {
         "CR_f|r", "number", "low", "CR of the forget images under the retained classes' q̂"
     ),
     "forget_by_retain_empty": Column("empty_f|r", "percent", "", "forget_empty under that q̂"),
+    "forget_by_retain_fake_ratio": Column(
+        "fake|r", "percent", "near Retrain", "fake share of wrong under the retained classes' q̂"
+    ),
 }
 CSV_COLUMNS = {
     "q_hat": csv_only(
@@ -66,16 +68,11 @@ CSV_COLUMNS = {
     "<group>_set_size": csv_only("number", "mean number of labels in the set"),
     "<group>_CR": csv_only("number", "Coverage divided by Set Size; 0 if all sets are empty"),
     "<group>_empty": csv_only("percent", "share of empty sets; CR counts their size as 0"),
-    "<group>_CR_error": csv_only("number", "standard error of CR over the images"),
     "<group>_misclassified": csv_only("count", "number of misclassified images"),
     "<group>_fake": csv_only("count", "misclassified images with the true label in the set"),
     "<group>_fake_ratio": csv_only("percent", "fake divided by misclassified"),
     "<group>_wrong_set_size": csv_only("number", "Set Size of the misclassified images"),
     "<group>_wrong_CR": csv_only("number", "CR of the misclassified images"),
-    "<group>_ECF@<c>": csv_only("percent", "share of images covered by a set of at most c labels"),
-    "<group>_EuCF@<c>": csv_only(
-        "percent", "share of images not covered, with a set of at most c labels"
-    ),
     "coverage_outside": csv_only(
         "text", "True if exchangeable images can hardly have this test coverage"
     ),
@@ -169,27 +166,9 @@ def conformal_ratio(inside, sizes):
     return coverage(inside) / set_size(sizes).where(sizes.sum(dim=-1) > 0, math.inf)
 
 
-def ratio_error(inside, sizes):
-    """Standard error of CR over the images, to first order in the two means (the delta method)."""
-    # CR = c̄/s̄ has the linearisation (c̄ − CR·s̄)/s̄: a mean of residuals, divided by Set Size.
-    residuals = inside.double() - conformal_ratio(inside, sizes)[..., None] * sizes
-    error = residuals.square().mean(dim=-1).sqrt() / math.sqrt(max(sizes.shape[-1], 1))
-    return error / set_size(sizes).where(sizes.sum(dim=-1) > 0, math.inf)
-
-
 def fake_forgetting(inside, misclassified):
     """The paper's fake forgetting: number of misclassified images (N) with the label in the set."""
     return (inside & misclassified).sum(dim=-1)
-
-
-def efficient_coverage(inside, sizes, c):
-    """ECF@c (Alkhatib & Tay 2025, 2508.03245): share covered by a set of at most c labels."""
-    return coverage(inside & (sizes <= c))
-
-
-def efficient_miscoverage(inside, sizes, d):
-    """EuCF@d (the same paper): share not covered, with a set of at most d labels."""
-    return coverage(~inside & (sizes <= d))
 
 
 def coverage_law(n, m, alpha):
@@ -206,18 +185,18 @@ def coverage_law(n, m, alpha):
     return stats.betabinom(m, k, n + 1 - k) if k <= n else None
 
 
-def set_metrics(part, q_hats, set_sizes=()):
+def set_metrics(part, q_hats):
     """Every metric of one group of images under each of Q thresholds: {key: tensor Q, float64}.
 
-    ``part`` is a :class:`metrics.conformal.ImageScores`, ``q_hats`` are Q log-odds, ``set_sizes``
-    the c of ECF@c and EuCF@c. Under a q̂ of NaN only ``misclassified`` is not NaN.
+    ``part`` is a :class:`metrics.conformal.ImageScores`, ``q_hats`` are Q log-odds. Under a q̂ of
+    NaN only ``misclassified`` is not NaN.
     """
     chunks = torch.as_tensor(q_hats, dtype=torch.float64).split(THRESHOLDS_PER_CHUNK)
-    numbers = [_chunk_metrics(part, chunk, set_sizes) for chunk in chunks]
+    numbers = [_chunk_metrics(part, chunk) for chunk in chunks]
     return {key: torch.cat([chunk[key] for chunk in numbers]) for key in numbers[0]}
 
 
-def _chunk_metrics(part, q_hats, set_sizes):
+def _chunk_metrics(part, q_hats):
     inside, sizes = part.in_set(q_hats), part.set_sizes(q_hats)
     wrong = part.misclassified
     fake = fake_forgetting(inside, wrong).double()
@@ -226,15 +205,11 @@ def _chunk_metrics(part, q_hats, set_sizes):
         "set_size": set_size(sizes),
         "CR": conformal_ratio(inside, sizes),
         "empty": (sizes == 0).double().mean(dim=-1),
-        "CR_error": ratio_error(inside, sizes),
         "fake": fake,
         "fake_ratio": fake / wrong.sum(),
         "wrong_set_size": set_size(sizes[:, wrong]),
         "wrong_CR": conformal_ratio(inside[:, wrong], sizes[:, wrong]),
     }
-    for size in set_sizes:
-        numbers[f"ECF@{size}"] = efficient_coverage(inside, sizes, size)
-        numbers[f"EuCF@{size}"] = efficient_miscoverage(inside, sizes, size)
     numbers = {key: values.where(~q_hats.isnan(), math.nan) for key, values in numbers.items()}
     return {"misclassified": wrong.sum().double().expand(len(q_hats))} | numbers
 
@@ -281,19 +256,19 @@ def _numbers_per_draw(conformal_scores, score, size):
     if "forget_by_retain" in groups:
         numbers["q_hat_forget"] = scores.from_log_odds(groups["forget"].q_hats)
     for name, group in groups.items():
-        metrics = _group_metrics(group, conformal_scores.settings.set_sizes)
-        numbers |= {f"{name}_{key}": values for key, values in metrics.items()}
+        metrics = _group_metrics(group).items()
+        numbers |= {f"{name}_{key}": values for key, values in metrics}
     return numbers
 
 
-def _group_metrics(group, set_sizes):
+def _group_metrics(group):
     """Every metric of a :class:`metrics.conformal.Group`: {key: draws×alphas}."""
     part, images, q_hats = group
     if images is None:  # the same images in every draw: all thresholds together
-        numbers = set_metrics(part, q_hats.flatten(), set_sizes)
+        numbers = set_metrics(part, q_hats.flatten())
         return {key: values.view(q_hats.shape) for key, values in numbers.items()}
     draws = zip(images, q_hats, strict=True)
-    numbers = [set_metrics(part.select(chosen), q_hat, set_sizes) for chosen, q_hat in draws]
+    numbers = [set_metrics(part.select(chosen), q_hat) for chosen, q_hat in draws]
     return {key: torch.stack([draw[key] for draw in numbers]) for key in numbers[0]}
 
 

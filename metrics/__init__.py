@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from . import CR, MIA, MIACR, accuracy, classwise, comparison, ensembles, probe
-from .columns import RUN_COLUMNS, Column, Spread, markdown
+from .columns import RUN_COLUMNS, Column, Interval, Spread, markdown
 from .conformal import ConformalScores
 from .scores import Score
 
@@ -116,11 +116,10 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Settings:
-    """Miscoverage levels α, scores, the set sizes of ECF and EuCF, and the seed of the attacks."""
+    """Miscoverage levels α, scores, and the seed of the attacks."""
 
     alphas: tuple[float, ...]
     scores: tuple[Score, ...] = (Score(),)
-    set_sizes: tuple[int, ...] = (1, 5)
     seed: int = 0
 
 
@@ -146,5 +145,5 @@ def evaluate(conformal_scores):
     return scalars, rows
 
 
-__all__ = ["Column", "ConformalScores", "Output", "Outputs", "Settings", "Spread"]
+__all__ = ["Column", "ConformalScores", "Interval", "Output", "Outputs", "Settings", "Spread"]
 __all__ += ["columns_of", "draw_splits", "evaluate", "readme_tables"]

@@ -17,6 +17,14 @@ class Spread(NamedTuple):
     std: float
 
 
+class Interval(NamedTuple):
+    """A difference to Retrain with the ends of its 95 % interval, NaN if these are unknown."""
+
+    mean: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of the tables.

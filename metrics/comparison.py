@@ -4,7 +4,6 @@ Both under-forgetting and over-forgetting are errors.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 
@@ -16,12 +15,12 @@ COLUMNS = {
     "gap": Column(
         "gap", "percent", "low", "mean absolute difference to Retrain over UA, RA, TA and MIA"
     ),
-    "UA_word": Column(
+    "by_UA": Column(
         "by UA",
         "text",
-        "matches",
-        "under-forgets, matches (within two standard errors over the images or two standard "
-        "deviations of Retrain over seeds) or over-forgets",
+        "",
+        "under-forgets or over-forgets if the 95 % interval of the difference to Retrain excludes "
+        "zero, else this interval in points (positive: forgets more)",
     ),
     "ToW": Column(
         "ToW", "number", "high", "tug of war: product of 1 − distance to Retrain in UA, RA, TA"
@@ -38,15 +37,17 @@ COLUMNS = {
     ),
 }
 ROW_COLUMNS = {
-    "CR_word": Column(
-        "by CR", "text", "matches", "the same by forget_CR (or forget_by_retain_CR if it exists)"
+    "by_CR": Column(
+        "by CR", "text", "", "the same by −forget_CR (or −forget_by_retain_CR); needs about 4/α calibration images for "
+        "one seed"
     ),
 }
 CSV_COLUMNS = {
     "<column>_minus_retrain": csv_only("number", "the model's number minus Retrain's", "near 0"),
+    "<column>_minus_retrain_low": csv_only("number", "lower end of the difference's 95 % interval"),
+    "<column>_minus_retrain_high": csv_only("number", "its upper end"),
 }
 GAP_OVER = ("UA", "RA", "TA", "MIA")
-WORDS = UNDER, MATCHES, OVER = "under-forgets", "matches", "over-forgets"
 
 
 def gap(scalars, reference):
@@ -94,19 +95,14 @@ def tug_of_war(numbers, reference):
     return math.prod(1 - abs(distance) for distance in distances.values())
 
 
-class Answers(NamedTuple):
-    """A model's outputs on the forget and the test images: logits N×K and labels N of each."""
-
-    forget: tuple[torch.Tensor, torch.Tensor]
-    test: tuple[torch.Tensor, torch.Tensor]
-
-
-def answer_distances(outputs, reference):
-    """The columns that compare the :class:`Answers` of a model with Retrain's, image by image."""
+def prediction_distances(outputs, reference):
+    """The columns that compare a model with Retrain image by image. Both are metrics.Outputs."""
+    forget = outputs.forget, reference.forget
+    test = [each.held_out.select(each.test()) for each in (outputs, reference)]
     return {
-        "JSD_forget": jensen_shannon(outputs.forget[0], reference.forget[0]),
-        "JSD_test": jensen_shannon(outputs.test[0], reference.test[0]),
-        "calibrated_AUC": calibrated_auc(outputs, reference),
+        "JSD_forget": jensen_shannon(*(images.logits for images in forget)),
+        "JSD_test": jensen_shannon(*(images.logits for images in test)),
+        "calibrated_AUC": calibrated_auc(forget, test),
     }
 
 
@@ -118,42 +114,16 @@ def jensen_shannon(logits, reference_logits):
     return (divergences.clamp(min=0).mean() / 2 / math.log(2)).item()
 
 
-def calibrated_auc(outputs, reference):
+def calibrated_auc(forget, test):
     """AUC of a membership attack with Retrain as reference model (Watson et al. 2022, 2111.08440).
 
     The score of an image is the log-odds of its label less Retrain's, which removes the difficulty
-    of the image. Forget images are positives, test images negatives; NaN if a kind has no image.
+    of the image. Both arguments are (the model's, Retrain's) Output of logits N×K and labels N.
+    Forget images are positives, test images negatives; NaN if a kind has no image.
     """
-    forget, test = (
-        margins(*images) - margins(*reference_images)
-        for images, reference_images in zip(outputs, reference, strict=True)
-    )
-    return roc(forget, test)[0]
+    scores = [margins(*model) - margins(*reference) for model, reference in (forget, test)]
+    return roc(*scores)[0]
 
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def verdict(difference, tolerance):
-    """A word for a difference to Retrain (positive: the method forgets more). None for NaN."""
-    if math.isnan(difference) or math.isnan(tolerance):
-        return None
-    if abs(difference) <= tolerance:
-        return MATCHES
-    return OVER if difference > 0 else UNDER
-
-
-def share_tolerance(share, reference, n):
-    """Two standard errors of the difference between two equal shares of n images → a fraction.
-
-    At least 1/n. As in the two-proportion z-test, the pooled share is the mean of both: that of
-    the reference alone would give no error where none of its images is wrong.
-    """
-    pooled = (share + reference) / 2
-    return at_least_one_image(2 * math.sqrt(2 * pooled * (1 - pooled) / n), n)
-
-
-def at_least_one_image(tolerance, n):
-    """``tolerance``, but at least 1/n, the smallest difference between shares of n images."""
-    return max(tolerance, 1 / n)

@@ -4,7 +4,8 @@
 """
 
 from .. import CR
-from .tables import is_missing, mean_of
+from ..columns import Interval, Spread
+from .tables import is_missing, mean_of, one_per_method
 
 
 def missing_q_hats(rows, class_rows=()):
@@ -86,6 +87,21 @@ def _coverage_outside(rows):
         "test coverage outside the range for exchangeable images (measured, expected): "
         f"{'; '.join(outside)}; the usual cause is tied scores (equal logits for all images)"
     ]
+
+
+def intervals(rows):
+    """Lines on the intervals of differences: how many words are chance, and what they cover."""
+    compared = [row.get("UA_minus_retrain") for row in one_per_method(rows)]
+    compared += [row.get(f"{CR.forget_group(row)}_CR_minus_retrain") for row in rows]
+    count = sum(isinstance(item, Interval) and not is_missing(item.low) for item in compared)
+    if not count:
+        return []
+    chance = f"about {0.05 * count:.1f} would get a word by chance if all methods equaled Retrain"
+    lines = [f"{count} comparisons with Retrain by UA or CR: {chance}"]
+    if not any(isinstance(row.get("UA"), Spread) for row in rows):
+        reason = "not the variation over trainings; use --seeds"
+        lines.append(f"intervals cover the sampling of images only, {reason}")
+    return lines
 
 
 def unchanged(rows):

@@ -13,6 +13,7 @@ NOTATION = {
     tables.MISSING: "no number: too few images for a finite q̂ or for an attack, or an attack on a "
     "feature that is the same for members and non-members",
     "±": "standard deviation over random calibration/test resplits, or over seeds",
+    "Δ": "the method's number minus Retrain's [95 % interval]",
 }
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")

@@ -1,8 +1,9 @@
 """Tables: summaries over seeds, what is printed, and the text of CSV files.
 
 A row is a dict from column keys to values. A value is a number, a :class:`metrics.columns.Spread`
-(a number and its standard deviation), a text, or None. ``columns`` is a dict from column keys to
-:class:`metrics.columns.Column`, in the order in which a table shows them.
+(a number and its standard deviation), an :class:`metrics.columns.Interval`, a text, or None.
+``columns`` is a dict from column keys to :class:`metrics.columns.Column`, in the order in which a
+table shows them.
 """
 
 import csv
@@ -12,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import CR, columns_of, ensembles
-from ..columns import RUN_COLUMNS, Column, Spread
+from .. import CR, columns_of, ensembles, intervals
+from ..columns import RUN_COLUMNS, Column, Interval, Spread
 
 KEYS = ("score", "cal_size", "alpha", "method")  # together they identify a row of results.csv
 WIDTH = 100  # characters of a printed line, where no method's name is longer than 16
@@ -42,9 +43,16 @@ COSTS = ("changed", "seconds", "time_ratio", "peak_memory", "memory_ratio", "not
 MODEL_COLUMNS = {"method": RUN_COLUMNS["method"]} | columns_of("COLUMNS")
 MODEL_COLUMNS |= {key: RUN_COLUMNS[key] for key in COSTS}
 SET_COLUMNS = {key: RUN_COLUMNS[key] for key in KEYS} | columns_of("ROW_COLUMNS")
-SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "UA_word", "seconds")
+SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "by_UA", "seconds")
 REPORT_ONLY = {"KLOM_retain", "KLOM_retain_chance", "KLOM_test_chance", "ULiRA_excess_error"}
 FAKE_OF_WRONG = Column("fake of wrong", "text", "near Retrain", "fake-forgotten of misclassified")
+COMPARED = ("UA", "RA", "TA", "MIA", "forget_CR", "forget_by_retain_CR", "test_CR")
+COMPARED += ("forget_fake_ratio", "forget_by_retain_fake_ratio")
+DIFFERENCES = {
+    f"{key}_minus_retrain": Column(f"Δ{column.heading}", column.kind)
+    for key, column in (MODEL_COLUMNS | SET_COLUMNS).items()
+    if key in COMPARED
+}
 
 
 # ---------------------------------------------------------------- values
@@ -56,12 +64,12 @@ def is_missing(value):
 
 
 def mean_of(value):
-    """The mean of a :class:`Spread`. Any other value is returned unchanged."""
-    return value.mean if isinstance(value, Spread) else value
+    """The mean of a :class:`Spread` or :class:`Interval`. Any other value is returned unchanged."""
+    return value.mean if isinstance(value, Spread | Interval) else value
 
 
 def means_of(row):
-    """A row without standard deviations."""
+    """A row without standard deviations and intervals."""
     return {key: mean_of(value) for key, value in row.items()}
 
 
@@ -71,7 +79,8 @@ def block_of(row):
 
 
 def format_cell(value, kind):
-    """A value as a table shows it: ``mean±std`` for a :class:`Spread` with a known deviation.
+    """A value as a table shows it: ``mean±std`` for a :class:`Spread` with a known deviation,
+    ``mean [low, high]`` for a known :class:`Interval`.
 
     ``kind`` is percent, number, count, seconds or text.
     """
@@ -80,7 +89,14 @@ def format_cell(value, kind):
         return MISSING
     if isinstance(value, Spread) and not is_missing(value.std):
         return f"{FORMATS[kind](mean)}±{FORMATS[kind](value.std)}"
+    if isinstance(value, Interval) and not is_missing(value.low):
+        return f"{FORMATS[kind](mean)} {format_ends(value, kind)}"
     return FORMATS[kind](mean)
+
+
+def format_ends(interval, kind):
+    """The ends of an :class:`Interval`: ``[low, high]``."""
+    return f"[{FORMATS[kind](interval.low)}, {FORMATS[kind](interval.high)}]"
 
 
 def short_count(count):
@@ -96,7 +112,7 @@ def short_count(count):
 def summarise(rows, columns, keys):
     """One row for all rows that agree in ``keys``, with the mean and deviation over these rows.
 
-    A number becomes a :class:`Spread`. A number that already has a spread over resplits enters
+    A number becomes a :class:`Spread`, a difference to Retrain an :class:`Interval`. A number that already has a spread over resplits enters
     with its mean. Different texts are joined. A count or text that all rows agree on is kept, and
     a single row keeps its means.
     """
@@ -120,6 +136,10 @@ def _merged(group, columns, keys):
             merged[name] = known[0]
         elif kind == "text":
             merged[name] = "; ".join(dict.fromkeys(map(str, known)))
+        elif name in DIFFERENCES and merged["method"] != "retrain":
+            is_forget = not name.startswith(("RA", "TA", "test"))
+            resolution = 1 / min(row.get("num_forget") or 1 for row in group) if is_forget else 0
+            merged[name] = intervals.over_seeds(known, resolution)
         else:
             deviation = np.std(known, ddof=1) if len(known) > 1 else 0
             merged[name] = Spread(float(np.mean(known)), float(deviation))
@@ -130,7 +150,7 @@ def _merged(group, columns, keys):
 
 
 def full_tables(rows):
-    """The :class:`Table` of the models and that of their prediction sets, with every column.
+    """The :class:`Table` of the models, of their prediction sets, and of differences to Retrain.
 
     ``rows`` are those of results.csv. A table in which no row has a number is left out, as is a
     column that no row fills, and a score or calibration size that all rows share.
@@ -139,9 +159,14 @@ def full_tables(rows):
     for key in ("score", "cal_size"):
         if len({row[key] for row in sets}) == 1:
             del columns[key]
-    models = filled_table("Models", MODEL_COLUMNS, one_per_method(rows))
-    both = models, filled_table("Prediction sets", columns, sets)
-    return [table for table in both if table is not None]
+    about = {key: columns[key] for key in KEYS if key in columns}
+    others = [row for row in sets if row["method"] != "retrain"]
+    made = [
+        filled_table("Models", MODEL_COLUMNS, one_per_method(rows)),
+        filled_table("Prediction sets", columns, sets),
+        filled_table("Differences to Retrain", about | DIFFERENCES, others),
+    ]
+    return [table for table in made if table is not None]
 
 
 def one_per_method(rows):
@@ -166,7 +191,7 @@ def short_set_table(rows):
     forget = CR.forget_group(rows[0]) if rows else "forget"
     shown = ("method", f"{forget}_coverage", f"{forget}_set_size", f"{forget}_CR")
     columns = {key: SET_COLUMNS[key] for key in (*shown, "test_coverage", "test_CR")}
-    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "CR_word": SET_COLUMNS["CR_word"]}
+    columns |= {"fake_of_wrong": FAKE_OF_WRONG, "by_CR": SET_COLUMNS["by_CR"]}
     rows = [row | {"fake_of_wrong": _fake_of_wrong(row, forget)} for row in rows]
     return filled_table("Prediction sets", columns, rows)
 
@@ -182,7 +207,7 @@ def short_lines(rows, *, over_seeds=False):
 
     A table of the models, the reasons of failures, and a table of the prediction sets for each
     score, calibration size and α. Numbers are means. ``over_seeds`` adds the standard deviations
-    over seeds: of all columns where they fit, else of the columns that decide the verdicts.
+    over seeds: of all columns where they fit, else of UA, the gap and CR.
     """
     rows = rows if over_seeds else [means_of(row) for row in rows]
     lines = []
@@ -283,12 +308,16 @@ def print_table(columns, rows):
 
 
 def flat(row, ending=RESPLITS):
-    """A row with plain values for files. A :class:`Spread` becomes ``key`` and ``key`` + ending."""
+    """A row with plain values for files. A :class:`Spread` becomes ``key`` and ``key`` + ending, an
+    :class:`Interval` becomes ``key``, ``key_low`` and ``key_high``.
+    """
     cells = {}
     for key, value in row.items():
         cells[key] = mean_of(value)
         if isinstance(value, Spread):
             cells[key + ending] = value.std
+        elif isinstance(value, Interval):
+            cells |= {f"{key}_low": value.low, f"{key}_high": value.high}
     return cells
 
 

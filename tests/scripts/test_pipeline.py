@@ -26,7 +26,6 @@ import main_evaluate  # noqa: F401 - forks start faster when everything is impor
 import main_unlearn_cpu  # noqa: F401
 import unlearn
 import unlearn_cpu
-from metrics import comparison
 
 METHODS = ["original", "retrain", "finetune", "cpu_finetune"]
 
@@ -93,7 +92,8 @@ def test_numbers_of_the_table_are_consistent(pipeline):
         differences = [float(row[key]) - float(reference[key]) for key in ("UA", "RA", "TA", "MIA")]
         assert float(row["gap"]) == pytest.approx(np.mean(np.abs(differences)))
         assert float(row["TA_minus_retrain"]) == pytest.approx(differences[2])
-        assert {row["UA_word"], row["CR_word"]} <= set(comparison.WORDS)
+        for cell in (row["by_UA"], row["by_CR"]) if row["method"] != "retrain" else ():
+            assert cell.startswith("[") or cell.endswith("forgets")
 
 
 def test_results_json_contains_the_numbers_of_the_table(pipeline):
@@ -207,8 +207,10 @@ def test_summary_has_mean_and_deviation_over_seeds(two_seeds):
             assert float(rows[2][f"{key}_std"]) == pytest.approx(np.std(pair, ddof=1)), key
     reference = next(row for row in summary if row["method"] == "retrain")
     for row in summary:
-        difference = float(row["UA"]) - float(reference["UA"])
-        assert row["UA_word"] == comparison.verdict(difference, 2 * float(reference["UA_std"]))
+        if row is not reference:
+            low, high = (float(row[f"UA_minus_retrain_{end}"]) for end in ("low", "high"))
+            assert low + high == pytest.approx(2 * (float(row["UA"]) - float(reference["UA"])))
+            assert row["by_UA"].endswith("forgets") == (low > 0 or high < 0)
     assert (summary_folder / "report.html").is_file()
     retrain = next(row for row in first if row["method"] == "retrain")
     for row in first[1:]:
@@ -293,8 +295,6 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
     ]
     for row in rows:
         assert abs(float(row["test_coverage"]) - 1 + float(row["alpha"])) < 0.05
-        assert float(row["test_ECF@5"]) <= float(row["test_coverage"])
-        assert float(row["test_EuCF@5"]) <= 1 - float(row["test_coverage"]) + 1e-9
     for name in names:
         curve = read_json(scenario / name / "results.json")["metrics"]["relearn"]
         assert curve["step"] == [0, 1, 2, 4, 5]

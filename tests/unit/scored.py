@@ -85,7 +85,7 @@ def plain_q_hat(values, alpha):
     return sorted(values)[k - 1] if k <= len(values) else None
 
 
-def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
+def plain_numbers(output, chosen, q_hat, score, drawn=""):
     """Every number of :func:`CR.set_metrics`, image by image. None without a q̂ or an image."""
     log_odds = score.log_odds(output.logits, drawn).tolist()
     labels, predictions = output.labels.tolist(), output.logits.argmax(dim=1).tolist()
@@ -101,20 +101,12 @@ def plain_numbers(output, chosen, q_hat, set_sizes, score, drawn=""):
     def ratio(inside, sizes):
         return (sum(inside) / sum(sizes) if sum(sizes) else 0.0) if sizes else None
 
-    images = list(zip(inside, sizes, strict=True))
     wrong_in_set = [item for item, is_wrong in zip(inside, wrong, strict=False) if is_wrong]
     wrong_sizes = [size for size, is_wrong in zip(sizes, wrong, strict=False) if is_wrong]
     numbers = {"misclassified": sum(wrong), "coverage": mean(inside), "set_size": mean(sizes)}
-    numbers |= {"CR": ratio(inside, sizes), "CR_error": None}
+    numbers["CR"] = ratio(inside, sizes)
     numbers["empty"] = mean([size == 0 for size in sizes])
-    if images:
-        squares = [(item - numbers["CR"] * size) ** 2 for item, size in images]
-        error = math.sqrt(sum(squares)) / len(images)
-        numbers["CR_error"] = error / numbers["set_size"] if sum(sizes) else 0.0
     numbers["fake"] = None if q_hat is None else sum(wrong_in_set)
     numbers |= {"fake_ratio": mean(wrong_in_set), "wrong_set_size": mean(wrong_sizes)}
     numbers["wrong_CR"] = ratio(wrong_in_set, wrong_sizes)
-    for c in set_sizes:
-        numbers[f"ECF@{c}"] = mean([item and size <= c for item, size in images])
-        numbers[f"EuCF@{c}"] = mean([not item and size <= c for item, size in images])
     return numbers

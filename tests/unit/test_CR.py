@@ -52,13 +52,9 @@ def test_sets_coverage_size_and_ratio_by_hand():
     # Images 1, 2 and 3 are misclassified; the labels of 1 and 2 are in their sets.
     wrong = logits.argmax(dim=1) != labels
     assert wrong.sum() == 3 and CR.fake_forgetting(inside, wrong) == 2
-    assert CR.efficient_coverage(inside, sizes, 1) == 1 / 4
-    assert CR.efficient_coverage(inside, sizes, 2) == 2 / 4
-    assert CR.efficient_miscoverage(inside, sizes, 0) == 0
-    assert CR.efficient_miscoverage(inside, sizes, 1) == 1 / 4
     thresholds = [math.log(3), 50.0, math.nan]  # log-odds of 0.75 and of almost 1; no finite q̂
     part = conformal.score_images(metrics.Output(logits, labels), scores.Score(), "")
-    actual = CR.set_metrics(part, thresholds, [1])
+    actual = CR.set_metrics(part, thresholds)
     assert actual.pop("misclassified").tolist() == [3, 3, 3]
     assert all(math.isnan(values[2]) for values in actual.values())
     actual = {key: values[:2] for key, values in actual.items()}
@@ -69,15 +65,6 @@ def test_sets_coverage_size_and_ratio_by_hand():
     assert actual["fake_ratio"].tolist() == pytest.approx([2 / 3, 1])
     assert actual["wrong_set_size"].tolist() == [2, 3]
     assert actual["wrong_CR"].tolist() == pytest.approx([1 / 3, 1 / 3])
-    assert actual["ECF@1"].tolist() == [1 / 4, 0] and actual["EuCF@1"].tolist() == [1 / 4, 0]
-
-
-def test_error_of_CR_equals_spread_over_many_samples():
-    rng = np.random.default_rng(0)
-    inside = torch.from_numpy(rng.random((4000, 200)) < 0.8)
-    sizes = torch.from_numpy(rng.integers(1, 4, (4000, 200)))
-    spread = CR.conformal_ratio(inside, sizes).std()
-    assert CR.ratio_error(inside, sizes).mean().item() == pytest.approx(spread.item(), rel=0.05)
 
 
 def test_mean_over_draws_omits_draws_without_a_number():
@@ -114,8 +101,8 @@ def mean_of(values):
 )
 def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
     outputs = some_outputs(num_draws, forgotten_class)
-    score, alphas, set_sizes = scores.Score(), (0.04, 0.2, 0.25), (0, 1, 2)
-    scalars, rows = report(CR, outputs, metrics.Settings(alphas, (score,), set_sizes))
+    score, alphas = scores.Score(), (0.04, 0.2, 0.25)
+    scalars, rows = report(CR, outputs, metrics.Settings(alphas, (score,)))
     assert scalars == {}
     assert set(rows) == {("thr", size, alpha) for size in (20, 45) for alpha in alphas}
     held_out = outputs.held_out
@@ -143,7 +130,7 @@ def test_report_equals_loops_over_draws_and_images(num_draws, forgotten_class):
                 images_of["forget_by_retain"] = outputs.forget, every, q_hat
                 images_of["forget_test_by_retain"] = held_out, forget_test, q_hat
             for name, (output, chosen, threshold) in images_of.items():
-                numbers = plain_numbers(output, chosen, threshold, set_sizes, score)
+                numbers = plain_numbers(output, chosen, threshold, score)
                 for key, value in numbers.items():
                     values_of.setdefault(f"{name}_{key}", []).append(value)
         values_of["q_hat"] = [None if q is None else plain_score(q) for q in q_hats]

@@ -40,7 +40,7 @@ def test_class_rows_equal_loops(forgotten_class, name):
         for group, (output, drawn, chosen) in groups.items():
             expected[f"{group}_images"] = len(chosen)
             for prefix, q_hat in (("", common), ("own_", mine)):
-                numbers = plain_numbers(output, chosen, q_hat, (), score, drawn)
+                numbers = plain_numbers(output, chosen, q_hat, score, drawn)
                 for key in ("coverage", "set_size"):
                     value = numbers[key]
                     expected[f"{prefix}{group}_{key}"] = math.nan if value is None else value

@@ -13,7 +13,6 @@ KINDS = ("percent", "number", "count", "seconds", "text")
 DICTIONARIES = ("COLUMNS", "ROW_COLUMNS", "CSV_COLUMNS")
 PLACEHOLDERS = {
     "<group>": "(forget|retain|test|forget_test|forget_by_retain|forget_test_by_retain)",
-    "<c>": r"\d+",
     "<feature>": "(correctness|entropy|modified_entropy|probabilities)",
 }
 

@@ -1,19 +1,17 @@
-"""Distances from one model to one Retrain, and verdicts on them."""
+"""Distances from one model to one Retrain."""
 
 import math
 
 import pytest
 import torch
-from scipy import stats
 from scipy.spatial.distance import jensenshannon
+from scored import some_outputs
 
 from metrics import comparison
 
 
-def outputs(forget, test, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(count, 4, generator=generator) for count in (forget, test))
-    return comparison.Answers(*((values, torch.arange(len(values)) % 4) for values in logits))
+def logits(count, seed=0):
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
 
 
 def test_costs_are_relative_to_finetune_as_far_as_known():
@@ -41,7 +39,7 @@ def test_tug_of_war_is_the_product_of_three_agreements():
 
 
 def test_jensen_shannon_equals_scipys_and_is_between_zero_and_one():
-    model, retrain = (outputs(30, 1, seed).forget[0] for seed in (0, 1))
+    model, retrain = (logits(30, seed) for seed in (0, 1))
     expected = jensenshannon(model.double().softmax(1), retrain.double().softmax(1), 2, axis=1) ** 2
     assert comparison.jensen_shannon(model, retrain) == pytest.approx(expected.mean())
     assert comparison.jensen_shannon(model, model) == pytest.approx(0, abs=1e-12)
@@ -54,17 +52,19 @@ def test_calibrated_auc_by_hand():
     """Log-odds of two classes are differences of logits: 3 and 1 against 2, less 1 each."""
     labels = torch.tensor([0, 0]), torch.tensor([1])
 
-    def answers(forget, test):
-        return comparison.Answers(*zip(map(torch.tensor, (forget, test)), labels, strict=True))
+    def outputs(forget, test):
+        return [*zip(map(torch.tensor, (forget, test)), labels, strict=True)]
 
-    model = answers([[3.0, 0.0], [1.0, 0.0]], [[0.0, 2.0]])
-    retrain = answers([[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0]])
-    assert comparison.calibrated_auc(model, retrain) == 0.5  # 2 and 0 against 1
-    surer = comparison.Answers((model.forget[0] * 3, labels[0]), model.test)
-    assert comparison.calibrated_auc(surer, retrain) == 1  # 8 and 2 against 1
-    assert comparison.calibrated_auc(retrain, retrain) == 0.5
-    no_test = comparison.Answers(model.forget, outputs(0, 0).test)
-    assert math.isnan(comparison.calibrated_auc(no_test, no_test))
+    def auc(model, reference):
+        return comparison.calibrated_auc(*zip(model, reference, strict=True))
+
+    model = outputs([[3.0, 0.0], [1.0, 0.0]], [[0.0, 2.0]])
+    retrain = outputs([[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0]])
+    assert auc(model, retrain) == 0.5  # 2 and 0 against 1
+    assert auc([(model[0][0] * 3, labels[0]), model[1]], retrain) == 1  # 8 and 2 against 1
+    assert auc(retrain, retrain) == 0.5
+    no_test = [model[0], (logits(0), labels[1][:0])]
+    assert math.isnan(auc(no_test, no_test))
 
 
 def test_gap_is_the_mean_over_numbers_that_both_models_have():
@@ -76,43 +76,17 @@ def test_gap_is_the_mean_over_numbers_that_both_models_have():
     assert math.isnan(comparison.gap({}, reference)) and comparison.gap(reference, reference) == 0
 
 
-def test_verdict_of_difference_within_tolerance_is_matches():
-    assert comparison.verdict(0.1, 0.1) == comparison.verdict(-0.1, 0.1) == "matches"
-    assert comparison.verdict(0.11, 0.1) == "over-forgets"
-    assert comparison.verdict(-0.11, 0.1) == "under-forgets"
-    assert comparison.verdict(math.nan, 0.1) is None and comparison.verdict(0.1, math.nan) is None
-    assert comparison.at_least_one_image(0, 80) == 1 / 80
-    assert comparison.at_least_one_image(0.5, 80) == 0.5
-    two_errors = 2 * math.sqrt(2 * 0.25 * 0.75 / 300)
-    assert comparison.share_tolerance(0.25, 0.25, 300) == pytest.approx(two_errors)
-    assert comparison.share_tolerance(1, 1, 10) == 0.1
-
-
-@pytest.mark.parametrize("n", [80, 500])
-@pytest.mark.parametrize("wrong", [0, 1, 40])
-def test_verdict_on_one_seed_is_the_two_proportion_test(n, wrong):
-    for other in range(n + 1):
-        tolerance = comparison.share_tolerance(other / n, wrong / n, n)
-        assert tolerance == comparison.share_tolerance(wrong / n, other / n, n)
-        table = [[wrong, n - wrong], [other, n - other]]
-        statistic = 0  # z², of which 4 is two standard errors
-        if 0 < wrong + other < 2 * n:
-            statistic = stats.chi2_contingency(table, correction=False).statistic
-        if abs(other - wrong) > 1:
-            is_match = abs(other - wrong) / n <= tolerance
-            assert is_match == (statistic <= 4) or statistic == pytest.approx(4)
-
-
 def test_differences_are_between_finite_numbers_that_both_models_have():
     actual = {"a": 1, "b": 0.5, "c": True, "d": "x", "e": math.nan, "f": math.inf, "g": 2}
     other = {"a": 3, "b": 0.25, "c": False, "d": "y", "e": 1, "f": 1}
     assert comparison.differences(actual, other) == {"a_minus_retrain": -2, "b_minus_retrain": 0.25}
 
 
-def test_distances_of_outputs_are_those_of_their_parts():
-    model, retrain = outputs(20, 30), outputs(20, 30, seed=1)
-    assert comparison.answer_distances(model, retrain) == {
-        "JSD_forget": comparison.jensen_shannon(model.forget[0], retrain.forget[0]),
-        "JSD_test": comparison.jensen_shannon(model.test[0], retrain.test[0]),
-        "calibrated_AUC": comparison.calibrated_auc(model, retrain),
+def test_distances_of_predictions_are_those_of_forget_and_test_images():
+    model, retrain = some_outputs(2), some_outputs(2, seed=1)
+    test = [each.held_out.select(torch.arange(45, 90)) for each in (model, retrain)]
+    assert comparison.prediction_distances(model, retrain) == {
+        "JSD_forget": comparison.jensen_shannon(model.forget.logits, retrain.forget.logits),
+        "JSD_test": comparison.jensen_shannon(test[0].logits, test[1].logits),
+        "calibrated_AUC": comparison.calibrated_auc((model.forget, retrain.forget), test),
     }

@@ -67,7 +67,7 @@ def test_accuracy_and_coverage_of_images_equal_loops(name):
     calibration = outputs.held_out.select(torch.arange(30))
     actual = conformal.accuracy_and_coverage(outputs.forget, calibration, chosen)
     q_hat = plain_q_hat(plain_log_odds(calibration, score, "held_out"), 0.2)
-    numbers = plain_numbers(outputs.forget, range(40), q_hat, (), score, "forget")
+    numbers = plain_numbers(outputs.forget, range(40), q_hat, score, "forget")
     assert actual.coverage == pytest.approx(numbers["coverage"])
     assert actual.accuracy == pytest.approx(1 - numbers["misclassified"] / 40)
     few = conformal.accuracy_and_coverage(outputs.forget, calibration.select([0, 1, 2]), chosen)

@@ -293,8 +293,13 @@ def test_comparison_is_with_the_retrain_of_the_table(bench):
     assert float(GA["gap"]) == pytest.approx(np.mean([abs(a - b) for a, b in pairs]))
     assert float(GA["TA_minus_retrain"]) == pytest.approx(pairs[2][0] - pairs[2][1])
     assert float(retrain["gap"]) == 0 and float(GA["JSD_forget"]) > 0.01
+    assert retrain["by_UA"] == "reference" and "UA_minus_retrain_low" in GA
+    for key in ("UA", "RA", "TA", "MIA", "forget_CR", "test_CR"):
+        row, column = bench.table()[-1], f"{key}_minus_retrain"
+        low, mean, high = (float(row[column + end]) for end in ("_low", "", "_high"))
+        assert low < mean < high and mean == pytest.approx((low + high) / 2), key
     record = read_json(bench.folder() / "GA/results.json")["metrics"]
-    assert not {"gap", "JSD_forget", "UA_word", "time_ratio"} & record.keys()
+    assert not {"gap", "JSD_forget", "by_UA", "time_ratio"} & record.keys()
 
 
 def test_costs_and_changed_predictions_are_compared(bench, capsys):
@@ -338,9 +343,9 @@ def test_numbers_under_an_infinite_q_hat_are_empty(bench):
     bench.evaluate("--unlearn_name", "all", *ALPHAS)
     for row in bench.table():
         known = row["alpha"] == "0.2"
-        for key in ("forget_coverage", "test_set_size", "forget_CR", "q_hat", "MIACR", "CR_word"):
+        for key in ("forget_coverage", "test_set_size", "forget_CR", "q_hat", "MIACR", "by_CR"):
             assert (row[key] != "") == known, key
-        assert row["UA_word"] and row["gap"] and row["forget_misclassified"]
+        assert row["by_UA"] and row["gap"] and row["forget_misclassified"]
     record = read_json(bench.folder() / "GA/results.json")["metrics"]["conformal"]
     assert record[0]["forget_coverage"] is None and record[1]["forget_coverage"] > 0
     sample = bench.table("GA/samples.csv")[0]

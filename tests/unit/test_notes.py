@@ -2,7 +2,7 @@
 
 import math
 
-from metrics import Spread
+from metrics import Interval, Spread
 from metrics.report import notes
 
 NAN = math.nan
@@ -46,6 +46,20 @@ def test_methods_that_destroy_the_network_are_named():
     (line,) = notes.destroyed([*rows, {"method": "ssd", "RA": NAN}, {"method": "failed"}])
     assert ": GA;" in line
     assert notes.destroyed(rows[:2] + rows[4:]) == notes.destroyed(rows[2:]) == []
+
+
+def test_words_by_chance_are_counted_and_one_seed_is_noted():
+    known, unknown = Interval(0.1, -0.1, 0.3), Interval(0.1, NAN, NAN)
+    rows = [
+        {"method": name, "UA": 0.5, "UA_minus_retrain": known, "forget_CR_minus_retrain": CR_f}
+        for CR_f in (known, unknown)
+        for name in ("GA", "RL")
+    ]
+    rows.append({"method": "retrain", "UA_minus_retrain": 0.0, "forget_CR_minus_retrain": 0.0})
+    chance, one_seed = notes.intervals(rows)
+    assert chance.startswith("4 ") and " 0.2 " in chance and "--seeds" in one_seed
+    assert notes.intervals([row | {"UA": Spread(0.5, 0.1)} for row in rows]) == [chance]
+    assert notes.intervals(rows[-1:]) == []
 
 
 def q_hat_row(alpha, **values):

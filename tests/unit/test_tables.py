@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from metrics import Column, Spread
+from metrics import Column, Interval, Spread
 from metrics.report import tables
 
 NAN = math.nan
@@ -22,6 +22,8 @@ def test_cells_and_headings_by_hand():
         (None, "text"): "–", (NAN, "percent"): "–", (math.inf, "number"): "–",
         (Spread(NAN, NAN), "number"): "–", (Spread(0.25, NAN), "percent"): "25.0",
         (Spread(0.5, 0.012), "percent"): "50.0±1.2", (Spread(3, 0.0), "count"): "3±0.0",
+        (Interval(0.1, -0.2, 0.4), "percent"): "10.0 [-20.0, 40.0]",
+        (Interval(0.1, NAN, NAN), "number"): "0.100",
     }  # fmt: skip
     assert {key: tables.format_cell(*key) for key in expected} == expected
     headings = {Column("UA", "percent"): "UA %", Column("TPR@1%", "percent"): "TPR@1%"}
@@ -48,9 +50,9 @@ def test_summary_over_seeds_by_hand():
 
 def set_row(alpha, method, **numbers):
     row = {"score": "thr", "cal_size": 20, "alpha": alpha, "method": method, "q_hat": 0.9}
-    row |= {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "gap": 0.1, "UA_word": "under-forgets"}
+    row |= {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4, "gap": 0.1, "by_UA": "under-forgets"}
     row |= {"seconds": 3.0, "forget_coverage": Spread(0.7, 0.1), "forget_set_size": 2.5}
-    row |= {"forget_CR": 0.28, "test_coverage": 0.9, "test_CR": 0.6, "CR_word": "over-forgets"}
+    row |= {"forget_CR": 0.28, "test_coverage": 0.9, "test_CR": 0.6, "by_CR": "over-forgets"}
     return row | {"forget_misclassified": 10, "forget_fake": Spread(4, 1.0)} | numbers
 
 
@@ -68,6 +70,12 @@ def test_full_tables_omit_empty_and_constant_columns():
     assert [item["method"] for item in sets.rows] == ["GA", "salun"]
     assert tables.full_tables([FAILED]) == []
     assert tables.full_tables([row | {"UA": NAN, "forget_CR": Spread(NAN, NAN)}]) == []
+    compared = {"UA_minus_retrain": Interval(0.1, 0.0, 0.2), "TA_minus_retrain": 0.1}
+    reference = row | {"method": "retrain", "UA_minus_retrain": 0.0}
+    *_, differences = tables.full_tables([reference, row | compared])
+    assert list(differences.columns) == ["alpha", "method", "UA_minus_retrain", "TA_minus_retrain"]
+    assert [item["method"] for item in differences.rows] == ["GA"]
+    assert differences.columns["UA_minus_retrain"] == Column("ΔUA", "percent")
     _, sets = tables.full_tables([row, other | {"score": "aps", "cal_size": 40}])
     assert list(sets.columns) == ["score", "cal_size", "alpha", "method", "forget_CR"]
 
@@ -124,4 +132,6 @@ def test_csv_has_empty_cells_for_missing_numbers_and_two_columns_for_a_spread():
     rows = [{"a": Spread(1.5, 0.5), "b": 0.0}, {"a": Spread(2.5, NAN), "c": "x,y"}, {"b": NAN}]
     lines = ["1.5,0.5,0.0,", '2.5,,,"x,y"', ",,,"]
     assert tables.as_csv(rows).splitlines() == ["a,a_resplit_std,b,c", *lines]
+    interval = {"a": Interval(1, -0.5, 2.5)}
+    assert tables.as_csv([interval]).split() == ["a,a_low,a_high", "1,-0.5,2.5"]
     assert tables.as_csv(rows, ending=tables.SEEDS).splitlines() == ["a,a_std,b,c", *lines]
