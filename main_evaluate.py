@@ -505,7 +505,7 @@ class Views:
 
 
 def make_views(saved_models, evaluation):
-    """The :class:`Views` of all models, compared with the original model, Retrain and finetune."""
+    """The :class:`Views` of all models, compared with the original model and Retrain."""
     saved_of = {saved.name: saved for saved in sorted(saved_models, key=lambda s: position(s.name))}
     present = [name for name in ("original", "retrain") if name in saved_of]
     references = {name: read_logits(saved_of[name], evaluation) for name in present}
@@ -520,8 +520,6 @@ def make_views(saved_models, evaluation):
             view.numbers |= differences.compare(bare[name], bare["retrain"], both)
             view.numbers |= differences.compare_model(name, bare[name], bare["retrain"])
             view.numbers |= view.distances
-        if "finetune" in views and name != "original":
-            view.numbers |= comparison.costs(bare[name], bare["finetune"])
     class_rows = [row for view in views.values() for row in view.class_rows]
     destination_rows = [row for view in views.values() for row in view.destination_rows]
     return Views(views, rows_of(views, evaluation), class_rows, destination_rows)

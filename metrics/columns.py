@@ -54,12 +54,6 @@ RUN_COLUMNS = {
     "alpha": Column("alpha", "text", "", "miscoverage level α"),
     "seconds": Column("time s", "seconds", "low", "running time of the method"),
     "peak_memory": Column("memory MB", "count", "low", "peak GPU memory of the method"),
-    "time_ratio": Column(
-        "time/ft", "number", "low", "running time divided by finetune's running time"
-    ),
-    "memory_ratio": Column(
-        "mem/ft", "number", "low", "peak memory divided by finetune's peak memory"
-    ),
     "changed": Column(
         "changed", "percent", "", "predictions on all images that differ from the original model's"
     ),

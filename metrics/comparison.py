@@ -69,16 +69,6 @@ def differences(numbers, reference):
     return signed
 
 
-def costs(numbers, finetune):
-    """{"time_ratio", "memory_ratio"} to fine-tuning, if both numbers are known."""
-    pairs = {"time_ratio": "seconds", "memory_ratio": "peak_memory"}
-    return {
-        ratio: numbers[key] / finetune[key]
-        for ratio, key in pairs.items()
-        if _is_number(numbers.get(key)) and _is_number(finetune.get(key)) and finetune[key] > 0
-    }
-
-
 def changed_share(predictions, original):
     """The share of the images whose predicted class changed. Twice N → a float. NaN for N = 0."""
     return (predictions != original).float().mean().item()

@@ -91,6 +91,7 @@ def _coverage_outside(rows):
 
 def intervals(rows):
     """Lines on the intervals of differences: how many words are chance, and what they cover."""
+    rows = [row for row in rows if row["method"] != "retrain"]
     compared = [row.get("UA_minus_retrain") for row in one_per_method(rows)]
     compared += [row.get(f"{CR.forget_group(row)}_CR_minus_retrain") for row in rows]
     count = sum(isinstance(item, Interval) and not is_missing(item.low) for item in compared)

@@ -39,11 +39,11 @@ class Table:
     rows: list[dict]
 
 
-COSTS = ("changed", "seconds", "time_ratio", "peak_memory", "memory_ratio", "note")
-MODEL_COLUMNS = {"method": RUN_COLUMNS["method"]} | columns_of("COLUMNS")
-MODEL_COLUMNS |= {key: RUN_COLUMNS[key] for key in COSTS}
-SET_COLUMNS = {key: RUN_COLUMNS[key] for key in KEYS} | columns_of("ROW_COLUMNS")
-SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "by_UA", "seconds")
+SHORT_MODEL_KEYS = ("method", "UA", "RA", "TA", "MIA", "gap", "by_UA", "seconds")  # as printed
+MODEL_COLUMNS = dict.fromkeys(SHORT_MODEL_KEYS) | columns_of("COLUMNS")
+for key in ("method", "seconds", "changed", "peak_memory", "note"):
+    MODEL_COLUMNS[key] = RUN_COLUMNS[key]
+SET_COLUMNS = {key: RUN_COLUMNS[key] for key in ("method", *KEYS)} | columns_of("ROW_COLUMNS")
 REPORT_ONLY = {"KLOM_retain", "KLOM_retain_chance", "KLOM_test_chance", "ULiRA_excess_error"}
 FAKE_OF_WRONG = Column("fake of wrong", "text", "near Retrain", "fake-forgotten of misclassified")
 COMPARED = ("UA", "RA", "TA", "MIA", "forget_CR", "forget_by_retain_CR", "test_CR")

@@ -14,15 +14,6 @@ def logits(count, seed=0):
     return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def test_costs_are_relative_to_finetune_as_far_as_known():
-    finetune = {"seconds": 20.0, "peak_memory": 800}
-    row = {"seconds": 5.0, "peak_memory": 1200, "UA": 0.1}
-    assert comparison.costs(row, finetune) == {"time_ratio": 0.25, "memory_ratio": 1.5}
-    assert comparison.costs(row | {"peak_memory": None}, finetune) == {"time_ratio": 0.25}
-    assert comparison.costs(row, {"seconds": 0.0, "peak_memory": 100}) == {"memory_ratio": 12.0}
-    assert comparison.costs(row, {}) == comparison.costs({}, finetune) == {}
-
-
 def test_changed_share_counts_other_predictions():
     original = torch.tensor([0, 1, 2, 3, 0])
     assert comparison.changed_share(torch.tensor([0, 2, 2, 1, 0]), original) == pytest.approx(0.4)

@@ -299,17 +299,16 @@ def test_comparison_is_with_the_retrain_of_the_table(bench):
         low, mean, high = (float(row[column + end]) for end in ("_low", "", "_high"))
         assert low < mean < high and mean == pytest.approx((low + high) / 2), key
     record = read_json(bench.folder() / "GA/results.json")["metrics"]
-    assert not {"gap", "JSD_forget", "by_UA", "time_ratio"} & record.keys()
+    assert not {"gap", "JSD_forget", "by_UA"} & record.keys()
 
 
-def test_costs_and_changed_predictions_are_compared(bench, capsys):
+def test_changed_predictions_are_compared(bench, capsys):
     for name, number in (("original", 1), ("finetune", 2), ("GA", 3)):
         bench.save(name, number)
     bench.save("ssd", 1)
     bench.evaluate("--unlearn_name", "all", *ALPHAS)
     rows = {row["method"]: row for row in bench.table()}
-    assert rows["original"]["changed"] == rows["original"]["time_ratio"] == ""
-    assert float(rows["ssd"]["changed"]) == 0 and float(rows["GA"]["time_ratio"]) == 1.5
+    assert rows["original"]["changed"] == "" and float(rows["ssd"]["changed"]) == 0
     assert "ssd" in capsys.readouterr().out.split("no prediction of the original model changed")[1]
     split = utils.make_split(bench.data, utils.scenario_of(bench.args), 24)
     first, other = (

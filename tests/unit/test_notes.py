@@ -55,7 +55,8 @@ def test_words_by_chance_are_counted_and_one_seed_is_noted():
         for CR_f in (known, unknown)
         for name in ("GA", "RL")
     ]
-    rows.append({"method": "retrain", "UA_minus_retrain": 0.0, "forget_CR_minus_retrain": 0.0})
+    zero = Interval(0.0, 0.0, 0.0)
+    rows.append({"method": "retrain", "UA_minus_retrain": zero, "forget_CR_minus_retrain": zero})
     chance, one_seed = notes.intervals(rows)
     assert chance.startswith("4 ") and " 0.2 " in chance and "--seeds" in one_seed
     assert notes.intervals([row | {"UA": Spread(0.5, 0.1)} for row in rows]) == [chance]

@@ -66,7 +66,7 @@ def test_full_tables_omit_empty_and_constant_columns():
     assert (models.heading, sets.heading) == ("Models", "Prediction sets")
     assert list(models.columns) == ["method", "UA", "note"]
     assert [item["method"] for item in models.rows] == ["GA", "salun", "sfron"]
-    assert list(sets.columns) == ["alpha", "method", "forget_CR"]
+    assert list(sets.columns) == ["method", "alpha", "forget_CR"]
     assert [item["method"] for item in sets.rows] == ["GA", "salun"]
     assert tables.full_tables([FAILED]) == []
     assert tables.full_tables([row | {"UA": NAN, "forget_CR": Spread(NAN, NAN)}]) == []
