@@ -159,7 +159,7 @@ def full_tables(rows):
     for key in ("score", "cal_size"):
         if len({row[key] for row in sets}) == 1:
             del columns[key]
-    about = {key: columns[key] for key in KEYS if key in columns}
+    about = {key: columns[key] for key in SET_COLUMNS if key in KEYS and key in columns}
     others = [row for row in sets if row["method"] != "retrain"]
     made = [
         filled_table("Models", MODEL_COLUMNS, one_per_method(rows)),

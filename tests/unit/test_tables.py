@@ -73,11 +73,11 @@ def test_full_tables_omit_empty_and_constant_columns():
     compared = {"UA_minus_retrain": Interval(0.1, 0.0, 0.2), "TA_minus_retrain": 0.1}
     reference = row | {"method": "retrain", "UA_minus_retrain": 0.0}
     *_, differences = tables.full_tables([reference, row | compared])
-    assert list(differences.columns) == ["alpha", "method", "UA_minus_retrain", "TA_minus_retrain"]
+    assert list(differences.columns) == ["method", "alpha", "UA_minus_retrain", "TA_minus_retrain"]
     assert [item["method"] for item in differences.rows] == ["GA"]
     assert differences.columns["UA_minus_retrain"] == Column("ΔUA", "percent")
     _, sets = tables.full_tables([row, other | {"score": "aps", "cal_size": 40}])
-    assert list(sets.columns) == ["score", "cal_size", "alpha", "method", "forget_CR"]
+    assert list(sets.columns) == ["method", "score", "cal_size", "alpha", "forget_CR"]
 
 
 def test_short_lines_are_models_failures_and_a_block_per_alpha():
