@@ -120,8 +120,14 @@ def test_permutation_test_sees_variation_and_is_limited_by_the_number_of_trainin
     retrained = gaussian((16, 40), seed=1)
     assert ensembles.permutation_test(2 * gaussian((16, 40)), retrained) == 0.001
     assert ensembles.permutation_test(retrained, retrained) == 1
-    shifted = retrained[:2] + 9
-    assert ensembles.permutation_test(shifted, retrained[2:4]) >= 0.25  # 2 of 6 labelings
+    # Two of the six labelings of 2 + 2 trainings are the observed one.
+    assert ensembles.permutation_test(retrained[:2] + 9, retrained[2:4]) >= 0.25
+
+
+def test_permutation_test_does_not_depend_on_the_units_of_an_image():
+    pair, units = (models(8, 1, 0.4), models(8, 2)), torch.logspace(-3, 3, 40)
+    p_value = ensembles.permutation_test(*pair)
+    assert 0.01 < p_value == ensembles.permutation_test(*(kind * units for kind in pair)) < 0.9
 
 
 def test_chance_is_the_distance_without_a_difference_and_halves_are_farther():
