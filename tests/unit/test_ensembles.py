@@ -143,10 +143,10 @@ def test_chance_is_the_distance_without_a_difference_and_halves_are_farther():
     assert np.mean(halves) > np.mean(chances) + 1  # with fewer trainings, KLOM is larger
 
 
-def trainings(count, shift=0.0, seed=0, in_set=0.5, elsewhere=0.0):
+def trainings(count, shift=0.0, seed=0, in_set=0.5, control=0.0):
+    means = {"forget": shift, "retain": 0.0, "test": 0.0, "control": control}
     margins = {
-        part: gaussian((count, 50), elsewhere if k else shift, seed + k)
-        for k, part in enumerate((*ensembles.PARTS, "control"))
+        part: gaussian((count, 50), mean, seed + k) for k, (part, mean) in enumerate(means.items())
     }
     drawn = torch.rand(count, 50, generator=torch.Generator().manual_seed(seed))
     return ensembles.Trainings(margins, drawn < in_set)
@@ -166,13 +166,14 @@ def test_rows_compare_every_method_with_as_many_trainings_of_retrain():
         shares = [kind.in_set.double().mean(0) for kind in pair]
         assert row["in_set_difference"] == pytest.approx((shares[0] - shares[1]).abs().mean())
     assert original["p_value"] == 0.001 < 0.01 < ascent["p_value"]
+    assert original["in_set_difference"] > 3 * original["in_set_difference_chance"]
     for key in ("KLOM_forget", "KLOM_retain", "KLOM_test", "in_set_difference"):
         assert ascent[key] == pytest.approx(ascent[f"{key}_chance"], rel=0.3)
 
 
 def test_excess_of_u_lira_is_near_0_for_another_procedure_and_large_for_a_trace():
-    methods = {"retrain": trainings(16), "procedure": trainings(16, 1, 10, elsewhere=1)}
-    procedure, trace = ensembles.rows(methods | {"trace": trainings(16, 2, 30, elsewhere=1)})
+    methods = {"retrain": trainings(16), "procedure": trainings(16, 1, 10, control=1)}
+    procedure, trace = ensembles.rows(methods | {"trace": trainings(16, 2, 30, control=1)})
     assert procedure["ULiRA_accuracy"] > 0.6 and trace["ULiRA_excess"] > 0.1
     assert abs(procedure["ULiRA_excess"]) < 2 * procedure["ULiRA_excess_error"] < 0.05
 
