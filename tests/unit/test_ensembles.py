@@ -161,8 +161,10 @@ def test_rows_compare_every_method_with_as_many_trainings_of_retrain():
         assert row["method"] == name and row.keys() == ensembles.COLUMNS.keys()
         pair = methods[name], methods["retrain"].select(slice(row["trainings"]))
         for part in ensembles.PARTS:
-            expected = klom_by_loop(*(kind.margins[part] for kind in pair))
-            assert row[f"KLOM_{part}"] == pytest.approx(sorted(expected)[24])
+            margins = [kind.margins[part] for kind in pair]
+            assert row[f"KLOM_{part}"] == pytest.approx(sorted(klom_by_loop(*margins))[24])
+            by_chance = ensembles.chance(ensembles.median_klom, *margins)
+            assert row[f"KLOM_{part}_chance"] == by_chance
         shares = [kind.in_set.double().mean(0) for kind in pair]
         assert row["in_set_difference"] == pytest.approx((shares[0] - shares[1]).abs().mean())
     assert original["p_value"] == 0.001 < 0.01 < ascent["p_value"]
