@@ -120,8 +120,14 @@ def test_permutation_test_sees_variation_and_is_limited_by_the_number_of_trainin
     retrained = gaussian((16, 40), seed=1)
     assert ensembles.permutation_test(2 * gaussian((16, 40)), retrained) == 0.001
     assert ensembles.permutation_test(retrained, retrained) == 1
-    shifted = retrained[:2] + 9
-    assert ensembles.permutation_test(shifted, retrained[2:4]) >= 0.25  # 2 of 6 labelings
+    # Two of the six labelings of 2 + 2 trainings are the observed one.
+    assert ensembles.permutation_test(retrained[:2] + 9, retrained[2:4]) >= 0.25
+
+
+def test_permutation_test_does_not_depend_on_the_units_of_an_image():
+    pair, units = (models(8, 1, 0.4), models(8, 2)), torch.logspace(-3, 3, 40)
+    p_value = ensembles.permutation_test(*pair)
+    assert 0.01 < p_value == ensembles.permutation_test(*(kind * units for kind in pair)) < 0.9
 
 
 def test_chance_is_the_distance_without_a_difference_and_halves_are_farther():
@@ -137,10 +143,10 @@ def test_chance_is_the_distance_without_a_difference_and_halves_are_farther():
     assert np.mean(halves) > np.mean(chances) + 1  # with fewer trainings, KLOM is larger
 
 
-def trainings(count, shift=0.0, seed=0, in_set=0.5, elsewhere=0.0):
+def trainings(count, shift=0.0, seed=0, in_set=0.5, control=0.0):
+    means = {"forget": shift, "retain": 0.0, "test": 0.0, "control": control}
     margins = {
-        part: gaussian((count, 50), elsewhere if k else shift, seed + k)
-        for k, part in enumerate((*ensembles.PARTS, "control"))
+        part: gaussian((count, 50), mean, seed + k) for k, (part, mean) in enumerate(means.items())
     }
     drawn = torch.rand(count, 50, generator=torch.Generator().manual_seed(seed))
     return ensembles.Trainings(margins, drawn < in_set)
@@ -155,18 +161,21 @@ def test_rows_compare_every_method_with_as_many_trainings_of_retrain():
         assert row["method"] == name and row.keys() == ensembles.COLUMNS.keys()
         pair = methods[name], methods["retrain"].select(slice(row["trainings"]))
         for part in ensembles.PARTS:
-            expected = klom_by_loop(*(kind.margins[part] for kind in pair))
-            assert row[f"KLOM_{part}"] == pytest.approx(sorted(expected)[24])
+            margins = [kind.margins[part] for kind in pair]
+            assert row[f"KLOM_{part}"] == pytest.approx(sorted(klom_by_loop(*margins))[24])
+            by_chance = ensembles.chance(ensembles.median_klom, *margins)
+            assert row[f"KLOM_{part}_chance"] == by_chance
         shares = [kind.in_set.double().mean(0) for kind in pair]
         assert row["in_set_difference"] == pytest.approx((shares[0] - shares[1]).abs().mean())
     assert original["p_value"] == 0.001 < 0.01 < ascent["p_value"]
+    assert original["in_set_difference"] > 3 * original["in_set_difference_chance"]
     for key in ("KLOM_forget", "KLOM_retain", "KLOM_test", "in_set_difference"):
         assert ascent[key] == pytest.approx(ascent[f"{key}_chance"], rel=0.3)
 
 
 def test_excess_of_u_lira_is_near_0_for_another_procedure_and_large_for_a_trace():
-    methods = {"retrain": trainings(16), "procedure": trainings(16, 1, 10, elsewhere=1)}
-    procedure, trace = ensembles.rows(methods | {"trace": trainings(16, 2, 30, elsewhere=1)})
+    methods = {"retrain": trainings(16), "procedure": trainings(16, 1, 10, control=1)}
+    procedure, trace = ensembles.rows(methods | {"trace": trainings(16, 2, 30, control=1)})
     assert procedure["ULiRA_accuracy"] > 0.6 and trace["ULiRA_excess"] > 0.1
     assert abs(procedure["ULiRA_excess"]) < 2 * procedure["ULiRA_excess_error"] < 0.05
 
