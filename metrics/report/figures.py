@@ -381,7 +381,7 @@ def klom_dots(rows):
             axis.plot([by_chance] * 2, [position - 0.4, position + 0.4], color=GREY, linewidth=3)
             axis.plot(row[key], position, **(look_of[row["method"]] | POINT))
         axis.set(title=f"{part} images", xlabel="KLOM (grey: no difference)")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.05 * axis.get_xlim()[1])
     figure.suptitle("Distance to retrained models; grey: the same trainings, randomly relabeled")
     return figure
 
