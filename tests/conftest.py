@@ -21,8 +21,8 @@ def digits():
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """The README's first command with a narrow network and fewer epochs, and without flags for
-    wandb.
+    """The README's first command with a narrow network, fewer epochs, one baseline and a tenth of
+    the images to forget, and without flags for wandb.
 
     ``folder`` is where it ran, ``root`` the run folder, ``output`` the CompletedProcess of each
     script.
@@ -31,11 +31,12 @@ def pipeline(tmp_path_factory):
     import main_unlearn_cpu  # noqa: F401
 
     folder = tmp_path_factory.mktemp("pipeline")
+    tenth = ["--retain_ratio", 0.9]
     fewer = {
         "main_original_model.py": ["--num_epochs", 6],
-        "main_unlearn.py": ["--num_epochs", 3],
-        "main_unlearn_cpu.py": ["--num_epochs", 3, "--alpha", 0.05],
-        "main_evaluate.py": PIPELINE_EVALUATION,
+        "main_unlearn.py": ["--num_epochs", 3, "--unlearn_name", "retrain", "finetune", *tenth],
+        "main_unlearn_cpu.py": ["--num_epochs", 3, "--alpha", 0.05, *tenth],
+        "main_evaluate.py": [*PIPELINE_EVALUATION, *tenth],
     }
     chain = readme_block("main job").split("&&")
     commands = [command.split()[1:] for command in chain if "main_" in command]
