@@ -1,6 +1,6 @@
 """Speed, as ratios of two sides that are timed in one run.
 
-    python tests/benchmark.py augmentation epoch
+    python tests/benchmark.py epoch evaluation
     python tests/benchmark.py epoch --width 64 --images 50000 --batch_size 512
     python tests/benchmark.py gpu
 
@@ -36,7 +36,7 @@ from PIL import Image
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.svm import SVC
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import metrics
@@ -44,8 +44,7 @@ import models
 import unlearn
 import unlearn_cpu
 from metrics import classwise, samples
-from models import fisher as importances
-from models import inference, seeds, training
+from models import inference, training
 from models.errors import first_line
 
 BENCHMARKS = {}
@@ -67,16 +66,12 @@ def seconds(call):
     return time.perf_counter() - start, actual
 
 
-def report(subject, *numbers):
-    print(f"{subject}: {', '.join(numbers)}", flush=True)
-
-
 def show(title, numbers):
     """Print numbers by name in a line, and a line for each dictionary among them."""
     flat = {name: value for name, value in numbers.items() if not isinstance(value, dict)}
-    cells = (f"{key} {v if isinstance(v, str) else f'{v:,.4g}'}" for key, v in flat.items())
+    cells = [f"{key} {v if isinstance(v, str) else f'{v:,.4g}'}" for key, v in flat.items()]
     if flat:
-        report(title, *cells)
+        print(f"{title}: {', '.join(cells)}", flush=True)
     for name in [name for name in numbers if name not in flat]:
         show(f"{title} {name}", numbers[name])
 
@@ -119,61 +114,21 @@ def random_data(args):
     return utils.Data(*image_sets, [str(number) for number in range(10)], "random")
 
 
-class PlainImages(torch.utils.data.Dataset):
-    """The usual data set: an array whose images pass through PIL one by one."""
+def plain_loader(images, args, indices, augmented=True):
+    """The usual loader: every image is an array that passes through PIL."""
+    crop = transforms.RandomCrop(32, padding=images.spec.crop_padding)
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.RandomGrayscale()]
+    normalize = transforms.Normalize(images.spec.mean, images.spec.std)
+    chosen = [*(steps if augmented else []), transforms.ToTensor(), normalize]
+    transform = transforms.Compose(chosen)
 
-    def __init__(self, images, augmented):
-        spec = images.spec
-        self.arrays = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
-        self.labels = images.labels.tolist()
-        steps = [
-            transforms.RandomCrop(32, padding=spec.crop_padding),
-            transforms.RandomHorizontalFlip(),
-        ]
-        steps = [*steps, transforms.RandomGrayscale(spec.grayscale)] if augmented else []
-        self.transform = transforms.Compose(
-            [*steps, transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
-        )
+    def collate(rows):
+        inputs = [transform(Image.fromarray(array)) for array, _ in rows]
+        return torch.stack(inputs), torch.tensor([label for _, label in rows])
 
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
-
-
-def plain_loader(images, args, augmented=True, indices=None):
-    actual = PlainImages(images, augmented)
-    actual = actual if indices is None else Subset(actual, indices.tolist())
-    return DataLoader(actual, args.batch_size, shuffle=augmented, num_workers=0)
-
-
-@benchmark
-def augmentation(args):
-    """Augmented training batches of one epoch: per-image PIL transforms against batches on the
-    device.
-    """
-    data = random_data(args)
-    few = torch.arange(min(args.images, 5000))
-    order = torch.randperm(args.images).to(args.device).split(args.batch_size)
-
-    def ours():
-        for batch in data.train.batches(order, seeds.generator(1, "benchmark", device=args.device)):
-            batch.sum()
-
-    def plain():
-        for inputs, _ in plain_loader(data.train, args, indices=few):
-            inputs.to(args.device).sum()
-
-    ours()
-    ours_speed = args.images / statistics.median(seconds(ours)[0] for _ in range(args.repeats))
-    plain_speed = len(few) / statistics.median(seconds(plain)[0] for _ in range(args.repeats))
-    report(
-        f"augmentation in batches of {args.batch_size}",
-        f"plain {plain_speed:,.0f} images/s",
-        f"here {ours_speed:,.0f} images/s",
-        f"ratio {ours_speed / plain_speed:.0f}",
-    )
+    arrays = images.pixels[indices].permute(0, 2, 3, 1).cpu().numpy()
+    rows = list(zip(arrays, images.labels[indices].tolist(), strict=True))
+    return DataLoader(rows, args.batch_size, shuffle=augmented, collate_fn=collate)
 
 
 @benchmark
@@ -182,8 +137,8 @@ def epoch(args):
     the project's loop.
     """
     data = random_data(args)
-    few = torch.arange(min(args.images, 2560))
     everything = torch.arange(len(data.train), device=args.device)
+    few = everything[:2560]
     precision = utils.pick_precision(args, torch.device(args.device))
     layout = torch.channels_last if args.device != "cpu" else torch.preserve_format
     model = network(args).to(memory_format=layout).train()
@@ -197,7 +152,7 @@ def epoch(args):
         optimizer.step()
         return loss
 
-    loader = plain_loader(data.train, args, indices=few)
+    loader = plain_loader(data.train, args, few)
 
     def plain():
         total = 0.0
@@ -226,6 +181,7 @@ def epoch(args):
         quiet=True,
         compile=args.compile,
     )
+
     def ours(job_epoch):
         for batch in job_epoch.batches("retain"):
             job_epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
@@ -253,54 +209,12 @@ def attempt(call):
 def batches(args):
     """:func:`epoch` in batches of 64, 256 and 512 images; 200 steps an epoch, on a CPU one."""
     results = {}
-    for batch_size in (256, 64, 512):
+    for batch_size in (64,) if args.short else (256, 64, 512):
         size = {"batch_size": batch_size, "images": batch_size * (200, 1)[args.device == "cpu"]}
         numbers = attempt(partial(epoch, Namespace(**vars(args) | size)))
         results[f"batches of {batch_size}"] = numbers
         save(args, {"batches": results})  # in case that the next one does not end
     return results
-
-
-@benchmark
-def fisher(args):
-    """The diagonal Fisher information of the retain images: one image and one class at a time
-    against chunks.
-    """
-    data = random_data(args)
-    model = network(args).eval()
-    many = torch.arange(64 if args.device == "cpu" else len(data.train), device=args.device)
-    few = many[:8]
-
-    def plain():
-        total = [torch.zeros_like(parameter) for parameter in model.parameters()]
-        for index in few:
-            log_p = F.log_softmax(model(data.train.batch(index[None])), dim=1)[0]
-            for number in range(10):
-                actual = torch.autograd.grad(
-                    log_p[number], list(model.parameters()), retain_graph=number < 9
-                )
-                for sum_, gradient in zip(total, actual, strict=True):
-                    sum_ += log_p[number].exp().item() * gradient.square()
-        return [tensor / len(few) for tensor in total]
-
-    def ours(indices):
-        return importances.diagonal_fisher(model, data.train, indices, importances.expected_scores)
-
-    expected, actual = plain(), ours(few)
-    for sum_, tensor in zip(expected, actual.values(), strict=True):
-        torch.testing.assert_close(sum_, tensor, rtol=1e-3, atol=1e-3 * sum_.abs().max().item())
-    times = [
-        (seconds(plain)[0] / len(few), seconds(lambda: ours(many))[0] / len(many))
-        for _ in range(args.repeats)
-    ]
-    plain_s, ours_s = medians(times)
-    report(
-        f"Fisher information at width {args.width}",
-        f"plain {1000 * plain_s:.0f} ms per image",
-        f"here {1000 * ours_s:.1f} ms",
-        f"ratio {plain_s / ours_s:.1f}",
-        f"45,000 images take {750 * ours_s:.1f} min",
-    )
 
 
 @benchmark
@@ -327,7 +241,7 @@ def evaluation(args):
     def plain_pass(images, indices):
         actual, labels = [], []
         with torch.no_grad():
-            for inputs, targets in plain_loader(images, args, augmented=False, indices=indices):
+            for inputs, targets in plain_loader(images, args, indices, augmented=False):
                 actual.append(model(inputs.to(args.device)).softmax(dim=1).cpu().numpy())
                 labels.append(targets.numpy())
         return np.concatenate(actual), np.concatenate(labels)
@@ -368,15 +282,14 @@ def evaluation(args):
         measure_s = seconds(lambda outputs=outputs: measure(outputs))[0]
         times.append([seconds(plain)[0], seconds(bare)[0], forward_s + measure_s, measure_s])
     plain_s, bare_s, ours_s, measure_s = medians(times)
-    report(
-        f"evaluation of {args.images} + {args.images // 5} images at width {args.width}",
-        f"plain {plain_s:.1f} s",
-        f"bare forward pass {bare_s:.1f} s",
-        f"here {ours_s:.1f} s",
-        f"ratio {plain_s / ours_s:.1f} to plain",
-        f"{ours_s / bare_s:.2f} × the bare pass",
-        f"another α {measure_s:.1f} s",
-    )
+    return {
+        "plain s": plain_s,
+        "bare forward pass s": bare_s,
+        "here s": ours_s,
+        "plain / here": plain_s / ours_s,
+        "here / bare": ours_s / bare_s,
+        "another α s": measure_s,
+    }
 
 
 def write_data(folder, args):
@@ -386,6 +299,9 @@ def write_data(folder, args):
     data += [] if args.device == "cuda" else ["--image_size", 8]
     run = ["--device", args.device, "--runs_dir", f"{folder}/runs", "--wandb_mode", "disabled"]
     return [*data, *run, "--width", args.width]
+
+
+SHORT = ("retrain", "ssd", "cpu_scrub")  # methods with --short
 
 
 @benchmark
@@ -413,9 +329,10 @@ def methods(args):
 
         precision = ["--precision", args.precision]
         run("original", "main_original_model.py", *precision, "--num_epochs", 1)
-        for name, method in (unlearn.METHODS | unlearn_cpu.METHODS).items():
+        every = unlearn.METHODS | unlearn_cpu.METHODS
+        for name in SHORT if args.short else every:
             script = f"main_unlearn{'_cpu' if name in unlearn_cpu.METHODS else ''}.py"
-            more = ["--num_epochs", 1] if method.trained else []
+            more = ["--num_epochs", 1] if every[name].trained else []
             more += ["--alpha", 0.1] if name in unlearn_cpu.METHODS else []
             run(name, script, "--unlearn_name", name, *precision, *more)
         evaluate = ["--unlearn_name", "retrain", "--relearn", 4, "--relearn_on", "forget,retain"]
@@ -478,9 +395,11 @@ def gpu(args):
         "torchrun": (50, ["torchrun"]),
         "compiled": (300, ["batches", "--compile"]),
     }
+    if args.short:
+        del sections["speed"], sections["jobs"]
     flags = {"device": args.device, "precision": args.precision, "repeats": 2}
     flags |= {"width": width, "images": images, "batch_size": 256}
-    words = [f"--{key}={value}" for key, value in flags.items()]
+    words = [f"--{key}={value}" for key, value in flags.items()] + ["--short"] * args.short
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the section too
     results, start = {}, time.perf_counter()
     for name, (limit, (benchmark_name, *more)) in sections.items():
@@ -544,6 +463,8 @@ def main():
     )
     parser.add_argument("--precision", choices=["auto", "fp32", "tf32", "bf16"], default="auto")
     parser.add_argument("--compile", action="store_true", help="epoch: the project's side compiled")
+    short = "gpu: three sections with few methods and sizes, to test the command"
+    parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default="runs/benchmark.json", help="file of the numbers")
     args = parser.parse_args()
@@ -553,7 +474,7 @@ def main():
     print(f"torch {about['torch']}, {torch.get_num_threads()} threads, {about['device']}")
     for name in args.names or [name for name in BENCHMARKS if name != "gpu"]:
         images = args.images or {"evaluation": 50_000, "methods": 60}.get(name, 10_000)
-        results[name] = BENCHMARKS[name](Namespace(**vars(args) | {"images": images})) or {}
+        results[name] = BENCHMARKS[name](Namespace(**vars(args) | {"images": images}))
         show(name, results[name])
         save(args, results)
     if args.device == "cpu":
@@ -561,4 +482,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

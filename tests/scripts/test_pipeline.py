@@ -42,14 +42,6 @@ def pictures_in(folder):
 # ---------------------------------------------------------------- records
 
 
-def test_original_is_recorded_with_flags_history_and_versions(pipeline):
-    assert (pipeline.root / "original_model.pth").is_file()
-    record = read_json(pipeline.root / "original_model.json")
-    assert record["flags"]["num_epochs"] == 6 and len(record["history"]) == 6
-    assert record["seconds"] > 0 and record["device"].startswith("cpu")
-    assert record["versions"]["torch"] == torch.__version__
-
-
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_method_is_recorded_and_leaves_nothing_else(method, pipeline):
     folder = pipeline.root / "random_0.9" / method
@@ -61,18 +53,10 @@ def test_method_is_recorded_and_leaves_nothing_else(method, pipeline):
     assert results["method"] == method and results["seed"] == 1 and results["seconds"] > 0
     assert results["forget_set"] == "56d878fd8c3a6704" and results["num_forget"] == 80
     assert results["recipe"]["num_epochs"] == 3
-    assert results["original_seconds"] == original["seconds"]
+    assert results["original_seconds"] == original["seconds"] > 0
+    assert original["flags"]["num_epochs"] == 6 and len(original["history"]) == 6
+    assert results["evaluation"]["flags"]["alphas"] == [0.05, 0.1]
     assert len((folder / "history.jsonl").read_text().splitlines()) == 3
-
-
-def test_table_has_a_row_for_every_size_alpha_and_model(pipeline):
-    rows = read_table(pipeline.root / "random_0.9/results.csv")
-    assert [(row["cal_size"], row["alpha"], row["method"]) for row in rows] == [
-        (size, alpha, method)
-        for size in ("100", "200")
-        for alpha in ("0.05", "0.1")
-        for method in METHODS
-    ]
 
 
 SHARES = ("UA", "RA", "TA", "MIA", "MIACR", "gap", "forget_coverage", "test_coverage", "test_CR")
@@ -80,6 +64,12 @@ SHARES = ("UA", "RA", "TA", "MIA", "MIACR", "gap", "forget_coverage", "test_cove
 
 def test_numbers_of_the_table_are_consistent(pipeline):
     rows = read_table(pipeline.root / "random_0.9/results.csv")
+    assert [(row["cal_size"], row["alpha"], row["method"]) for row in rows] == [
+        (size, alpha, method)
+        for size in ("100", "200")
+        for alpha in ("0.05", "0.1")
+        for method in METHODS
+    ]
     reference = next(row for row in rows if row["method"] == "retrain")
     for row in rows:
         assert all(0 <= float(row[key]) <= 1 for key in SHARES), row
@@ -94,18 +84,6 @@ def test_numbers_of_the_table_are_consistent(pipeline):
         assert float(row["TA_minus_retrain"]) == pytest.approx(differences[2])
         for cell in (row["by_UA"], row["by_CR"]) if row["method"] != "retrain" else ():
             assert cell.startswith("[") or cell.endswith("forgets")
-
-
-def test_results_json_contains_the_numbers_of_the_table(pipeline):
-    results = read_json(pipeline.root / "random_0.9/cpu_finetune/results.json")
-    rows = read_table(pipeline.root / "random_0.9/results.csv")
-    row = next(row for row in rows if row["method"] == "cpu_finetune")
-    assert results["metrics"]["UA"] == float(row["UA"])
-    conformal = results["metrics"]["conformal"][0]
-    assert (conformal["alpha"], conformal["cal_size"]) == (0.05, 100)
-    assert conformal["forget_coverage"] == float(row["forget_coverage"])
-    assert results["evaluation"]["flags"]["alphas"] == [0.05, 0.1]
-    assert results["identity"]["alpha"] == 0.05
 
 
 def test_coverage_of_test_images_is_near_its_level(pipeline):
@@ -176,16 +154,13 @@ def test_diverging_methods_are_rows_and_the_others_still_run(two_seeds):
     assert all("±" in line for line in table if line.split()[0] not in diverged)
 
 
-def test_failures_are_rows_of_the_evaluation_until_they_are_repaired(two_seeds):
+def test_failures_are_rows_until_the_command_is_repeated_which_runs_them_alone(two_seeds):
     lines = two_seeds.scored_failing.splitlines()
     row = next(line for line in lines if line.split()[:1] == ["retrain"])
     assert set(row.split()[1:]) == {"–"}
     (reason,) = (line for line in lines if line.startswith("retrain: "))
     assert "seed 1: retrain diverged in epoch 1" in reason and "seed 2: retrain" in reason
     assert "diverged" not in two_seeds.scored
-
-
-def test_repaired_command_runs_only_what_had_failed(two_seeds):
     finished = len(unlearn.METHODS) - len(FROM_NEW_WEIGHTS)
     assert two_seeds.again.count("already done") == 2 * finished
 
@@ -296,10 +271,6 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
     for row in rows:
         assert abs(float(row["test_coverage"]) - 1 + float(row["alpha"])) < 0.05
     for name in names:
-        curve = read_json(scenario / name / "results.json")["metrics"]["relearn"]
-        assert curve["step"] == [0, 1, 2, 4, 5]
-        values = [*curve["accuracy"], *curve["coverage"]]
-        assert all(0 <= value <= 1 for value in values)
         assert len(read_table(scenario / name / "samples.csv")) == 80
     pictures = {path.name for path in scenario.glob("*.png")}
     assert {"cr_plane.png", "against_alpha.png", "scores.png", "relearn.png"} <= pictures
@@ -307,12 +278,3 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
         with Image.open(path) as image:
             assert min(image.size) > 150, path
             assert len(image.getcolors(2**20) or range(9)) > 4, path
-
-
-def test_report_is_one_file_with_every_picture(pipeline):
-    folder = pipeline.root / "random_0.9"
-    text = (folder / "report.html").read_text()
-    assert pictures_in(folder)
-    assert text.count("data:image/png;base64,") == len(pictures_in(folder))
-    assert "http" not in text.replace("http-equiv", "")
-    assert "56d878fd8c3a6704" in text and "cpu_finetune" in text

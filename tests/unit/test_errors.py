@@ -1,10 +1,9 @@
 """A mistake gives one line that names the flag or file, exit status 2, and no lost results."""
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
-from helpers import QUIET, TINY, check, fails_in_one_line, read_json, run_in_process
+from helpers import QUIET, TINY, check, fails_in_one_line, run_in_process
 
 COMMON = [*TINY, *QUIET]
 ORIGINAL = ["main_original_model.py", *COMMON]
@@ -27,14 +26,6 @@ def trained(tmp_path_factory):
     check(run_in_process(*UNLEARN_ANY, *names, "--num_epochs", 1, cwd=folder))
     root = folder / RUN_FOLDER
     return SimpleNamespace(folder=folder, root=root, original=root / "original_model.pth")
-
-
-@pytest.fixture
-def copy(trained, tmp_path):
-    """A copy of ``trained`` that a test may change."""
-    shutil.copytree(trained.folder, tmp_path, dirs_exist_ok=True)
-    root = tmp_path / RUN_FOLDER
-    return SimpleNamespace(folder=tmp_path, root=root, original=root / "original_model.pth")
 
 
 # ---------------------------------------------------------------- flags
@@ -86,20 +77,6 @@ def test_truncated_model_or_model_of_another_width_is_named(trained, tmp_path):
     path, content = tmp_path / "model.pth", trained.original.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     fails_in_one_line(run_in_process(*UNLEARN, "--model_dir", path, cwd=tmp_path), str(path))
-
-
-def test_model_of_another_forget_set_is_not_scored(trained, tmp_path):
-    path = trained.root / "random_0.9/retrain/unlearning_model.pth"
-    forget_set = read_json(path.with_name("results.json"))["forget_set"]
-    arguments = ["--unlearn_name", "retrain", "--model_dir", path, "--retain_ratio", 0.5]
-    done = run_in_process("main_evaluate.py", *COMMON, *arguments, cwd=tmp_path)
-    fails_in_one_line(done, str(path), forget_set)
-
-
-def test_models_of_two_originals_are_not_compared(copy):
-    other = ["--num_epochs", 1, "--learning_rate", 0.02, "--overwrite"]
-    check(run_in_process(*ORIGINAL, *other, cwd=copy.folder))
-    fails_in_one_line(run_in_process(*EVALUATE, cwd=copy.folder), "--overwrite")
 
 
 # ---------------------------------------------------------------- earlier results

@@ -372,6 +372,7 @@ def test_pictures_and_report_show_all_methods_of_the_table(bench):
     report = (bench.folder() / "report.html").read_text()
     assert methods(bench.table()) == ["GA"] and "cpu_RL" not in report
     names = {path.name for path in bench.folder().glob("*.png")}
+    assert "http" not in report.replace("http-equiv", "")
     assert report.count("data:image/png;base64,") == len(names - {"q_hat.png"}) + 1
 
 

@@ -19,7 +19,6 @@ import unlearn_cpu
 from models import classifier, seeds
 from models.errors import UserError
 
-LAMDA, ALPHA, DELTA = 0.7, 0.25, 0.03
 OPTIONS = {
     "GA": {"learning_rate": 0.003},
     "ga_plus": {"forget_weight": 0.35},
@@ -36,6 +35,7 @@ OPTIONS = {
     | {"max_norm": 0.4, "num_steps": 10},  # three and a third epochs
 }
 KEPT = {"keep_statistics": True}
+CONFORMAL = {"lamda": 0.7, "alpha": 0.25, "delta": 0.03}
 KEEPING = ("GA", "delete", "boundary_shrink", "boundary_expand")  # --keep_statistics
 
 
@@ -44,10 +44,9 @@ def nll(logits, targets):
     return logits.exp().sum(1).log() - (logits * one_hot(targets, logits.shape[1])).sum(1)
 
 
-def kl(teacher, student, temperature):
-    """KL(teacher ‖ student) of each image, softened, times T²."""
-    p, q = ((logits / temperature).softmax(1) for logits in (teacher, student))
-    return temperature**2 * (p * (p.log() - q.log())).sum(1)
+def accuracy(net, images, indices):
+    predictions = net.logits(images.inputs[indices]).argmax(1)
+    return (predictions == images.labels[indices]).double().mean().item()
 
 
 def nearest_by_hand(net, image, label, spec, radius):
@@ -114,16 +113,14 @@ class Reference:
 
     def prepare_lotus(self):
         """The accuracy on the images that calibrate the training, which no model has seen."""
-        held_out, unseen = self.job.data.held_out, self.job.split.train_calibration
-        predictions = self.original.logits(held_out.inputs[unseen]).argmax(1)
-        self.bound = (predictions == held_out.labels[unseen]).double().mean().item()
-        if self.job.split.forget_classes:
+        job = self.job
+        self.bound = accuracy(self.original, job.data.held_out, job.split.train_calibration)
+        if job.split.forget_classes:
             self.bound = 0
 
     def start_epoch_of_lotus(self, epoch):
-        forget = self.job.split.forget
-        predictions = self.net.logits(self.images[forget]).argmax(1)
-        difference = (predictions == self.labels[forget]).double().mean().item() - self.bound
+        forget_accuracy = accuracy(self.net, self.job.data.train, self.job.split.forget)
+        difference = forget_accuracy - self.bound
         self.temperature = math.e ** (self.options["smoothing"] * difference)
         self.rng = seeds.generator(self.job.seed, "lotus", "gumbel", epoch)
 
@@ -205,15 +202,13 @@ class Reference:
             indices = torch.cat([r, f])
             return nll(torch.cat([logits_r, logits_f]), self.targets[indices]).mean()
         if name == "teacher":
-            t = options["kd_T"]
-            to_original = kl(self.original.logits(BRIGHTER * self.images[r]), logits_r, t)
-            to_untrained = kl(self.untrained.logits(BRIGHTER * self.images[f]), logits_f, t)
-            return (to_original.sum() + to_untrained.sum()) / (len(r) + len(f))
+            from_original = self.distances(self.original, retain)
+            from_untrained = self.distances(self.untrained, forget)
+            return torch.cat([from_original, from_untrained]).mean()
         if name == "scrub":
-            t = options["kd_T"]
             if not len(r):
-                return -kl(self.original.logits(BRIGHTER * self.images[f]), logits_f, t).mean()
-            distance = kl(self.original.logits(BRIGHTER * self.images[r]), logits_r, t).mean()
+                return -self.distances(self.original, forget).mean()
+            distance = self.distances(self.original, retain).mean()
             return options["beta"] * distance + options["gamma"] * ce_r.mean()
         assert name == "sfron"
         if len(r):
@@ -221,6 +216,13 @@ class Reference:
             return ce_r.mean()
         weights = ce_f.detach() ** -options["adaptivity"]
         return -options["ascent"] * self.cosine() * (weights / weights.mean() * ce_f).mean()
+
+    def distances(self, teacher, student):
+        """KL(teacher ‖ student) of each image, softened, times T²."""
+        (logits, indices), t = student, self.options["kd_T"]
+        teacher_logits = teacher.logits(BRIGHTER * self.images[indices])
+        p, q = ((each / t).softmax(1) for each in (teacher_logits, logits))
+        return t**2 * (p * (p.log() - q.log())).sum(1)
 
     def cosine(self):
         """The factor of ascent and learning rate of sfron after the repair steps so far."""
@@ -326,9 +328,6 @@ def amun_steps(job):
     return steps
 
 
-CONFORMAL = {"lamda": LAMDA, "alpha": ALPHA, "delta": DELTA}
-
-
 @pytest.mark.parametrize("name", [*TRAINED, *unlearn_cpu.METHODS])
 def test_trained_method_after_several_epochs_has_weights_of_its_paper(name):
     base = name.removeprefix("cpu_")
@@ -411,14 +410,21 @@ def test_scrub_in_first_epochs_visits_forget_set_before_retain_set():
         assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
 
 
-def test_sfron_with_ascent_every_two_ascends_before_every_second_repair():
-    job = small_job("sfron", retain=33, forget=11, ascent_every=2, num_epochs=2)
+@pytest.mark.parametrize(
+    ("name", "sizes", "kinds"),
+    [
+        ("sfron", [8, 3, 8], "ascent repair repair ascent repair repair ascent repair"),
+        ("ga_plus", [8, 3, 8, 3, 8], "ascent ascent ascent ascent ascent"),
+    ],
+)
+def test_ascents_pass_through_the_forget_set_in_new_orders(name, sizes, kinds):
+    options = {"ascent_every": 2} if name == "sfron" else {}
+    job = small_job(name, retain=33, forget=11, num_epochs=2, **options)
     run(job)
     for steps in epochs_of(job):
-        kinds = " ".join("ascent" if f else "repair" for _, f in steps)
-        assert kinds == "ascent repair repair ascent repair repair ascent repair"
+        assert " ".join("ascent" if f else "repair" for _, f in steps) == kinds
         ascents = [f for _, f in steps if f]
-        assert [len(f) for f in ascents] == [8, 3, 8]
+        assert [len(f) for f in ascents] == sizes
         # One pass through the forget set, then the beginning of another in a new order.
         assert sorted(ascents[0] + ascents[1]) == job.split.forget.tolist()
         assert ascents[0] != ascents[2]
@@ -427,24 +433,12 @@ def test_sfron_with_ascent_every_two_ascends_before_every_second_repair():
     assert first != second
 
 
-def test_ga_plus_repeats_the_forget_set_within_an_epoch():
-    job = small_job("ga_plus", retain=33, forget=11)
-    run(job)
-    for steps in epochs_of(job):
-        assert sorted(sum((r for r, _ in steps), [])) == job.split.retain.tolist()
-        ascents = [f for _, f in steps]
-        assert [len(f) for f in ascents] == [8, 3, 8, 3, 8]
-        assert sorted(ascents[0] + ascents[1]) == job.split.forget.tolist()
-        assert ascents[0] != ascents[2]
-
-
 # ---------------------------------------------------------------- the end of a training
 
 
 def recognising_job(name, **settings):
-    """12 epochs of a method on images that have the labels that the original predicts."""
-    recipe = {"num_epochs": 12, "learning_rate": FORGETTING_RATES.get(name, 0.02)}
-    job = small_job(name, **OPTIONS.get(name, {}) | recipe | settings)
+    """A job on training images that have the labels that the original predicts."""
+    job = small_job(name, **settings)
     job.data.train.labels = ByHand(job.model).logits(job.data.train.inputs).argmax(1)
     return job
 
@@ -457,8 +451,9 @@ FORGETTING_RATES |= {"mu_mis": 0.01, "scrub": 0.05, "lotus": 0.3, "boundary_shri
 @pytest.mark.parametrize("name", sorted({*TRAINED} - {"retrain"}))
 def test_trained_method_ends_after_the_epoch_that_forgets(name):
     def forget_accuracies(stop_at):
-        num_steps = {"num_steps": None} if name == "sfron" else {}
-        job = recognising_job(name, stop_at=stop_at, **num_steps)
+        recipe = {"num_epochs": 12, "learning_rate": FORGETTING_RATES.get(name, 0.02)}
+        recipe |= {"num_steps": None} if name == "sfron" else {}
+        job = recognising_job(name, stop_at=stop_at, **OPTIONS.get(name, {}) | recipe)
         run(job)
         return [record["forget_acc"] for record in job.records]
 
@@ -492,12 +487,10 @@ def test_mu_mis_ends_once_the_other_sensitivity_has_recovered():
 
 
 def test_lotus_ends_one_percent_below_the_accuracy_on_unseen_images():
-    job = small_job("lotus", num_epochs=12, learning_rate=0.01)
-    net = ByHand(job.model)
+    job = recognising_job("lotus", num_epochs=12, learning_rate=0.01)
     held_out, unseen = job.data.held_out, job.split.train_calibration
-    held_out.labels = net.logits(held_out.inputs).argmax(1)
+    held_out.labels = ByHand(job.model).logits(held_out.inputs).argmax(1)
     held_out.labels[unseen[:7]] += 1  # 13 of 20 are right
-    job.data.train.labels = net.logits(job.data.train.inputs).argmax(1)  # all are recognised
     run(job)
     *earlier, last = [record["forget_acc"] for record in job.records]
     assert last == 7 / 11 <= 0.64 < min(earlier) and len(earlier) < 11
@@ -644,11 +637,8 @@ def test_neg_merge_subtracts_the_mean_of_changes_of_one_sign():
 
 
 def rewind_job(**settings):
-    """Six epochs of SCRUB on images labelled with the predictions of the original."""
-    job = small_job("scrub", num_epochs=6, learning_rate=0.05, msteps=4, **settings)
-    net = ByHand(job.model)
-    job.data.train.labels = net.logits(job.data.train.inputs).argmax(1)
-    return job
+    recipe = {"num_epochs": 6, "learning_rate": 0.05, "msteps": 4}
+    return recognising_job("scrub", **recipe | settings)
 
 
 def test_scrub_with_rewind_returns_to_epoch_with_the_error_of_held_out_images():

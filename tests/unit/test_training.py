@@ -1,6 +1,5 @@
 """The training loop on the small problem: batches, steps, records, and resuming."""
 
-import copy
 import itertools
 import math
 import time
@@ -164,17 +163,6 @@ def test_teacher_has_the_precision_of_training_and_no_gradient(precision):
     assert retain_only.outputs_of(nn.Identity(), "forget").shape == (0, 5)
 
 
-def test_parts_of_a_batch_in_separate_passes_have_statistics_of_their_own():
-    job = small_job("ga_plus")
-    hand, epoch = ByHand(job.model), one_epoch(job)
-    (batch,) = epoch.visit(epoch.steps("retain", "forget")[:1], separate_passes=True)
-    inputs = BRIGHTER * job.data.train.inputs[batch.indices]
-    parts = inputs.split([batch.num_retain, len(inputs) - batch.num_retain])
-    expected = torch.cat([hand.logits(part, training=True) for part in parts]).float()
-    torch.testing.assert_close(batch.logits, expected, rtol=1e-4, atol=1e-5)
-    hand.assert_equal(job.model.state_dict())
-
-
 def test_under_torchrun_a_batch_has_every_second_row_of_each_step(monkeypatch):
     job = small_job("finetune")
     steps = one_epoch(job).steps("retain", "forget")
@@ -225,18 +213,6 @@ def test_training_stays_in_train_mode_and_changes_statistics_in_every_epoch(reta
         assert means[-1].equal(means[-2]) == one_image
 
 
-def test_eval_mode_keeps_and_uses_the_statistics_of_the_original():
-    job, original = small_job("delete"), SmallNet()
-    for epoch in job.epochs(eval_mode=True):
-        assert not any(module.training for module in job.model.modules())
-        for batch in epoch.batches("forget"):
-            expected = ByHand(job.model).logits(batch.inputs).float()
-            torch.testing.assert_close(batch.logits, expected, rtol=1e-4, atol=1e-5)
-            epoch.step(F.cross_entropy(*batch.forget), batch)
-    assert all(map(torch.equal, job.model.buffers(), original.buffers()))
-    assert not job.model[1].weight.equal(original[1].weight)
-
-
 def test_dropout_depends_on_seed_and_epoch_only():
     def masks(seed, global_seed=0):
         torch.manual_seed(global_seed)
@@ -249,21 +225,6 @@ def test_dropout_depends_on_seed_and_epoch_only():
 
 
 # ---------------------------------------------------------------- steps of the optimizer
-
-
-def test_backward_replaces_the_gradients_and_update_uses_what_a_method_made_of_them():
-    job = small_job("sfron", num_epochs=1, momentum=0.0, weight_decay=0.0)
-    before, bias = copy.deepcopy([*job.model.parameters()]), job.model[4].bias
-    for epoch in job.epochs():
-        for batch in epoch.batches("retain"):
-            epoch.backward(batch.logits[0, 0], batch)
-            assert bias.grad.tolist() == pytest.approx([1, 0, 0, 0, 0])
-            for parameter in job.model.parameters():
-                parameter.grad[:] = 0
-            bias.grad[1] = 1
-            epoch.update()
-    assert all(map(torch.equal, before[:-1], job.model.parameters()))
-    assert (before[-1] - bias).tolist() == pytest.approx([0, 3 * 0.05, 0, 0, 0], abs=1e-6)
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", "float32"), ("bf16", "bfloat16")])
@@ -425,19 +386,6 @@ def test_training_ends_at_the_higher_target_of_method_and_job_or_when_the_method
     assert num_epochs(1.0, -1.0) == num_epochs(-1.0, 1.0) == num_epochs(None, 1.0) == 1
     assert num_epochs(1.0, quiet=True) == 1
     assert num_epochs(last=2) == num_epochs(-1.0, last=2) == 2
-
-
-def test_learning_rate_and_numbers_that_a_method_sets():
-    job = small_job("sfron", num_epochs=2, schedule="constant", momentum=0.0, weight_decay=0.0)
-    for epoch in job.epochs():
-        for number, batch in enumerate(epoch.batches("retain")):
-            epoch.set_learning_rate(0.5 if number == 1 else 0.0)
-            before = job.model[4].bias.detach().clone()
-            epoch.step(batch.logits[:, 0].sum(), batch)
-            change = (job.model[4].bias - before)[0].item()
-            assert change == pytest.approx(-0.5 * len(batch.indices) * (number == 1), rel=1e-5)
-        assert epoch.record_mean("gap", torch.tensor(0.5), 2) == 0.25
-    assert [record["gap"] for record in job.records] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize(
