@@ -29,9 +29,6 @@ ROW_COLUMNS = {
     ),
     "forget_empty": Column("empty_f", "percent", "", "share of empty sets of forget images"),
     "test_coverage": Column("Cov_t", "percent", "high", "Coverage of the test images"),
-    "theory_coverage": Column(
-        "theory", "percent", "", "mean test coverage of exchangeable images, ⌈(n+1)(1−α)⌉ / (n+1)"
-    ),
     "test_set_size": Column("Size_t", "number", "low", "Set Size of the test images"),
     "test_CR": Column("CR_t", "number", "high", "CR of the test images"),
     "test_empty": Column("empty_t", "percent", "low", "share of empty sets of test images"),
@@ -73,9 +70,6 @@ CSV_COLUMNS = {
     "<group>_fake_ratio": csv_only("percent", "fake divided by misclassified"),
     "<group>_wrong_set_size": csv_only("number", "Set Size of the misclassified images"),
     "<group>_wrong_CR": csv_only("number", "CR of the misclassified images"),
-    "coverage_outside": csv_only(
-        "text", "True if exchangeable images can hardly have this test coverage"
-    ),
     "calibration_images": csv_only("count", "calibration images of q_hat in the split"),
     "draws_left_out": csv_only(
         "count", "resplits without a finite q_hat, left out of the means", "low"
@@ -88,7 +82,6 @@ CSV_COLUMNS = {
     ),
 }
 THRESHOLDS_PER_CHUNK = 16  # limits the memory of one pass over the images
-ROUNDING = 1e-12  # of a mean coverage
 
 
 def conformal_quantile(scores, alpha):
@@ -171,20 +164,6 @@ def fake_forgetting(inside, misclassified):
     return (inside & misclassified).sum(dim=-1)
 
 
-def coverage_law(n, m, alpha):
-    """The exact law of the number of covered images among m test images, for n calibration images
-    and exchangeable scores without ties.
-
-    beta-binomial(m; k, n + 1 − k): the coverage of all images follows the beta law of split
-    conformal prediction (Vovk 2012, 1209.2673), and m of them are drawn. Returns a frozen scipy
-    distribution, or None if q̂ is infinite.
-    """
-    from scipy import stats  # takes one second to import
-
-    k = quantile_rank(n, alpha)
-    return stats.betabinom(m, k, n + 1 - k) if k <= n else None
-
-
 def set_metrics(part, q_hats):
     """Every metric of one group of images under each of Q thresholds: {key: tensor Q, float64}.
 
@@ -243,7 +222,6 @@ def report(outputs, conformal_scores, settings):
             for column, alpha in enumerate(settings.alphas):
                 at_alpha = {key: values[:, column] for key, values in numbers.items()}
                 row = {key: _reported(key, values) for key, values in at_alpha.items()}
-                row |= _against_theory(outputs, size, alpha, at_alpha["test_coverage"])
                 row |= _calibration_facts(outputs, size, at_alpha)
                 rows[score.name, size, alpha] = row
     return {}, rows
@@ -296,30 +274,3 @@ def _calibration_facts(outputs, size, numbers):
             facts[f"{prefix}calibration_images"] = len(indices_of(size))
             facts[f"{prefix}draws_left_out"] = 0 if missing[0] else int(missing.sum())
     return facts
-
-
-def _against_theory(outputs, size, alpha, test_coverage):
-    """``theory_coverage`` (a :class:`Spread`), and whether the measured one (R) contradicts it.
-
-    One draw contradicts the theory outside its central 99.9 %, several draws if their mean is more
-    than four standard errors off. Draws without a finite q̂ are left out.
-    """
-    if test_coverage[0].isnan():
-        return {"theory_coverage": Spread(math.nan, math.nan), "coverage_outside": False}
-    known = (~test_coverage.isnan()).nonzero().flatten().tolist()
-    # Without the forgotten class's images, draws differ in n and m: the theory is their mixture.
-    sizes = [(len(outputs.calibration(size, draw)), len(outputs.test(draw))) for draw in known]
-    laws = {(n, m): coverage_law(n, m, alpha) for n, m in set(sizes)}
-    moments = {(n, m): (law.mean() / m, law.var() / m**2) for (n, m), law in laws.items()}
-    means, variances = torch.tensor([moments[pair] for pair in sizes], dtype=torch.float64).T
-    # Law of total variance: the mean of the variances plus the variance of the means.
-    variance = variances.mean().item() + means.var(correction=0).item()
-    theory = Spread(means.mean().item(), math.sqrt(variance))
-    if len(known) == 1:
-        m = sizes[0][1]
-        low, high = laws[sizes[0]].interval(0.999)
-        outside = not low <= round(test_coverage[0].item() * m) <= high
-    else:
-        distance = abs(test_coverage[known].mean().item() - theory.mean)
-        outside = distance > 4 * theory.std / math.sqrt(len(known)) + ROUNDING
-    return {"theory_coverage": theory, "coverage_outside": outside}

@@ -7,9 +7,7 @@ import math
 
 import torch
 
-from .attack import roc
 from .columns import Column, csv_only
-from .ensembles import margins
 
 COLUMNS = {
     "gap": Column(
@@ -29,17 +27,14 @@ COLUMNS = {
         "JSD_f", "number", "low", "Jensen-Shannon divergence from Retrain, forget images, in bits"
     ),
     "JSD_test": Column("JSD_t", "number", "low", "the same on the test images"),
-    "calibrated_AUC": Column(
-        "cal. AUC", "number", "near 0.5", "AUC of the confidence less Retrain's on the same image"
-    ),
-    "RTE": Column(
-        "RTE", "number", "low", "running-time efficiency: running time divided by Retrain's"
-    ),
 }
 ROW_COLUMNS = {
     "by_CR": Column(
-        "by CR", "text", "", "the same by −forget_CR (or −forget_by_retain_CR); needs about 4/α calibration images for "
-        "one seed"
+        "by CR",
+        "text",
+        "",
+        "the same by −forget_CR (or −forget_by_retain_CR); needs about 4/α calibration images for "
+        "one seed",
     ),
 }
 CSV_COLUMNS = {
@@ -92,7 +87,6 @@ def prediction_distances(outputs, reference):
     return {
         "JSD_forget": jensen_shannon(*(images.logits for images in forget)),
         "JSD_test": jensen_shannon(*(images.logits for images in test)),
-        "calibrated_AUC": calibrated_auc(forget, test),
     }
 
 
@@ -102,17 +96,6 @@ def jensen_shannon(logits, reference_logits):
     log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
     divergences = (log_p.exp() * (log_p - log_mean) + log_q.exp() * (log_q - log_mean)).sum(dim=1)
     return (divergences.clamp(min=0).mean() / 2 / math.log(2)).item()
-
-
-def calibrated_auc(forget, test):
-    """AUC of a membership attack with Retrain as reference model (Watson et al. 2022, 2111.08440).
-
-    The score of an image is the log-odds of its label less Retrain's, which removes the difficulty
-    of the image. Both arguments are (the model's, Retrain's) Output of logits N×K and labels N.
-    Forget images are positives, test images negatives; NaN if a kind has no image.
-    """
-    scores = [margins(*model) - margins(*reference) for model, reference in (forget, test)]
-    return roc(*scores)[0]
 
 
 def _is_number(value):

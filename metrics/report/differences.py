@@ -33,9 +33,6 @@ def compare_model(name, numbers, reference):
     shares = numbers["MIA"], reference["MIA"]
     if name != "retrain" and not any(map(is_missing, shares)):
         compared["MIA_minus_retrain"] = intervals.over_shares(*shares, numbers["num_forget"])
-    seconds, reference_seconds = (row.get("seconds") or 0 for row in (numbers, reference))
-    if name != "original" and seconds > 0 and reference_seconds > 0:
-        compared["RTE"] = seconds / reference_seconds
     return compared
 
 

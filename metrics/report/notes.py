@@ -46,16 +46,11 @@ def _too_few(group, alphas):
 
 
 def advice(tables):
-    """Lines on uninformative numbers: an α above the error rate, or an implausible coverage.
+    """A line on the α above the error rate, at which no set of ``thr`` can contain two labels.
 
     ``tables`` contains the rows of each seed.
     """
     rows = [row for table in tables for row in table if "q_hat" in row]
-    return _alpha_above_error_rate(rows) + _coverage_outside(rows)
-
-
-def _alpha_above_error_rate(rows):
-    """A line on the α at which no set of ``thr`` can contain two labels."""
     methods = {}  # {α: methods}
     for row in rows:
         if row["score"] == "thr" and CR.at_most_one_label(mean_of(row["q_hat"])):
@@ -70,22 +65,6 @@ def _alpha_above_error_rate(rows):
     return [
         f"alpha above the error rate ({where}): q̂ < 0.5, so the sets contain at most one label "
         "and CR is close to 1 on forget and test images; use a smaller --alphas"
-    ]
-
-
-def _coverage_outside(rows):
-    """A line on a test coverage that exchangeable images cannot have."""
-    outside = dict.fromkeys(
-        f"{row['method']} at {row['alpha']:g} ({row['score']}: "
-        f"{mean_of(row['test_coverage']):.3f}, {mean_of(row['theory_coverage']):.3f})"
-        for row in rows
-        if row["coverage_outside"]
-    )
-    if not outside:
-        return []
-    return [
-        "test coverage outside the range for exchangeable images (measured, expected): "
-        f"{'; '.join(outside)}; the usual cause is tied scores (equal logits for all images)"
     ]
 
 

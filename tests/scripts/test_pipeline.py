@@ -187,10 +187,6 @@ def test_summary_has_mean_and_deviation_over_seeds(two_seeds):
             assert low + high == pytest.approx(2 * (float(row["UA"]) - float(reference["UA"])))
             assert row["by_UA"].endswith("forgets") == (low > 0 or high < 0)
     assert (summary_folder / "report.html").is_file()
-    retrain = next(row for row in first if row["method"] == "retrain")
-    for row in first[1:]:
-        ratio = float(row["seconds"]) / float(retrain["seconds"])
-        assert float(row["RTE"]) == pytest.approx(ratio)
 
 
 # ---------------------------------------------------------------- scenarios and options
@@ -232,21 +228,6 @@ def test_class_forgetting_is_scored_by_both_calibrations_and_a_probe(pipeline):
     classes = read_table(pipeline.root / "class_3/classes.csv")
     forgotten = {row["class"] for row in classes if row["forget_images"] != "0"}
     assert len(classes) == 10 * len(rows) and forgotten == {"3"}
-
-
-def test_coverage_that_ties_drive_off_its_level_is_reported(pipeline, tmp_path):
-    state = read_weights(pipeline.root / "random_0.9/retrain/unlearning_model.pth")
-    state["fc.weight"].zero_()  # every image gets the same logits, those of the bias
-    torch.save(state, tmp_path / "same.pth")
-    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "retrain"]
-    command += ["--alphas", "0.05", "--cal_sizes", "200", "--model_dir", tmp_path / "same.pth"]
-    output = check(run_in_process(*command, cwd=tmp_path)).stdout
-    start = "test coverage outside"
-    (line,) = (line for line in output.splitlines() if line.startswith(start))
-    coverage, theory = (float(number) for number in re.findall(r"0\.\d+|1\.0+", line)[-2:])
-    assert "retrain at 0.05" in line
-    assert coverage > 0.98 and theory == pytest.approx(0.95, abs=0.01)
-    assert start not in pipeline.output["main_evaluate.py"].stdout
 
 
 # ---------------------------------------------------------------- scores, pictures, the report

@@ -39,25 +39,6 @@ def test_jensen_shannon_equals_scipys_and_is_between_zero_and_one():
     assert math.isnan(comparison.jensen_shannon(model[:0], model[:0]))
 
 
-def test_calibrated_auc_by_hand():
-    """Log-odds of two classes are differences of logits: 3 and 1 against 2, less 1 each."""
-    labels = torch.tensor([0, 0]), torch.tensor([1])
-
-    def outputs(forget, test):
-        return [*zip(map(torch.tensor, (forget, test)), labels, strict=True)]
-
-    def auc(model, reference):
-        return comparison.calibrated_auc(*zip(model, reference, strict=True))
-
-    model = outputs([[3.0, 0.0], [1.0, 0.0]], [[0.0, 2.0]])
-    retrain = outputs([[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0]])
-    assert auc(model, retrain) == 0.5  # 2 and 0 against 1
-    assert auc([(model[0][0] * 3, labels[0]), model[1]], retrain) == 1  # 8 and 2 against 1
-    assert auc(retrain, retrain) == 0.5
-    no_test = [model[0], (logits(0), labels[1][:0])]
-    assert math.isnan(auc(no_test, no_test))
-
-
 def test_gap_is_the_mean_over_numbers_that_both_models_have():
     reference = {"UA": 0.5, "RA": 0.9, "TA": 0.8, "MIA": 0.4}
     actual = {"UA": 0.1, "RA": 1.0, "TA": 0.7, "MIA": math.nan, "AUC": 0.0}
@@ -79,5 +60,4 @@ def test_distances_of_predictions_are_those_of_forget_and_test_images():
     assert comparison.prediction_distances(model, retrain) == {
         "JSD_forget": comparison.jensen_shannon(model.forget.logits, retrain.forget.logits),
         "JSD_test": comparison.jensen_shannon(test[0].logits, test[1].logits),
-        "calibrated_AUC": comparison.calibrated_auc((model.forget, retrain.forget), test),
     }

@@ -9,10 +9,8 @@ NAN = math.nan
 
 
 def advised(**values):
-    row = {"score": "thr", "alpha": 0.1, "method": "GA", "q_hat": 0.9, "coverage_outside": False}
-    row |= {"test_coverage": 0.9, "theory_coverage": 0.95} | values
-    varied = ("q_hat", "test_coverage", "theory_coverage")
-    return row | {key: Spread(row[key], 0.1) for key in varied}
+    row = {"score": "thr", "alpha": 0.1, "method": "GA", "q_hat": 0.9} | values
+    return row | {"q_hat": Spread(row["q_hat"], 0.1)}
 
 
 def test_alpha_above_the_error_rate_names_its_methods():
@@ -23,12 +21,6 @@ def test_alpha_above_the_error_rate_names_its_methods():
         (line,) = notes.advice(tables)
         assert "(0.1 for GA; 0.2 for all)" in line and "--alphas" in line
     assert notes.advice([[advised()]]) == []
-
-
-def test_coverage_outside_the_theory_names_method_and_numbers():
-    rows = [advised(coverage_outside=True, test_coverage=0.99, alpha=0.05), advised()]
-    (line,) = notes.advice([rows])
-    assert "GA at 0.05 (thr: 0.990, 0.950)" in line and "GA at 0.1" not in line
 
 
 def test_methods_that_change_no_prediction_are_named():
