@@ -156,7 +156,7 @@ def make_parser(description, epilog=None):
     add("--no_pretrained", action="store_true", help="start vit or a timm model untrained")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_name", choices=DATA_NAMES, default="digits", help="data set")
+    add("--data_name", choices=list(SPECS), default="digits", help="data set")
     add("--data_dir", type=expand_path, default="./data", help="folder of the data set")
     add("--num_classes", type=number(int, 2), help="checked against the data; default: inferred")
     workers = {"default": os.cpu_count(), "help": "number of processes that read image files"}
@@ -289,7 +289,6 @@ SPECS = {
     # ImageNet's constants: statistics of the folder would leak the forget images.
     "image_folder": DataSpec((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-DATA_NAMES = tuple(SPECS)
 SCENARIOS = ("random", "class", "subclass", "list")
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -357,11 +356,9 @@ def _load_digits():
     labels = torch.from_numpy(scans.target.astype(np.int64))
     # The scans are ordered by writer and have no test set: a fixed permutation holds out 1,000.
     order = torch.from_numpy(permutation(0, "digits", len(labels)))
-    train, held_out = (
-        Images(pixels[indices], labels[indices], SPECS["digits"], size=8)
-        for indices in (order[1000:].sort().values, order[:1000].sort().values)
-    )
-    return Data(train, held_out, [str(digit) for digit in range(10)], tag="digits")
+    indices = order[1000:].sort().values, order[:1000].sort().values
+    image_sets = [Images(pixels[i], labels[i], SPECS["digits"], size=8) for i in indices]
+    return Data(*image_sets, [str(digit) for digit in range(10)], tag="digits")
 
 
 def _load_cifar(name, folder):
@@ -457,8 +454,7 @@ class Images:
             group = index_batches[start : start + together]
             local = [distributed.local_rows(indices) for indices in group]
             pixels = self.pixels.index_select(0, torch.cat(local).to(self.pixels.device)).to(device)
-            if pixels.shape[-2:] != (self.size, self.size):
-                pixels = transforms.resize(pixels, [self.size, self.size], antialias=True)
+            pixels = transforms.resize(pixels, [self.size, self.size], antialias=True)
             if augment is not None:
                 sizes = [len(indices) for indices in group]
                 pixels = random_augment(pixels, self.spec, augment, batch_sizes=sizes)
@@ -558,8 +554,11 @@ def _read_pictures(root, train, held_out, classes, *, tag, side, workers, defaul
     Arrays are in ``root``/.decoded, or in torch's cache folder if ``root`` is read-only. A change
     that preserves a file's name, size and modification time is not noticed.
     """
-    samples = train + held_out
-    key, folder = _files_key(samples), Path(root, ".decoded")
+    samples, digest = train + held_out, hashlib.sha256(b"%d" % DECODER_VERSION)
+    for path, name, label in samples:
+        status = os.stat(path)
+        digest.update(f"{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    key, folder = digest.hexdigest()[:32], Path(root, ".decoded")
     if not os.access(root, os.W_OK):
         folder = Path(torch.hub.get_dir(), "decoded", key)
     folder.mkdir(parents=True, exist_ok=True)
@@ -581,15 +580,6 @@ def _read_pictures(root, train, held_out, classes, *, tag, side, workers, defaul
         for part in (slice(len(train)), slice(len(train), None))
     ]
     return Data(*image_sets, classes, tag=tag, fingerprint=paths[0].stem.rpartition("-")[2])
-
-
-def _files_key(samples):
-    """A hash of the files' names, classes, sizes and modification times."""
-    digest = hashlib.sha256(b"%d" % DECODER_VERSION)
-    for path, name, label in samples:
-        status = os.stat(path)
-        digest.update(f"{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:32]
 
 
 def _common_side(samples):
@@ -640,7 +630,7 @@ class Decoder(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
-        sample, size = self.samples[index], [self.side] * 2
+        sample = self.samples[index]
         try:
             with open(sample.path, "rb") as file:
                 image_hash = hashlib.file_digest(file, "sha256")
@@ -648,9 +638,8 @@ class Decoder(torch.utils.data.Dataset):
                 pixels = transforms.pil_to_tensor(decode_image(file))
         except Exception as error:  # Pillow's readers raise many kinds
             return ValueError(f"{sample.path}: {first_line(error)}")
-        if list(pixels.shape[-2:]) != size:
-            pixels = transforms.resize(pixels, size[:1], antialias=True)
-            pixels = transforms.center_crop(pixels, size)
+        pixels = transforms.resize(pixels, [self.side], antialias=True)
+        pixels = transforms.center_crop(pixels, [self.side] * 2)
         return pixels.contiguous(), image_hash.digest()
 
 
@@ -800,9 +789,8 @@ def _make_forget_set(data, scenario):
     if kind is None:
         return ForgetSet(mask)
     if (scenario.forget_list is not None) != (kind == "list"):
-        raise UserError(
-            f"--unlearn_type {kind} --forget_list: list needs a file, the others do not"
-        )
+        reason = "list needs a file, the others do not"
+        raise UserError(f"--unlearn_type {kind} --forget_list: {reason}")
     if scenario.forget_class is not None and kind not in ("class", "subclass"):
         raise UserError(f"--forget_class goes with --unlearn_type class or subclass, not {kind}")
     if kind == "random":
@@ -915,8 +903,11 @@ MODEL_FILE, FAILURE_FILE = "unlearning_model.pth", "failure.json"
 RESUME_FILE = ".resume.pth"
 
 
-def model_tag(args):
-    """The model's part of a folder name: every flag that changes the original model."""
+def run_folder(args, data, seeds=None):
+    """The folder of one seed's results, or with ``seeds`` (e.g. "1,2,3") of their summary.
+
+    Every flag that changes the original model changes its name.
+    """
     tag = args.model_name.replace("/", "-").replace("_", "-")
     if args.model_name == "resnet18":
         tag += f"w{args.width}" if args.width != SPECS[args.data_name].width else ""
@@ -924,13 +915,9 @@ def model_tag(args):
         tag += "-random"
     elif args.pretrained_path:
         tag += f"-{Path(args.pretrained_path).stem}"
-    return tag + (f"i{args.image_size}" if args.image_size else "")
-
-
-def run_folder(args, data, seeds=None):
-    """The folder of one seed's results, or with ``seeds`` (e.g. "1,2,3") of their summary."""
+    tag += f"i{args.image_size}" if args.image_size else ""
     seed = f"seeds{seeds}" if seeds else f"seed{args.seed}"
-    return Path(args.runs_dir) / f"{model_tag(args)}_{data.tag}_{seed}"
+    return Path(args.runs_dir) / f"{tag}_{data.tag}_{seed}"
 
 
 def scenario_folder(args, data):
@@ -968,8 +955,7 @@ def unfinished_folder(folder, wait=0):
             finally:
                 shutil.rmtree(unfinished)
     except Timeout:
-        reason = "another run is writing here; choose another --runs_dir"
-        raise UserError(f"{folder}: {reason}") from None
+        raise UserError(f"{folder}: in use by another run; choose another --runs_dir") from None
 
 
 def move_up(unfinished, last=None):
