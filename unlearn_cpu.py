@@ -74,7 +74,7 @@ def add_flags(parser):
     add = parser.add_argument_group("conformal prediction unlearning").add_argument
     add("--alpha", type=utils.ALPHA, default=0.05, help="miscoverage level of q̂ in the loss")
     add("--delta", type=utils.number(float, 0), default=0.01, help="margin Δ beyond q̂")
-    forms = "term: scores of each image's true label, of all pairs of images and labels in the batch"
+    forms = "term: scores of each image's true label, of all pairs of images and labels in a batch"
     forms = f"{forms} (the released code), or ascent of the cross-entropy without a score (control)"
     add("--loss", choices=LOSSES, default="own", help=forms)
     defaults = ", ".join(f"{loss.lamda:g} for {name}" for name, loss in LOSSES.items())

@@ -45,7 +45,7 @@ def report(outputs, conformal_scores, settings):
 def destination_rows(outputs, classes):
     """The predicted classes of a forgotten class's images: a row (dict) per part and class.
 
-    ``share`` is a fraction of the part's images, NaN if it has none. [] unless a class is forgotten.
+    ``share`` is a fraction of the part's images, NaN without images. [] if no class is forgotten.
     """
     if outputs.forgotten is None:
         return []

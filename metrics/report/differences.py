@@ -52,6 +52,6 @@ def with_words(row):
 
 
 def summarise_seeds(rows):
-    """One row per (score, calibration size, α, method), with Spreads and Intervals over the seeds."""
+    """One row per (score, calibration size, α, method): Spreads and Intervals over the seeds."""
     summary = tables.summarise(rows, MODEL_COLUMNS | SET_COLUMNS, KEYS)
     return [with_words(row | dict.fromkeys(("by_UA", "by_CR"))) for row in summary]

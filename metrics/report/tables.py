@@ -112,9 +112,9 @@ def short_count(count):
 def summarise(rows, columns, keys):
     """One row for all rows that agree in ``keys``, with the mean and deviation over these rows.
 
-    A number becomes a :class:`Spread`, a difference to Retrain an :class:`Interval`. A number that already has a spread over resplits enters
-    with its mean. Different texts are joined. A count or text that all rows agree on is kept, and
-    a single row keeps its means.
+    A number becomes a :class:`Spread`, a difference to Retrain an :class:`Interval`. A number that
+    already has a spread over resplits enters with its mean. Different texts are joined. A count or
+    text that all rows agree on is kept, and a single row keeps its means.
     """
     groups = {}
     for row in rows:

@@ -1,12 +1,10 @@
 """The four scripts from training to the table and the report, on digits."""
 
 import csv
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from faults import nan_initialisation
 from helpers import (
     PIPELINE_EVALUATION,
@@ -14,7 +12,6 @@ from helpers import (
     TINY,
     check,
     read_json,
-    read_weights,
     run_forked,
     run_in_process,
     visible_files,

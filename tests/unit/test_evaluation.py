@@ -160,7 +160,8 @@ def test_network_of_another_program_is_in_every_table_and_picture(bench):
     rows = {row["method"]: row for row in bench.table(**where)}
     assert rows["quick"]["base_method"] == "retrain" and rows["mine"]["base_method"] == "mine"
     shares = [row for row in bench.table("destinations.csv", **where) if row["part"] == "forget"]
-    shares = {row["method"]: float(row["share"]) for row in shares if row["predicted_class"] == "ant"}
+    ants = [row for row in shares if row["predicted_class"] == "ant"]
+    shares = {row["method"]: float(row["share"]) for row in ants}
     assert shares["mine"] == pytest.approx((train[labels == 0].argmax(1) == 0).mean())
     distance = abs(shares["mine"] - shares["retrain"])  # ½ of twice this, for two classes
     assert float(rows["mine"]["TV_forget"]) == pytest.approx(distance) and distance > 0

@@ -170,7 +170,8 @@ def test_gap_against_time_has_a_line_of_retrains_runs_and_points_and_levels_of_o
     rows = [timed("original", 0.25, 50.0), timed("retrain", 0.0, 24.0), timed("ga", 0.125, 5.0)]
     rows += [timed("mine", 0.5, None), timed("r10", 0.375, 4.0, "retrain")]
     rows += [timed("r50", 0.0625, 20.0, "retrain"), timed("cpu_ga", 0.1875, NAN)]
-    klom = {"ga": (2, 0.3), "r10": (6, 0.7), "r50": (1, 0.5), "original": (8, 0.5), "mine": (3, 0.5)}
+    klom = {"ga": (2, 0.3), "r10": (6, 0.7), "r50": (1, 0.5), "original": (8, 0.5)}
+    klom["mine"] = 3, 0.5
     keys = ("KLOM_forget", "KLOM_forget_chance")
     klom = [{"method": name} | dict(zip(keys, pair, strict=True)) for name, pair in klom.items()]
     figure = figures.gap_against_time(rows, klom)

@@ -40,7 +40,8 @@ def test_results_table_of_the_readme_has_the_numbers_of_its_csv():
     assert len(shown) == 5
     for method, cells in shown:
         row = rows[method]
-        fake = " of ".join(f"{float(row[f'forget_{key}']):.0f}" for key in ("fake", "misclassified"))
+        counts = (float(row[f"forget_{key}"]) for key in ("fake", "misclassified"))
+        fake = " of ".join(f"{count:.0f}" for count in counts)
         expected = [cell(row, key) for key in ("UA", "TA", "MIA")]
         expected += [fake, cell(row, "forget_CR", 3), cell(row, "gap")]
         assert cells.split(" | ") == expected
