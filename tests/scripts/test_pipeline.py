@@ -196,7 +196,7 @@ def test_default_class_forgetting_keeps_the_other_classes(tmp_path):
     forget = [*common, "--unlearn_type", "class", "--unlearn_name", *methods]
     check(run_forked("main_original_model.py", *common, cwd=tmp_path))
     check(run_forked("main_unlearn.py", *forget, cwd=tmp_path))
-    root = tmp_path / "runs/resnet18w16_digits_seed1"
+    root = tmp_path / "runs/resnet18_digits_seed1"
     original = read_json(root / "original_model.json")["accuracies"]["retain"]
     for method in methods:
         accuracies = read_json(root / "class_9" / method / "results.json")["accuracies"]
