@@ -442,26 +442,24 @@ def test_infinite_outputs_name_the_model_and_write_nothing(bench):
 
 
 def test_seeds_have_means_deviations_and_with_one_split_distributions(bench, capsys):
-    for seed in range(1, 5):
+    for seed in range(1, 3):
         scenario = "random_0.9" if seed == 1 else "random_0.9_split1"
         for number, name in enumerate(["retrain", "GA"], 1):
             bench.save_logits(name, 10 * seed + number, seed=seed, scenario=scenario)
-    seeds = ["--seeds", "1,2,3,4", "--split_seed", "1"]
+    seeds = ["--seeds", "1,2", "--split_seed", "1"]
     bench.evaluate("--unlearn_name", "retrain", "GA", *seeds, "--alphas", "0.2", pictures=True)
-    summary = bench.folder(seed="s1,2,3,4", scenario="random_0.9_split1")
+    summary = bench.folder(seed="s1,2", scenario="random_0.9_split1")
     rows = table_of(summary / "results.csv")
     assert methods(rows) == ["retrain", "GA"]
-    single = [bench.table()] + [
-        bench.table(seed=seed, scenario="random_0.9_split1") for seed in (2, 3, 4)
-    ]
+    single = [bench.table(), bench.table(seed=2, scenario="random_0.9_split1")]
     values = [float(row["UA"]) for table in single for row in table if row["method"] == "GA"]
     assert float(rows[1]["UA"]) == pytest.approx(np.mean(values))
     assert float(rows[1]["UA_std"]) == pytest.approx(np.std(values, ddof=1))
     ensembles = table_of(summary / "ensembles.csv")
-    assert [(row["method"], row["trainings"]) for row in ensembles] == [("GA", "4")]
+    assert [(row["method"], row["trainings"]) for row in ensembles] == [("GA", "2")]
     assert float(ensembles[0]["KLOM_forget"]) > 0 and (summary / "klom.png").is_file()
-    assert "Over 4 trainings" in (summary / "report.html").read_text()
-    assert "only 4 trainings" in capsys.readouterr().out
+    assert "Over 2 trainings" in (summary / "report.html").read_text()
+    assert "only 2 trainings" in capsys.readouterr().out
 
 
 def test_infinite_margins_name_the_method_and_the_training():
