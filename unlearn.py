@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import utils
-from models import adversarial, checkpoint, classifier, fisher, inference, seeds
+from models import adversarial, checkpoint, fisher, inference, seeds
 from models.errors import NotFinite, UserError
 from models.training import MONITORED, PARTS, Recipe
 
@@ -659,6 +659,51 @@ def unseen_accuracy(job, remedy):
     return (logits.argmax(dim=1) == labels).double().mean().item()
 
 
+# ---------------------------------------------------------------- the classifier
+
+
+def linear_layers(model, num_classes):
+    """The layers that turn features into logits, each nn.Linear with a row and a bias per class.
+
+    Raises UserError for a network whose classifier is anything else.
+    """
+    layers = inference.classifier_layers(model)
+    for layer in layers:
+        is_linear = isinstance(layer, nn.Linear) and layer.bias is not None
+        if not is_linear or layer.out_features != num_classes:
+            raise UserError(
+                f"the classifier of this network ends in {type(layer).__name__}, and this method "
+                f"needs nn.Linear with a row and a bias for each of the {num_classes} classes"
+            )
+    return layers
+
+
+def widen(model, num_classes, rng):
+    """Add one class after the ``num_classes`` of a network, with weights drawn as by nn.Linear.
+
+    ``rng`` is a generator on the CPU. Raises UserError as :func:`linear_layers` does.
+    """
+    for layer in linear_layers(model, num_classes):
+        limit = 1 / math.sqrt(layer.in_features)
+        row = torch.empty(1, layer.in_features).uniform_(-limit, limit, generator=rng)
+        bias = torch.empty(1).uniform_(-limit, limit, generator=rng)
+        weight = torch.cat([layer.weight, row.to(layer.weight)])
+        set_rows(layer, weight, torch.cat([layer.bias, bias.to(layer.bias)]))
+
+
+def narrow(model, num_classes):
+    """Keep the first ``num_classes`` classes of a network that :func:`widen` has widened."""
+    for layer in inference.classifier_layers(model):
+        set_rows(layer, layer.weight[:num_classes], layer.bias[:num_classes])
+
+
+def set_rows(layer, weight, bias):
+    """Replace the weight and the bias of a linear layer."""
+    layer.out_features = len(weight)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    layer.bias = nn.Parameter(bias.detach().clone())
+
+
 # ---------------------------------------------------------------- forget images alone
 
 
@@ -721,12 +766,12 @@ def boundary_expand(job, keep_statistics: KEEP_STATISTICS = False):
     classifier is not one nn.Linear.
     """
     new_class = job.num_classes
-    classifier.widen(job.model, new_class, seeds.generator(job.seed, job.name, "new class"))
+    widen(job.model, new_class, seeds.generator(job.seed, job.name, "new class"))
     for epoch in job.epochs(eval_mode=keep_statistics):
         for batch in epoch.batches("forget"):
             targets = torch.full_like(batch.labels, new_class)
             epoch.step(F.cross_entropy(batch.logits, targets), batch)
-    classifier.narrow(job.model, new_class)
+    narrow(job.model, new_class)
 
 
 @method(num_epochs=50, learning_rate=2e-3, schedule="constant")
@@ -789,7 +834,10 @@ def FisherForgetting(
     is not one nn.Linear.
     """
     forgotten = forgotten_classes(job)
-    last_layer = classifier.last_layer(job.model, job.num_classes, required=len(forgotten) > 0)
+    layers = inference.classifier_layers(job.model)
+    if len(forgotten):
+        layers = linear_layers(job.model, job.num_classes)
+    last = {parameter for layer in layers for parameter in layer.parameters()}
     information = fisher.diagonal_fisher(
         job.model, job.data.train, job.split.retain, fisher.expected_scores
     )
@@ -799,7 +847,7 @@ def FisherForgetting(
     def add_noise(noise):
         rng = seeds.generator(job.seed, job.name, "noise", device=job.device)
         for name, parameter in job.model.named_parameters():
-            is_last = name in last_layer
+            is_last = parameter in last
             variance = fisher_noise_variance(information[name], noise, is_last)
             parameter.copy_(original[name])
             if is_last:
@@ -932,7 +980,7 @@ def neg_merge(job, step_scale: STEP_SCALE = None):
     count = len(NEG_MERGE_RATES)
     for number, factor in enumerate(NEG_MERGE_RATES):
         model.load_state_dict(original, strict=False)
-        training = job.part(number, count, factor * job.recipe.learning_rate)
+        training = fine_tuning(job, number, factor * job.recipe.learning_rate)
         for epoch in training.epochs(eval_mode=True):
             for batch in epoch.batches("forget"):
                 epoch.step(F.cross_entropy(*batch.forget), batch)
@@ -945,6 +993,27 @@ def neg_merge(job, step_scale: STEP_SCALE = None):
     if step_scale is None and job.stop_at is None:
         step_scale = largest_harmless_scale(job, move)
     apply_strength(job, move, step_scale, weakest=1e-4, strongest=100.0)
+
+
+def fine_tuning(job, number, learning_rate):
+    """The job of one of the fine-tunings of :func:`neg_merge`, numbered from 0, with its own seed.
+
+    It continues the count of epochs and saves no state.
+    """
+
+    def log(record):
+        job.log(record | {"epoch": record["epoch"] + number * job.recipe.num_epochs})
+
+    return replace(
+        job,
+        name=f"{job.name} {number + 1}",
+        label=f"{job.label} {number + 1}/{len(NEG_MERGE_RATES)}",
+        recipe=replace(job.recipe, learning_rate=learning_rate),
+        log=log,
+        progress=None,
+        stop_at=None,
+        records=[],
+    )
 
 
 def largest_harmless_scale(job, move):

@@ -9,7 +9,7 @@ import io
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -162,26 +162,6 @@ class Job:
             epoch = f" in epoch {len(self.records) + 1}" if self.recipe else ""
             raise Diverged(f"{self.label}{epoch}: {error}") from error
         return {f"{part}_acc": value for part, value in measured.items()}
-
-    def part(self, number, count, learning_rate):
-        """The job of one of ``count`` trainings of a method, numbered from 0.
-
-        It draws other random numbers, continues the count of epochs, and saves no state.
-        """
-
-        def log(record):
-            self.log(record | {"epoch": record["epoch"] + number * self.recipe.num_epochs})
-
-        return replace(
-            self,
-            name=f"{self.name} {number + 1}",
-            label=f"{self.label} {number + 1}/{count}",
-            recipe=replace(self.recipe, learning_rate=learning_rate),
-            log=log,
-            progress=None,
-            stop_at=None,
-            records=[],
-        )
 
     def _training_network(self):
         """The network that a step calls: under torchrun DistributedDataParallel, compiled if asked.

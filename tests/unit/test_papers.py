@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 
 import unlearn
 import unlearn_cpu
-from models import classifier, seeds
+from models import seeds
 from models.errors import UserError
 
 OPTIONS = {
@@ -127,7 +127,7 @@ class Reference:
     def prepare_boundary_expand(self):
         widened = copy.deepcopy(self.before)
         rng = seeds.generator(self.job.seed, "boundary_expand", "new class")
-        classifier.widen(widened, CLASSES, rng)
+        unlearn.widen(widened, CLASSES, rng)
         self.net = ByHand(widened)
 
     def prepare_salun(self):

@@ -500,7 +500,7 @@ def test_resumed_neg_merge_begins_again_with_its_first_training(tmp_path):
     resumed, logged = interrupt_and_resume(tmp_path, "neg_merge", 5)
     assert [record["epoch"] for record in logged] == [*range(1, 16)]
     assert not (tmp_path / "resume.pth").exists()
-    part = resumed.part(2, 5, 0.125)
+    part = unlearn.fine_tuning(resumed, 2, 0.125)
     assert (part.name, part.label) == ("neg_merge 3", "neg_merge 3/5")
     assert part.recipe == replace(resumed.recipe, learning_rate=0.125)
 
