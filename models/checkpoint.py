@@ -55,12 +55,8 @@ def save(path, state, meta):
     Atomic, as :func:`write_file`.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_state(path, {"model": state, "meta": meta | {"weights": weights_hash(state)}})
-
-
-def save_state(path, state):
-    """Save nested dicts and lists of tensors and plain values. Atomic, as :func:`write_file`."""
-    write_file(path, lambda file: torch.save(state, file))
+    content = {"model": state, "meta": meta | {"weights": weights_hash(state)}}
+    write_file(path, lambda file: torch.save(content, file))
 
 
 def weights_hash(state):

@@ -50,11 +50,10 @@ def diagonal_fisher(model, images, indices, scores, chunk=32):
     chunks = indices.split(chunk * distributed.world_size())
     warnings.filterwarnings("ignore", "There is a performance drop")  # attention has no vmap rule
     with distributed.progress_bar(total=len(indices), desc="importances", unit="img") as bar:
-        for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
-            labels = images.labels[distributed.local_rows(chunk_indices)]
+        for inputs, labels in _labelled_batches(images, chunks):
             if len(inputs):  # the last chunk may have fewer images than there are processes
                 _add_squares(total, model, inputs, labels, scores)
-            bar.update(len(chunk_indices))
+            bar.update(len(inputs) * distributed.world_size())
     distributed.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
 
@@ -86,6 +85,12 @@ def _add_squares(total, model, inputs, labels, scores):
             square += gradient.square().sum(0)
 
 
+def _labelled_batches(images, batches):
+    """(inputs, labels) of each of ``batches`` of indices, the share of this process."""
+    for indices, inputs in zip(batches, images.batches(batches), strict=True):
+        yield inputs, images.labels[distributed.local_rows(indices)]
+
+
 def _zeros(model):
     return {name: torch.zeros_like(weight.detach()) for name, weight in model.named_parameters()}
 
@@ -100,9 +105,8 @@ def batch_fisher(model, images, batches):
     model.eval()
     total = _zeros(model)
     with distributed.progress_bar(total=len(batches), desc="importances", unit="batch") as bar:
-        for indices, inputs in zip(batches, images.batches(batches), strict=True):
-            labels = images.labels[distributed.local_rows(indices)]
-            gradients = _gradients(model, inputs, labels, divisor=len(indices))
+        for indices, pair in zip(batches, _labelled_batches(images, batches), strict=True):
+            gradients = _gradients(model, *pair, divisor=len(indices))
             distributed.add_up(gradients)
             for square, gradient in zip(total.values(), gradients, strict=True):
                 square += gradient.square()
@@ -117,9 +121,7 @@ def mean_gradient(model, images, indices, chunk=64):
     """
     model.eval()
     total = _zeros(model)
-    chunks = indices.split(chunk)
-    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
-        labels = images.labels[distributed.local_rows(chunk_indices)]
+    for inputs, labels in _labelled_batches(images, indices.split(chunk)):
         gradients = _gradients(model, inputs, labels)
         for summed, gradient in zip(total.values(), gradients, strict=True):
             summed += gradient
@@ -171,11 +173,9 @@ def fisher_product(model, images, indices, vector, chunk=64):
     """
     parameters = {name: weight.detach() for name, weight in model.named_parameters()}
     total = _zeros(model)
-    chunks = indices.split(chunk)
-    for chunk_indices, inputs in zip(chunks, images.batches(chunks), strict=True):
+    for inputs, labels in _labelled_batches(images, indices.split(chunk)):
         if not len(inputs):
             continue
-        labels = images.labels[distributed.local_rows(chunk_indices)]
 
         def losses(parameters, inputs=inputs, labels=labels):
             logits = functional_call(model, parameters, (inputs,))

@@ -1,30 +1,30 @@
 """Relearning: train an unlearned model for a few steps, which may bring forget images back."""
 
-import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from .errors import UserError
-from .seeds import generator, permutation
+from .seeds import permutation
 from .training import Job, Recipe
 
 
 def relearn(model, data, split, *, trained, num_steps, seed, source):
     """Train on the images ``trained``. Yields (steps so far, model) after 1, 2, 4, … and the last.
 
-    SGD at a constant rate of 0.001, in batches of at most 64 augmented images in the order of
-    ``seed`` and ``source``. The caller may measure the model. Raises UserError on divergence.
+    SGD at a constant rate of 0.001, in batches of at most 64 augmented images in an order of
+    ``seed``. The caller may measure the model. Raises UserError on divergence.
     """
     stops = sorted({2**power for power in range(num_steps.bit_length())} | {num_steps})
-    purpose = ("order",) if source == "forget" else ("order", source)
-    batches = shuffled_batches(trained, generator(seed, "relearn", *purpose))
     recipe = Recipe(len(stops), learning_rate=0.001, milestones=[len(stops)])
-    about = {"name": "relearn", "label": "relearn", "seed": seed, "quiet": True}
+    about = {"name": "relearn", "label": f"relearn {source}", "seed": seed, "quiet": True}
+    split = replace(split, forget=trained)
     job = Job(model=model, data=data, split=split, recipe=recipe, **about)
     # An epoch of this job ends at each stop.
     for epoch, stop, count in zip(job.epochs(), stops, np.diff([0, *stops]), strict=True):
+        batches = epoch.cycle("forget")
         for batch in epoch.visit((next(batches), 0) for _ in range(count)):
             epoch.step(F.cross_entropy(batch.logits, batch.labels), batch)
         yield stop, job.model
@@ -45,10 +45,3 @@ def divide(split, seed, source):
     order = torch.from_numpy(permutation(seed, "relearn", count)).to(device)
     trained, measured = order.tensor_split([max(1, count // 10)])
     return split.forget[trained], measured
-
-
-def shuffled_batches(indices, rng, batch_size=64):
-    """Endless near-equal batches of all ``indices``, shuffled again for each pass."""
-    while True:
-        order = torch.randperm(len(indices), generator=rng).to(indices.device)
-        yield from indices[order].tensor_split(math.ceil(len(indices) / batch_size))

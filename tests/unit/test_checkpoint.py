@@ -137,16 +137,16 @@ def test_saved_checkpoint_is_read_with_its_meta(network, path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_failed_write_keeps_the_previous_file(path, monkeypatch):
-    checkpoint.save_state(path, {"epoch": 1})
+def test_failed_write_keeps_the_previous_file(network, path, monkeypatch):
+    checkpoint.save(path, network.state_dict(), {"epoch": 1})
 
     def full(source, target):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match=f"{path}: .*No space left"):
-        checkpoint.save_state(path, {"epoch": 2})
-    assert checkpoint.read_state(path) == {"epoch": 1} and list(path.parent.iterdir()) == [path]
+        checkpoint.save(path, network.state_dict(), {"epoch": 2})
+    assert load(path)[1]["epoch"] == 1 and list(path.parent.iterdir()) == [path]
 
 
 def test_hash_depends_on_values_names_and_shapes_only():

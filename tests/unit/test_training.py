@@ -526,7 +526,7 @@ def test_state_is_read_with_resume_only_and_that_of_another_run_is_refused(conte
     if content is None:
         interrupt(tmp_path, "finetune", 3, identity=2)
     else:
-        checkpoint.save_state(tmp_path / "resume.pth", content)
+        torch.save(content, tmp_path / "resume.pth")
     assert resumable(tmp_path, "finetune")[0].progress.restored is None
     assert resumable(tmp_path / "none", "finetune", resume=True)[0].progress.restored is None
     with pytest.raises(UserError, match=r"--resume.*resume\.pth"):
