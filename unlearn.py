@@ -302,6 +302,7 @@ def saliency_mask(job, mask_ratio):
     """
     images, chunk = job.data.train, job.recipe.batch_size
     gradients = fisher.mean_gradient(job.model, images, job.split.forget, chunk=chunk)
+    # One ranking over all tensors: a layer may be salient as a whole, or not at all.
     magnitudes = torch.cat([gradient.abs().flatten() for gradient in gradients.values()])
     salient = torch.zeros(len(magnitudes), dtype=torch.bool, device=job.device)
     salient[magnitudes.topk(round(mask_ratio * len(magnitudes))).indices] = True
@@ -348,6 +349,8 @@ def amun(job, radius=0.04):
     targets[forget_set] = examples.labels
     position = torch.zeros_like(targets)  # of a forget image among the examples
     position[forget_set] = torch.arange(len(forget_set), device=job.device)
+    # D, with true labels, takes the place of the retain set; the forget part of a batch are the
+    # adversarial examples.
     everything = torch.cat([job.split.retain, forget_set])
     for epoch in job.epochs():
         for batch in epoch.batches("retain", "forget", retain_set=everything):
@@ -598,6 +601,7 @@ def matched_accuracy(job):
     """The accuracy on :func:`matched_images`, with the classes weighted as in the forget set."""
     logits, labels = inference.compute_logits(job.model, job.data.held_out, matched_images(job))
     forget_labels = job.data.train.labels[job.split.forget].to(labels.device)
+    # Every image of a class has an equal part of the share that the class has in the forget set.
     shares = forget_labels.bincount(minlength=job.num_classes).double()
     weights = (shares / labels.bincount(minlength=job.num_classes))[labels]
     is_right = (logits.argmax(dim=1) == labels).double()
@@ -640,6 +644,8 @@ def lotus(
         temperature = math.exp(smoothing * (forget_accuracy - bound))
         rng = epoch.generator("gumbel")
         for batch in epoch.batches("retain", "forget", retain_set=retain_set):
+            # −log of an exponential draw is a Gumbel draw, and a Gumbel draw on every logit makes
+            # the argmax a draw from the softmax.
             logits = torch.cat([batch.outputs_of(original, part) for part in PARTS])
             noisy = logits - torch.empty_like(logits).exponential_(generator=rng).log()
             hard = F.one_hot(noisy[: batch.num_retain].argmax(dim=1), noisy.shape[1])
@@ -729,6 +735,7 @@ def delete(job, keep_statistics: KEEP_STATISTICS = False):
     for epoch in job.epochs(eval_mode=keep_statistics):
         for batch in epoch.batches("forget"):
             logits, labels = batch.forget
+            # exp(−∞) is 0: the softmax renormalises over the other classes.
             masked = batch.outputs_of(original, "forget").scatter(1, labels[:, None], -math.inf)
             loss = F.kl_div(logits.log_softmax(1), masked.softmax(1), reduction="batchmean")
             epoch.step(loss, batch)
@@ -812,6 +819,8 @@ def squared_sensitivity(logits, classes, inputs):
 
     Logits M×K of the images M×3×H×W, classes M → M.
     """
+    # BatchNorm uses its running statistics, so a logit depends on its own image alone: the gradient
+    # of the sum has the gradient of every image.
     chosen = logits.gather(1, classes[:, None]).sum()
     (gradients,) = torch.autograd.grad(chosen, inputs, create_graph=True)
     return gradients.float().flatten(1).square().sum(dim=1)
@@ -851,6 +860,7 @@ def FisherForgetting(
             variance = fisher_noise_variance(information[name], noise, is_last)
             parameter.copy_(original[name])
             if is_last:
+                # Noise alone: the row of a class that no retain image has.
                 parameter[forgotten] = 0
                 variance[forgotten] = FORGOTTEN_CLASS_VARIANCE
             draws = torch.randn(parameter.shape, generator=rng, device=job.device)
@@ -925,6 +935,7 @@ def dampening(forget, overall, selection_weighting, dampening_constant):
     ``forget`` and ``overall`` are the importances I_f and I_D of one tensor, α is
     ``selection_weighting`` and λ ``dampening_constant``. Returns the same shape.
     """
+    # Where forget is 0 the factor is infinite or NaN, but such a weight is never selected.
     factor = (dampening_constant * overall / forget).clamp(max=1)
     return torch.where(forget > selection_weighting * overall, factor, 1.0)
 
@@ -988,6 +999,7 @@ def neg_merge(job, step_scale: STEP_SCALE = None):
             change = weight.detach() - original[name]
             merged[name] += change / count
             signs[name] += change.sign()
+    # The signs add up to ± their number only where all fine-tunings agree.
     direction = {name: -merged[name] * (signs[name].abs() == count) for name in merged}
     move = partial(move_weights, model, original, direction)
     if step_scale is None and job.stop_at is None:
@@ -1047,6 +1059,7 @@ def apply_strength(job, apply, strength, *, weakest, strongest):
         apply(strength)
         return
 
+    # Position 0 is the weakest and 1 the strongest: equal steps are equal ratios of the strength.
     def forgets(position):
         apply(weakest * (strongest / weakest) ** position)
         return monitored_accuracy(job, "forget") <= job.stop_at

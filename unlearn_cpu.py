@@ -30,6 +30,7 @@ def conformal_loss(logits, labels, q_hat, delta):
 
     Logits M×K and labels M of the forget images → a scalar with gradient. 0 for M = 0.
     """
+    # gather takes column y of each row, M numbers; p[:, labels] would be an M×M matrix.
     scores = 1 - torch.softmax(logits.float(), dim=1).gather(1, labels[:, None]).squeeze(1)
     return (q_hat - scores + delta).clamp(min=0).sum() / max(len(labels), 1)
 

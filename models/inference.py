@@ -127,9 +127,10 @@ def _eval_mode(model, classifiers):
     modes = [(module, module.training) for module in model.modules()]
     features = []
 
+    # The hooks run before the classifier of every forward pass; a network may have several.
     def record(layer, inputs):
         values = inputs[0].float()
-        axes = {3: 1, 4: (2, 3)}.get(values.ndim)
+        axes = {3: 1, 4: (2, 3)}.get(values.ndim)  # tokens, or positions
         features.append(values if axes is None else values.mean(dim=axes))
 
     def forward(inputs):

@@ -120,6 +120,7 @@ class Job:
                 if targets:
                     measured = record if "forget_acc" in record else self.monitor(["forget"])
                     state.ended |= measured["forget_acc"] <= max(targets)
+                # On the CPU, so that an epoch costs no GPU memory.
                 if keep_weights:
                     weights = self.model.state_dict()
                     self.weights_after.append({k: weights[k].to("cpu", copy=True) for k in weights})
@@ -239,6 +240,7 @@ class Epoch:
             indices if part in parts else indices[:0]
             for part, indices in zip(PARTS, (retain_set, split.forget), strict=True)
         ]
+        # Equal shares, not full batches and a rest: 129 images in batches of 64 are 3 × 43.
         num_steps = math.ceil(sum(map(len, sets)) / (batch_size or self.job.recipe.batch_size))
         shares = map(self._shuffled_shares, PARTS, sets, [num_steps] * 2)
         pairs = [pair for pair in zip(*shares, strict=True) if any(map(len, pair))]
@@ -273,6 +275,7 @@ class Epoch:
             if len(indices) < (count := distributed.world_size()):
                 reason = f"a step has {len(indices)} images for torchrun's {count} processes"
                 raise UserError(f"{self.job.label}: {reason}; start fewer")
+            # Interleaved rows: this process has its share of the retain images first as well.
             num_retain = len(distributed.local_rows(indices[:num_retain]))
             batch = Batch(self, distributed.local_rows(indices), num_retain, inputs)
             batch.separate_passes = separate_passes
@@ -316,6 +319,7 @@ class Epoch:
 
         Under torchrun they are the mean over the processes.
         """
+        # A term of weight 0 is left out, so that λ = 0 is the base method bit for bit.
         if self.job.adds_term:
             loss = loss + self.job.term.lamda * self.job.term.loss(*batch.forget)
         self._state.optimizer.zero_grad(set_to_none=True)
@@ -339,6 +343,7 @@ class Epoch:
         job = self.job
         self._state.scheduler.step()
         distributed.equalise_buffers(job.model)
+        # One transfer from the GPU per epoch: the sums stayed there.
         sums = torch.stack([self._loss, self._num_correct]).double()
         counts = sums.new_tensor([self._num_steps, self._num_images])
         distributed.add_up([sums, counts])
