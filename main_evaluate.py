@@ -192,7 +192,7 @@ def locate_models(items, model_dir, folder):
     names = in_folder = names_in(folder, model_dir)
     if "all" not in items:
         known = dict.fromkeys(["original", *unlearn.METHODS, *unlearn_cpu.METHODS, *in_folder])
-        names = utils.method_names(items, known)
+        names = unlearn.method_names(items, known)
     if not names:
         remedy = "run main_unlearn.py with the same flags first"
         raise utils.UserError(f"{folder}: no method with a {model_dir}; {remedy}")
@@ -678,13 +678,12 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
         embedded = dict(pictures.values())
         report = report_page(folder.name, rows, embedded, data, description, ensemble_rows)
         files[folder / "report.html"] = report
-    save = {str: utils.save_text, bytes: utils.save_bytes, dict: utils.save_json}
     with utils.unfinished_folder(folder, wait=60) as unfinished:  # sweep agents share it
         for path, content in files.items():
             if path.is_relative_to(folder):
                 path = unfinished / path.relative_to(folder)
                 path.parent.mkdir(parents=True, exist_ok=True)
-            save[type(content)](path, content)
+            utils.save(path, content)
         utils.move_up(unfinished)
     flags = description["flags"]
     about = {"mode": flags["wandb_mode"], "continued": True}

@@ -47,7 +47,7 @@ def main():
 def train_original(args, data, device):
     """Train and save the original model of one seed, unless it exists."""
     split = utils.make_split(data, utils.Scenario(None, split_seed=utils.split_seed(args)))
-    recipe = utils.original_recipe(args, device)
+    recipe = unlearn.original_recipe(args, device)
     folder = utils.run_folder(args, data)
     files = utils.RunFiles(folder, model="original_model.pth", record="original_model.json")
     identity = asdict(recipe) | {"training_images": data.fingerprint}

@@ -22,14 +22,12 @@ from torch import nn
 
 import models
 import unlearn
-from metrics.accuracy import accuracy
 from metrics.columns import Column
 from metrics.report import tables
-from models import checkpoint, distributed, inference, seeds
+from models import checkpoint, distributed, seeds
 from models.errors import UserError, first_line
-from models.training import Diverged, Job, Recipe
+from models.training import Diverged, Job
 
-TRAINING_FLAGS = ("num_epochs", "learning_rate", "batch_size", "milestones")
 RUN_COLUMNS = {
     "method": Column("method", "text"),
     "num_epochs": Column("epochs", "text"),
@@ -47,7 +45,7 @@ def main():
     add_stop_flags(parser)
     unlearn.add_option_flags(parser, unlearn.METHODS)
     args = parser.parse_args()
-    names = utils.method_names(args.unlearn_name, unlearn.METHODS)
+    names = unlearn.method_names(args.unlearn_name, unlearn.METHODS)
     return unlearn_all(parser, args, {name: unlearn.METHODS[name] for name in names})
 
 
@@ -80,10 +78,10 @@ def unlearn_all(parser, args, methods, make_term=None):
             term = make_term(seed_args, data, original.split) if make_term else None
             runs.append(Run(name, method, original, term=term, device=device))
 
-    pending = [run for run in runs if not run.is_done]
     for run in runs:
         if run.is_done:
             print(f"{run.files.model_path}: already done; pass --overwrite to run it again")
+    pending = [run for run in runs if not run.is_done]
     commands = [
         utils.command_line(parser, args, seed=run.args.seed, unlearn_name=[run.name])
         for run in pending
@@ -98,7 +96,7 @@ def unlearn_all(parser, args, methods, make_term=None):
     else:
         for run in pending:
             try:
-                unlearn_and_save(run, data, device)
+                unlearn_and_save(run, device)
             except Exception as error:
                 record_failure(run, error, is_only_run=len(runs) == 1)
 
@@ -136,8 +134,8 @@ class Original:
 
     args: argparse.Namespace
     path: Path
+    data: utils.Data
     split: utils.Split
-    held_out: utils.Images
     model: nn.Module
     meta: dict
     weights: str
@@ -157,8 +155,8 @@ class Run:
         self.args = args = original.args
         self.label = args.label or name
         self.files = utils.RunFiles(original.folder / self.label)
-        self.options = unlearn.options_of(method, args, cases_of(args))
-        self.recipe = method_recipe(method, args, original.meta, device)
+        self.options = unlearn.options_of(method, args)
+        self.recipe = unlearn.recipe_of(method, args, original.meta.get("recipe"), device)
         self.identity = run_identity(original, self.recipe, self.options, term=term)
         self.stop_at = None
         if args.until_forgotten:
@@ -176,7 +174,7 @@ def check_flags(args, methods):
         raise UserError(f"--label {args.label}: needs one method, and a name that no method has")
     if args.stop_accuracy is not None and not args.until_forgotten:
         raise UserError("--stop_accuracy: it is the target of --until_forgotten; pass both")
-    passed = [flag for flag in TRAINING_FLAGS if getattr(args, flag) is not None]
+    passed = [flag for flag in unlearn.TRAINING_FLAGS if getattr(args, flag) is not None]
     if passed and not any(method.trained for method in methods.values()):
         names = ", ".join(methods)
         raise UserError(f"--{passed[0]} does not apply to {names} (no training); omit it")
@@ -197,53 +195,18 @@ def read_original(args, data, device):
     model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     checkpoint.load_weights(model, state, path)
     about = {"meta": meta, "weights": checkpoint.weights_hash(state), "folder": root / split.folder}
-    return Original(args, path, split, held_out=data.held_out, model=model, **about)
+    return Original(args, path, data=data, split=split, model=model, **about)
 
 
 def target_accuracy(original):
     """The forget accuracy of --until_forgotten: --stop_accuracy, else 3 % for classes, and the
     original model's accuracy on held-out images, which no metric uses, for other images.
     """
-    args, split = original.args, original.split
-    if args.stop_accuracy is not None:
-        return args.stop_accuracy
-    if split.forget_classes:
+    if original.args.stop_accuracy is not None:
+        return original.args.stop_accuracy
+    if original.split.forget_classes:
         return 0.03
-    calibration = split.train_calibration
-    if not len(calibration):
-        raise UserError("--until_forgotten: there are no held-out images; pass --stop_accuracy")
-    return accuracy(*inference.compute_logits(original.model, original.held_out, calibration))
-
-
-def cases_of(args):
-    """Which of ``unlearn.CASES`` hold: where a method's published values differ."""
-    from_scratch = args.model_name in models.FROM_SCRATCH
-    cases = {
-        "not_cifar10": args.data_name != "cifar10",
-        "cifar100": args.data_name == "cifar100",
-        "tiny_imagenet": args.data_name == "tiny_imagenet",
-        "classes": args.unlearn_type in ("class", "subclass"),
-        "vit": "vit" in args.model_name,
-        "digits": args.data_name == "digits" and from_scratch,
-    }
-    return {case for case, holds in cases.items() if holds}
-
-
-def method_recipe(method, args, original_meta, device):
-    """The recipe of a method: flags, else its defaults, else the recipe of the original model.
-
-    None for a method without training. An original model of other code has the recipe of the flags.
-    """
-    if not method.trained:
-        return None
-    original = original_meta.get("recipe") or asdict(utils.original_recipe(args, device))
-    defaults, _ = unlearn.defaults_of(method, cases_of(args))
-    inherited = ["learning_rate"] if "num_epochs" in defaults else TRAINING_FLAGS
-    settings = {name: original[name] for name in inherited} | defaults
-    for name in TRAINING_FLAGS:
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    return Recipe(**settings, precision=utils.pick_precision(args, device))
+    return unlearn.unseen_accuracy(original.model, original.data, original.split)
 
 
 def run_identity(original, recipe, options, *, term):
@@ -270,15 +233,15 @@ def record_failure(run, error, *, is_only_run):
     """
     reason = str(error) if isinstance(error, UserError) else first_line(error)
     failure = {"forget_set": run.original.split.fingerprint, "error": reason}
-    utils.save_json(run.files.folder / utils.FAILURE_FILE, failure)
+    utils.save(run.files.folder / utils.FAILURE_FILE, failure)
     if is_only_run or (distributed.world_size() > 1 and not isinstance(error, Diverged)):
         raise error
     print(f"{run.label} (seed {run.args.seed}) failed: {reason}")
 
 
-def unlearn_and_save(run, data, device):
+def unlearn_and_save(run, device):
     """Unlearn with one method and save the model and its records."""
-    args, split = run.args, run.original.split
+    args, data, split = run.args, run.original.data, run.original.split
 
     def new_model():
         """The network before any training on this data, with pre-trained weights if any."""

@@ -23,7 +23,7 @@ def main():
     unlearn_cpu.add_flags(parser)
     unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()
-    names = utils.method_names(args.unlearn_name, unlearn_cpu.METHODS, prefix="cpu_")
+    names = unlearn.method_names(args.unlearn_name, unlearn_cpu.METHODS, prefix="cpu_")
     methods = {name: unlearn_cpu.METHODS[name] for name in names}
     return main_unlearn.unlearn_all(parser, args, methods, make_term=conformal_term)
 

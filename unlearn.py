@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,12 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import models
 import utils
+from metrics.accuracy import accuracy
 from models import adversarial, checkpoint, fisher, inference, seeds
 from models.errors import NotFinite, UserError
 from models.training import MONITORED, PARTS, Recipe
 
 MASK_FILE = "saliency_mask.pth"
+TRAINING_FLAGS = ("num_epochs", "learning_rate", "batch_size", "milestones")
 
 # ---------------------------------------------------------------- the registry
 
@@ -122,6 +125,19 @@ def describe_methods(methods):
     return "\n".join(lines)
 
 
+def method_names(items, known, prefix=""):
+    """The methods of ``--unlearn_name``, separated by blanks or commas; ``all`` is every known one.
+
+    A name that is unknown is tried with ``prefix``. Raises UserError for unknown names.
+    """
+    names = [name for name in ",".join(items).split(",") if name]
+    names = list(known) if "all" in names else names
+    names = list(dict.fromkeys(name if name in known else prefix + name for name in names))
+    if not names or not set(names) <= set(known):
+        raise UserError(f"--unlearn_name {' '.join(items)}: choose from {', '.join(known)}, or all")
+    return names
+
+
 def add_option_flags(parser, methods):
     """Add a flag for every option that the methods (:class:`Method` by label) have."""
     group = parser.add_argument_group("options of single methods", "defaults: listed below")
@@ -156,13 +172,63 @@ def defaults_of(entry, cases):
     return settings, options
 
 
-def options_of(entry, args, cases):
+def cases_of(args):
+    """Which of ``CASES`` hold for the flags: where a method's published values differ."""
+    from_scratch = args.model_name in models.FROM_SCRATCH
+    cases = {
+        "not_cifar10": args.data_name != "cifar10",
+        "cifar100": args.data_name == "cifar100",
+        "tiny_imagenet": args.data_name == "tiny_imagenet",
+        "classes": args.unlearn_type in ("class", "subclass"),
+        "vit": "vit" in args.model_name,
+        "digits": args.data_name == "digits" and from_scratch,
+    }
+    return {case for case, holds in cases.items() if holds}
+
+
+def options_of(entry, args):
     """The options of a method: the flags that were passed, else its defaults."""
     passed = {name: getattr(args, name, None) for name in entry.flags}
     passed = {name: value for name, value in passed.items() if value is not None}
     if args.num_epochs and "num_steps" in entry.options:
         passed["num_steps"] = None
-    return defaults_of(entry, cases)[1] | passed
+    return defaults_of(entry, cases_of(args))[1] | passed
+
+
+def original_recipe(args, device):
+    """The recipe of the original model: flags, else the defaults of the data set.
+
+    A network that starts from ImageNet weights trains for at most 20 epochs at 0.01.
+    """
+    spec = utils.SPECS[args.data_name]
+    num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
+    if args.model_name not in models.FROM_SCRATCH:
+        num_epochs, learning_rate = min(num_epochs, 20), 0.01
+    return Recipe(
+        num_epochs=args.num_epochs or num_epochs,
+        learning_rate=args.learning_rate or learning_rate,
+        batch_size=args.batch_size or Recipe.batch_size,
+        milestones=args.milestones,
+        precision=utils.pick_precision(args, device),
+    )
+
+
+def recipe_of(entry, args, original, device):
+    """The :class:`Recipe` of a method: flags, else its defaults, else the recipe of the original.
+
+    None for a method without training. ``original`` is a dict; without one, as for a model of other
+    code, it is the recipe that the flags give an original model.
+    """
+    if not entry.trained:
+        return None
+    original = original or asdict(original_recipe(args, device))
+    defaults, _ = defaults_of(entry, cases_of(args))
+    inherited = ["learning_rate"] if "num_epochs" in defaults else TRAINING_FLAGS
+    settings = {name: original[name] for name in inherited} | defaults
+    for name in TRAINING_FLAGS:
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    return Recipe(**settings, precision=utils.pick_precision(args, device))
 
 
 # ---------------------------------------------------------------- training on the retain set
@@ -637,7 +703,7 @@ def lotus(
     """
     original, bound = frozen(copy.deepcopy(job.model)), 0.0
     if not job.split.forget_classes:
-        bound = unseen_accuracy(job, "add held-out images")
+        bound = unseen_accuracy(job.model, job.data, job.split)
     retain_set = retain_sample(job, retain_share)
     for epoch in job.epochs(stop_at=bound - 0.01):
         forget_accuracy = job.monitor(["forget"])["forget_acc"]
@@ -653,16 +719,15 @@ def lotus(
             epoch.step(F.cross_entropy(batch.logits, torch.cat([hard, soft])), batch)
 
 
-def unseen_accuracy(job, remedy):
-    """The model's accuracy on the training calibration images, which no metric uses.
+def unseen_accuracy(model, data, split):
+    """The accuracy on the training calibration images, which no metric uses.
 
-    Raises UserError with ``remedy`` if there are none.
+    Raises UserError if there are none.
     """
-    calibration = job.split.train_calibration
-    if not len(calibration):
-        raise UserError(f"{job.label}: no held-out image calibrates training; {remedy}")
-    logits, labels = inference.compute_logits(job.model, job.data.held_out, calibration)
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+    if not len(split.train_calibration):
+        remedy = "add some, or pass --until_forgotten with --stop_accuracy"
+        raise UserError(f"no held-out images of retained classes calibrate training; {remedy}")
+    return accuracy(*inference.compute_logits(model, data.held_out, split.train_calibration))
 
 
 # ---------------------------------------------------------------- the classifier

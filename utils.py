@@ -45,7 +45,7 @@ from models import checkpoint, distributed
 from models.checkpoint import write_file
 from models.errors import NotFinite, UserError, first_line
 from models.seeds import permutation
-from models.training import Diverged, Progress, Recipe, weights_are_finite
+from models.training import Diverged, Progress, weights_are_finite
 
 # ---------------------------------------------------------------- errors
 
@@ -206,19 +206,6 @@ def add_scenario_flags(parser, methods, model_dir, *, label=False):
     add("--forget_list", type=expand_path, help="list: file of training indices or image names")
     path = "model file: a name in the implied run folder, or a path with a slash"
     add("--model_dir", type=expand_path, default=model_dir, help=path)
-
-
-def method_names(items, known, prefix=""):
-    """The methods of ``--unlearn_name``, separated by blanks or commas; ``all`` is every known one.
-
-    A name that is unknown is tried with ``prefix``. Raises UserError for unknown names.
-    """
-    names = [name for name in ",".join(items).split(",") if name]
-    names = list(known) if "all" in names else names
-    names = list(dict.fromkeys(name if name in known else prefix + name for name in names))
-    if not names or not set(names) <= set(known):
-        raise UserError(f"--unlearn_name {' '.join(items)}: choose from {', '.join(known)}, or all")
-    return names
 
 
 def each_seed(args):
@@ -461,10 +448,6 @@ class Images:
             mean, std = _constants(self.spec, device)
             images = pixels.float().mul_(1 / 255).sub_(mean).div_(std)
             yield from images.split([len(indices) for indices in local])
-
-    def batch(self, indices, augment=None):
-        """The one batch of :meth:`batches` for ``indices``."""
-        return next(self.batches([indices], augment))
 
 
 @cache
@@ -972,8 +955,11 @@ def move_up(unfinished, last=None):
         os.replace(path, target)
 
 
-def save_json(path, content):
-    """JSON, in which NaN is null and infinity is "inf"."""
+def save(path, content):
+    """Save bytes, text (UTF-8) or a dict (JSON, in which NaN is null and infinity is "inf").
+
+    Bytes of file names that are not UTF-8 become escapes.
+    """
 
     def plain(value):
         if isinstance(value, dict):
@@ -984,15 +970,10 @@ def save_json(path, content):
             return None if math.isnan(value) else str(value)
         return value
 
-    save_text(path, json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n")
-
-
-def save_text(path, text):
-    """Text as UTF-8. Bytes of file names that are not UTF-8 become escapes, as in JSON."""
-    save_bytes(path, text.encode(errors="backslashreplace"))
-
-
-def save_bytes(path, content):
+    if isinstance(content, dict):
+        content = json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n"
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     write_file(path, lambda file: file.write(content))
 
 
@@ -1111,24 +1092,6 @@ class RunFiles(NamedTuple):
         return self.folder / self.model
 
 
-def original_recipe(args, device):
-    """The recipe of the original model: flags, else the defaults of the data set.
-
-    A network that starts from ImageNet weights trains for at most 20 epochs at 0.01.
-    """
-    spec = SPECS[args.data_name]
-    num_epochs, learning_rate = spec.num_epochs, spec.learning_rate
-    if args.model_name not in models.FROM_SCRATCH:
-        num_epochs, learning_rate = min(num_epochs, 20), 0.01
-    return Recipe(
-        num_epochs=args.num_epochs or num_epochs,
-        learning_rate=args.learning_rate or learning_rate,
-        batch_size=args.batch_size or Recipe.batch_size,
-        milestones=args.milestones,
-        precision=pick_precision(args, device),
-    )
-
-
 def already_done(path, identity, args):
     """The meta of an earlier run with the same ``identity`` that saved its model at ``path``.
 
@@ -1196,8 +1159,8 @@ def run_and_save(train, job, files, *, meta, args):
         for file_name, state in job.by_products.items():
             checkpoint.save(unfinished / file_name, state, meta)
         lines = "".join(json.dumps(record) + "\n" for record in history)
-        save_text(unfinished / "history.jsonl", lines)
-        save_json(unfinished / files.record, meta | {"history": history})
+        save(unfinished / "history.jsonl", lines)
+        save(unfinished / files.record, meta | {"history": history})
         checkpoint.save(unfinished / files.model, job.model.state_dict(), meta)
         move_up(unfinished, last=files.model)
         if not distributed.rank():

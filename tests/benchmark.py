@@ -160,7 +160,7 @@ def epoch(args):
             total += step(inputs.to(args.device), labels.to(args.device)).item()
 
     retain = everything[: len(few)] if args.device == "cpu" else everything
-    inputs = data.train.batch(everything[: args.batch_size])
+    inputs = next(data.train.batches([everything[: args.batch_size]]))
     labels = data.train.labels[: args.batch_size]
     steps = max(1, len(retain) // args.batch_size)
 
@@ -236,7 +236,7 @@ def evaluation(args):
         with torch.no_grad():
             for images, indices in sets:
                 for batch in indices.split(args.batch_size):
-                    model(images.batch(batch)).cpu()
+                    model(next(images.batches([batch]))).cpu()
 
     def plain_pass(images, indices):
         actual, labels = [], []

@@ -86,7 +86,7 @@ def test_share_of_the_images_is_flipped_or_gray_and_the_rest_unchanged(change, s
 
 def test_augmentation_of_digits_is_pinned(digits):
     """Other draws change every published result."""
-    batch = digits.train.batch(torch.arange(64), seeds.generator(1, "augmentation", 1))
+    batch = next(digits.train.batches([torch.arange(64)], seeds.generator(1, "augmentation", 1)))
     assert batch.double().sum().item() == pytest.approx(-979.7265, abs=1e-3)
     assert batch[5, 0, 3, 4].item() == pytest.approx(1.3473392, abs=1e-6)
 
@@ -114,16 +114,16 @@ def test_batches_are_normalised_images_of_their_indices():
     for indices, batch in zip(index_batches, actual, strict=True):
         torch.testing.assert_close(batch, normalised(data.pixels[indices]))
         assert batch.dtype == torch.float32
-    assert data.batch(index_batches[2]).equal(actual[2])
+    assert next(data.batches(index_batches[2:])).equal(actual[2])
 
 
 def test_images_are_resized_to_the_input_size_of_the_model():
     data = images(size=13)
     expected = transforms.resize(data.pixels[:3], [13, 13], antialias=True)
-    torch.testing.assert_close(data.batch(torch.arange(3)), normalised(expected))
-    assert data.batch(torch.arange(3), seeds.generator(1, "test")).shape == (3, 3, 13, 13)
+    torch.testing.assert_close(next(data.batches([torch.arange(3)])), normalised(expected))
+    assert next(data.batches([torch.arange(3)], seeds.generator(1, "test"))).shape == (3, 3, 13, 13)
     rectangles = utils.Images(random_pixels(2)[:, :, :6], torch.zeros(2), PLAIN, 8)
-    assert rectangles.batch(torch.arange(2)).shape == (2, 3, 8, 8)
+    assert next(rectangles.batches([torch.arange(2)])).shape == (2, 3, 8, 8)
 
 
 def test_two_processes_get_every_second_image_of_each_batch(as_rank):

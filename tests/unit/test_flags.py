@@ -8,6 +8,7 @@ from helpers import flags, training_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import unlearn
 import utils
 from models.errors import UserError
 
@@ -47,13 +48,13 @@ def test_list_is_split_at_commas_and_may_not_repeat_a_value():
     ],
 )
 def test_method_names_are_split_completed_and_not_repeated(items, names):
-    assert utils.method_names(items, {"a": 1, "b": 2, "cpu_c": 3}, prefix="cpu_") == names
+    assert unlearn.method_names(items, {"a": 1, "b": 2, "cpu_c": 3}, prefix="cpu_") == names
 
 
 @pytest.mark.parametrize("items", [["d"], [","], ["a", "d"]])
 def test_unknown_method_is_refused(items):
     with pytest.raises(UserError, match="--unlearn_name.*a, b"):
-        utils.method_names(items, {"a": 1, "b": 2})
+        unlearn.method_names(items, {"a": 1, "b": 2})
 
 
 def test_each_seed_has_its_own_flags_and_split_seed():

@@ -1,8 +1,8 @@
-"""What main_unlearn.py decides before the first run: recipes, flags that apply, earlier runs."""
+"""What main_unlearn.py decides before the first run: flags that apply, targets, earlier runs."""
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import main_unlearn
 import unlearn
 import unlearn_cpu
 import utils
-from main_unlearn import check_flags, method_recipe, run_identity
+from main_unlearn import check_flags, run_identity
 from models import checkpoint
 from models.errors import UserError
 from models.training import Diverged, Recipe
@@ -21,63 +21,6 @@ from models.training import Diverged, Recipe
 CPU = torch.device("cpu")
 ORIGINAL = {"num_epochs": 33, "learning_rate": 0.07, "batch_size": 17, "milestones": [9, 21]}
 TRAINING = ["--num_epochs", 3, "--learning_rate", 0.5, "--batch_size", 5, "--milestones", "1,2"]
-
-
-def recipe(name, *flags, original=None, data="cifar10"):
-    meta = {"recipe": ORIGINAL} if original is None else original
-    return method_recipe(unlearn.METHODS[name], arguments(*flags, data=data), meta, CPU)
-
-
-# ---------------------------------------------------------------- recipes
-
-
-def test_method_without_flags_has_its_defaults_or_the_recipe_of_the_original():
-    assert recipe("retrain") == Recipe(33, 0.07, 17, [9, 21])
-    assert recipe("finetune") == Recipe(20, 0.07)
-    assert recipe("salun") == Recipe(10, 0.013, 256, schedule="constant")
-    assert recipe("teacher").optimizer == "adam" and recipe("ga_plus").momentum == 0
-    assert recipe("scrub") == Recipe(5, 5e-4, 32, [3])
-    assert recipe("scrub", "--unlearn_type", "class") == Recipe(3, 5e-4, 128, [3])
-    assert recipe("ssd") is None
-
-
-@pytest.mark.parametrize("name", ["retrain", "finetune", "salun"])
-def test_flags_override_defaults_and_the_recipe_of_the_original(name):
-    flags = [*TRAINING, "--precision", "bf16"]
-    expected = Recipe(3, 0.5, 5, [1, 2], precision="bf16")
-    assert utils.original_recipe(arguments(*flags), CPU) == expected
-    expected = replace(expected, schedule="constant" if name == "salun" else "cosine")
-    assert recipe(name, *flags) == recipe(name, *flags, original={}) == expected
-
-
-def test_original_has_the_recipe_of_its_data_set_or_of_a_pretrained_network():
-    def original(*flags, data="cifar10"):
-        expected = utils.original_recipe(arguments(*flags, data=data), CPU)
-        assert recipe("retrain", *flags, original={}, data=data) == expected
-        return expected
-
-    assert original() == Recipe(utils.SPECS["cifar10"].num_epochs, 0.1)
-    assert original(data="digits") == Recipe(utils.SPECS["digits"].num_epochs, 0.01)
-    assert original("--model_name", "resnet50") == Recipe(20, 0.01)
-    assert original("--model_name", "resnet50", "--num_epochs", 33) == Recipe(33, 0.01)
-
-
-@pytest.mark.parametrize(
-    ("data", "flags", "cases"),
-    [
-        ("cifar10", [], ""),
-        ("cifar10", ["--unlearn_type", "list"], ""),
-        ("cifar10", ["--unlearn_type", "class"], "classes"),
-        ("cifar100", ["--unlearn_type", "random"], "not_cifar10 cifar100"),
-        ("cifar20", ["--unlearn_type", "subclass"], "not_cifar10 classes"),
-        ("tiny_imagenet", ["--model_name", "vit"], "not_cifar10 tiny_imagenet vit"),
-        ("digits", [], "not_cifar10 digits"),
-        ("digits", ["--model_name", "vit"], "not_cifar10 vit"),  # pre-trained
-    ],
-)
-def test_cases_of_published_values(data, flags, cases):
-    assert main_unlearn.cases_of(arguments(*flags, data=data)) == {*cases.split()}
-
 
 # ---------------------------------------------------------------- flags that apply
 
@@ -125,8 +68,8 @@ def plan(folder, name, *flags, label=None, job=None):
     original = main_unlearn.Original(
         args=args,
         path=folder / "original_model.pth",
+        data=job.data,
         split=job.split,
-        held_out=job.data.held_out,
         model=SmallNet(),
         meta={"recipe": ORIGINAL},
         weights="1234",
@@ -180,7 +123,7 @@ def test_run_until_forgotten_ends_at_the_target_or_says_so(target, epochs, tmp_p
         setattr(job.data, name, "data")
     flags = ["--until_forgotten", "--stop_accuracy", target, "--wandb_mode", "disabled"]
     planned = plan(tmp_path, "finetune", *flags, job=job)
-    main_unlearn.unlearn_and_save(planned, job.data, CPU)
+    main_unlearn.unlearn_and_save(planned, CPU)
     record = json.loads((tmp_path / "finetune" / "results.json").read_text())
     assert len(record["history"]) == epochs and record["identity"]["stop_at"] == target
     assert ("--num_epochs" in capsys.readouterr().out) == (epochs == 20)

@@ -497,7 +497,7 @@ def test_lotus_ends_one_percent_below_the_accuracy_on_unseen_images():
     of_class = small_job("lotus", num_epochs=4, forget_class=0, train_calibration=0)
     run(of_class)
     assert len(of_class.records) == 4  # its bound is 0
-    with pytest.raises(UserError, match="lotus"):
+    with pytest.raises(UserError, match="--stop_accuracy"):
         run(small_job("lotus", train_calibration=0))
 
 

@@ -13,8 +13,10 @@ from torch import nn
 
 import unlearn
 import unlearn_cpu
+import utils
 from models import checkpoint
 from models.errors import NotFinite, UserError
+from models.training import Recipe
 
 # ---------------------------------------------------------------- losses and factors
 
@@ -372,13 +374,13 @@ def test_option_without_a_method_has_no_flag():
 
 
 def test_options_of_a_method_are_its_flags_or_else_its_defaults():
-    def options(name, *flags, cases=frozenset()):
-        return unlearn.options_of(unlearn.METHODS[name], arguments(*flags), cases)
+    def options(name, *flags):
+        return unlearn.options_of(unlearn.METHODS[name], arguments(*flags, data="cifar10"))
 
     flags = ["--kd_T", 3, "--beta", 0, "--rewind"]
     assert options("teacher", *flags) == {"kd_T": 3.0, "retain_share": 0.3}
     scrub = {"msteps": 2, "kd_T": 3.0, "beta": 0, "gamma": 0.99, "forget_batch_size": 512}
-    assert options("scrub", *flags, cases={"classes"}) == scrub | {"rewind": True}
+    assert options("scrub", *flags, "--unlearn_type", "class") == scrub | {"rewind": True}
     assert options("finetune", *flags) == {} and options("amun", *flags) == {"radius": 0.04}
     assert options("GA", "--keep_statistics") == {"keep_statistics": True}
     # --num_epochs replaces the number of steps.
@@ -438,6 +440,65 @@ def test_registered_method_has_the_options_of_its_signature(monkeypatch):
         )
     with pytest.raises(TypeError, match="epochs"):
         unlearn.method(epochs=3)
+
+
+# ---------------------------------------------------------------- recipes
+
+CPU = torch.device("cpu")
+ORIGINAL = {"num_epochs": 33, "learning_rate": 0.07, "batch_size": 17, "milestones": [9, 21]}
+TRAINING = ["--num_epochs", 3, "--learning_rate", 0.5, "--batch_size", 5, "--milestones", "1,2"]
+
+
+def recipe(name, *flags, original=ORIGINAL, data="cifar10"):
+    return unlearn.recipe_of(unlearn.METHODS[name], arguments(*flags, data=data), original, CPU)
+
+
+def test_method_without_flags_has_its_defaults_or_the_recipe_of_the_original():
+    assert recipe("retrain") == Recipe(33, 0.07, 17, [9, 21])
+    assert recipe("finetune") == Recipe(20, 0.07)
+    assert recipe("salun") == Recipe(10, 0.013, 256, schedule="constant")
+    assert recipe("teacher").optimizer == "adam" and recipe("ga_plus").momentum == 0
+    assert recipe("scrub") == Recipe(5, 5e-4, 32, [3])
+    assert recipe("scrub", "--unlearn_type", "class") == Recipe(3, 5e-4, 128, [3])
+    assert recipe("ssd") is None
+
+
+@pytest.mark.parametrize("name", ["retrain", "finetune", "salun"])
+def test_flags_override_defaults_and_the_recipe_of_the_original(name):
+    flags = [*TRAINING, "--precision", "bf16"]
+    expected = Recipe(3, 0.5, 5, [1, 2], precision="bf16")
+    assert unlearn.original_recipe(arguments(*flags), CPU) == expected
+    expected = replace(expected, schedule="constant" if name == "salun" else "cosine")
+    assert recipe(name, *flags) == recipe(name, *flags, original={}) == expected
+
+
+def test_original_has_the_recipe_of_its_data_set_or_of_a_pretrained_network():
+    def original(*flags, data="cifar10"):
+        expected = unlearn.original_recipe(arguments(*flags, data=data), CPU)
+        assert recipe("retrain", *flags, original={}, data=data) == expected
+        return expected
+
+    assert original() == Recipe(utils.SPECS["cifar10"].num_epochs, 0.1)
+    assert original(data="digits") == Recipe(utils.SPECS["digits"].num_epochs, 0.01)
+    assert original("--model_name", "resnet50") == Recipe(20, 0.01)
+    assert original("--model_name", "resnet50", "--num_epochs", 33) == Recipe(33, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("data", "flags", "cases"),
+    [
+        ("cifar10", [], ""),
+        ("cifar10", ["--unlearn_type", "list"], ""),
+        ("cifar10", ["--unlearn_type", "class"], "classes"),
+        ("cifar100", ["--unlearn_type", "random"], "not_cifar10 cifar100"),
+        ("cifar20", ["--unlearn_type", "subclass"], "not_cifar10 classes"),
+        ("tiny_imagenet", ["--model_name", "vit"], "not_cifar10 tiny_imagenet vit"),
+        ("digits", [], "not_cifar10 digits"),
+        ("digits", ["--model_name", "vit"], "not_cifar10 vit"),  # pre-trained
+    ],
+)
+def test_cases_of_published_values(data, flags, cases):
+    assert unlearn.cases_of(arguments(*flags, data=data)) == {*cases.split()}
 
 
 # ---------------------------------------------------------------- properties of all methods
