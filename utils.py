@@ -26,7 +26,7 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -37,12 +37,12 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch.nn import functional as F
-from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision import datasets
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 
 import models
 from models import checkpoint, distributed
-from models.checkpoint import write_file
 from models.errors import NotFinite, UserError, first_line
 from models.seeds import permutation
 from models.training import Diverged, Progress, weights_are_finite
@@ -349,8 +349,6 @@ def _load_digits():
 
 
 def _load_cifar(name, folder):
-    from torchvision import datasets
-
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     subsets = [kind(folder, train=is_train, download=True) for is_train in (True, False)]
     image_sets, classes = [], subsets[0].classes
@@ -369,8 +367,6 @@ def _load_cifar(name, folder):
 
 
 def _load_tiny_imagenet(folder, workers):
-    from torchvision.datasets.utils import download_and_extract_archive
-
     root = Path(folder) / "tiny-imagenet-200"
     if not root.is_dir():  # to a temporary folder, so that root is complete or does not exist
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -523,9 +519,9 @@ def _list_folder(root, subset, ending=""):
     def is_picture(path):
         return "/." not in path[len(folder) :] and path.endswith(ending)
 
-    classes = [name for name in find_classes(folder)[0] if not name.startswith(".")]
+    classes = [name for name in datasets.folder.find_classes(folder)[0] if not name.startswith(".")]
     labels = {name: label for label, name in enumerate(classes)}
-    files = make_dataset(folder, labels, is_valid_file=is_picture)
+    files = datasets.folder.make_dataset(folder, labels, is_valid_file=is_picture)
     start = len(folder) - len(subset)
     return classes, [Sample(path, path[start:], label) for path, label in files]
 
@@ -585,7 +581,8 @@ def _decode_files(samples, side, workers, prefix):
     unfinished, digest = prefix.with_name("unfinished"), hashlib.sha256()
     # A generator of its own, since the default is the global one, which dropout draws from.
     options = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
-    images = torch.utils.data.DataLoader(Decoder(samples, side), **options)
+    decode = partial(decode_file, side=side)
+    images = torch.utils.data.DataLoader(samples, collate_fn=decode, **options)
     with open(unfinished, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for image in distributed.progress_bar(iterable=images, desc="decoding images"):
@@ -599,31 +596,21 @@ def _decode_files(samples, side, workers, prefix):
     return unfinished.rename(f"{prefix}{digest.hexdigest()[:32]}.npy")
 
 
-class Decoder(torch.utils.data.Dataset):
-    """Pairs (pixels uint8 3×side×side, hash of name, class and bytes) of image files.
+def decode_file(sample, side):
+    """(pixels uint8 3×side×side, hash of name, class and bytes) of the image file of a Sample.
 
     The shorter side is resized, and the center is kept. A file that cannot be read is a ValueError,
     returned because workers raise tracebacks.
     """
-
-    def __init__(self, samples, side):
-        self.samples, self.side = samples, side
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        sample = self.samples[index]
-        try:
-            with open(sample.path, "rb") as file:
-                image_hash = hashlib.file_digest(file, "sha256")
-                image_hash.update(f"{sample.name}\0{sample.label}".encode())
-                pixels = transforms.pil_to_tensor(decode_image(file))
-        except Exception as error:  # Pillow's readers raise many kinds
-            return ValueError(f"{sample.path}: {first_line(error)}")
-        pixels = transforms.resize(pixels, [self.side], antialias=True)
-        pixels = transforms.center_crop(pixels, [self.side] * 2)
-        return pixels.contiguous(), image_hash.digest()
+    try:
+        with open(sample.path, "rb") as file:
+            image_hash = hashlib.file_digest(file, "sha256")
+            image_hash.update(f"{sample.name}\0{sample.label}".encode())
+            pixels = transforms.pil_to_tensor(decode_image(file))
+    except Exception as error:  # Pillow's readers raise many kinds
+        return ValueError(f"{sample.path}: {first_line(error)}")
+    pixels = transforms.resize(pixels, [side], antialias=True)
+    return transforms.center_crop(pixels, [side] * 2).contiguous(), image_hash.digest()
 
 
 def decode_image(file):
@@ -974,7 +961,7 @@ def save(path, content):
         content = json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n"
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
-    write_file(path, lambda file: file.write(content))
+    checkpoint.write_file(path, lambda file: file.write(content))
 
 
 def without_empty(config):
