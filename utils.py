@@ -137,7 +137,7 @@ def list_of(parse_item, choices=None):
 
 
 expand_path = os.path.expanduser  # an argparse type: shells leave the ~ in --flag=~/x
-ALPHA = number(float, 0, 1, exclusive=True)
+ALPHA = SHARE = number(float, 0, 1, exclusive=True)
 POSITIVE = number(float, 0, exclusive=True)
 SEED = number(int, 0, 2**32 - 1)
 
@@ -200,7 +200,7 @@ def add_scenario_flags(parser, methods, model_dir, *, label=False):
     if label:
         add("--label", help="folder and row of the run; default: the method's name")
     add("--unlearn_type", choices=SCENARIOS, default="random", help="what to forget")
-    add("--retain_ratio", type=float, default=0.9, help="random: fraction of images to retain")
+    add("--retain_ratio", type=SHARE, default=0.9, help="random: fraction of images to retain")
     classes = "class, subclass: names or numbers, e.g. 3 or cat,dog; default: drawn from the seed"
     add("--forget_class", help=classes)
     add("--forget_list", type=expand_path, help="list: file of training indices or image names")
@@ -504,9 +504,8 @@ def _load_image_folder(root, image_size, default_side, workers):
     classes, train = _list_folder(root, "train")
     test_classes, held_out = _list_folder(root, "test")
     if len(classes) < 2 or classes != test_classes:
-        differing = ", ".join(sorted(set(classes) ^ set(test_classes))[:5])
-        reason = f"train/ has {len(classes)} classes, test/ {len(test_classes)} ({differing})"
-        raise ValueError(f"{reason}, not the same two or more")
+        differing = sorted(set(classes) ^ set(test_classes))[:5]
+        raise ValueError(f"train/ and test/ need the same two or more classes, without {differing}")
     tag = f"image_folder-{Path(root).resolve().name}"
     options = {"tag": tag, "side": image_size, "default_side": default_side, "workers": workers}
     return _read_pictures(root, train, held_out, classes, **options)
@@ -717,8 +716,7 @@ def make_split(data, scenario, cal_size=None):
     first = min(1000, max(1, len(order) // 10))
     last = first + (cal_size or default_cal_size(data))
     if last >= len(order):
-        counts = f"{len(order)} held-out images, of which {first} calibrate the training"
-        raise UserError(f"--cal_sizes {last - first}: no test image remains of {counts}")
+        raise UserError(f"--cal_sizes {last - first}: of {len(order)} images none is left to test")
     train_calibration, calibration, test = np.split(order, [first, last])
     by_subclass = scenario.unlearn_type == "subclass"
     groups = data.held_out.subclasses if by_subclass else data.held_out.labels
@@ -764,8 +762,6 @@ def _make_forget_set(data, scenario):
     if scenario.forget_class is not None and kind not in ("class", "subclass"):
         raise UserError(f"--forget_class goes with --unlearn_type class or subclass, not {kind}")
     if kind == "random":
-        if not 0 < ratio < 1:
-            raise UserError(f"--retain_ratio {ratio}: must be between 0 and 1")
         mask[permutation(seed, "forget", len(mask))[round(len(mask) * ratio) :]] = True
         return ForgetSet(mask, f"random_{ratio:g}", f"a random share drawn from seed {seed}")
     if kind == "list":
@@ -810,11 +806,8 @@ def read_forget_list(path, data):
     Blank lines and lines that begin with # are skipped. Raises UserError with the line number of
     an entry that is unknown or repeated.
     """
-    flag = f"--forget_list {path}"
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{flag}: {error}") from error
+    # A file of another encoding has names that no image has.
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     by_name = {name: index for index, name in enumerate(data.train.names or ())}
     indices = {}
     for number, line in enumerate(lines, 1):
@@ -824,7 +817,7 @@ def read_forget_list(path, data):
         index = int(entry) if entry.isdecimal() else by_name.get(entry, -1)
         if not 0 <= index < len(data.train) or index in indices:
             reason = f"not another index below {len(data.train)} or class/file.png"
-            raise UserError(f"{flag}, line {number}: {entry}: {reason}")
+            raise UserError(f"--forget_list {path}, line {number}: {entry}: {reason}")
         indices[index] = None
     return np.array(list(indices), dtype=np.int64)
 

@@ -28,7 +28,7 @@ def test_characters_that_the_terminal_cannot_show_are_replaced(tmp_path):
 def test_mistake_in_a_flag_ends_script_with_one_line(tmp_path):
     command = ["main_unlearn.py", *COMMON, "--unlearn_name", "finetune", "--retain_ratio", "1.5"]
     done = run_script(*command, cwd=tmp_path)
-    fails_in_one_line(done, "main_unlearn.py", "--retain_ratio 1.5")
+    fails_in_one_line(done, "main_unlearn.py", "--retain_ratio", "1.5")
     assert done.stdout == "" and not list(tmp_path.iterdir())
 
 

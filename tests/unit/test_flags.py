@@ -83,7 +83,7 @@ VALUES = {
     "--split_seed": st.integers(0, 9).map(str),
     "--width": st.integers(1, 512).map(str),
     "--learning_rate": st.floats(1e-9, 1e9).map(repr),
-    "--retain_ratio": st.floats(-1, 1).map(repr),
+    "--retain_ratio": st.floats(1e-9, 0.9).map(repr),
     "--milestones": st.lists(st.integers(1, 9), min_size=1, max_size=3, unique=True).map(
         lambda epochs: ",".join(map(str, epochs))
     ),

@@ -226,8 +226,6 @@ def test_unknown_or_ambiguous_class_is_refused(text, classes):
 @pytest.mark.parametrize(
     ("scenario", "words"),
     [
-        (Scenario("random", 1.0), "--retain_ratio 1.0"),
-        (Scenario("random", 0.0), "--retain_ratio 0.0"),
         (Scenario("random", 0.99), "random .* 0 of 40"),
         (Scenario("random", 0.01), "random .* 40 of 40"),
         (Scenario("class", forget_list="a.txt"), "class --forget_list"),
