@@ -209,7 +209,7 @@ def original_recipe(args, device):
         learning_rate=args.learning_rate or learning_rate,
         batch_size=args.batch_size or Recipe.batch_size,
         milestones=args.milestones,
-        precision=utils.pick_precision(args, device),
+        precision=pick_precision(args, device),
     )
 
 
@@ -228,7 +228,15 @@ def recipe_of(entry, args, original, device):
     for name in TRAINING_FLAGS:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
-    return Recipe(**settings, precision=utils.pick_precision(args, device))
+    return Recipe(**settings, precision=pick_precision(args, device))
+
+
+def pick_precision(args, device):
+    """``--precision``. ``auto`` is bf16 on a GPU that supports it, else fp32."""
+    if args.precision != "auto":
+        return args.precision
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast else "fp32"
 
 
 # ---------------------------------------------------------------- training on the retain set

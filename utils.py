@@ -238,14 +238,6 @@ def pick_device(args):
     return device
 
 
-def pick_precision(args, device):
-    """``--precision``. ``auto`` is bf16 on a GPU that supports it, else fp32."""
-    if args.precision != "auto":
-        return args.precision
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if fast else "fp32"
-
-
 # ---------------------------------------------------------------- data sets
 
 

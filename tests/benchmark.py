@@ -139,7 +139,7 @@ def epoch(args):
     data = random_data(args)
     everything = torch.arange(len(data.train), device=args.device)
     few = everything[:2560]
-    precision = utils.pick_precision(args, torch.device(args.device))
+    precision = unlearn.pick_precision(args, torch.device(args.device))
     layout = torch.channels_last if args.device != "cpu" else torch.preserve_format
     model = network(args).to(memory_format=layout).train()
     settings = {"momentum": 0.9, "weight_decay": 5e-4, "fused": args.device == "cuda"}
