@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import metadata
@@ -41,7 +41,6 @@ from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.v2 import functional as transforms
 
-import models
 from models import checkpoint, distributed
 from models.errors import NotFinite, UserError, first_line
 from models.seeds import permutation
@@ -64,7 +63,7 @@ def run_script(main):
             stream.reconfigure(errors="replace")
     status, message = 0, None
     try:
-        with redirect_stdout(None) if distributed.rank() else nullcontext():
+        with redirect_stdout(None if distributed.rank() else sys.stdout):
             status = main()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -745,8 +744,7 @@ def _make_forget_set(data, scenario):
     if kind is None:
         return ForgetSet(mask)
     if (scenario.forget_list is not None) != (kind == "list"):
-        reason = "list needs a file, the others do not"
-        raise UserError(f"--unlearn_type {kind} --forget_list: {reason}")
+        raise UserError(f"--unlearn_type {kind} --forget_list: list needs a file, others do not")
     if scenario.forget_class is not None and kind not in ("class", "subclass"):
         raise UserError(f"--forget_class goes with --unlearn_type class or subclass, not {kind}")
     if kind == "random":
@@ -951,7 +949,7 @@ def without_empty(config):
     return {key: v for key, v in cleaned.items() if v or (v == 0 and v is not False)}
 
 
-class WandbRun:
+class WandbRun(AbstractContextManager):
     """Numbers, tables and pictures of one run in wandb: ``with WandbRun(...) as run``.
 
     ``mode`` None is wandb's setting. Without a login, online becomes offline. If wandb is missing
@@ -966,9 +964,6 @@ class WandbRun:
         if curves_over:
             self._try(lambda: self._run.define_metric(curves_over))
             self._try(lambda: self._run.define_metric("*", step_metric=curves_over))
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self._try(lambda: self._run.finish())
