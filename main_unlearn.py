@@ -38,25 +38,20 @@ RUN_COLUMNS = {
 
 
 def main():
-    parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn.METHODS))
-    names = ", ".join(unlearn.METHODS)
-    utils.add_scenario_flags(parser, names, "original_model.pth", label=True)
-    utils.add_training_flags(parser, "default: depends on the method, listed below")
-    add_stop_flags(parser)
-    unlearn.add_option_flags(parser, unlearn.METHODS)
+    parser = make_parser(__doc__, unlearn.METHODS)
     args = parser.parse_args()
     names = unlearn.method_names(args.unlearn_name, unlearn.METHODS)
     return unlearn_all(parser, args, {name: unlearn.METHODS[name] for name in names})
 
 
-def add_stop_flags(parser):
-    """Flags that compare methods at an equal level of forgetting instead of their authors' ends."""
-    add = parser.add_argument_group("until forgotten").add_argument
-    end = "end training after the epoch in which the forget accuracy falls to --stop_accuracy; "
-    end += "ssd, IU, neg_merge and FisherForgetting take the weakest setting that reaches it"
-    add("--until_forgotten", action="store_true", help=end)
-    target = "default: 0.03 for classes, else the accuracy on held-out images"
-    add("--stop_accuracy", type=utils.number(float, 0, 1), help=target)
+def make_parser(description, methods):
+    """The parser of both unlearning scripts. ``methods`` are :class:`unlearn.Method` by label."""
+    parser = utils.make_parser(description, epilog=unlearn.describe_methods(methods))
+    utils.add_scenario_flags(parser, ", ".join(methods), "original_model.pth", label=True)
+    utils.add_training_flags(parser, "default: depends on the method, listed below")
+    unlearn.add_stop_flags(parser)
+    unlearn.add_option_flags(parser, methods)
+    return parser
 
 
 def unlearn_all(parser, args, methods, make_term=None):
@@ -174,11 +169,7 @@ def check_flags(args, methods):
         raise UserError(f"--label {args.label}: needs one method, and a name that no method has")
     if args.stop_accuracy is not None and not args.until_forgotten:
         raise UserError("--stop_accuracy: it is the target of --until_forgotten; pass both")
-    passed = [flag for flag in unlearn.TRAINING_FLAGS if getattr(args, flag) is not None]
-    if passed and not any(method.trained for method in methods.values()):
-        names = ", ".join(methods)
-        raise UserError(f"--{passed[0]} does not apply to {names} (no training); omit it")
-    unlearn.check_option_flags(args, methods)
+    unlearn.check_method_flags(args, methods)
 
 
 def read_original(args, data, device):

@@ -15,13 +15,8 @@ import unlearn_cpu
 
 
 def main():
-    parser = utils.make_parser(__doc__, epilog=unlearn.describe_methods(unlearn_cpu.METHODS))
-    names = ", ".join(unlearn_cpu.METHODS)
-    utils.add_scenario_flags(parser, names, "original_model.pth", label=True)
-    utils.add_training_flags(parser, "default: depends on the method, listed below")
-    main_unlearn.add_stop_flags(parser)
+    parser = main_unlearn.make_parser(__doc__, unlearn_cpu.METHODS)
     unlearn_cpu.add_flags(parser)
-    unlearn.add_option_flags(parser, unlearn_cpu.METHODS)
     args = parser.parse_args()
     names = unlearn.method_names(args.unlearn_name, unlearn_cpu.METHODS, prefix="cpu_")
     methods = {name: unlearn_cpu.METHODS[name] for name in names}

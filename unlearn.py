@@ -71,6 +71,11 @@ class Method:
     trained: bool = True
     extensible: bool = True
 
+    @property
+    def flag_names(self):
+        """The flags that apply to the method: those of its options and of the training loop."""
+        return {*self.flags, *(TRAINING_FLAGS if self.trained else ())}
+
 
 METHODS: dict[str, Method] = {}
 
@@ -153,12 +158,23 @@ def add_option_flags(parser, methods):
             group.add_argument(f"--{name}", type=option.type, help=text)
 
 
-def check_option_flags(args, methods):
-    """Raise UserError for the flag of an option that none of the chosen ``methods`` has."""
-    for name in {name for entry in METHODS.values() for name in entry.flags}:
-        if getattr(args, name, None) is None or any(name in m.flags for m in methods.values()):
+def add_stop_flags(parser):
+    """Flags that compare methods at an equal level of forgetting instead of their authors' ends."""
+    add = parser.add_argument_group("until forgotten").add_argument
+    end = "end training after the epoch in which the forget accuracy falls to --stop_accuracy; "
+    end += "ssd, IU, neg_merge and FisherForgetting take the weakest setting that reaches it"
+    add("--until_forgotten", action="store_true", help=end)
+    target = "default: 0.03 for classes, else the accuracy on held-out images"
+    add("--stop_accuracy", type=utils.number(float, 0, 1), help=target)
+
+
+def check_method_flags(args, methods):
+    """Raise UserError for a flag that applies to methods, but to none of the chosen ``methods``."""
+    for name in set().union(*(entry.flag_names for entry in METHODS.values())):
+        passed = getattr(args, name, None) is not None
+        if not passed or any(name in entry.flag_names for entry in methods.values()):
             continue
-        owners = ", ".join(label for label, entry in METHODS.items() if name in entry.flags)
+        owners = ", ".join(label for label, entry in METHODS.items() if name in entry.flag_names)
         raise UserError(f"--{name} applies to {owners} and not to {', '.join(methods)}; omit it")
 
 

@@ -20,12 +20,8 @@ JOB_FIELDS = ("seed", "model", "new_model", "log", "quiet", "compile", "progress
 
 def arguments(*flags, methods=unlearn.METHODS, data="cifar10"):
     """The flags of main_unlearn.py."""
-    parser = utils.make_parser("")
-    utils.add_scenario_flags(parser, "", "original_model.pth")
-    utils.add_training_flags(parser, "")
-    main_unlearn.add_stop_flags(parser)
+    parser = main_unlearn.make_parser("", methods)
     unlearn_cpu.add_flags(parser)
-    unlearn.add_option_flags(parser, methods)
     return parser.parse_args(["--unlearn_name", "all", "--data_name", data, *map(str, flags)])
 
 

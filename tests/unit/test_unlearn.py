@@ -407,7 +407,7 @@ def test_option_out_of_bounds_is_refused(flag, value):
 def test_option_of_no_chosen_method_is_refused():
     def check(names, *flags):
         methods = {name: unlearn.METHODS[name] for name in names}
-        unlearn.check_option_flags(arguments(*flags), methods)
+        unlearn.check_method_flags(arguments(*flags), methods)
 
     check(["scrub", "salun"], "--kd_T", 2, "--mask_ratio", 0.1)
     with pytest.raises(UserError, match="--kd_T .* teacher, scrub .* salun, RL;"):
