@@ -77,10 +77,7 @@ def unlearn_all(parser, args, methods, make_term=None):
         if run.is_done:
             print(f"{run.files.model_path}: already done; pass --overwrite to run it again")
     pending = [run for run in runs if not run.is_done]
-    commands = [
-        utils.command_line(parser, args, seed=run.args.seed, unlearn_name=[run.name])
-        for run in pending
-    ]
+    commands = [utils.command_line(parser, run.args, unlearn_name=[run.name]) for run in pending]
     if args.dry_run:
         for command in commands:
             print(shlex.join(command))
@@ -103,17 +100,15 @@ def unlearn_all(parser, args, methods, make_term=None):
 
 
 def record_row(run):
-    """The row of a run, from the record that it left."""
-    row, failure = {"method": run.label}, run.files.folder / utils.FAILURE_FILE
-    if failure.exists():
-        note = json.loads(failure.read_text(encoding="utf-8"))["error"]
-        return row | {"note": f"seed {run.args.seed}: {note}" if run.args.seeds else note}
-    try:
-        record = json.loads((run.files.folder / run.files.record).read_text(encoding="utf-8"))
-        numbers = record["accuracies"] | (record["recipe"] or {}) | {"seconds": record["seconds"]}
-        return row | {key: numbers[key] for key in RUN_COLUMNS if key in numbers}
-    except (OSError, ValueError, KeyError):
-        return {"method": run.label, "note": "ended without a result"}
+    """The row of a run, from its failure or else from its record."""
+    record = {"error": "ended without a result"}
+    for name in (run.files.record, utils.FAILURE_FILE):
+        if (path := run.files.folder / name).exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+    if "error" in record:
+        return {"method": run.label, "note": f"seed {run.args.seed}: {record['error']}"}
+    numbers = record | record["accuracies"] | (record["recipe"] or {})
+    return {key: numbers[key] for key in RUN_COLUMNS if key in numbers}
 
 
 # ---------------------------------------------------------------- before the first run
