@@ -15,7 +15,7 @@ import json
 import re
 import shlex
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import nn
@@ -68,7 +68,6 @@ def unlearn_all(parser, args, methods, make_term=None):
     runs = []
     for seed_args in utils.each_seed(args):
         original = read_original(seed_args, data, device)
-        print(f"{original.path}: forget {original.split.describe()}")
         for name, method in methods.items():
             term = make_term(seed_args, data, original.split) if make_term else None
             runs.append(Run(name, method, original, term=term, device=device))
@@ -123,7 +122,6 @@ class Original:
     """
 
     args: argparse.Namespace
-    path: Path
     data: utils.Data
     split: utils.Split
     model: nn.Module
@@ -136,8 +134,8 @@ class Run:
     """One method for one seed, with its settings.
 
     ``name`` is that of the method, ``label`` that of the folder and the row. ``stop_at`` is the
-    target of --until_forgotten, else None. ``identity`` determines the weights. ``is_done`` says
-    whether the folder has a model with this identity. Raises UserError if it has another one.
+    target of --until_forgotten, else None. ``is_done`` says whether the folder has a model with
+    this identity. Raises UserError if it has another one.
     """
 
     def __init__(self, name, method, original, *, term, device):
@@ -147,11 +145,23 @@ class Run:
         self.files = utils.RunFiles(original.folder / self.label)
         self.options = unlearn.options_of(method, args)
         self.recipe = unlearn.recipe_of(method, args, original.meta.get("recipe"), device)
-        self.identity = run_identity(original, self.recipe, self.options, term=term)
-        self.stop_at = None
-        if args.until_forgotten:
-            self.stop_at = self.identity["stop_at"] = target_accuracy(original)
+        images = {"data": original.data, "split": original.split}
+        self.stop_at = unlearn.target_of(args, original.model, **images)
         self.is_done = utils.already_done(self.files.model_path, self.identity, args) is not None
+
+    @cached_property
+    def identity(self):
+        """Everything that determines the weights of the run."""
+        original, options, term = self.original, self.options, self.term
+        identity = (asdict(self.recipe) if self.recipe else {}) | options
+        identity |= {"original": original.weights, "forget_set": original.split.fingerprint}
+        if options.get("mask_path"):
+            mask = unlearn.read_mask(options["mask_path"], original.model)
+            identity["mask_path"] = checkpoint.weights_hash(mask)
+        if term is not None:
+            identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
+            identity["loss"] = term.form
+        return identity | ({"stop_at": self.stop_at} if self.args.until_forgotten else {})
 
 
 def check_flags(args, methods):
@@ -181,31 +191,8 @@ def read_original(args, data, device):
     model = models.build_model(args, len(data.classes), data.train.size, device, pretrained=False)
     checkpoint.load_weights(model, state, path)
     about = {"meta": meta, "weights": checkpoint.weights_hash(state), "folder": root / split.folder}
-    return Original(args, path, data=data, split=split, model=model, **about)
-
-
-def target_accuracy(original):
-    """The forget accuracy of --until_forgotten: --stop_accuracy, else 3 % for classes, and the
-    original model's accuracy on held-out images, which no metric uses, for other images.
-    """
-    if original.args.stop_accuracy is not None:
-        return original.args.stop_accuracy
-    if original.split.forget_classes:
-        return 0.03
-    return unlearn.unseen_accuracy(original.model, original.data, original.split)
-
-
-def run_identity(original, recipe, options, *, term):
-    """Everything that determines the weights of a run."""
-    identity = (asdict(recipe) if recipe else {}) | options
-    identity |= {"original": original.weights, "forget_set": original.split.fingerprint}
-    if options.get("mask_path"):
-        mask = unlearn.read_mask(options["mask_path"], original.model)
-        identity["mask_path"] = checkpoint.weights_hash(mask)
-    if term is not None:
-        identity |= {"alpha": term.alpha, "delta": term.delta, "lamda": term.lamda}
-        identity["loss"] = term.form
-    return identity
+    print(f"{path}: forget {split.describe()}")
+    return Original(args, data, split=split, model=model, **about)
 
 
 # ---------------------------------------------------------------- the runs

@@ -247,6 +247,15 @@ def recipe_of(entry, args, original, device):
     return Recipe(**settings, precision=pick_precision(args, device))
 
 
+def target_of(args, model, data, split):
+    """The forget accuracy of --until_forgotten, else None: --stop_accuracy, else 3 % for classes,
+    and the original ``model``'s accuracy on held-out images for other images.
+    """
+    if not args.until_forgotten or args.stop_accuracy is not None:
+        return args.stop_accuracy
+    return 0.03 if split.forget_classes else unseen_accuracy(model, data, split)
+
+
 def pick_precision(args, device):
     """``--precision``. ``auto`` is bf16 on a GPU that supports it, else fp32."""
     if args.precision != "auto":

@@ -13,7 +13,7 @@ import main_unlearn
 import unlearn
 import unlearn_cpu
 import utils
-from main_unlearn import check_flags, run_identity
+from main_unlearn import check_flags
 from models import checkpoint
 from models.errors import UserError
 from models.training import Diverged, Recipe
@@ -62,12 +62,11 @@ def test_label_needs_one_method_and_a_name_that_no_method_has(label):
 # ---------------------------------------------------------------- earlier runs and records
 
 
-def plan(folder, name, *flags, label=None, job=None):
+def plan(folder, name, *flags, label=None, job=None, term=None):
     args, job = arguments(*flags), job or small_job("finetune")
     args.label = label
     original = main_unlearn.Original(
         args=args,
-        path=folder / "original_model.pth",
         data=job.data,
         split=job.split,
         model=SmallNet(),
@@ -75,7 +74,7 @@ def plan(folder, name, *flags, label=None, job=None):
         weights="1234",
         folder=folder,
     )
-    return main_unlearn.Run(name, unlearn.METHODS[name], original, term=None, device=CPU)
+    return main_unlearn.Run(name, unlearn.METHODS[name], original, term=term, device=CPU)
 
 
 def test_identity_has_recipe_options_original_forget_set_and_term(tmp_path):
@@ -86,7 +85,8 @@ def test_identity_has_recipe_options_original_forget_set_and_term(tmp_path):
     assert planned.identity == asdict(planned.recipe) | options | origin
     term = small_job("cpu_finetune", lamda=0.4, alpha=0.3, delta=0.02).term
     settings = {"alpha": 0.3, "delta": 0.02, "lamda": 0.4, "loss": "own"}
-    assert run_identity(planned.original, None, {}, term=term) == origin | settings
+    planned = plan(tmp_path, "scrub", "--beta", 2, term=term)
+    assert planned.identity == asdict(planned.recipe) | options | origin | settings
 
 
 @pytest.mark.parametrize(
