@@ -485,7 +485,7 @@ class ModelView:
     set_rows: dict[tuple, dict]
     class_rows: list[dict]
     sample_rows: list[dict]
-    training: ensembles.Training
+    training: ensembles.Trainings
     curves: dict[str, dict]
     distances: dict
     destination_rows: list[dict]
@@ -608,9 +608,9 @@ def compare_trainings(seeds):
     trainings = {}
     for name, view in itertools.chain.from_iterable(views.models.items() for views in seeds):
         trainings.setdefault(name, []).append(view.training)
-    stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
+    joined = {name: ensembles.Trainings.join(models) for name, models in trainings.items()}
     try:
-        return ensembles.rows(stacked)
+        return ensembles.rows(joined)
     except ValueError as error:
         raise NotFinite(str(error)) from error
 

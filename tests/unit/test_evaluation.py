@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import main_evaluate
 import models
 import utils
-from metrics.ensembles import PARTS, Training
+from metrics.ensembles import PARTS, Trainings
 from models import checkpoint, inference, relearning
 
 ALPHAS = ["--alphas", "0.01,0.2"]
@@ -463,9 +463,9 @@ def test_seeds_have_means_deviations_and_with_one_split_distributions(bench, cap
 
 
 def test_infinite_margins_name_the_method_and_the_training():
-    margins = {part: torch.zeros(3) for part in (*PARTS, "control")}
-    infinite = margins | {"test": torch.tensor([0, torch.inf, 0])}
-    trained = [SimpleNamespace(training=Training(m, None)) for m in (margins, infinite)]
+    margins = {part: torch.zeros(1, 3) for part in (*PARTS, "control")}
+    infinite = margins | {"test": torch.tensor([[0, torch.inf, 0]])}
+    trained = [SimpleNamespace(training=Trainings(m, None)) for m in (margins, infinite)]
     seeds = [SimpleNamespace(models={"GA": each}) for each in trained]
     with pytest.raises(utils.UserError, match=r"GA.*2 of 2.*test"):
         main_evaluate.compare_trainings(seeds)
