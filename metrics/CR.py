@@ -139,11 +139,6 @@ def prediction_sets(scores, q_hat):
     return scores <= q_hat
 
 
-def in_set(sets, labels):
-    """Whether each image's true label is in its set. Sets N×K, labels N → booleans N."""
-    return sets.gather(1, labels[:, None]).squeeze(1)
-
-
 def coverage(inside):
     """The paper's Coverage: share of images with the true label in the set."""
     return inside.double().mean(dim=-1)
