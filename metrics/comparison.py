@@ -56,12 +56,11 @@ def gap(scalars, reference):
 
 def differences(numbers, reference):
     """{key_minus_retrain: signed difference} of every finite number that both have."""
-    signed = {}
-    for key, value in numbers.items():
-        other = reference.get(key)
-        if _is_number(value) and _is_number(other):
-            signed[f"{key}_minus_retrain"] = value - other
-    return signed
+    return {
+        f"{key}_minus_retrain": value - reference[key]
+        for key, value in numbers.items()
+        if _is_number(value) and _is_number(reference.get(key))
+    }
 
 
 def changed_share(predictions, original):
