@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import read_json, write_pictures
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from small import BRIGHTER, ByHand, SmallNet, small_job
 from torch.nn import functional as F
@@ -24,18 +25,19 @@ ALPHAS = ["--alphas", "0.01,0.2"]
 
 
 class Bench:
-    """A folder of pictures of two classes, and a run folder with models and logits."""
+    """A run folder with the logits of three models and no model file, and a folder of images."""
 
-    def __init__(self, monkeypatch, root):
+    def __init__(self, monkeypatch, root, pictures):
         self._patch, self.root = monkeypatch, root
         monkeypatch.chdir(root)
-        write_pictures(root / "pictures", 60, 120)
-        common = ["--data_name", "image_folder", "--data_dir", "pictures", "--workers", "0"]
+        common = ["--data_name", "image_folder", "--data_dir", str(pictures), "--workers", "0"]
         common += ["--width", "2", "--device", "cpu", "--wandb_mode", "disabled"]
         self.common = [*common, "--resplits", "3", "--cal_sizes", "24"]
         self.args = self.parse("--unlearn_name", "all")
         self.data = utils.read_data(self.args, torch.device("cpu"))
         self.args.cal_sizes = [24]
+        for number, name in enumerate(["retrain", "finetune", "GA"], 1):
+            self.save_logits(name, number)
 
     def parse(self, *arguments):
         command = ["main_evaluate.py", *self.common, *map(str, arguments)]
@@ -47,9 +49,11 @@ class Bench:
         return self.root / "runs" / name / scenario
 
     def evaluate(self, *arguments, pictures=False):
-        """Run the script."""
+        """Run the script. Its pictures are made, but matplotlib does not take the time to draw."""
         self.parse(*arguments, *([] if pictures else ["--no_pictures"]))
-        assert main_evaluate.main() == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"png"))
+            assert main_evaluate.main() == 0
 
     def path(self, name, seed=1, scenario="random_0.9"):
         folder = self.folder(seed, scenario)
@@ -96,12 +100,31 @@ def methods(rows):
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of images of two classes, decoded once."""
+    folder = tmp_path_factory.mktemp("images") / "pictures"
+    write_pictures(folder, 60, 120)
+    return folder
+
+
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """Logits of three models, and no model file."""
-    bench = Bench(monkeypatch, tmp_path)
-    for number, name in enumerate(["retrain", "finetune", "GA"], 1):
-        bench.save_logits(name, number)
+def bench(monkeypatch, tmp_path, pictures):
+    return Bench(monkeypatch, tmp_path, pictures)
+
+
+@pytest.fixture(scope="module")
+def evaluated_runs(tmp_path_factory, pictures):
+    with pytest.MonkeyPatch.context() as patch:
+        bench = Bench(patch, tmp_path_factory.mktemp("evaluated"), pictures)
+        bench.evaluate("--unlearn_name", "all", *ALPHAS)
+    return bench.root / "runs"
+
+
+@pytest.fixture
+def evaluated(bench, evaluated_runs):
+    """A bench whose three models are evaluated at both α."""
+    shutil.copytree(evaluated_runs, bench.root / "runs", dirs_exist_ok=True)
     return bench
 
 
@@ -247,8 +270,8 @@ def test_class_probe_is_kept_with_the_record(bench):
 # ---------------------------------------------------------------- records and tables
 
 
-def test_method_not_asked_for_is_a_row_from_its_record(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
+def test_method_not_asked_for_is_a_row_from_its_record(evaluated):
+    bench = evaluated
     before = bench.table()
     bench.evaluate("--unlearn_name", "finetune", *ALPHAS)
     assert bench.table() == before
@@ -264,9 +287,8 @@ def test_method_not_asked_for_is_a_row_from_its_record(bench):
 @pytest.mark.parametrize(
     "change", ["resplits", "cal_sizes", "logits", "gone", "damaged record", "model file"]
 )
-def test_record_of_other_settings_or_weights_is_no_row(bench, change):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    arguments = []
+def test_record_of_other_settings_or_weights_is_no_row(evaluated, change):
+    bench, arguments = evaluated, []
     if change in ("resplits", "cal_sizes"):
         arguments = [f"--{change}", "20"]
     elif change == "logits":
@@ -282,8 +304,8 @@ def test_record_of_other_settings_or_weights_is_no_row(bench, change):
     assert methods(bench.table()) == methods(bench.table("classes.csv")) == expected
 
 
-def test_comparison_is_with_the_retrain_of_the_table(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
+def test_comparison_is_with_the_retrain_of_the_table(evaluated):
+    bench = evaluated
     bench.save_logits("retrain", 8)
     bench.evaluate("--unlearn_name", "retrain", *ALPHAS)
     partial = bench.table()
@@ -312,13 +334,8 @@ def test_changed_predictions_are_compared(bench, capsys):
     assert rows["original"]["changed"] == "" and float(rows["ssd"]["changed"]) == 0
     assert "ssd" in capsys.readouterr().out.split("no prediction of the original model changed")[1]
     split = utils.make_split(bench.data, utils.scenario_of(bench.args), 24)
-    first, other = (
-        np.load(path)
-        for path in (
-            bench.folder().parent / "original_logits.npz",
-            bench.folder() / "GA/logits.npz",
-        )
-    )
+    files = "../original_logits.npz", "GA/logits.npz"
+    first, other = (np.load(bench.folder() / file) for file in files)
     held_out = torch.cat([split.calibration, split.test])
     changed = [first["train"].argmax(1) != other["train"].argmax(1)]
     changed.append((first["held_out"].argmax(1) != other["held_out"].argmax(1))[held_out])
@@ -339,16 +356,15 @@ def test_failed_method_is_a_row_with_a_note(bench):
     assert methods(bench.table()) == ["retrain", "finetune", "GA"]
 
 
-def test_numbers_under_an_infinite_q_hat_are_empty(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    for row in bench.table():
+def test_numbers_under_an_infinite_q_hat_are_empty(evaluated):
+    for row in evaluated.table():
         known = row["alpha"] == "0.2"
         for key in ("forget_coverage", "test_set_size", "forget_CR", "q_hat", "MIACR", "by_CR"):
             assert (row[key] != "") == known, key
         assert row["by_UA"] and row["gap"] and row["forget_misclassified"]
-    record = read_json(bench.folder() / "GA/results.json")["metrics"]["conformal"]
+    record = read_json(evaluated.folder() / "GA/results.json")["metrics"]["conformal"]
     assert record[0]["forget_coverage"] is None and record[1]["forget_coverage"] > 0
-    sample = bench.table("GA/samples.csv")[0]
+    sample = evaluated.table("GA/samples.csv")[0]
     assert sample["set_size@0.01"] == "" and sample["set_size@0.2"] in {"0", "1", "2"}
     assert sample["label"] in {"ant", "bee"} and sample["file"].endswith(".png")
 
@@ -397,8 +413,8 @@ def test_names_of_models_are_in_the_order_of_the_table(bench):
         main_evaluate.locate_models(["all"], "other.pth", bench.folder(seed=5))
 
 
-def test_files_of_a_model_elsewhere_are_next_to_it(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
+def test_files_of_a_model_elsewhere_are_next_to_it(evaluated):
+    bench = evaluated
     (bench.root / "a").mkdir()
     shutil.move(bench.save("GA", 3), bench.root / "a/b.pth")
     bench.evaluate("--unlearn_name", "GA", "--model_dir", "a/b.pth", "--alphas", "0.2")

@@ -73,7 +73,13 @@ def test_any_name_is_drawn_as_plain_text_without_warnings():
     names = ["$x$ costs $5_{^\\frac", "\\alpha^2_3{%&~#", "caf\udce9\x1b[31m\n", "猫", "n" * 99]
     image = FakeForgotten(0, 1, 0, [*range(len(names))])
     sheet = figures.fake_sheet([image], BLACK_PIXELS, classes=names, title="".join(names))
-    for figure in [*pictures([row(name) for name in names]), sheet]:
+    curve = {"step": [0, 1], "accuracy": [0.5, 0.75], "coverage": [0.5, NAN]}
+    curves = figures.relearn_curves({"forget": dict.fromkeys(names, curve)}, 0.1)
+    q_hats = figures.q_hat_curves(dict.fromkeys(names, [0.5, 0.25]))
+    dots = figures.klom_dots(
+        [{"method": name, "KLOM_forget": 1, "KLOM_forget_chance": 1} for name in names]
+    )
+    for figure in [*pictures([row(name) for name in names]), sheet, curves, q_hats, dots]:
         figure.set_dpi(20)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
