@@ -184,6 +184,7 @@ def _chunk_metrics(part, q_hats):
         "wrong_set_size": set_size(sizes[:, wrong]),
         "wrong_CR": conformal_ratio(inside[:, wrong], sizes[:, wrong]),
     }
+    # Comparisons with a q̂ of NaN mean nothing, so all numbers that need one are unknown.
     numbers = {key: values.where(~q_hats.isnan(), math.nan) for key, values in numbers.items()}
     return {"misclassified": wrong.sum().double().expand(len(q_hats))} | numbers
 

@@ -110,6 +110,7 @@ def attack_images(outputs, seed):
     rng = np.random.default_rng([seed, 0])
     members = torch.from_numpy(rng.permutation(len(outputs.retain.labels)))
     calibration, test = outputs.calibration(max(outputs.cal_sizes)), outputs.test()
+    # Disjoint slices of one random order: the first members measure privacy, the next ones train.
     held_out = min(len(members) // 2, len(calibration))
     trained = min(len(members) - held_out, len(test))
     test = test[torch.from_numpy(rng.permutation(len(test)))]
@@ -160,8 +161,8 @@ def report(outputs, conformal_scores, settings):
             held_non_members=held_out[name][images.held_non_members.numpy()],
         )
         scalars[key], scalars[f"{key}_privacy"] = attack_shares(features, forget[name])
-    # Confidence ranks forget before test images (Carlini et al. 2022, 2112.03570). It is compared as
-    # log-odds, which also order images whose confidence rounds to 1.
+    # Confidence ranks forget before test images (Carlini et al. 2022, 2112.03570). Log-odds also
+    # order images whose confidence rounds to 1.
     members = -scores.true_label_log_odds(*outputs.forget)
     non_members = -scores.true_label_log_odds(*outputs.held_out.select(outputs.test()))
     scalars["AUC"], rates = attack.roc(members, non_members, FALSE_POSITIVES)

@@ -60,6 +60,8 @@ def calibration_images(outputs, training, size, seed, draw):
     members = _shuffled(unused.nonzero().flatten(), rng)
     held_out = outputs.retained(draw)
     non_members = held_out[~torch.isin(held_out, training.non_members)]
+    # A draw has its calibration images first. In draw 0 none of them trained the attack: the slice
+    # is the split's own calibration set.
     count = min(len(members), len(outputs.calibration(size)))
     return Images(members[:count], non_members[:count])
 

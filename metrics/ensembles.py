@@ -125,10 +125,12 @@ def permutation_test(unlearned, retrained):
     both, count = torch.cat([unlearned, retrained]), len(unlearned)
     deviations = both.std(dim=0).clamp(min=1e-9)
     distances = torch.cdist(both / deviations, both / deviations, p=1) / both.shape[1]
+    # A row of signs is a labeling, +1 for one kind of model. Row 0 is the true one.
     signs = torch.full((1 + RELABELINGS, 2 * count), -1.0, dtype=distances.dtype)
     signs[0, :count] = 1
     signs[1:].scatter_(1, relabelings(count)[:, :count], 1.0)
     energies = -((signs @ distances) * signs).sum(dim=1) / (2 * count**2)
+    # The true labeling counts as one of the relabelings, so p is never 0 (Phipson & Smyth 2010).
     as_large = (energies[1:] >= energies[0] - 1e-9).sum().item()
     return (1 + as_large) / (1 + RELABELINGS)
 

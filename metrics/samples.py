@@ -39,6 +39,7 @@ def sample_rows(conformal_scores, indices, names=None):
 
 def _set_columns(forget, q_hats):
     """The columns of one α: lists of N numbers, or of None. ``q_hats`` are those of the draws."""
+    # The first q̂ is the split's own. The share is over all draws with a finite one.
     split_q_hat, finite = q_hats[:1], q_hats[~q_hats.isnan()]
     inside = forget.in_set(split_q_hat)[0]
     columns = {
