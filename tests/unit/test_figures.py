@@ -76,9 +76,8 @@ def test_any_name_is_drawn_as_plain_text_without_warnings():
     curve = {"step": [0, 1], "accuracy": [0.5, 0.75], "coverage": [0.5, NAN]}
     curves = figures.relearn_curves({"forget": dict.fromkeys(names, curve)}, 0.1)
     q_hats = figures.q_hat_curves(dict.fromkeys(names, [0.5, 0.25]))
-    dots = figures.klom_dots(
-        [{"method": name, "KLOM_forget": 1, "KLOM_forget_chance": 1} for name in names]
-    )
+    klom = {"KLOM_forget": 1, "KLOM_forget_chance": 1}
+    dots = figures.klom_dots([{"method": name} | klom for name in names])
     for figure in [*pictures([row(name) for name in names]), sheet, curves, q_hats, dots]:
         figure.set_dpi(20)
         with warnings.catch_warnings():
@@ -225,9 +224,8 @@ def test_curves_against_alpha_show_every_known_number():
     for axis, shift in zip(figure.axes, (2 / 64, 0, 3 / 64, 1 / 64), strict=True):
         retrain, ga, cpu = (line for line in axis.lines if line.get_marker() != "None")
         assert points(retrain) == [(0.1, 0.875 + shift), (0.2, 0.75 + shift)]
-        assert (
-            points(ga) == [(0.1, 0.5 + shift), (0.2, 0.375 + shift)][: 1 if shift == 2 / 64 else 2]
-        )
+        known = 1 if shift == 2 / 64 else 2
+        assert points(ga) == [(0.1, 0.5 + shift), (0.2, 0.375 + shift)][:known]
         assert points(cpu) == [(0.2, 0.25 + shift)]
         assert cpu.get_color() == ga.get_color() and cpu.get_linestyle() == "--"
         assert retrain.get_linewidth() > ga.get_linewidth() and retrain.zorder > ga.zorder
@@ -235,17 +233,13 @@ def test_curves_against_alpha_show_every_known_number():
     (theory,) = (line for line in figure.axes[1].lines if line.get_marker() == "None")
     assert points(theory) == [(0.1, 0.9), (0.2, 0.8)]
     assert [bool(axis.get_xlabel()) for axis in figure.axes] == [False, False, True, True]
-    assert list(legend(figure).values()) == [
-        to_hex(line.get_color()) for line in (retrain, ga, cpu)
-    ]
-    assert list(legend(figure)) == ["retrain", "ga", "cpu_ga"]
+    colors = [to_hex(line.get_color()) for line in (retrain, ga, cpu)]
+    assert [*legend(figure).items()] == [*zip(("retrain", "ga", "cpu_ga"), colors, strict=True)]
 
 
 def test_klom_dots_have_their_chance_as_a_grey_line():
-    rows = [
-        {"method": "ga", "KLOM_forget": 1, "KLOM_retain": 2},
-        {"method": "cpu_ga", "KLOM_forget": 3, "KLOM_test": 0.5},
-    ]
+    rows = [{"method": "ga", "KLOM_forget": 1, "KLOM_retain": 2}]
+    rows += [{"method": "cpu_ga", "KLOM_forget": 3, "KLOM_test": 0.5}]
     rows = [row | {f"{key}_chance": row[key] / 4 for key in row if key != "method"} for row in rows]
     figure = figures.klom_dots(rows)
     assert [axis.get_title().split()[0] for axis in figure.axes] == ["forget", "retain", "test"]
@@ -282,9 +276,8 @@ def test_histogram_data_are_scores_of_the_image_sets_of_the_split():
     colors = list(legend(figure).values())
     for part, color in zip(("forget", "test", "calibration"), colors, strict=False):
         (steps,) = (p for p in ga.patches if to_hex(p.get_edgecolor()) == color)
-        corners = steps.get_xy()[1:-1:2]
         shares = np.histogram(expected[part], edges)[0] / len(expected[part])
-        assert corners[:, 1] == pytest.approx(shares), part
+        assert steps.get_xy()[1:-1:2, 1] == pytest.approx(shares), part
 
 
 def test_sheet_shows_each_image_with_its_prediction_and_set():
