@@ -485,7 +485,7 @@ class ModelView:
     set_rows: dict[tuple, dict]
     class_rows: list[dict]
     sample_rows: list[dict]
-    training: ensembles.Training
+    training: ensembles.Trainings
     curves: dict[str, dict]
     distances: dict
     destination_rows: list[dict]
@@ -608,9 +608,9 @@ def compare_trainings(seeds):
     trainings = {}
     for name, view in itertools.chain.from_iterable(views.models.items() for views in seeds):
         trainings.setdefault(name, []).append(view.training)
-    stacked = {name: ensembles.Trainings.stack(models) for name, models in trainings.items()}
+    joined = {name: ensembles.Trainings.join(models) for name, models in trainings.items()}
     try:
-        return ensembles.rows(stacked)
+        return ensembles.rows(joined)
     except ValueError as error:
         raise NotFinite(str(error)) from error
 
@@ -688,9 +688,9 @@ def save_views(folder, rows, files, *, drawn, data, description, ensemble_rows=(
     flags = description["flags"]
     about = {"mode": flags["wandb_mode"], "continued": True}
     with utils.WandbRun(folder, "evaluation", description, **about) as run:
-        run.log_table("evaluation", [tables.without_nan(tables.flat(row)) for row in rows])
+        run.log_table("evaluation", [tables.flat(row) for row in rows])
         if ensemble_rows:
-            run.log_table("ensembles", [tables.without_nan(row) for row in ensemble_rows])
+            run.log_table("ensembles", [tables.flat(row) for row in ensemble_rows])
         shown = itertools.product(rows, tables.SHORT_MODEL_KEYS)
         numbers = {f"{row['method']}/{key}": row[key] for row, key in shown if key in row}
         if len(flags["unlearn_name"]) == 1:  # a sweep's metric needs one name for all labels
@@ -727,13 +727,11 @@ def draw_fake_sheet(conformal_scores, name, evaluation):
     """The Figure of the forget images of one model that are fake-forgotten most clearly."""
     data, forget = evaluation.data, evaluation.split.forget
     most_fake = samples.most_fake(conformal_scores, MOST_FAKE)
-    images = None if most_fake is None else []
-    for fake in most_fake or ():
-        pixels = data.train.pixels[int(forget[fake.position])].permute(1, 2, 0).cpu().numpy()
-        label = int(conformal_scores.outputs.forget.labels[fake.position])
-        images.append(figures.SheetImage(pixels, label, fake.prediction, fake.labels))
+    indices = forget.cpu()[[fake.position for fake in most_fake or ()]]
+    pixels = data.train.pixels[indices].permute(0, 2, 3, 1).cpu().numpy()
     title = f"{name}: misclassified forget images nearest to their label (label → prediction, "
-    return figures.fake_sheet(images, data.classes, f"{title}{{set}})")
+    title += "{set})"
+    return figures.fake_sheet(most_fake, pixels, classes=data.classes, title=title)
 
 
 def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
@@ -750,7 +748,7 @@ def report_page(scenario, rows, pictures, data, description, ensemble_rows=()):
     }
     if ensemble_rows:
         heading = tables.ensemble_heading(len(flags["seeds"]), flags["split_seed"])
-        shown_tables.append(tables.ensemble_table(ensemble_rows, heading))
+        shown_tables.append(tables.filled_table(heading, ensembles.COLUMNS, ensemble_rows))
     details = {"Flags": flags, "Versions": description["versions"]}
     content = {"shown_tables": shown_tables, "pictures": pictures, "details": details}
     return page.page(f"Unlearning on {data.tag}: {scenario}", facts=facts, **content)

@@ -139,11 +139,6 @@ def prediction_sets(scores, q_hat):
     return scores <= q_hat
 
 
-def in_set(sets, labels):
-    """Whether each image's true label is in its set. Sets N×K, labels N → booleans N."""
-    return sets.gather(1, labels[:, None]).squeeze(1)
-
-
 def coverage(inside):
     """The paper's Coverage: share of images with the true label in the set."""
     return inside.double().mean(dim=-1)
@@ -189,6 +184,7 @@ def _chunk_metrics(part, q_hats):
         "wrong_set_size": set_size(sizes[:, wrong]),
         "wrong_CR": conformal_ratio(inside[:, wrong], sizes[:, wrong]),
     }
+    # Comparisons with a q̂ of NaN mean nothing, so all numbers that need one are unknown.
     numbers = {key: values.where(~q_hats.isnan(), math.nan) for key, values in numbers.items()}
     return {"misclassified": wrong.sum().double().expand(len(q_hats))} | numbers
 

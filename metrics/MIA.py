@@ -89,15 +89,6 @@ def attack_features(logits, labels):
     return {name: values.reshape(len(labels), -1).numpy() for name, values in features.items()}
 
 
-def ranking_attack(member_scores, non_member_scores):
-    """How well confidence ranks members before non-members (Carlini et al. 2022, 2112.03570).
-
-    Both arguments are scores: 1 − p_y, or its log-odds, which also order nearly certain images.
-    Returns what :func:`metrics.attack.roc` does, at 1 % and 0.1 % false positives.
-    """
-    return attack.roc(-member_scores, -non_member_scores, FALSE_POSITIVES)
-
-
 class AttackImages(NamedTuple):
     """Indices into retain (members) and into held_out (non-members).
 
@@ -119,6 +110,7 @@ def attack_images(outputs, seed):
     rng = np.random.default_rng([seed, 0])
     members = torch.from_numpy(rng.permutation(len(outputs.retain.labels)))
     calibration, test = outputs.calibration(max(outputs.cal_sizes)), outputs.test()
+    # Disjoint slices of one random order: the first members measure privacy, the next ones train.
     held_out = min(len(members) // 2, len(calibration))
     trained = min(len(members) - held_out, len(test))
     test = test[torch.from_numpy(rng.permutation(len(test)))]
@@ -130,27 +122,20 @@ def attack_images(outputs, seed):
     )
 
 
-class AttackShares(NamedTuple):
-    """``efficacy``, the share of the targets called non-members, and ``privacy``, the balanced
-    accuracy on members and non-members that did not train the attack: floats in [0, 1] or NaN.
-    """
-
-    efficacy: float
-    privacy: float
-
-
 def attack_shares(features, forget_features):
-    """The :class:`AttackShares` of an attack on one kind of feature.
+    """(efficacy, privacy) of an attack on one kind of feature, floats in [0, 1].
 
-    ``features`` are the :class:`AttackImages`' N×d features, ``forget_features`` the targets' M×d.
+    Efficacy is the share of the targets called non-members, privacy the balanced accuracy on the
+    held members and non-members. ``features`` are the :class:`AttackImages`' N×d features,
+    ``forget_features`` the targets' M×d.
     Both are NaN with fewer than five training images of a kind, or if the features do not differ
     between members and non-members. A share of no images is NaN too.
     """
     if len(features.members) < attack.FOLDS:
-        return AttackShares(math.nan, math.nan)
+        return math.nan, math.nan
     trained = attack.Attack(features.members, features.non_members)
     if not trained.tells_apart:
-        return AttackShares(math.nan, math.nan)
+        return math.nan, math.nan
 
     def member_share(points):
         return float(trained.says_member(points).mean()) if len(points) else math.nan
@@ -158,7 +143,7 @@ def attack_shares(features, forget_features):
     held_members = member_share(features.held_members)
     held_non_members = member_share(features.held_non_members)
     privacy = (held_members + 1 - held_non_members) / 2
-    return AttackShares(1 - member_share(forget_features), privacy)
+    return 1 - member_share(forget_features), privacy
 
 
 def report(outputs, conformal_scores, settings):
@@ -176,8 +161,10 @@ def report(outputs, conformal_scores, settings):
             held_non_members=held_out[name][images.held_non_members.numpy()],
         )
         scalars[key], scalars[f"{key}_privacy"] = attack_shares(features, forget[name])
-    members = scores.true_label_log_odds(*outputs.forget)
-    non_members = scores.true_label_log_odds(*outputs.held_out.select(outputs.test()))
-    scalars["AUC"], rates = ranking_attack(members, non_members)
+    # Confidence ranks forget before test images (Carlini et al. 2022, 2112.03570). Log-odds also
+    # order images whose confidence rounds to 1.
+    members = -scores.true_label_log_odds(*outputs.forget)
+    non_members = -scores.true_label_log_odds(*outputs.held_out.select(outputs.test()))
+    scalars["AUC"], rates = attack.roc(members, non_members, FALSE_POSITIVES)
     scalars["TPR@1%"], scalars["TPR@0.1%"] = rates
     return scalars, {}

@@ -60,6 +60,8 @@ def calibration_images(outputs, training, size, seed, draw):
     members = _shuffled(unused.nonzero().flatten(), rng)
     held_out = outputs.retained(draw)
     non_members = held_out[~torch.isin(held_out, training.non_members)]
+    # A draw has its calibration images first. In draw 0 none of them trained the attack: the slice
+    # is the split's own calibration set.
     count = min(len(members), len(outputs.calibration(size)))
     return Images(members[:count], non_members[:count])
 
@@ -97,16 +99,15 @@ def score_by_attack(outputs, training):
     """
     parts = ("retain", "held_out", "forget")
     confidence = {part: MIA.confidences(*getattr(outputs, part)) for part in parts}
-    points = torch.cat(list(confidence.values()))
-    probabilities = torch.full_like(points, math.nan)
+    points = torch.cat(list(confidence.values())).numpy()
+    probabilities = np.full(len(points), math.nan)
     if len(training.members) >= attack.FOLDS:
         members = confidence["retain"][training.members].numpy()
         non_members = confidence["held_out"][training.non_members].numpy()
-        probabilities = torch.from_numpy(
-            attack.membership_probabilities(members, non_members, points.numpy())
-        )
+        probabilities = attack.membership_probabilities(members, non_members, points)
     sizes = [len(values) for values in confidence.values()]
-    return dict(zip(parts, membership_scores(probabilities).split(sizes), strict=True))
+    all_scores = membership_scores(torch.from_numpy(probabilities))
+    return dict(zip(parts, all_scores.split(sizes), strict=True))
 
 
 def report(outputs, conformal_scores, settings):

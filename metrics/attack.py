@@ -59,6 +59,8 @@ class MergingSVC(SVC):
     """scikit-learn's SVC, trained on equal points of a kind as one point of their total weight."""
 
     def fit(self, points, is_member, sample_weight=None):
+        # libsvm's C is per point times its weight, so m equal points and one of weight m have the
+        # same dual problem. Membership is a column, so that members and non-members stay apart.
         rows, weights = weighted_points([points, is_member], sample_weight)
         return super().fit(rows[:, :-1], rows[:, -1], weights)
 
@@ -69,8 +71,7 @@ class MergingSVC(SVC):
 
 def interpolate(function, points):
     """A smooth function (n×1 → n) at ``points`` N → N, interpolated between multiples of 0.001."""
-    if not len(points):
-        return np.zeros(0)
+    # Many points share a cell of the grid: the function is called for the ends of used cells only.
     below = np.floor(points * 10**DECIMALS)
     nodes = np.unique([below, below + 1]) / 10**DECIMALS
     return np.interp(points, nodes, function(nodes[:, None]))
@@ -136,6 +137,8 @@ def membership_probabilities(members, non_members, points):
     fold_of = np.concatenate([np.arange(N) * FOLDS // N for N in (len(members), len(non_members))])
     rows, weights = weighted_points([rounded(features), is_member, fold_of])
     folds = PredefinedSplit(rows[:, -1])
+    # ensemble=False: the sigmoid is fitted to out-of-fold decisions, and one SVM on all images is
+    # scaled by it. The default would average five SVMs.
     calibrated = CalibratedClassifierCV(_svm(1), cv=folds, ensemble=False)
     calibrated.fit(rows[:, :1], rows[:, 1], sample_weight=weights)
     if not calibrated.calibrated_classifiers_[0].estimator.tells_apart():

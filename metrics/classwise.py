@@ -31,6 +31,7 @@ def report(outputs, conformal_scores, settings):
     rows, of_class = {}, F.one_hot(outputs.held_out.labels).double()
     for score, size in itertools.product(settings.scores, outputs.cal_sizes):
         part, tests, q_hats = conformal_scores.groups(score, size)["test"]
+        # A product with the one-hot labels sums over the images of each class.
         inside = tested = 0  # images, alphas×K
         for images, q_hat in zip(tests, q_hats, strict=True):
             inside = inside + part.in_set(q_hat)[:, images].double() @ of_class[images]

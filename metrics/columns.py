@@ -71,7 +71,6 @@ def markdown(columns):
     lines = ["| column | heading | kind | better | meaning |", "|---|---|---|---|---|"]
     for key, column in columns.items():
         heading = column.heading.replace("|", "\\|")
-        lines.append(
-            f"| `{key}` | {heading} | {column.kind} | {column.better} | {column.meaning} |"
-        )
+        cells = f"`{key}`", heading, column.kind, column.better, column.meaning
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

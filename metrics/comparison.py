@@ -56,12 +56,11 @@ def gap(scalars, reference):
 
 def differences(numbers, reference):
     """{key_minus_retrain: signed difference} of every finite number that both have."""
-    signed = {}
-    for key, value in numbers.items():
-        other = reference.get(key)
-        if _is_number(value) and _is_number(other):
-            signed[f"{key}_minus_retrain"] = value - other
-    return signed
+    return {
+        f"{key}_minus_retrain": value - reference[key]
+        for key, value in numbers.items()
+        if _is_number(value) and _is_number(reference.get(key))
+    }
 
 
 def changed_share(predictions, original):
@@ -82,12 +81,9 @@ def tug_of_war(numbers, reference):
 
 def prediction_distances(outputs, reference):
     """The columns that compare a model with Retrain image by image. Both are metrics.Outputs."""
-    forget = outputs.forget, reference.forget
-    test = [each.held_out.select(each.test()) for each in (outputs, reference)]
-    return {
-        "JSD_forget": jensen_shannon(*(images.logits for images in forget)),
-        "JSD_test": jensen_shannon(*(images.logits for images in test)),
-    }
+    forget = jensen_shannon(outputs.forget.logits, reference.forget.logits)
+    test = jensen_shannon(*(each.held_out.logits[each.test()] for each in (outputs, reference)))
+    return {"JSD_forget": forget, "JSD_test": test}
 
 
 def jensen_shannon(logits, reference_logits):

@@ -148,20 +148,14 @@ class ConformalScores:
         return torch.tensor(q_hats, dtype=torch.float64)
 
 
-class AccuracyAndCoverage(NamedTuple):
-    """Two shares of the same images, floats in [0, 1]; coverage is NaN without a finite q̂."""
-
-    accuracy: float
-    coverage: float
-
-
 def accuracy_and_coverage(images, calibration, settings):
     """Accuracy of forget images, and their coverage under the q̂ of calibration images.
 
-    Both are Outputs of one model. Uses the first score and the first α of the settings.
+    Both are Outputs of one model. Uses the first score and the first α of the settings. Returns two
+    floats in [0, 1]. Coverage is NaN without a finite q̂.
     """
     score, alpha = settings.scores[0], settings.alphas[0]
     forget = score_images(images, score, "forget")
     q_hat = CR.finite_quantile(score_images(calibration, score, "held_out").true_label, alpha)
     accuracy = 1 - forget.misclassified.double().mean().item()
-    return AccuracyAndCoverage(accuracy, CR.set_metrics(forget, [q_hat])["coverage"].item())
+    return accuracy, CR.set_metrics(forget, [q_hat])["coverage"].item()

@@ -125,10 +125,12 @@ def permutation_test(unlearned, retrained):
     both, count = torch.cat([unlearned, retrained]), len(unlearned)
     deviations = both.std(dim=0).clamp(min=1e-9)
     distances = torch.cdist(both / deviations, both / deviations, p=1) / both.shape[1]
+    # A row of signs is a labeling, +1 for one kind of model. Row 0 is the true one.
     signs = torch.full((1 + RELABELINGS, 2 * count), -1.0, dtype=distances.dtype)
     signs[0, :count] = 1
     signs[1:].scatter_(1, relabelings(count)[:, :count], 1.0)
     energies = -((signs @ distances) * signs).sum(dim=1) / (2 * count**2)
+    # The true labeling counts as one of the relabelings, so p is never 0 (Phipson & Smyth 2010).
     as_large = (energies[1:] >= energies[0] - 1e-9).sum().item()
     return (1 + as_large) / (1 + RELABELINGS)
 
@@ -166,17 +168,36 @@ def _check_finite(*all_margins):
 # ---------------------------------------------------------------- the table
 
 
-class Training(NamedTuple):
-    """One model: its margins {part: M} for ``PARTS`` and "control", and whether the set of each
-    forget image contains the label (booleans; None without a finite q̂).
+class Trainings(NamedTuple):
+    """n trainings of a method: their margins {part: n×M} for ``PARTS`` and "control", and whether
+    the set of each forget image contains the label (booleans n×M; None without a finite q̂).
     """
 
     margins: dict[str, torch.Tensor]
     in_set: torch.Tensor | None
 
+    @classmethod
+    def join(cls, items):
+        """All :class:`Trainings` of a method as one."""
+        in_sets, parts = [item.in_set for item in items], items[0].margins
+        return cls(
+            {part: torch.cat([item.margins[part] for item in items]) for part in parts},
+            None if any(inside is None for inside in in_sets) else torch.cat(in_sets),
+        )
+
+    @property
+    def count(self):
+        """The number of trainings n."""
+        return len(self.margins["forget"])
+
+    def select(self, trainings):
+        """Some of the trainings, by a slice."""
+        chosen = {part: values[trainings] for part, values in self.margins.items()}
+        return Trainings(chosen, None if self.in_set is None else self.in_set[trainings])
+
 
 def describe(conformal_scores, retain_sample):
-    """The :class:`Training` of one model, under its first score and α and the split's own q̂.
+    """One model as :class:`Trainings` with n = 1, by its first score and α and the split's own q̂.
 
     ``retain_sample`` are the positions of the retain images to compare. The control of the forget
     images are test images, of the forgotten class if there is one.
@@ -190,36 +211,10 @@ def describe(conformal_scores, retain_sample):
     images["control"] = images["test"]
     if outputs.forgotten is not None:
         images["control"] = outputs.held_out.select(outputs.forget_test())
-    all_margins = {part: margins(*output) for part, output in images.items()}
+    all_margins = {part: margins(*output)[None] for part, output in images.items()}
     q_hat = conformal_scores.q_hats()[:1, 0]
-    inside = conformal_scores.part("forget").in_set(q_hat)[0]
-    return Training(all_margins, None if q_hat.isnan() else inside)
-
-
-class Trainings(NamedTuple):
-    """All n trainings of a method: the fields of :class:`Training`, stacked to n×M."""
-
-    margins: dict[str, torch.Tensor]
-    in_set: torch.Tensor | None
-
-    @classmethod
-    def stack(cls, trainings):
-        """All :class:`Training` of a method."""
-        in_sets, parts = [training.in_set for training in trainings], trainings[0].margins
-        return cls(
-            {part: torch.stack([each.margins[part] for each in trainings]) for part in parts},
-            None if any(inside is None for inside in in_sets) else torch.stack(in_sets),
-        )
-
-    @property
-    def count(self):
-        """The number of trainings n."""
-        return len(self.margins["forget"])
-
-    def select(self, trainings):
-        """Some of the trainings, by a slice."""
-        chosen = {part: values[trainings] for part, values in self.margins.items()}
-        return Trainings(chosen, None if self.in_set is None else self.in_set[trainings])
+    inside = conformal_scores.part("forget").in_set(q_hat)
+    return Trainings(all_margins, None if q_hat.isnan() else inside)
 
 
 def compare(unlearned, retrained):

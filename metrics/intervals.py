@@ -88,6 +88,7 @@ def set_influences(conformal_scores, name, size, alpha):
     around = held_out.true_label[used].quantile(levels.clamp(0, 1), interpolation="higher")
     near = _terms(conformal_scores, score, used, around)
     q_hats = conformal_scores.q_hats(score, size)[:, settings.alphas.index(alpha)]
+    # R×P: the influence of each image on the coverage of each draw, 0 where it does not calibrate.
     errors = (1 - alpha - held_out.in_set(q_hats).double()) * calibrates
     errors /= calibrates.sum(dim=1, keepdim=True).clamp(min=1)
     influences, known = {}, ~q_hats.isnan()

@@ -39,6 +39,7 @@ def sample_rows(conformal_scores, indices, names=None):
 
 def _set_columns(forget, q_hats):
     """The columns of one α: lists of N numbers, or of None. ``q_hats`` are those of the draws."""
+    # The first q̂ is the split's own. The share is over all draws with a finite one.
     split_q_hat, finite = q_hats[:1], q_hats[~q_hats.isnan()]
     inside = forget.in_set(split_q_hat)[0]
     columns = {
@@ -53,11 +54,12 @@ def _set_columns(forget, q_hats):
 
 
 class FakeForgotten(NamedTuple):
-    """A fake-forgotten image: position in the forget set, prediction, set (most probable first)."""
+    """A forget image: position in the forget set, labels, and set (most probable label first)."""
 
     position: int
+    label: int
     prediction: int
-    labels: list[int]
+    prediction_set: list[int]
 
 
 def most_fake(conformal_scores, count):
@@ -65,7 +67,7 @@ def most_fake(conformal_scores, count):
 
     Returns a list of :class:`FakeForgotten`, or None if the split has no finite q̂.
     """
-    forget, logits = conformal_scores.part("forget"), conformal_scores.outputs.forget.logits
+    forget, (logits, labels) = conformal_scores.part("forget"), conformal_scores.outputs.forget
     q_hat = conformal_scores.q_hats()[:1, 0]
     if q_hat.isnan():
         return None
@@ -74,6 +76,7 @@ def most_fake(conformal_scores, count):
     set_sizes = forget.set_sizes(q_hat)[0]
     images = []
     for position in by_score[: min(count, int(is_fake.sum()))].tolist():
-        labels = logits[position].argsort(descending=True, stable=True).tolist()
-        images.append(FakeForgotten(position, labels[0], labels[: int(set_sizes[position])]))
+        ranked = logits[position].argsort(descending=True, stable=True).tolist()
+        prediction_set = ranked[: int(set_sizes[position])]
+        images.append(FakeForgotten(position, int(labels[position]), ranked[0], prediction_set))
     return images

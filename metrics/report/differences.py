@@ -17,12 +17,11 @@ def compare(numbers, reference, influences):
     """
     shown = {key: numbers[key] for key in MODEL_COLUMNS | SET_COLUMNS if key in numbers}
     compared = comparison.differences(tables.means_of(shown), tables.means_of(reference))
-    model_influences, reference_influences = influences
-    for key in model_influences:
+    for key, influence in influences[0].items():
         column = f"{key}_minus_retrain"
         if column in compared:
-            both = model_influences[key], reference_influences[key]
-            compared[column] = intervals.over_images(compared[column], *both)
+            pair = influence, influences[1][key]
+            compared[column] = intervals.over_images(compared[column], *pair)
     return compared
 
 

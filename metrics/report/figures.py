@@ -4,10 +4,8 @@ The colors are those of Okabe and Ito, which color-blind readers can distinguish
 same color differ in marker or line. Numbers that are missing (None, NaN) are left out.
 """
 
-import functools
 import math
 import textwrap
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib import font_manager, rc_context
@@ -16,12 +14,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from scipy.special import logit
 
-from .. import CR, ensembles, scores
+from .. import CR, ensembles
 from . import tables
 from .tables import is_missing
 
 FONTS = ("DejaVu Sans", "Noto Sans", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "Arial Unicode MS")
 STYLE = {
+    "font.family": [name for name in FONTS if name in font_manager.get_font_names()],
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
     "font.size": 8.5,
@@ -36,6 +35,7 @@ STYLE = {
     "lines.markersize": 4.5,
     "text.parse_math": False,  # a $ in a name is a dollar sign
 }
+styled = rc_context(STYLE)  # a decorator: the caller's settings are left unchanged
 ORANGE, SKY, GREEN, BLUE, RED, PINK, BLACK, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#000000", "#999999",
 )  # fmt: skip
@@ -59,37 +59,14 @@ RELEARNED = {  # what the model is trained on again, and the images that are mea
 }
 
 
-class SheetImage(NamedTuple):
-    """A forget image H×W×3 (uint8), its label, the prediction, and its prediction set by score."""
-
-    pixels: np.ndarray
-    label: int
-    prediction: int
-    prediction_set: list[int]
-
-
-# ---------------------------------------------------------------- style and names
-
-
-def styled(function):
-    """Draw with STYLE and the installed FONTS. The caller's settings are left unchanged."""
-
-    @functools.wraps(function)
-    def draw(*arguments, **options):
-        installed = {font.name for font in font_manager.fontManager.ttflist}
-        fonts = [font for font in FONTS if font in installed]
-        with rc_context(STYLE | {"font.family": fonts}):
-            return function(*arguments, **options)
-
-    return draw
+# ---------------------------------------------------------------- names and looks
 
 
 def printable(name, longest=LONGEST_NAME):
     """A name on one line of at most ``longest`` characters. Longer names lose their middle."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(name).split()))
     if len(text) > longest:
-        half = (longest - 1) // 2
-        text = f"{text[: longest - 1 - half]}…{text[-half:]}"
+        text = f"{text[: longest // 2]}…{text[1 - longest // 2 :]}"
     return text
 
 
@@ -123,16 +100,12 @@ def overview(rows, score, cal_size, ensemble_rows=()):
     ``rows`` are those of results.csv. The rows of ``score`` and ``cal_size`` are drawn. The bars
     and the plane show the smallest α at which most methods have a finite q̂. {} without such rows.
     """
-    rows = [
-        tables.means_of(row)
-        for row in rows
-        if (row["score"], row["cal_size"]) == (score, cal_size) and "test_CR" in row
-    ]
+    rows = [tables.means_of(row) for row in tables.rows_of_sets(rows)]
+    rows = [row for row in rows if (row["score"], row["cal_size"]) == (score, cal_size)]
     if not rows:
         return {}
     known = [row["alpha"] for row in rows if not is_missing(row["test_CR"])]
-    known = known or [row["alpha"] for row in rows]
-    alpha = max(sorted(known), key=known.count)
+    alpha = max(sorted({row["alpha"] for row in rows}), key=known.count)
     at_alpha = [row for row in rows if row["alpha"] == alpha]
     drawn = {
         "fake_forgetting.png": ("Fake forgetting", fake_bars(at_alpha)),
@@ -151,16 +124,14 @@ def fake_bars(rows):
     ``rows`` have one α and no standard deviations.
     """
     forget = CR.forget_group(rows[0])
-    figure, axis = _rows_of_methods(rows, (6.6, 1.5, 0.27))
-    _say_if_nothing(axis, [row.get(f"{forget}_fake") for row in rows])
+    figure, (axis,) = _rows_of_methods([row["method"] for row in rows], (6.6, 1.5, 0.27))
     for position, row in enumerate(reversed(rows)):
-        wrong, fake = row.get(f"{forget}_misclassified"), row.get(f"{forget}_fake")
-        total, end = row.get("num_forget"), 0
-        text = f"{tables.short_count(fake)} of {tables.short_count(wrong)}"
-        if total and not is_missing(wrong) and not is_missing(fake):
-            end = wrong / total
-            axis.barh(position, fake / total, color=RED, height=0.7)
-            axis.barh(position, end - fake / total, left=fake / total, color=SKY, height=0.7)
+        wrong, fake = row[f"{forget}_misclassified"], row[f"{forget}_fake"]
+        end, text = 0, tables.fake_of_wrong(row)
+        if not is_missing(fake):
+            inside, end = fake / row["num_forget"], wrong / row["num_forget"]
+            axis.barh(position, inside, color=RED, height=0.7)
+            axis.barh(position, end - inside, left=inside, color=SKY, height=0.7)
             text += f" ({fake / wrong:.0%})" if wrong else ""
         axis.text(end, position, f" {text}", va="center", fontsize=7.5)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -173,14 +144,14 @@ def fake_bars(rows):
     return figure
 
 
-def _rows_of_methods(rows, size, columns=1):
+def _rows_of_methods(names, size, columns=1):
     """A figure (width, height around, height per method; inches) with the names on the y axis."""
     width, around, height = size
-    figure = Figure(figsize=(width, around + height * len(rows)))
-    axes = figure.subplots(1, columns, sharey=True)
-    for axis in axes if columns > 1 else [axes]:
-        axis.set_yticks(range(len(rows)), [printable(row["method"]) for row in reversed(rows)])
-        axis.set_ylim(-0.6, len(rows) - 0.4)
+    figure = Figure(figsize=(width, around + height * len(names)))
+    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+    for axis in axes:
+        axis.set_yticks(range(len(names)), map(printable, reversed(names)))
+        axis.set_ylim(-0.6, len(names) - 0.4)
     return figure, axes
 
 
@@ -238,19 +209,18 @@ def gap_against_time(rows, ensemble_rows=()):
     base = {row["method"]: row["base_method"] for row in rows}
     retrained = [name for name in sorted(seconds, key=seconds.get) if base[name] == "retrain"]
     others = [name for name in base if name not in retrained]
-    is_wide = max(seconds.values()) > 8 * min(seconds.values())
     figure = Figure(figsize=(1.8 + 3.9 * len(panels), 4))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (label, values) in zip(axes, panels.items(), strict=True):
-        line = [seconds[name] for name in retrained], [values.get(name) for name in retrained]
-        curves = {name: ([seconds.get(name, math.nan)], [values.get(name)]) for name in others}
+        line = [(seconds[name], values.get(name)) for name in retrained]
+        curves = {name: [(seconds.get(name), values.get(name))] for name in others}
         lines = _draw_curves(axis, {"retrain": line} | curves)
         for name in sorted(curves.keys() - seconds.keys()):
             lines[name].set(linestyle="--", marker="")  # for the legend
             axis.axhline(values.get(name, math.nan), color=lines[name].get_color(), linestyle="--")
         axis.set(xlabel="running time in seconds", ylabel=label)
         axis.set_ylim(bottom=0)
-        if is_wide:
+        if max(seconds.values()) > 8 * min(seconds.values()):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
     figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
@@ -266,8 +236,7 @@ def destination_tables(rows):
     """
     keys = ("method", "part", "predicted_class")
     methods, parts, classes = (list(dict.fromkeys(row[key] for row in rows)) for key in keys)
-    table = [{"method": name} for name in methods]
-    figure, axes = _rows_of_methods(table, (8.6, 1.6, 0.27), len(parts))
+    figure, axes = _rows_of_methods(methods, (8.6, 1.6, 0.27), len(parts))
     shares = np.reshape([100 * row["share"] for row in rows], (len(methods), len(parts), -1))
     shown = np.sort(np.argsort(-np.nanmax(shares, axis=(0, 1)), kind="stable")[:MOST_CLASSES])
     for axis, part, values in zip(axes, parts, shares[::-1, :, shown].swapaxes(0, 1), strict=True):
@@ -298,16 +267,13 @@ def against_alpha(rows):
         f"{forget}_CR": "CR of forget images (low: forgotten)",
         "test_CR": "CR of test images (high: useful)",
     }
-    alphas = {}
-    for row in rows:
-        alphas.setdefault(row["method"], {})[row["alpha"]] = row
     levels = sorted({row["alpha"] for row in rows})
     axes = figure.subplots(2, 2, sharex=True)
     axes[0, 1].plot(levels, [1 - alpha for alpha in levels], zorder=1, **GUIDE)
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
-        curves = {
-            name: (list(at), [row.get(key) for row in at.values()]) for name, at in alphas.items()
-        }
+        curves = {}
+        for row in rows:
+            curves.setdefault(row["method"], []).append((row["alpha"], row.get(key)))
         lines = _draw_curves(axis, curves)
         axis.set(title=title, xlabel="miscoverage level α" if axis in axes[1] else "")
     figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
@@ -315,14 +281,14 @@ def against_alpha(rows):
 
 
 def _draw_curves(axis, curves):
-    """A line for each of {method: (x, y)}, with Retrain's thick and in front. → {method: line}"""
+    """A line for {method: [(x, y), …]} each, Retrain's thick and in front. → {method: line}"""
     lines = {}
     for name, look in looks(curves).items():
-        x, y = curves[name]
-        (lines[name],) = axis.plot(x, np.array(y, dtype=float), zorder=2, **look)
+        x, y = np.array(curves[name], dtype=float).reshape(-1, 2).T
+        (lines[name],) = axis.plot(x, y, zorder=2, **look)
         if name == "retrain":
             lines[name].set(zorder=3, linewidth=2.2)
-    _say_if_nothing(axis, [value for _, y in curves.values() for value in y])
+    _say_if_nothing(axis, [y for curve in curves.values() for _, y in curve])
     return lines
 
 
@@ -341,7 +307,7 @@ def relearn_curves(curves, alpha):
     for row, (source, methods) in zip(axes, curves.items(), strict=True):
         trained, images = RELEARNED[source]
         for axis, (key, title) in zip(row, titles.items(), strict=True):
-            measured = {name: (curve["step"], curve[key]) for name, curve in methods.items()}
+            measured = {name: [*zip(c["step"], c[key], strict=True)] for name, c in methods.items()}
             lines |= _draw_curves(axis, measured)
             axis.set(title=f"{title} of {images}", xlabel=f"steps on {trained}")
     figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
@@ -354,8 +320,7 @@ def q_hat_curves(q_hats):
     """q̂ at the start of each epoch of the conformal loss. ``q_hats`` is {method: list of q̂}."""
     figure = Figure(figsize=(7.2, 3.2))
     axis = figure.subplots()
-    curves = {name: (range(1, len(values) + 1), values) for name, values in q_hats.items()}
-    lines = _draw_curves(axis, curves)
+    lines = _draw_curves(axis, {name: [*enumerate(q_hats[name], 1)] for name in q_hats})
     figure.legend(lines.values(), map(printable, lines), **LEGEND_RIGHT)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="epoch", ylabel="q̂ (score 1 − p)")
@@ -370,16 +335,16 @@ def klom_dots(rows):
     ``rows`` are those of :func:`metrics.ensembles.rows`. Dots are medians over the images. The
     chance is the mean over random relabelings of the same trainings.
     """
-    look_of = looks([row["method"] for row in rows])
-    figure, axes = _rows_of_methods(rows, (8.2, 1.3, 0.25), len(ensembles.PARTS))
+    names = [row["method"] for row in rows]
+    look_of = looks(names)
+    figure, axes = _rows_of_methods(names, (8.2, 1.3, 0.25), len(ensembles.PARTS))
     for axis, part in zip(axes, ensembles.PARTS, strict=True):
         key = f"KLOM_{part}"
         for position, row in enumerate(reversed(rows)):
-            if is_missing(row.get(key)):
-                continue
-            by_chance = row[f"{key}_chance"]
-            axis.plot([by_chance] * 2, [position - 0.4, position + 0.4], color=GREY, linewidth=3)
-            axis.plot(row[key], position, **(look_of[row["method"]] | POINT))
+            if not is_missing(row.get(key)):
+                by_chance, ends = row[f"{key}_chance"], [position - 0.4, position + 0.4]
+                axis.plot([by_chance] * 2, ends, color=GREY, linewidth=3)
+                axis.plot(row[key], position, **(look_of[row["method"]] | POINT))
         axis.set(title=f"{part} images", xlabel="KLOM (grey: no difference)")
         axis.set_xlim(0, 1.05 * axis.get_xlim()[1])
     figure.suptitle("Distance to retrained models; grey: the same trainings, randomly relabeled")
@@ -401,17 +366,14 @@ def _panels(count, per_row, size):
 def histogram_data(conformal_scores):
     """What :func:`score_histograms` draws of a model: its scores by part, and q̂ at the first α.
 
-    Both are those of the split itself and the first score.
+    Both are log-odds, and those of the split itself and the first score.
     """
-    outputs = conformal_scores.outputs
-    held_out = scores.from_log_odds(conformal_scores.part("held_out").true_label)
-    forget = scores.from_log_odds(conformal_scores.part("forget").true_label)
-    calibration = held_out[outputs.calibration(conformal_scores.largest_size)]
+    held_out, outputs = conformal_scores.part("held_out").true_label, conformal_scores.outputs
     return {
-        "forget": forget.numpy(),
+        "forget": conformal_scores.part("forget").true_label.numpy(),
         "test": held_out[outputs.test()].numpy(),
-        "calibration": calibration.numpy(),
-        "q_hat": scores.from_log_odds(conformal_scores.q_hats()[0, 0]).item(),
+        "calibration": held_out[outputs.calibration(conformal_scores.largest_size)].numpy(),
+        "q_hat": conformal_scores.q_hats()[0, 0].item(),
     }
 
 
@@ -420,26 +382,22 @@ def score_histograms(samples, alpha):
     """Histograms of the true label's score for forget, test and calibration images, with q̂.
 
     A panel for each model. ``samples`` is {method: {"forget": N, "test": N, "calibration": N,
-    "q_hat": float}} with scores in arrays. q̂ is NaN where it is infinite. Most scores are near 0
-    or 1, so the axis is the logit of the score.
+    "q_hat": float}} with log-odds of scores in arrays. q̂ is NaN where it is infinite. Most scores
+    are near 0 or 1, so the axis shows log-odds.
     """
     figure, axes = _panels(len(samples), 4, (2.6, 1.8, 0.7))
     low, high = LOGIT_EDGES[0], LOGIT_EDGES[-1]
     for axis, (name, sample) in zip(axes, samples.items(), strict=True):
         for part, (color, line) in PARTS.items():
-            values = np.clip(logit(sample[part]), low, high)
+            values = np.clip(sample[part], low, high)
             style = {"color": color, "linestyle": line, "histtype": "step"}
             axis.hist(values, LOGIT_EDGES, weights=np.ones(len(values)) / len(values), **style)
-        if is_missing(sample["q_hat"]):
-            axis.set_title(f"{printable(name)} ({NO_Q_HAT})")
-        else:
-            position = np.clip(logit(sample["q_hat"]), low, high)
-            axis.axvline(position, color=GREEN, linewidth=1.6)
-            axis.axvspan(low, position, color=GREEN, alpha=0.08, linewidth=0)
-            axis.set_title(printable(name))
+        position = np.clip(sample["q_hat"], low, high)  # nothing is drawn at NaN
+        axis.axvline(position, color=GREEN, linewidth=1.6)
+        axis.axvspan(low, position, color=GREEN, alpha=0.08, linewidth=0)
+        axis.set_title(printable(name) + f" ({NO_Q_HAT})" * is_missing(sample["q_hat"]))
         axis.set_xticks(logit([1e-6, 1e-3, 0.5, 1 - 1e-3]), ["10⁻⁶", "10⁻³", "½", ".999"])
-        axis.set_xlim(low - 1, high + 1)
-        axis.set_yticks([])
+        axis.set(xlim=(low - 1, high + 1), yticks=[])
         axis.grid(False)
     legend = PARTS | {"q̂: labels to its left are in the set": (GREEN, "-")}
     handles = [Line2D([], [], color=color, linestyle=line) for color, line in legend.values()]
@@ -449,16 +407,17 @@ def score_histograms(samples, alpha):
 
 
 @styled
-def fake_sheet(images, classes, title):
+def fake_sheet(images, pixels, *, classes, title):
     """The most fake-forgotten images with their prediction sets.
 
-    ``images`` are :class:`SheetImage`, or None where no q̂ is finite.
+    ``images`` are :class:`metrics.samples.FakeForgotten`, or None where no q̂ is finite, ``pixels``
+    N×H×W×3 (uint8).
     """
     figure, axes = _panels(max(1, len(images or [])), 6, (1.55, 2.0, 0.5))
     for axis in axes:
         axis.set_axis_off()
-    for axis, image in zip(axes, images or [], strict=False):
-        axis.imshow(image.pixels, interpolation="nearest")
+    for axis, image, shown in zip(axes, images or [], pixels, strict=False):
+        axis.imshow(shown, interpolation="nearest")
         axis.set_title(_sheet_title(image, classes), fontsize=6.5)
     if not images:
         axes[0].text(0.5, 0.5, NO_Q_HAT if images is None else NOTHING_FAKE, **MIDDLE)

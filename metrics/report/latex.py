@@ -35,15 +35,15 @@ def tabular(table):
     columns = table.columns
     nearest = {key: nearest_to_retrain(table.rows, key) for key in columns}
     alignment = "".join("l" if column.kind == "text" else "r" for column in columns.values())
-    lines = [_row(escape(heading_of(column)) for column in columns.values()), "\\midrule"]
+    lines = [f"\\begin{{tabular}}{{{alignment}}}", "\\toprule"]
+    lines += [_row(escape(heading_of(column)) for column in columns.values()), "\\midrule"]
     for row in table.rows:
         cells = []
         for key, column in columns.items():
             cell = escape(format_cell(row.get(key), column.kind))
             cells.append(f"\\textbf{{{cell}}}" if row["method"] in nearest[key] else cell)
         lines.append(_row(cells))
-    start = f"\\begin{{tabular}}{{{alignment}}}\n\\toprule"
-    return "\n".join([start, *lines, "\\bottomrule", "\\end{tabular}"])
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
 def _row(cells):
@@ -56,19 +56,12 @@ def nearest_to_retrain(rows, key):
     Empty for a column of texts and where Retrain has no number.
     """
     values = {row["method"]: mean_of(row.get(key)) for row in rows}
-    numbers = {
-        method: value
-        for method, value in values.items()
-        if isinstance(value, int | float) and not is_missing(value)
-    }
-    if "retrain" not in numbers or key == "seconds":
+    target = values.get("retrain")
+    if is_missing(target) or isinstance(target, str) or key == "seconds":
         return []
-    distances = {
-        method: abs(value - numbers["retrain"])
-        for method, value in numbers.items()
-        if method not in REFERENCES
-    }
-    return [method for method, value in distances.items() if value == min(distances.values())]
+    known = [name for name in values if name not in REFERENCES and not is_missing(values[name])]
+    distances = {name: abs(values[name] - target) for name in known}
+    return [name for name in known if distances[name] == min(distances.values())]
 
 
 def escape(text):

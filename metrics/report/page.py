@@ -51,8 +51,8 @@ def page(title, *, facts, shown_tables, pictures, details):
 def meanings(shown_tables):
     """{heading: meaning} of every column that says what it means, and of the notation."""
     columns = [column for shown in shown_tables for column in shown.columns.values()]
-    described = [column for column in columns if column.meaning]
-    return {tables.heading_of(column): column.meaning for column in described} | NOTATION
+    described = {tables.heading_of(column): column.meaning for column in columns if column.meaning}
+    return described | NOTATION
 
 
 def definition_list(items):
@@ -66,9 +66,7 @@ def definition_list(items):
 
 def table(columns, rows):
     """A sortable table. The row of Retrain is marked. Cells carry the values to sort by."""
-    classes = {
-        key: " class=text" if column.kind == "text" else "" for key, column in columns.items()
-    }
+    classes = {key: " class=text" * (column.kind == "text") for key, column in columns.items()}
     headings = [
         f"<th{classes[key]} scope=col>{html.escape(tables.heading_of(column))}</th>"
         for key, column in columns.items()

@@ -192,12 +192,13 @@ def short_set_table(rows):
     shown = ("method", f"{forget}_coverage", f"{forget}_set_size", f"{forget}_CR")
     columns = {key: SET_COLUMNS[key] for key in (*shown, "test_coverage", "test_CR")}
     columns |= {"fake_of_wrong": FAKE_OF_WRONG, "by_CR": SET_COLUMNS["by_CR"]}
-    rows = [row | {"fake_of_wrong": _fake_of_wrong(row, forget)} for row in rows]
+    rows = [row | {"fake_of_wrong": fake_of_wrong(row)} for row in rows]
     return filled_table("Prediction sets", columns, rows)
 
 
-def _fake_of_wrong(row, forget):
+def fake_of_wrong(row):
     """E.g. "4 of 10": 10 forget images are misclassified, and 4 of these keep their label."""
+    forget = CR.forget_group(row)
     fake, wrong = (mean_of(row.get(f"{forget}_{key}")) for key in ("fake", "misclassified"))
     return f"{short_count(fake)} of {short_count(wrong)}"
 
@@ -235,11 +236,6 @@ def short_lines(rows, *, over_seeds=False):
 def ensemble_heading(count, seed):
     """The heading of the table of ``count`` trainings with one split seed."""
     return f"Over {count} trainings of one forget set (split seed {seed})"
-
-
-def ensemble_table(rows, heading):
-    """The :class:`Table` of the rows of :func:`metrics.ensembles.rows`."""
-    return filled_table(heading, ensembles.COLUMNS, rows)
 
 
 def ensemble_lines(rows, heading):
@@ -291,7 +287,7 @@ def lines_of(table):
     columns = table.columns
     cells = [[heading_of(column) for column in columns.values()]]
     for row in table.rows:
-        cells.append([format_cell(row.get(key), column.kind) for key, column in columns.items()])
+        cells.append([format_cell(row.get(key), columns[key].kind) for key in columns])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
@@ -308,8 +304,8 @@ def print_table(columns, rows):
 
 
 def flat(row, ending=RESPLITS):
-    """A row with plain values for files. A :class:`Spread` becomes ``key`` and ``key`` + ending, an
-    :class:`Interval` becomes ``key``, ``key_low`` and ``key_high``.
+    """A row with plain values for files, in which NaN is None. A :class:`Spread` becomes ``key``
+    and ``key`` + ending, an :class:`Interval` becomes ``key``, ``key_low`` and ``key_high``.
     """
     cells = {}
     for key, value in row.items():
@@ -318,17 +314,12 @@ def flat(row, ending=RESPLITS):
             cells[key + ending] = value.std
         elif isinstance(value, Interval):
             cells |= {f"{key}_low": value.low, f"{key}_high": value.high}
-    return cells
-
-
-def without_nan(row):
-    """A row as CSV and wandb have it: NaN is an empty cell."""
-    return {key: None if is_missing(value) else value for key, value in row.items()}
+    return {key: None if is_missing(value) else value for key, value in cells.items()}
 
 
 def as_csv(rows, ending=RESPLITS):
     """Rows as the text of a CSV file, with the columns in the order of their first appearance."""
-    cells = [without_nan(flat(row, ending)) for row in rows]
+    cells = [flat(row, ending) for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in cells for key in row)))
     writer.writeheader()

@@ -45,7 +45,7 @@ def test_sets_coverage_size_and_ratio_by_hand():
     labels = torch.tensor([0, 1, 0, 2])
     sets = CR.prediction_sets(scores.thr(logits), 0.75)  # p ≥ 0.25, and a tie counts as inside
     assert sets.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
-    inside, sizes = CR.in_set(sets, labels), sets.sum(dim=1)
+    inside, sizes = sets[range(4), labels], sets.sum(dim=1)
     assert CR.coverage(inside) == 3 / 4
     assert CR.set_size(sizes) == 7 / 4
     assert CR.conformal_ratio(inside, sizes).item() == pytest.approx(3 / 7)

@@ -50,11 +50,12 @@ def test_shares_without_enough_images_are_nan():
     too_few = shares(some[:4], some[:4] + 9, some, some, targets=some)
     assert all(math.isnan(share) for share in too_few)
     no_held_members = shares(some, some + 9, none, some + 9, targets=some)
-    assert no_held_members.efficacy == 0 and math.isnan(no_held_members.privacy)
+    assert no_held_members[0] == 0 and math.isnan(no_held_members[1])
     no_targets = shares(some, some + 9, some, some + 9, targets=none)
-    assert math.isnan(no_targets.efficacy) and no_targets.privacy == 1
-    assert math.isnan(MIA.ranking_attack(torch.zeros(0), torch.zeros(3))[0])
-    assert all(math.isnan(rate) for rate in MIA.ranking_attack(torch.zeros(3), torch.zeros(0))[1])
+    assert math.isnan(no_targets[0]) and no_targets[1] == 1
+    assert math.isnan(attack.roc(torch.zeros(0), torch.zeros(3))[0])
+    rates = attack.roc(torch.zeros(3), torch.zeros(0), MIA.FALSE_POSITIVES)[1]
+    assert len(rates) == 2 and all(map(math.isnan, rates))
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -131,11 +132,11 @@ def test_report_without_test_images_has_no_attacks():
     assert 0 < actual["AUC"] <= 1
 
 
-def test_ranking_attack_by_hand():
-    # Scores 1 − p: members .1 .2 .6, non-members .3 .5 .7 .9: of 12 pairs 10 are in order.
-    members = torch.tensor([0.1, 0.2, 0.6]).double()
-    non_members = torch.tensor([0.3, 0.5, 0.7, 0.9]).double()
-    area, rates = MIA.ranking_attack(members, non_members)
+def test_roc_by_hand():
+    # Of 12 pairs of a positive and a negative, 10 are in order.
+    positives = -torch.tensor([0.1, 0.2, 0.6]).double()
+    negatives = -torch.tensor([0.3, 0.5, 0.7, 0.9]).double()
+    area, rates = attack.roc(positives, negatives, MIA.FALSE_POSITIVES)
     assert area == pytest.approx(10 / 12) and rates == pytest.approx([2 / 3, 2 / 3])
-    sure = torch.tensor([1e-30, 1e-25]).double()  # p rounds to 1 for both: the order is still known
-    assert MIA.ranking_attack(sure[:1], sure[1:])[0] == 1
+    sure = -torch.tensor([1e-30, 1e-25]).double()
+    assert attack.roc(sure[:1], sure[1:])[0] == 1

@@ -185,7 +185,7 @@ def test_control_of_a_forgotten_class_is_its_test_images():
     scores = metrics.ConformalScores(outputs, metrics.Settings((0.1,)))
     control = ensembles.describe(scores, torch.arange(5)).margins["control"]
     expected = ensembles.margins(*outputs.held_out.select(outputs.forget_test()))
-    assert control.tolist() == expected.tolist() != []
+    assert control.tolist() == [expected.tolist()] != [[]]
 
 
 def test_numbers_need_enough_trainings_and_finite_q_hats():

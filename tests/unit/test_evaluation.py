@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import read_json, write_pictures
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from small import BRIGHTER, ByHand, SmallNet, small_job
 from torch.nn import functional as F
@@ -17,25 +18,26 @@ from torch.nn import functional as F
 import main_evaluate
 import models
 import utils
-from metrics.ensembles import PARTS, Training
+from metrics.ensembles import PARTS, Trainings
 from models import checkpoint, inference, relearning
 
 ALPHAS = ["--alphas", "0.01,0.2"]
 
 
 class Bench:
-    """A folder of pictures of two classes, and a run folder with models and logits."""
+    """A run folder with the logits of three models and no model file, and a folder of images."""
 
-    def __init__(self, monkeypatch, root):
+    def __init__(self, monkeypatch, root, pictures):
         self._patch, self.root = monkeypatch, root
         monkeypatch.chdir(root)
-        write_pictures(root / "pictures", 60, 120)
-        common = ["--data_name", "image_folder", "--data_dir", "pictures", "--workers", "0"]
-        common += ["--width", "2", "--device", "cpu", "--wandb_mode", "disabled"]
-        self.common = [*common, "--resplits", "3", "--cal_sizes", "24"]
+        common = "--data_name image_folder --workers 0 --width 2 --device cpu --wandb_mode disabled"
+        common += " --resplits 3 --cal_sizes 24 --data_dir"
+        self.common = [*common.split(), str(pictures)]
         self.args = self.parse("--unlearn_name", "all")
         self.data = utils.read_data(self.args, torch.device("cpu"))
         self.args.cal_sizes = [24]
+        for number, name in enumerate(["retrain", "finetune", "GA"], 1):
+            self.save_logits(name, number)
 
     def parse(self, *arguments):
         command = ["main_evaluate.py", *self.common, *map(str, arguments)]
@@ -47,9 +49,11 @@ class Bench:
         return self.root / "runs" / name / scenario
 
     def evaluate(self, *arguments, pictures=False):
-        """Run the script."""
+        """Run the script. Its pictures are made, but matplotlib does not take the time to draw."""
         self.parse(*arguments, *([] if pictures else ["--no_pictures"]))
-        assert main_evaluate.main() == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"png"))
+            assert main_evaluate.main() == 0
 
     def path(self, name, seed=1, scenario="random_0.9"):
         folder = self.folder(seed, scenario)
@@ -96,35 +100,35 @@ def methods(rows):
     return list(dict.fromkeys(row["method"] for row in rows))
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of images of two classes, decoded once."""
+    folder = tmp_path_factory.mktemp("images") / "pictures"
+    write_pictures(folder, 60, 120)
+    return folder
+
+
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    """Logits of three models, and no model file."""
-    bench = Bench(monkeypatch, tmp_path)
-    for number, name in enumerate(["retrain", "finetune", "GA"], 1):
-        bench.save_logits(name, number)
+def bench(monkeypatch, tmp_path, pictures):
+    return Bench(monkeypatch, tmp_path, pictures)
+
+
+@pytest.fixture(scope="module")
+def evaluated_runs(tmp_path_factory, pictures):
+    with pytest.MonkeyPatch.context() as patch:
+        bench = Bench(patch, tmp_path_factory.mktemp("evaluated"), pictures)
+        bench.evaluate("--unlearn_name", "all", *ALPHAS)
+    return bench.root / "runs"
+
+
+@pytest.fixture
+def evaluated(bench, evaluated_runs):
+    """A bench whose three models are evaluated at both α."""
+    shutil.copytree(evaluated_runs, bench.root / "runs", dirs_exist_ok=True)
     return bench
 
 
 # ---------------------------------------------------------------- logits
-
-
-def test_logits_of_another_program_give_rows_like_any_other(bench):
-    bench.save_logits("mine", 4)
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    rows = bench.table()
-    assert methods(rows) == ["retrain", "finetune", "GA", "mine"] and len(rows) == 8
-    split = utils.make_split(bench.data, utils.scenario_of(bench.args), 24)
-    train, held_out = bench.logits(4)
-    for logits, images, indices, key, sign in (
-        (train, bench.data.train, split.forget, "UA", -1),
-        (train, bench.data.train, split.retain, "RA", 1),
-        (held_out, bench.data.held_out, split.test, "TA", 1),
-    ):
-        right = (logits[indices].argmax(1) == images.labels[indices].numpy()).mean()
-        assert float(rows[3][key]) == pytest.approx(right if sign > 0 else 1 - right)
-    bench.evaluate("--unlearn_name", "mine", "--alphas", "0.3")
-    assert methods(bench.table()) == ["mine"]
-    assert read_json(bench.folder() / "mine/results.json")["weights"] == "mine 4"
 
 
 def test_network_of_another_program_is_in_every_table_and_picture(bench):
@@ -159,12 +163,17 @@ def test_network_of_another_program_is_in_every_table_and_picture(bench):
     assert {"samples.csv", "fake_forgotten.png"} < {each.name for each in path.parent.iterdir()}
     rows = {row["method"]: row for row in bench.table(**where)}
     assert rows["quick"]["base_method"] == "retrain" and rows["mine"]["base_method"] == "mine"
-    shares = [row for row in bench.table("destinations.csv", **where) if row["part"] == "forget"]
-    ants = [row for row in shares if row["predicted_class"] == "ant"]
-    shares = {row["method"]: float(row["share"]) for row in ants}
+    ants = [row for row in bench.table("destinations.csv", **where) if "ant" in row.values()]
+    shares = {row["method"]: float(row["share"]) for row in ants if row["part"] == "forget"}
     assert shares["mine"] == pytest.approx((train[labels == 0].argmax(1) == 0).mean())
     distance = abs(shares["mine"] - shares["retrain"])  # ½ of twice this, for two classes
     assert float(rows["mine"]["TV_forget"]) == pytest.approx(distance) and distance > 0
+    trained, held = train.argmax(1) == labels.numpy(), bench.data.held_out.labels.numpy()
+    split, tested = evaluation.split, held_out.argmax(1) == held
+    expected = {"UA": ~trained[split.forget], "RA": trained[split.retain], "TA": tested[split.test]}
+    for key, correct in expected.items():
+        assert float(rows["mine"][key]) == pytest.approx(correct.mean()), key
+    assert read_json(path.with_name("results.json"))["weights"] == "mine 0"
 
 
 def test_other_alpha_needs_no_model_file(bench):
@@ -247,48 +256,41 @@ def test_class_probe_is_kept_with_the_record(bench):
 # ---------------------------------------------------------------- records and tables
 
 
-def test_method_not_asked_for_is_a_row_from_its_record(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    before = bench.table()
-    bench.evaluate("--unlearn_name", "finetune", *ALPHAS)
-    assert bench.table() == before
-    bench.evaluate("--unlearn_name", "finetune", "--alphas", "0.2,0.3")
-    rows = [(row["alpha"], row["method"]) for row in bench.table()]
-    assert rows == [
-        ("0.2", "retrain"), ("0.2", "finetune"), ("0.2", "GA"), ("0.3", "finetune"),
-    ]  # fmt: skip
-    bench.evaluate("--unlearn_name", "GA", *ALPHAS)  # the record still has the first α
-    assert bench.table() == before
+def test_method_not_asked_for_is_a_row_from_its_record(evaluated):
+    before = evaluated.table()
+    evaluated.evaluate("--unlearn_name", "finetune", *ALPHAS)
+    assert evaluated.table() == before
+    evaluated.evaluate("--unlearn_name", "finetune", "--alphas", "0.2,0.3")
+    rows = [(row["alpha"], row["method"]) for row in evaluated.table()]
+    assert rows == [*(("0.2", name) for name in methods(before)), ("0.3", "finetune")]
+    evaluated.evaluate("--unlearn_name", "GA", *ALPHAS)  # the record still has the first α
+    assert evaluated.table() == before
 
 
 @pytest.mark.parametrize(
     "change", ["resplits", "cal_sizes", "logits", "gone", "damaged record", "model file"]
 )
-def test_record_of_other_settings_or_weights_is_no_row(bench, change):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    arguments = []
-    if change in ("resplits", "cal_sizes"):
-        arguments = [f"--{change}", "20"]
-    elif change == "logits":
-        bench.save_logits("GA", 9)
+def test_record_of_other_settings_or_weights_is_no_row(evaluated, change):
+    arguments = [f"--{change}", "20"] if change in ("resplits", "cal_sizes") else []
+    if change == "logits":
+        evaluated.save_logits("GA", 9)
     elif change == "gone":
-        (bench.folder() / "GA/logits.npz").unlink()
+        (evaluated.folder() / "GA/logits.npz").unlink()
     elif change == "damaged record":
-        (bench.folder() / "GA/results.json").write_text("{")
-    else:
-        bench.save("GA", 9)
-    bench.evaluate("--unlearn_name", "finetune", *ALPHAS, *arguments)
+        (evaluated.folder() / "GA/results.json").write_text("{")
+    elif change == "model file":
+        evaluated.save("GA", 9)
+    evaluated.evaluate("--unlearn_name", "finetune", *ALPHAS, *arguments)
     expected = ["finetune"] if arguments else ["retrain", "finetune"]
-    assert methods(bench.table()) == methods(bench.table("classes.csv")) == expected
+    assert methods(evaluated.table()) == methods(evaluated.table("classes.csv")) == expected
 
 
-def test_comparison_is_with_the_retrain_of_the_table(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    bench.save_logits("retrain", 8)
-    bench.evaluate("--unlearn_name", "retrain", *ALPHAS)
-    partial = bench.table()
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    assert bench.table() == partial
+def test_comparison_is_with_the_retrain_of_the_table(evaluated):
+    evaluated.save_logits("retrain", 8)
+    evaluated.evaluate("--unlearn_name", "retrain", *ALPHAS)
+    partial = evaluated.table()
+    evaluated.evaluate("--unlearn_name", "all", *ALPHAS)
+    assert evaluated.table() == partial
     retrain, _, GA = partial[:3]
     pairs = [(float(GA[key]), float(retrain[key])) for key in ("UA", "RA", "TA", "MIA")]
     assert float(GA["gap"]) == pytest.approx(np.mean([abs(a - b) for a, b in pairs]))
@@ -296,10 +298,10 @@ def test_comparison_is_with_the_retrain_of_the_table(bench):
     assert float(retrain["gap"]) == 0 and float(GA["JSD_forget"]) > 0.01
     assert retrain["by_UA"] == "reference" and "UA_minus_retrain_low" in GA
     for key in ("UA", "RA", "TA", "MIA", "forget_CR", "test_CR"):
-        row, column = bench.table()[-1], f"{key}_minus_retrain"
+        row, column = evaluated.table()[-1], f"{key}_minus_retrain"
         low, mean, high = (float(row[column + end]) for end in ("_low", "", "_high"))
         assert low < mean < high and mean == pytest.approx((low + high) / 2), key
-    record = read_json(bench.folder() / "GA/results.json")["metrics"]
+    record = read_json(evaluated.folder() / "GA/results.json")["metrics"]
     assert not {"gap", "JSD_forget", "by_UA"} & record.keys()
 
 
@@ -312,13 +314,8 @@ def test_changed_predictions_are_compared(bench, capsys):
     assert rows["original"]["changed"] == "" and float(rows["ssd"]["changed"]) == 0
     assert "ssd" in capsys.readouterr().out.split("no prediction of the original model changed")[1]
     split = utils.make_split(bench.data, utils.scenario_of(bench.args), 24)
-    first, other = (
-        np.load(path)
-        for path in (
-            bench.folder().parent / "original_logits.npz",
-            bench.folder() / "GA/logits.npz",
-        )
-    )
+    files = "../original_logits.npz", "GA/logits.npz"
+    first, other = (np.load(bench.folder() / file) for file in files)
     held_out = torch.cat([split.calibration, split.test])
     changed = [first["train"].argmax(1) != other["train"].argmax(1)]
     changed.append((first["held_out"].argmax(1) != other["held_out"].argmax(1))[held_out])
@@ -339,16 +336,15 @@ def test_failed_method_is_a_row_with_a_note(bench):
     assert methods(bench.table()) == ["retrain", "finetune", "GA"]
 
 
-def test_numbers_under_an_infinite_q_hat_are_empty(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    for row in bench.table():
+def test_numbers_under_an_infinite_q_hat_are_empty(evaluated):
+    for row in evaluated.table():
         known = row["alpha"] == "0.2"
         for key in ("forget_coverage", "test_set_size", "forget_CR", "q_hat", "MIACR", "by_CR"):
             assert (row[key] != "") == known, key
         assert row["by_UA"] and row["gap"] and row["forget_misclassified"]
-    record = read_json(bench.folder() / "GA/results.json")["metrics"]["conformal"]
+    record = read_json(evaluated.folder() / "GA/results.json")["metrics"]["conformal"]
     assert record[0]["forget_coverage"] is None and record[1]["forget_coverage"] > 0
-    sample = bench.table("GA/samples.csv")[0]
+    sample = evaluated.table("GA/samples.csv")[0]
     assert sample["set_size@0.01"] == "" and sample["set_size@0.2"] in {"0", "1", "2"}
     assert sample["label"] in {"ant", "bee"} and sample["file"].endswith(".png")
 
@@ -389,22 +385,20 @@ def test_names_of_models_are_in_the_order_of_the_table(bench):
     assert list(located("all")) == ["retrain", "finetune", "GA"]
     original = bench.save("original", 1)
     assert located("GA") == {"original": original, "GA": folder / "GA/unlearning_model.pth"}
-    elsewhere = located("GA", model_dir="a/b.pth")
-    assert {name: str(path) for name, path in elsewhere.items()}["GA"] == "a/b.pth"
+    assert str(located("GA", model_dir="a/b.pth")["GA"]) == "a/b.pth"
     with pytest.raises(utils.UserError, match="--model_dir a/b.pth"):
         located("GA", "retrain", model_dir="a/b.pth")
     with pytest.raises(utils.UserError, match="other.pth"):
         main_evaluate.locate_models(["all"], "other.pth", bench.folder(seed=5))
 
 
-def test_files_of_a_model_elsewhere_are_next_to_it(bench):
-    bench.evaluate("--unlearn_name", "all", *ALPHAS)
-    (bench.root / "a").mkdir()
-    shutil.move(bench.save("GA", 3), bench.root / "a/b.pth")
-    bench.evaluate("--unlearn_name", "GA", "--model_dir", "a/b.pth", "--alphas", "0.2")
-    files = {path.name for path in (bench.root / "a").iterdir()}
+def test_files_of_a_model_elsewhere_are_next_to_it(evaluated):
+    (evaluated.root / "a").mkdir()
+    shutil.move(evaluated.save("GA", 3), evaluated.root / "a/b.pth")
+    evaluated.evaluate("--unlearn_name", "GA", "--model_dir", "a/b.pth", "--alphas", "0.2")
+    files = {path.name for path in (evaluated.root / "a").iterdir()}
     assert files == {"b.pth", "b.logits.npz", "b.results.json", "b.samples.csv"}
-    assert methods(bench.table()) == ["retrain", "finetune", "GA"]
+    assert methods(evaluated.table()) == ["retrain", "finetune", "GA"]
 
 
 @pytest.mark.parametrize(
@@ -463,9 +457,9 @@ def test_seeds_have_means_deviations_and_with_one_split_distributions(bench, cap
 
 
 def test_infinite_margins_name_the_method_and_the_training():
-    margins = {part: torch.zeros(3) for part in (*PARTS, "control")}
-    infinite = margins | {"test": torch.tensor([0, torch.inf, 0])}
-    trained = [SimpleNamespace(training=Training(m, None)) for m in (margins, infinite)]
+    margins = {part: torch.zeros(1, 3) for part in (*PARTS, "control")}
+    infinite = margins | {"test": torch.tensor([[0, torch.inf, 0]])}
+    trained = [SimpleNamespace(training=Trainings(m, None)) for m in (margins, infinite)]
     seeds = [SimpleNamespace(models={"GA": each}) for each in trained]
     with pytest.raises(utils.UserError, match=r"GA.*2 of 2.*test"):
         main_evaluate.compare_trainings(seeds)

@@ -15,14 +15,17 @@ from PIL import Image
 import metrics
 from metrics import Spread
 from metrics.report import figures, page
+from metrics.samples import FakeForgotten
 
 NAN = math.nan
+BLACK_PIXELS = np.zeros((1, 4, 4, 3), np.uint8)
 
 
 def row(method, alpha=0.1, value=0.5, **numbers):
     """A row of results.csv. Its numbers differ from ``value`` by a few 64ths."""
     defaults = {
-        "method": method, "score": "thr", "cal_size": 20, "alpha": alpha, "num_forget": 80,
+        "method": method, "score": "thr", "cal_size": 20, "alpha": alpha, "q_hat": 0.5,
+        "num_forget": 80,
         "test_coverage": value, "test_CR": value + 1 / 64, "forget_coverage": value + 2 / 64,
         "forget_CR": value + 3 / 64, "forget_misclassified": 40, "forget_fake": 10,
     }  # fmt: skip
@@ -68,9 +71,14 @@ def test_methods_differ_in_color_or_marker_and_cpu_variants_are_hollow():
 def test_any_name_is_drawn_as_plain_text_without_warnings():
     before = dict(matplotlib.rcParams)
     names = ["$x$ costs $5_{^\\frac", "\\alpha^2_3{%&~#", "caf\udce9\x1b[31m\n", "猫", "n" * 99]
-    image = figures.SheetImage(np.zeros((4, 4, 3), np.uint8), 1, 0, [*range(len(names))])
-    drawn = pictures([row(name) for name in names])
-    for figure in [*drawn, figures.fake_sheet([image], names, "".join(names))]:
+    image = FakeForgotten(0, 1, 0, [*range(len(names))])
+    sheet = figures.fake_sheet([image], BLACK_PIXELS, classes=names, title="".join(names))
+    curve = {"step": [0, 1], "accuracy": [0.5, 0.75], "coverage": [0.5, NAN]}
+    curves = figures.relearn_curves({"forget": dict.fromkeys(names, curve)}, 0.1)
+    q_hats = figures.q_hat_curves(dict.fromkeys(names, [0.5, 0.25]))
+    klom = {"KLOM_forget": 1, "KLOM_forget_chance": 1}
+    dots = figures.klom_dots([{"method": name} | klom for name in names])
+    for figure in [*pictures([row(name) for name in names]), sheet, curves, q_hats, dots]:
         figure.set_dpi(20)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -108,24 +116,23 @@ def test_overview_of_class_forgetting_draws_means_under_the_q_hat_of_the_retaine
 
 def test_bars_show_shares_of_the_forget_images():
     numbers = {"retrain": (40, 10, 80), "ga": (20, 20, 80), "none wrong": (0, 0, 80)}
-    numbers |= {"means": (12.5, 2.25, 80), "unknown": (30, NAN, 80), "nothing": (None, None, 80)}
-    numbers["no images"] = 3, 1, None
+    numbers |= {"means": (12.5, 2.25, 80), "unknown": (30, NAN, 80)}
     keys = ("forget_misclassified", "forget_fake", "num_forget")
     rows = [row(name, **dict(zip(keys, values, strict=True))) for name, values in numbers.items()]
     figure = figures.fake_bars(rows)
     (axis,) = figure.axes
     bars = [(round(bar.get_y() + 0.35), bar.get_x(), bar.get_width()) for bar in axis.patches]
     assert bars == [
-        (3, 0, 2.25 / 80), (3, 2.25 / 80, 10.25 / 80), (4, 0, 0), (4, 0, 0),
-        (5, 0, 20 / 80), (5, 20 / 80, 0), (6, 0, 10 / 80), (6, 10 / 80, 30 / 80),
+        (1, 0, 2.25 / 80), (1, 2.25 / 80, 10.25 / 80), (2, 0, 0), (2, 0, 0),
+        (3, 0, 20 / 80), (3, 20 / 80, 0), (4, 0, 10 / 80), (4, 10 / 80, 30 / 80),
     ]  # fmt: skip
     labels = {text.get_text().strip(): text.get_position() for text in axis.texts}
     assert labels == {
-        "10 of 40 (25%)": (0.5, 6), "20 of 20 (100%)": (0.25, 5), "0 of 0": (0, 4),
-        "2.2 of 12.5 (18%)": (12.5 / 80, 3), "– of 30": (0, 2), "– of –": (0, 1), "1 of 3": (0, 0),
+        "10 of 40 (25%)": (0.5, 4), "20 of 20 (100%)": (0.25, 3), "0 of 0": (0, 2),
+        "2.2 of 12.5 (18%)": (12.5 / 80, 1), "– of 30": (0, 0),
     }  # fmt: skip
     assert texts(axis.get_yticklabels()) == list(reversed(numbers))
-    assert axis.get_ylim()[0] < -0.35 and axis.get_ylim()[1] > 6.35
+    assert axis.get_ylim()[0] < -0.35 and axis.get_ylim()[1] > 4.35
     assert figures.fake_bars(rows * 6).get_figheight() > 2 * figure.get_figheight()
     assert axis.get_xlim()[1] > 0.55 and axis.xaxis.get_major_formatter()(0.25, 0) == "25%"
     colors = [to_hex(bar.get_facecolor()) for bar in axis.patches]
@@ -217,9 +224,8 @@ def test_curves_against_alpha_show_every_known_number():
     for axis, shift in zip(figure.axes, (2 / 64, 0, 3 / 64, 1 / 64), strict=True):
         retrain, ga, cpu = (line for line in axis.lines if line.get_marker() != "None")
         assert points(retrain) == [(0.1, 0.875 + shift), (0.2, 0.75 + shift)]
-        assert (
-            points(ga) == [(0.1, 0.5 + shift), (0.2, 0.375 + shift)][: 1 if shift == 2 / 64 else 2]
-        )
+        known = 1 if shift == 2 / 64 else 2
+        assert points(ga) == [(0.1, 0.5 + shift), (0.2, 0.375 + shift)][:known]
         assert points(cpu) == [(0.2, 0.25 + shift)]
         assert cpu.get_color() == ga.get_color() and cpu.get_linestyle() == "--"
         assert retrain.get_linewidth() > ga.get_linewidth() and retrain.zorder > ga.zorder
@@ -227,17 +233,13 @@ def test_curves_against_alpha_show_every_known_number():
     (theory,) = (line for line in figure.axes[1].lines if line.get_marker() == "None")
     assert points(theory) == [(0.1, 0.9), (0.2, 0.8)]
     assert [bool(axis.get_xlabel()) for axis in figure.axes] == [False, False, True, True]
-    assert list(legend(figure).values()) == [
-        to_hex(line.get_color()) for line in (retrain, ga, cpu)
-    ]
-    assert list(legend(figure)) == ["retrain", "ga", "cpu_ga"]
+    colors = [to_hex(line.get_color()) for line in (retrain, ga, cpu)]
+    assert [*legend(figure).items()] == [*zip(("retrain", "ga", "cpu_ga"), colors, strict=True)]
 
 
 def test_klom_dots_have_their_chance_as_a_grey_line():
-    rows = [
-        {"method": "ga", "KLOM_forget": 1, "KLOM_retain": 2},
-        {"method": "cpu_ga", "KLOM_forget": 3, "KLOM_test": 0.5},
-    ]
+    rows = [{"method": "ga", "KLOM_forget": 1, "KLOM_retain": 2}]
+    rows += [{"method": "cpu_ga", "KLOM_forget": 3, "KLOM_test": 0.5}]
     rows = [row | {f"{key}_chance": row[key] / 4 for key in row if key != "method"} for row in rows]
     figure = figures.klom_dots(rows)
     assert [axis.get_title().split()[0] for axis in figure.axes] == ["forget", "retain", "test"]
@@ -245,15 +247,6 @@ def test_klom_dots_have_their_chance_as_a_grey_line():
     assert drawn == [[[0.75] * 2, [3], [0.25] * 2, [1]], [[0.5] * 2, [2]], [[0.125] * 2, [0.5]]]
     assert [line.get_ydata().mean() for line in figure.axes[0].lines] == [0, 0, 1, 1]
     assert texts(figure.axes[0].get_yticklabels()) == ["cpu_ga", "ga"]
-
-
-def outline(axis, color):
-    """{position on the logit axis: height} of the steps of a histogram."""
-    histograms = [patch for patch in axis.patches if not patch.get_alpha()]
-    (drawn,) = (patch for patch in histograms if to_hex(patch.get_edgecolor()) == color)
-    corners = drawn.get_xy()
-    pairs = zip(corners, corners[1:], strict=False)
-    return {(x0 + x1) / 2: y0 for (x0, y0), (x1, y1) in pairs if y0 == y1 and y0 > 0}
 
 
 def test_histogram_data_are_scores_of_the_image_sets_of_the_split():
@@ -268,21 +261,31 @@ def test_histogram_data_are_scores_of_the_image_sets_of_the_split():
     outputs = metrics.Outputs(forget, retain, held_out, [10, 20], draws)
     conformal_scores = metrics.ConformalScores(outputs, metrics.Settings((0.1, 0.4)))
     actual = figures.histogram_data(conformal_scores)
-    scores = 1 - held_out.logits.double().softmax(dim=1)[range(40), held_out.labels]
-    forget_scores = 1 - forget.logits.double().softmax(dim=1)[range(5), forget.labels]
-    expected = {"forget": forget_scores, "calibration": scores[:20], "test": scores[20:]}
+    log_odds = -held_out.logits.double().softmax(dim=1)[range(40), held_out.labels].logit()
+    of_forget = -forget.logits.double().softmax(dim=1)[range(5), forget.labels].logit()
+    expected = {"forget": of_forget, "calibration": log_odds[:20], "test": log_odds[20:]}
     for part, values in expected.items():
         assert actual[part] == pytest.approx(values.numpy())
     # k = ⌈21 · 0.9⌉ = 19
-    assert actual["q_hat"] == pytest.approx(scores[:20].sort().values[18].item())
+    q_hat = log_odds[:20].sort().values[18].item()
+    assert actual["q_hat"] == pytest.approx(q_hat)
+    figure = figures.score_histograms({"ga": actual, "ssd": actual | {"q_hat": NAN}}, 0.1)
+    (ga, unknown), edges = figure.axes, np.linspace(-14, 14, 57)
+    assert points(ga.lines[0]) == [(pytest.approx(q_hat), y) for y in (0, 1)]
+    assert np.isnan(unknown.lines[0].get_xdata()).all() and "ssd (" in unknown.get_title()
+    colors = list(legend(figure).values())
+    for part, color in zip(("forget", "test", "calibration"), colors, strict=False):
+        (steps,) = (p for p in ga.patches if to_hex(p.get_edgecolor()) == color)
+        shares = np.histogram(expected[part], edges)[0] / len(expected[part])
+        assert steps.get_xy()[1:-1:2, 1] == pytest.approx(shares), part
 
 
 def test_sheet_shows_each_image_with_its_prediction_and_set():
     classes = ["cat", "dog", "eel", *(f"class number {number}" for number in range(3, 12))]
-    pixels = [np.full((4, 4, 3), value, dtype=np.uint8) for value in (10, 20, 30)]
-    entries = [(pixels[0], 0, 1, [1, 0]), (pixels[1], 2, 0, [*range(9)]), (pixels[2], 1, 2, [])]
-    images = [figures.SheetImage(*entry) for entry in entries]
-    figure = figures.fake_sheet(images, classes, "t" * 121)
+    pixels = BLACK_PIXELS + np.array([10, 20, 30], np.uint8)[:, None, None, None]
+    entries = [(0, 0, 1, [1, 0]), (1, 2, 0, [*range(9)]), (2, 1, 2, [])]
+    images = [FakeForgotten(*entry) for entry in entries]
+    figure = figures.fake_sheet(images, pixels, classes=classes, title="t" * 121)
     assert [axis.images[0].get_array()[0, 0, 0] for axis in figure.axes] == [10, 20, 30]
     first, second, third = (axis.get_title() for axis in figure.axes)
     assert first == "cat → dog\n{dog, [cat]}" and third == "dog → eel\n{}"
@@ -290,5 +293,6 @@ def test_sheet_shows_each_image_with_its_prediction_and_set():
     assert label == "eel → cat" and max(map(len, lines)) <= 26
     assert " ".join(lines) == f"{{cat, dog, [eel], {', '.join(classes[3:8])}, …}}"
     assert figure.get_suptitle() == "t" * 60 + "…" + "t" * 59
-    (width, height), many = figure.get_size_inches(), figures.fake_sheet(images * 3, classes, "")
+    (width, height), pixels = figure.get_size_inches(), np.repeat(pixels, 3, axis=0)
+    many = figures.fake_sheet(images * 3, pixels, classes=classes, title="")
     assert many.get_figwidth() > width and many.get_figheight() > 1.5 * height

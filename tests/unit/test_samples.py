@@ -69,7 +69,7 @@ def test_most_fake_images_are_in_the_order_of_their_scores(forgotten_class, kind
         order = sorted(range(4), key=row.__getitem__)
         if order[0] != label and row[label] <= q_hat:
             inside = [item for item in order if row[item] <= q_hat]
-            expected.append((row[label], (place, order[0], inside)))
+            expected.append((row[label], (place, label, order[0], inside)))
     expected = [entry for _, entry in sorted(expected)]
     assert expected
     conformal_scores = metrics.ConformalScores(outputs, chosen)
