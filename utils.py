@@ -606,20 +606,24 @@ def decode_file(sample, side):
 def decode_image(file):
     """A picture as viewers show it: first frame, upright by EXIF, 8-bit RGB on white.
 
-    Raises ValueError for a picture that does not have 8 bits per channel, and one of Pillow's
-    errors for a file that it cannot read.
+    16-bit greyscale PNG is divided by 257. Raises ValueError for every other picture that does not
+    have 8 bits per channel, and one of Pillow's errors for a file that it cannot read.
     """
     image = Image.open(file)
+    is_grey_16 = image.format == "PNG" and image.mode in ("I", "I;16")
     # TIFF tags 258 and 339: bits per sample, and its format (1 is unsigned). Pillow opens some
     # files of 16 or of signed bits as if they had 8, and raw photographs as their thumbnail (254).
     tags = getattr(image, "tag_v2", {})
-    is_plain = image.mode in EIGHT_BIT_MODES and not tags.get(254, 0) & 1
-    is_plain &= set(tags.get(258, (8,))) <= {1, 8} and set(tags.get(339, (1,))) == {1}
+    is_plain = set(tags.get(258, (8,))) <= {1, 8} and set(tags.get(339, (1,))) == {1}
+    is_plain = is_plain and not tags.get(254, 0) & 1
     if image.format == "PNG" and "transparency" in image.info:  # it is not scaled to 8 bits
-        is_plain &= image.mode == "P" or image.tile[0][3] == image.mode
-    if not is_plain:
+        is_plain = image.mode == "P" or image.tile[0][3] == image.mode
+    if not is_plain or not (is_grey_16 or image.mode in EIGHT_BIT_MODES):
         raise ValueError(f"{image.format} of mode {image.mode} without plain 8 bits per channel")
     image = ImageOps.exif_transpose(image)
+    if is_grey_16:
+        grey = (np.asarray(image).astype(np.int64) * 255 + 32767) // 65535  # rounded
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -115,6 +115,7 @@ FOUR_COLOURS = (b"PLTE", bytes([9] * 3 + [20] * 3 + [30] * 3 + [40] * 3))
         (1, G, b"\x50", [(b"tRNS", b"\0\0")], [255, 255, 255, 255]),
         (4, G, b"\x12\x3f", [], [17, 34, 51, 255]),
         (8, G, b"\1\2\3\4", [(b"tRNS", b"\0\3")], [1, 2, 255, 4]),
+        (16, G, b"\0\0\1\1\x80\x80\xff\xff", [], [0, 1, 128, 255]),
         (16, GA, b"\5\5\xff\xff" + b"\5\5\0\0" * 3, [], [5, 255, 255, 255]),
         (16, RGB, SEVENS_AND_NINES, [], [7, 7, 9, 9]),
         (16, RGBA, b"\3\3\3\3\3\3\xff\xff" * 2 + b"\0" * 16, [], [3, 3, 255, 255]),
@@ -136,9 +137,10 @@ def test_transparent_colour_of_other_than_8_bits_is_refused(depth, colour_type, 
         decoded(png(depth, colour_type, row, (b"tRNS", colour)))
 
 
-def test_16_bit_greyscale_png_is_refused():
-    with pytest.raises(ValueError):
-        decoded(png(16, G, b"\0\0\1\1\x80\x80\xff\xff"))
+def test_16_bit_greyscale_png_is_divided_by_257_and_rounded():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    actual = decoded(encoded(Image.fromarray(values)))
+    assert np.array_equal(actual, grey_as_rgb((values / 257 + 0.5).astype(int)))
 
 
 # ---------------------------------------------------------------- TIFF by hand
@@ -197,16 +199,20 @@ def test_wide_modes_of_other_formats_are_refused(mode):
 WIDE = np.concatenate([COLOURS[:8], 255 - COLOURS[:8]], axis=1)
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+@pytest.mark.parametrize(
+    ("kind", "upright"), [("TIFF", WIDE), ("PNG", WIDE[..., 0].astype(np.uint16) * 257)]
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_rotated_picture_is_read_upright(orientation, kind):
-    picture = Image.fromarray(WIDE)
+def test_rotated_picture_is_read_upright(orientation, kind, upright):
+    picture = Image.fromarray(upright)
     # As a camera stores it: exif_transpose undoes the inverse of the orientation.
     exif = picture.getexif()
     exif[0x0112] = {6: 8, 8: 6}.get(orientation, orientation)
     stored = Image.fromarray(np.asarray(ImageOps.exif_transpose(picture)))
     exif[0x0112] = orientation
-    assert np.array_equal(decoded(encoded(stored, kind, exif=exif)), WIDE)
+    content = encoded(stored, kind, exif=exif)
+    wanted = upright if upright.ndim == 3 else grey_as_rgb(upright // 257)
+    assert np.array_equal(decoded(content), wanted)
 
 
 # ---------------------------------------------------------------- broken files
