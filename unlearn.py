@@ -448,8 +448,8 @@ def amun(job, radius=0.04):
     targets[forget_set] = examples.labels
     position = torch.zeros_like(targets)  # of a forget image among the examples
     position[forget_set] = torch.arange(len(forget_set), device=job.device)
-    # D, with true labels, takes the place of the retain set; the forget part of a batch are the
-    # adversarial examples.
+    # D, with true labels, takes the place of the retain set, and the adversarial examples that of
+    # the forget set.
     everything = torch.cat([job.split.retain, forget_set])
     for epoch in job.epochs():
         for batch in epoch.batches("retain", "forget", retain_set=everything):
@@ -747,8 +747,9 @@ def lotus(
             # the argmax a draw from the softmax.
             logits = torch.cat([batch.outputs_of(original, part) for part in PARTS])
             noisy = logits - torch.empty_like(logits).exponential_(generator=rng).log()
-            hard = F.one_hot(noisy[: batch.num_retain].argmax(dim=1), noisy.shape[1])
-            soft = (noisy[batch.num_retain :] / temperature).softmax(dim=1)
+            retain, forget = noisy.tensor_split([batch.num_retain])
+            hard = torch.zeros_like(retain).scatter(1, retain.argmax(dim=1, keepdim=True), 1.0)
+            soft = (forget / temperature).softmax(dim=1)
             epoch.step(F.cross_entropy(batch.logits, torch.cat([hard, soft])), batch)
 
 
@@ -758,7 +759,7 @@ def unseen_accuracy(model, data, split):
     Raises UserError if there are none.
     """
     if not len(split.train_calibration):
-        remedy = "add some, or pass --until_forgotten with --stop_accuracy"
+        remedy = "add some; --until_forgotten can take --stop_accuracy instead"
         raise UserError(f"no held-out images of retained classes calibrate training; {remedy}")
     return accuracy(*inference.compute_logits(model, data.held_out, split.train_calibration))
 

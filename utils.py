@@ -495,8 +495,8 @@ def _load_image_folder(root, image_size, default_side, workers):
     classes, train = _list_folder(root, "train")
     test_classes, held_out = _list_folder(root, "test")
     if len(classes) < 2 or classes != test_classes:
-        differing = sorted(set(classes) ^ set(test_classes))[:5]
-        raise ValueError(f"train/ and test/ need the same two or more classes, without {differing}")
+        differing = sorted(set(classes) ^ set(test_classes))[:5] or classes
+        raise ValueError(f"train/ and test/ need the same classes, two or more: {differing}")
     tag = f"image_folder-{Path(root).resolve().name}"
     options = {"tag": tag, "side": image_size, "default_side": default_side, "workers": workers}
     return _read_pictures(root, train, held_out, classes, **options)
@@ -707,7 +707,7 @@ def make_split(data, scenario, cal_size=None):
     first = min(1000, max(1, len(order) // 10))
     last = first + (cal_size or default_cal_size(data))
     if last >= len(order):
-        raise UserError(f"--cal_sizes {last - first}: of {len(order)} images none is left to test")
+        raise UserError(f"--cal_sizes {last - first}: {len(order)} held-out images are too few")
     train_calibration, calibration, test = np.split(order, [first, last])
     by_subclass = scenario.unlearn_type == "subclass"
     groups = data.held_out.subclasses if by_subclass else data.held_out.labels

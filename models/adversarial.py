@@ -77,7 +77,7 @@ def nearest(model, inputs, labels, spec, *, radius):
             tiny = torch.finfo(pixels.dtype).tiny
             direction = F.normalize((gradient / std).flatten(1), eps=tiny).view_as(pixels)
             moved = pixels + radius / 10 * direction - centre
-            # The factor is 1 inside of the ball, and puts the image on its surface outside.
+            # The factor is 1 inside the ball, and moves images outside it to its surface.
             shrink = radius / moved.flatten(1).norm(dim=1).clamp(min=radius)
             pixels = (centre + moved * shrink[:, None, None, None]).clamp(0, 1)
         radius *= 2

@@ -153,6 +153,7 @@ def test_hash_depends_on_values_names_and_shapes_only():
     weight = torch.arange(6.0).view(2, 3)
     state = {"w": weight, "b": torch.zeros(2)}
     expected = checkpoint.weights_hash(state)
+    assert len(expected) == 16
     strided = {"b": torch.zeros(2), "w": weight.T.contiguous().T}
     assert checkpoint.weights_hash(strided) == expected
     others = [

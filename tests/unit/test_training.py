@@ -287,8 +287,6 @@ def job_of_all_epochs(label, **settings):
 
 @pytest.mark.parametrize("label", [*TRAINED, "neg_merge", "cpu_finetune"])
 def test_number_of_waits_for_the_device_does_not_depend_on_the_number_of_steps(label):
-    if label == "lotus":
-        pytest.skip("one_hot reads its argument on a CPU alone")
     counts = []
     for size in (24, 4):
         with Waits() as counter:
