@@ -1050,9 +1050,9 @@ def IU(job, step_scale: STEP_SCALE = 0.2, damping=1.0):
 
     F replaces the Hessian, as in WoodFisher (Singh and Alistarh 2020, 2004.14340): the mean of g gᵀ
     over the gradients g of the first 1,000 retain images, in eval mode, plus I. F⁻¹ v comes from
-    conjugate gradients (:func:`models.fisher.inverse_product`). Unlearn-Sparse (2304.04934)
-    approximates it in one pass whose vector is the first gradient. Default: the scale of its code.
-    DELETE's scripts have 1, Scissorhands 10, 20 and 15 (CIFAR-10, CIFAR-100, SVHN).
+    :func:`conjugate_gradients`. Unlearn-Sparse (2304.04934) approximates it in one pass whose
+    vector is the first gradient. Default: the scale of its code. DELETE's scripts have 1,
+    Scissorhands 10, 20 and 15 (CIFAR-10, CIFAR-100, SVHN).
     """
     images, retain, forget_set = job.data.train, job.split.retain, job.split.forget
     forget_gradient, retain_gradient = (
@@ -1062,11 +1062,43 @@ def IU(job, step_scale: STEP_SCALE = 0.2, damping=1.0):
     vector = {
         name: share * (forget_gradient[name] - retain_gradient[name]) for name in forget_gradient
     }
-    direction = fisher.inverse_product(
-        job.model, images, retain[:FISHER_IMAGES], vector, damping=damping
-    )
+
+    def damped_fisher(tensors):
+        product = fisher.fisher_product(job.model, images, retain[:FISHER_IMAGES], tensors)
+        return {name: product[name] + damping * tensors[name] for name in tensors}
+
+    direction = conjugate_gradients(damped_fisher, vector)
     move = partial(move_weights, job.model, copies(job.model), direction)
     apply_strength(job, move, step_scale, weakest=1e-4, strongest=1e3)
+
+
+def conjugate_gradients(product, vector, *, max_steps=20, tolerance=1e-3):
+    """The solution x of A x = v for a symmetric positive A (Hestenes and Stiefel 1952).
+
+    ``vector`` v and x are {name: tensor}, and ``product(x)`` is A x. The steps end when the
+    residual is ``tolerance`` times as long as v, or after ``max_steps``.
+    """
+    solution = {name: torch.zeros_like(tensor) for name, tensor in vector.items()}
+    residual, direction = dict(vector), dict(vector)
+    squared = start = inner_product(vector, vector)
+    for _ in range(max_steps):
+        if squared <= tolerance**2 * start:
+            break
+        image = product(direction)
+        # The minimum along the direction, then a new direction that is conjugate to the others.
+        length = squared / inner_product(direction, image)
+        solution = {name: x + length * direction[name] for name, x in solution.items()}
+        residual = {name: r - length * image[name] for name, r in residual.items()}
+        previous, squared = squared, inner_product(residual, residual)
+        ratio = squared / previous
+        direction = {name: r + ratio * direction[name] for name, r in residual.items()}
+    return solution
+
+
+def inner_product(first, second):
+    """The inner product of two {name: tensor}, in float64."""
+    products = [(first[name].double() * second[name].double()).sum() for name in first]
+    return torch.stack(products).sum().item()
 
 
 NEG_MERGE_RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # multiples of the learning rate

@@ -10,7 +10,6 @@ from .errors import UserError
 from .layout import choose_layout
 from .resnet import ResNet18
 
-
 FROM_SCRATCH = ("resnet18",)  # all others start from ImageNet weights by default
 
 

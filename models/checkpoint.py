@@ -23,9 +23,6 @@ WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict", "net")
 # What DistributedDataParallel and torch.compile put in front of a parameter's name.
 WRAPPERS = ("module.", "_orig_mod.")
 
-# ---------------------------------------------------------------- writing
-
-
 def write_file(path, write):
     """Write a file on the first process only: ``write(file)``, then a rename, which is atomic.
 
@@ -72,9 +69,6 @@ def weights_hash(state):
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------- reading
-
-
 def read(path, hint=""):
     """``(state_dict, meta)`` of a checkpoint, on the CPU. ``meta`` is empty for a bare state_dict.
 
@@ -112,9 +106,6 @@ def read_state(path):
     except Exception as error:  # torch and zipfile raise many types for foreign or damaged files
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or repr(error)
         raise UserError(f"{path}: not a checkpoint: {reason.splitlines()[0][:200]}") from error
-
-
-# ---------------------------------------------------------------- checking and loading
 
 
 def check_meta(path, meta, requested):

@@ -18,9 +18,6 @@ from tqdm import tqdm
 
 from .errors import UserError
 
-# ---------------------------------------------------------------- processes
-
-
 def rank():
     """This process's number among those that torchrun started; 0 without torchrun."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
@@ -50,9 +47,6 @@ def first_process_first(call):
 def progress_bar(**options):
     """A tqdm bar, shown by the first process if its output is a terminal."""
     return tqdm(disable=True if rank() else None, leave=False, **options)
-
-
-# ---------------------------------------------------------------- rows of tensors
 
 
 def local_rows(rows):
@@ -93,9 +87,6 @@ def equalise_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-# ---------------------------------------------------------------- training
-
-
 def data_parallel(model):
     """DistributedDataParallel around a network: it averages the gradients of the processes.
 
@@ -112,9 +103,6 @@ def data_parallel(model):
     if any(isinstance(layer, _BatchNorm) for layer in model.modules()) and not rank():
         tqdm.write("BatchNorm on CPUs: every process normalises with the statistics of its images")
     return DistributedDataParallel(model)
-
-
-# ---------------------------------------------------------------- commands in parallel
 
 
 def run_commands(commands, jobs, titles=None):

@@ -102,15 +102,10 @@ def batch_fisher(model, images, batches):
     differ between the images of a batch cancel. ``batches`` are tensors of indices into ``images``,
     which are not augmented. The model is left in eval mode.
     """
-    model.eval()
     total = _zeros(model)
-    with distributed.progress_bar(total=len(batches), desc="importances", unit="batch") as bar:
-        for indices, pair in zip(batches, _labelled_batches(images, batches), strict=True):
-            gradients = _gradients(model, *pair, divisor=len(indices))
-            distributed.add_up(gradients)
-            for square, gradient in zip(total.values(), gradients, strict=True):
-                square += gradient.square()
-            bar.update()
+    for indices, gradients in zip(batches, _gradients(model, images, batches), strict=True):
+        for square, gradient in zip(total.values(), gradients, strict=True):
+            square += (gradient / len(indices)).square()
     return {name: tensor / len(batches) for name, tensor in total.items()}
 
 
@@ -119,60 +114,36 @@ def mean_gradient(model, images, indices, chunk=64):
 
     Images are not augmented. Several processes divide each chunk.
     """
-    model.eval()
     total = _zeros(model)
-    for inputs, labels in _labelled_batches(images, indices.split(chunk)):
-        gradients = _gradients(model, inputs, labels)
+    for gradients in _gradients(model, images, indices.split(chunk)):
         for summed, gradient in zip(total.values(), gradients, strict=True):
             summed += gradient
-    distributed.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
 
 
-def _gradients(model, inputs, labels, divisor=1):
-    """∂ (summed cross-entropy / divisor) / ∂ w, in the order of the parameters."""
-    parameters = list(model.parameters())
-    if not len(inputs):  # this process has no image of a small batch
-        return [torch.zeros_like(parameter) for parameter in parameters]
-    loss = F.cross_entropy(model(inputs), labels, reduction="sum") / divisor
-    return torch.autograd.grad(loss, parameters)
-
-
-def inverse_product(model, images, indices, vector, *, damping, max_steps=20, tolerance=1e-3):
-    """(F + damping·I)⁻¹ v for the empirical Fisher information F, a tensor per parameter.
-
-    Conjugate gradients (Hestenes & Stiefel 1952) on :func:`fisher_product`. They end when the
-    residual is ``tolerance`` times the vector v, or after ``max_steps`` passes over the images.
-    ``vector`` is {parameter: tensor}. The model is left in eval mode.
-    """
+def _gradients(model, images, batches):
+    """Yields ∂ summed cross-entropy / ∂ w of each batch, in the order of the parameters."""
     model.eval()
-    solution, residual, direction = _zeros(model), dict(vector), dict(vector)
-    squared = start = _dot(residual, residual)
-    with distributed.progress_bar(total=max_steps, desc="inverse Fisher", unit="pass") as bar:
-        for _ in range(max_steps):
-            if squared <= tolerance**2 * start:
-                break
-            product = fisher_product(model, images, indices, direction)
-            product = {name: p + damping * direction[name] for name, p in product.items()}
-            # The minimum along the direction, then a new direction that is conjugate to the others.
-            length = squared / _dot(direction, product)
-            solution = {name: x + length * direction[name] for name, x in solution.items()}
-            residual = {name: r - length * product[name] for name, r in residual.items()}
-            previous, squared = squared, _dot(residual, residual)
-            ratio = squared / previous
-            direction = {name: r + ratio * direction[name] for name, r in residual.items()}
+    parameters = list(model.parameters())
+    with distributed.progress_bar(total=len(batches), desc="gradients", unit="batch") as bar:
+        for inputs, labels in _labelled_batches(images, batches):
+            gradients = [torch.zeros_like(parameter) for parameter in parameters]
+            if len(inputs):  # this process may have no image of a small batch
+                loss = F.cross_entropy(model(inputs), labels, reduction="sum")
+                gradients = torch.autograd.grad(loss, parameters)
+            distributed.add_up(gradients)
+            yield gradients
             bar.update()
-    return solution
 
 
 def fisher_product(model, images, indices, vector, chunk=64):
     """F v for the empirical Fisher information F of images, a tensor per parameter.
 
-    F is the mean over images of g gᵀ, where g is the gradient of an image's cross-entropy.
-    Images are not augmented. Several processes divide each chunk.
+    F is the mean over images of g gᵀ, where g is the gradient of an image's cross-entropy. Images
+    are not augmented. Several processes divide each chunk. The model is left in eval mode.
     """
     parameters = {name: weight.detach() for name, weight in model.named_parameters()}
-    total = _zeros(model)
+    total = _zeros(model.eval())
     for inputs, labels in _labelled_batches(images, indices.split(chunk)):
         if not len(inputs):
             continue
@@ -197,9 +168,3 @@ def fisher_product(model, images, indices, vector, chunk=64):
 def plain_attention():
     """Attention in its plain form, as a context: fused kernels have no second derivatives."""
     return sdpa_kernel(SDPBackend.MATH)
-
-
-def _dot(first, second):
-    """The inner product of two {name: tensor}, in float64."""
-    products = [(first[name].double() * second[name].double()).sum() for name in first]
-    return torch.stack(products).sum().item()

@@ -3,7 +3,6 @@
 A model's logits are kept in a ``logits.npz``, so that no metric needs the network twice.
 """
 
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -62,9 +61,8 @@ def compute_logits(model, images, indices, batch_size=None):
     """Logits and labels of the images at ``indices``: N×K float32 and N int64, on the CPU.
 
     Every process runs the model on its :func:`distributed.local_rows` and gets all rows.
-    ``batch_size`` is that of a process, by default 64 images of 32×32 on a CPU, 2,048 on a GPU, and
-    a quarter of it whenever the memory is full. Every module keeps its training mode. Raises
-    NotFinite where a logit is NaN or infinite.
+    ``batch_size`` is that of a process, by default 64 images of 32×32 on a CPU, 1,024 on a GPU. The
+    model keeps its training mode. Raises NotFinite where a logit is NaN or infinite.
     """
     return _forward_images(model, images, indices, batch_size)
 
@@ -91,41 +89,13 @@ def classifier_layers(model):
 
 @torch.no_grad()
 def _forward_images(model, images, indices, batch_size, classifiers=()):
-    """Logits, labels and, if there are any, features: all rows, gathered from the processes."""
-    size = batch_size or _default_batch_size(images)
-    with _eval_mode(model, classifiers) as forward:
-        while True:
-            try:
-                batches = images.batches(indices.split(size * distributed.world_size()))
-                outputs = [forward(inputs) for inputs in batches]
-                break
-            except torch.OutOfMemoryError:
-                if batch_size or size == 1:
-                    raise
-            # Outside the handler, whose traceback keeps the tensors that filled the memory.
-            size = max(1, size // 4)
-    local_rows = [torch.cat(batches) for batches in zip(*outputs, strict=True)]
-    logits, *features = (distributed.gather_rows(r, len(indices)).cpu() for r in local_rows)
-    if infinite := len(logits) - int(logits.isfinite().all(dim=1).sum()):
-        counts = f"NaN or infinite for {infinite} of {len(logits)} images"
-        remedy = "train the network again, with a lower --learning_rate if it diverged"
-        raise NotFinite(f"the network's outputs are {counts}; {remedy}")
-    return logits, images.labels[indices].cpu(), *features
+    """Logits, labels and, if there are any, features: all rows, gathered from the processes.
 
-
-def _default_batch_size(images):
-    pixels, most = (2**21, 2**21) if images.labels.is_cuda else (2**16, 512)
-    return min(most, max(4, pixels // images.size**2))
-
-
-@contextmanager
-def _eval_mode(model, classifiers):
-    """Yields the forward pass in eval mode: from a batch to float32 logits and any features.
-
-    Features are the pooled inputs of the ``classifiers``. Every module gets its mode back.
+    Features are the pooled inputs of the ``classifiers``. The model is in eval mode meanwhile.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    features = []
+    pixels, most = (2**20, 2**20) if images.labels.is_cuda else (2**16, 512)
+    size = batch_size or min(most, max(4, pixels // images.size**2))
+    was_training, features, outputs = model.training, [], []
 
     # The hooks run before the classifier of every forward pass; a network may have several.
     def record(layer, inputs):
@@ -133,17 +103,21 @@ def _eval_mode(model, classifiers):
         axes = {3: 1, 4: (2, 3)}.get(values.ndim)  # tokens, or positions
         features.append(values if axes is None else values.mean(dim=axes))
 
-    def forward(inputs):
-        features.clear()
-        logits = model(inputs).float()
-        return (logits, torch.cat(features, dim=1)) if features else (logits,)
-
     hooks = [layer.register_forward_pre_hook(record) for layer in classifiers]
     model.eval()
     try:
-        yield forward
+        for inputs in images.batches(indices.split(size * distributed.world_size())):
+            features.clear()
+            logits = model(inputs).float()
+            outputs.append((logits, torch.cat(features, dim=1)) if features else (logits,))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
+        model.train(was_training)
+    local_rows = [torch.cat(batches) for batches in zip(*outputs, strict=True)]
+    logits, *features = (distributed.gather_rows(r, len(indices)).cpu() for r in local_rows)
+    if infinite := len(logits) - int(logits.isfinite().all(dim=1).sum()):
+        counts = f"NaN or infinite for {infinite} of {len(logits)} images"
+        remedy = "train the network again, with a lower --learning_rate if it diverged"
+        raise NotFinite(f"the network's outputs are {counts}; {remedy}")
+    return logits, images.labels[indices].cpu(), *features

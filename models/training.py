@@ -333,8 +333,6 @@ class Epoch:
         """Update the weights by the optimizer, from the present gradients."""
         self._state.optimizer.step()
 
-    # ------------------------------------------------------------ the end of the epoch
-
     def finish(self):
         """Complete the epoch: next learning rate, checks, accuracies. Returns its record.
 

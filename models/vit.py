@@ -14,12 +14,7 @@ def timm_name(model_name):
     Raises UserError for a name, or a tag behind its dot, that timm does not know.
     """
     name = PAPER_VIT if model_name == "vit" else model_name
-    try:
-        timm.get_pretrained_cfg(name)  # raises RuntimeError for an unknown tag
-        known = timm.is_model(name.split(".")[0])
-    except RuntimeError:
-        known = False
-    if not known:
+    if name not in (*timm.list_models(), *timm.list_pretrained()):
         raise UserError(
             f"--model_name {model_name}: not resnet18, vit or a timm model; list them with "
             'python -c "import timm; print(*timm.list_models(), *timm.list_pretrained())"'

@@ -1,4 +1,4 @@
-"""Logits and features: batch sizes, full memory, modes and classifiers of every kind."""
+"""Logits and features: batch sizes, modes and classifiers of every kind."""
 
 import sys
 
@@ -17,28 +17,6 @@ def data():
 
 
 INDICES = torch.tensor([5, 1, 8, 2, 22, 9, 0, 13, 4, 17, 3])
-
-
-class FullMemory(nn.Module):
-    """A network that runs out of memory for batches of more than ``limit`` images.
-
-    The memory is full after its classifier, so that every layer has been called.
-    """
-
-    def __init__(self, network, limit):
-        super().__init__()
-        self.network, self.limit, self.batches = network, limit, []
-
-    def get_classifier(self):
-        return inference.classifier_layers(self.network)
-
-    def forward(self, inputs):
-        logits = self.network(inputs)
-        self.batches.append(len(inputs))
-        # The second batch of a size fails, after features of the first have been recorded.
-        if len(inputs) > self.limit and self.batches.count(len(inputs)) == 2:
-            raise torch.OutOfMemoryError
-        return logits
 
 
 class TwoHeads(nn.Module):
@@ -63,20 +41,6 @@ class NeverCalls(nn.Linear):
         return inputs.flatten(1) @ self.weight.T
 
 
-@pytest.mark.parametrize("network", [SmallNet(), TwoHeads(), NeverCalls(48, 5)])
-def test_features_after_full_memory_equal_those_of_one_attempt(network, data, monkeypatch):
-    monkeypatch.setattr(inference, "_default_batch_size", lambda images: 8)
-    expected = inference.compute_features(network, data, INDICES, 2)
-    # Batches of 8 fail at the second of 11 images: it has 3.
-    model = FullMemory(network, limit=2)
-    model.batches += [3]
-    results = inference.compute_features(model, data, INDICES)
-    assert model.batches == [3, 8, 3, 2, 2, 2, 2, 2, 1]
-    for result, of_one_attempt in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, of_one_attempt)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="forks the test process")
 def test_features_on_two_processes_equal_those_on_one(data, tmp_path):
     network = TwoHeads()
@@ -89,7 +53,9 @@ def test_features_on_two_processes_equal_those_on_one(data, tmp_path):
 
 
 def test_features_of_two_classifiers_are_both_inputs(data):
-    logits, labels, features = inference.compute_features(TwoHeads(), data, INDICES, 4)
+    network = TwoHeads()
+    logits, labels, features = inference.compute_features(network, data, INDICES, 4)
+    assert not any(module._forward_pre_hooks for module in network.modules())
     flat = data.inputs[INDICES].flatten(1)
     assert features.equal(torch.cat([flat, 2 * flat], dim=1)) and logits.shape == (11, 5)
     assert labels.equal(data.labels[INDICES])
@@ -100,23 +66,11 @@ def test_logits_are_the_features_of_a_classifier_that_is_never_called(data):
     assert features is logits
 
 
-@pytest.mark.parametrize(("batch_size", "limit"), [(4, 2), (None, 0)])
-def test_too_small_memory_is_an_error(batch_size, limit, data, monkeypatch):
-    monkeypatch.setattr(inference, "_default_batch_size", lambda images: 3)
-    model = FullMemory(SmallNet(), limit)
-    with pytest.raises(torch.OutOfMemoryError):
-        inference.compute_logits(model, data, INDICES, batch_size)
-    assert max(model.batches[-1:]) == (4 if batch_size else 1)
-    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_logits_are_those_of_eval_mode_and_all_modes_are_restored(data):
-    network = SmallNet()
-    network.train()
-    network[1].eval()
-    modes = [module.training for module in network.modules()]
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_are_those_of_eval_mode_and_the_mode_is_restored(training, data):
+    network = SmallNet().train(training)
     logits, labels = inference.compute_logits(network, data, INDICES, 4)
-    assert [module.training for module in network.modules()] == modes
+    assert {module.training for module in network.modules()} == {training}
     assert not logits.requires_grad and labels.equal(data.labels[INDICES])
     expected = network.eval()(data.inputs[INDICES])
     torch.testing.assert_close(logits, expected.detach())

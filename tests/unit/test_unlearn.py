@@ -31,6 +31,38 @@ def test_adaptive_mean_gives_images_of_small_loss_more_weight():
     assert unlearn.adaptive_mean(torch.tensor([0.0, 1.0]), 500.0).isfinite()
 
 
+def test_conjugate_gradients_solve_the_system_and_end_at_their_limits():
+    rng = torch.Generator().manual_seed(1)
+    root = torch.randn(6, 6, generator=rng).double()
+    matrix = root @ root.T + 0.3 * torch.eye(6)
+    vector = {"a": torch.ones(2, 2).double(), "b": torch.tensor([-3.0, 1.0]).double()}
+    flat = torch.cat([tensor.flatten() for tensor in vector.values()])
+    calls = []
+
+    def product(tensors):
+        calls.append(torch.cat([tensor.flatten() for tensor in tensors.values()]))
+        first, second = (matrix @ calls[-1]).split([4, 2])
+        return {"a": first.view(2, 2), "b": second}
+
+    solution = unlearn.conjugate_gradients(product, vector, max_steps=50, tolerance=1e-10)
+    found = torch.cat([tensor.flatten() for tensor in solution.values()])
+    torch.testing.assert_close(found, torch.linalg.solve(matrix, flat))
+    assert vector["a"].eq(1).all() and len(calls) <= 7
+    calls.clear()
+    solution = unlearn.conjugate_gradients(product, vector, max_steps=3, tolerance=1e-10)
+    assert len(calls) == 3
+    found = torch.cat([tensor.flatten() for tensor in solution.values()])
+    # The best point of the space that three products span, in the norm of the matrix.
+    basis = torch.stack([flat, matrix @ flat, matrix @ matrix @ flat]).T
+    best = basis @ torch.linalg.solve(basis.T @ matrix @ basis, basis.T @ flat)
+    torch.testing.assert_close(found, best)
+    # A larger tolerance ends earlier, with a residual below it.
+    calls.clear()
+    solution = unlearn.conjugate_gradients(product, vector, tolerance=0.5)
+    found = torch.cat([tensor.flatten() for tensor in solution.values()])
+    assert (matrix @ found - flat).norm() <= 0.5 * flat.norm() and len(calls) < 6
+
+
 def test_ssd_dampening_of_selected_weights_is_ratio_of_importances():
     forget, overall = torch.tensor([4.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     factors = unlearn.dampening(forget, overall, 2.0, 1.0)
