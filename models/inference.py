@@ -12,6 +12,8 @@ from torch import nn
 from . import checkpoint, distributed
 from .errors import NotFinite, UserError, first_line
 
+CPU_PIXELS, GPU_PIXELS = 2**16, 2**20  # of a batch
+
 
 class Logits(NamedTuple):
     """A model's logits of all training images N×K and all held-out images P×K, in their order.
@@ -93,8 +95,8 @@ def _forward_images(model, images, indices, batch_size, classifiers=()):
 
     Features are the pooled inputs of the ``classifiers``. The model is in eval mode meanwhile.
     """
-    pixels, most = (2**20, 2**20) if images.labels.is_cuda else (2**16, 512)
-    size = batch_size or min(most, max(4, pixels // images.size**2))
+    pixels = GPU_PIXELS if images.labels.is_cuda else CPU_PIXELS
+    size = batch_size or max(4, pixels // images.size**2)
     was_training, features, outputs = model.training, [], []
 
     # The hooks run before the classifier of every forward pass; a network may have several.

@@ -8,34 +8,7 @@ from pathlib import Path
 
 from helpers import QUIET, ROOT, TINY, check, run_in_process, same_weights, start_script
 
-from models import distributed
-
 ORIGINAL = ["main_original_model.py", *TINY, *QUIET]
-
-
-def python(program):
-    return [sys.executable, "-c", program]
-
-
-def test_output_has_titles_and_statuses_have_the_order_of_the_commands(capfd, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    show = "import os, sys; print(os.environ.get({!r})); print('end', file=sys.stderr)"
-    commands = [
-        python("import time, sys; time.sleep(0.2); sys.exit(3)"),
-        python(show.format("WANDB_RUN_ID")),
-        python("import os; os.kill(os.getpid(), 9)"),
-        python(show.format("OMP_NUM_THREADS")),
-    ]
-    assert distributed.run_commands(commands, 2, ["a", "b", "c", "d"]) == [3, 0, -9, 0]
-    lines = capfd.readouterr().out.splitlines()
-    assert sorted(lines) == ["b: None", "b: end", "d: 1", "d: end"]
-
-
-def test_runs_in_parallel_take_the_gpus_in_turn(capfd, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    wait = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(1)"
-    assert distributed.run_commands([python(wait)] * 2, 2) == [0, 0]
-    assert sorted(capfd.readouterr().out.split()) == ["4", "6"]
 
 
 def test_dry_run_prints_commands_that_give_the_results_of_jobs(tmp_path):

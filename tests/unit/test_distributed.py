@@ -1,5 +1,6 @@
 """Rows, sums and gradients of two processes equal those of one process."""
 
+import io
 import sys
 
 import pytest
@@ -40,10 +41,71 @@ def test_first_process_calls_before_the_others(rank, turn, torchrun, monkeypatch
     assert result == 7 and len(events) == 2 and events.index("call") == turn
 
 
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_progress_is_shown_by_the_first_process_on_a_terminal_and_leaves_no_line(
+    rank, shown, torchrun, monkeypatch
+):
+    torchrun(TORCHELASTIC_RUN_ID="none", RANK=rank, WORLD_SIZE="2")
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    with distributed.progress_bar(total=2, desc="images", file=terminal) as bar:
+        bar.update()
+    assert ("images" in terminal.getvalue()) == shown and not bar.leave
+    with distributed.progress_bar(total=2, file=io.StringIO()) as bar:
+        assert bar.disable
+
+
 def test_jobs_under_torchrun_are_refused(torchrun):
     torchrun(TORCHELASTIC_RUN_ID="none", RANK="0", WORLD_SIZE="2")
     with pytest.raises(UserError, match="--jobs"):
         distributed.run_commands([["true"]], jobs=2)
+
+
+# ---------------------------------------------------------------- commands in parallel
+
+SHOW = """
+import os, sys
+names = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WANDB_RUN_ID", "OTHER", "PYTHONUNBUFFERED"
+print(*(os.environ.get(name, "unset") for name in names), os.getsid(0) == os.getpid())
+print("reason", sys.argv[1], repr(sys.stdin.read()), file=sys.stderr)
+sys.stdout.buffer.write(bytes([255, 10]))
+sys.exit(int(sys.argv[1]))
+"""
+
+
+def run_three(capfd, jobs, titles=None):
+    """The statuses of three commands, and what they print: sorted, for they run in parallel."""
+    commands = [[sys.executable, "-c", SHOW, status] for status in "304"]
+    statuses = distributed.run_commands(commands, jobs, titles)
+    return statuses, sorted(capfd.readouterr().out.splitlines())
+
+
+def test_commands_share_threads_take_gpus_in_turn_and_print_after_their_titles(
+    capfd, monkeypatch, torchrun
+):
+    torchrun(CUDA_VISIBLE_DEVICES="4,6", WANDB_RUN_ID="x", OTHER="kept")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    statuses, lines = run_three(capfd, 3, ["a", "b", "c"])
+    assert statuses == [3, 0, 4]
+    assert lines == [
+        "a: 2 4 unset kept 1 True", "a: reason 3 ''", "a: \ufffd",
+        "b: 2 6 unset kept 1 True", "b: reason 0 ''", "b: \ufffd",
+        "c: 2 4 unset kept 1 True", "c: reason 4 ''", "c: \ufffd",
+    ]  # fmt: skip
+    torchrun(OMP_NUM_THREADS="5")
+    _, lines = run_three(capfd, 1)
+    assert lines[:3] == ["5 4 unset kept 1 True"] * 2 + ["5 6 unset kept 1 True"]
+
+
+def test_commands_use_all_threads_if_there_are_more_than_commands(capfd, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for num_threads, jobs, expected in ((8, 6, "2"), (1, 2, "1")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        _, lines = run_three(capfd, jobs)
+        assert {line.split()[0] for line in lines if line.endswith("True")} == {expected}
 
 
 def test_one_process_keeps_its_rows_and_sums_and_does_not_wait(torchrun):

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import Shares, run_two_processes
@@ -34,6 +35,23 @@ class TwoHeads(nn.Module):
         return self.heads[0](features) + self.heads[1](2 * features)
 
 
+class Tokens(nn.Sequential):
+    """A classifier that sees 3 tokens (N×T×F), whose logits are averaged afterwards."""
+
+    def forward(self, inputs):
+        return super().forward(inputs.flatten(2)).mean(dim=1)
+
+
+class Positions(nn.Sequential):
+    """A 1×1 convolution as the classifier, whose logits are averaged over the positions."""
+
+    def get_classifier(self):
+        return self[0]
+
+    def forward(self, inputs):
+        return super().forward(inputs).mean(dim=(2, 3))
+
+
 class NeverCalls(nn.Linear):
     """A network that never calls its classifier, which it is itself, as a module."""
 
@@ -59,6 +77,21 @@ def test_features_of_two_classifiers_are_both_inputs(data):
     flat = data.inputs[INDICES].flatten(1)
     assert features.equal(torch.cat([flat, 2 * flat], dim=1)) and logits.shape == (11, 5)
     assert labels.equal(data.labels[INDICES])
+
+
+def test_features_of_tokens_and_positions_are_their_means(data):
+    inputs = data.inputs[INDICES]
+    _, _, features = inference.compute_features(Tokens(nn.Linear(16, 5)), data, INDICES, 4)
+    torch.testing.assert_close(features, inputs.flatten(2).mean(dim=1))
+    _, _, features = inference.compute_features(Positions(nn.Conv2d(3, 5, 1)), data, INDICES, 4)
+    torch.testing.assert_close(features, inputs.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(("side", "first"), [(64, 16), (100, 6), (200, 4)])
+def test_default_batch_has_a_fixed_number_of_pixels_and_at_least_four_images(data, side, first):
+    data.size = side
+    inference.compute_logits(SmallNet(), data, torch.arange(23))
+    assert len(data.uses[0][0]) == first
 
 
 def test_logits_are_the_features_of_a_classifier_that_is_never_called(data):
@@ -134,6 +167,13 @@ def test_unreadable_logits_name_the_file(tmp_path, content):
     path.write_bytes(path.read_bytes()[:-30] if content is None else content)
     with pytest.raises(inference.UserError, match="logits.npz"):
         inference.read_logits(path, **SIZES, data="d")
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    arrays = {key: np.array([array.numpy(), "x"], object) for key, array in list(LOGITS.items())[:2]}
+    np.savez(tmp_path / "logits.npz", **arrays)
+    with pytest.raises(inference.UserError, match="logits.npz: cannot be read .*pickle"):
+        inference.read_logits(tmp_path / "logits.npz", **SIZES, data="d")
 
 
 @pytest.mark.parametrize("name", SIZES)
