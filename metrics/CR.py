@@ -93,7 +93,7 @@ def conformal_quantile(scores, alpha):
     k = quantile_rank(scores.numel(), alpha)
     if k > scores.numel():
         return math.inf
-    return scores.kthvalue(k).values.item()
+    return scores.kthvalue(k).values.item()  # k counts from 1
 
 
 def finite_quantile(scores, alpha):
@@ -171,7 +171,7 @@ def set_metrics(part, q_hats):
 
 
 def _chunk_metrics(part, q_hats):
-    inside, sizes = part.in_set(q_hats), part.set_sizes(q_hats)
+    inside, sizes = part.in_set(q_hats), part.set_sizes(q_hats)  # both Q×N
     wrong = part.misclassified
     fake = fake_forgetting(inside, wrong).double()
     numbers = {
@@ -181,7 +181,7 @@ def _chunk_metrics(part, q_hats):
         "empty": (sizes == 0).double().mean(dim=-1),
         "fake": fake,
         "fake_ratio": fake / wrong.sum(),
-        "wrong_set_size": set_size(sizes[:, wrong]),
+        "wrong_set_size": set_size(sizes[:, wrong]),  # NaN if no image is misclassified
         "wrong_CR": conformal_ratio(inside[:, wrong], sizes[:, wrong]),
     }
     # Comparisons with a q̂ of NaN mean nothing, so all numbers that need one are unknown.
@@ -216,7 +216,7 @@ def report(outputs, conformal_scores, settings):
         for size in outputs.cal_sizes:
             numbers = _numbers_per_draw(conformal_scores, score, size)
             for column, alpha in enumerate(settings.alphas):
-                at_alpha = {key: values[:, column] for key, values in numbers.items()}
+                at_alpha = {key: values[:, column] for key, values in numbers.items()}  # R each
                 row = {key: _reported(key, values) for key, values in at_alpha.items()}
                 row |= _calibration_facts(outputs, size, at_alpha)
                 rows[score.name, size, alpha] = row
@@ -242,6 +242,7 @@ def _group_metrics(group):
         numbers = set_metrics(part, q_hats.flatten())
         return {key: values.view(q_hats.shape) for key, values in numbers.items()}
     draws = zip(images, q_hats, strict=True)
+    # Every draw has test images and a q̂ of its own: one pass per draw.
     numbers = [set_metrics(part.select(chosen), q_hat) for chosen, q_hat in draws]
     return {key: torch.stack([draw[key] for draw in numbers]) for key in numbers[0]}
 

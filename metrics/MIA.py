@@ -58,7 +58,7 @@ def confidences(logits, labels):
 def entropy(logits):
     """−Σ p log p of the predicted probabilities. Logits N×K → N, float64 in [0, log K]."""
     log_p = torch.log_softmax(logits.double(), dim=1)
-    return torch.special.entr(log_p.exp()).sum(dim=1)
+    return torch.special.entr(log_p.exp()).sum(dim=1)  # entr(0) is 0
 
 
 def modified_entropy(logits, labels):
@@ -71,7 +71,7 @@ def modified_entropy(logits, labels):
     top = log_p.argmax(dim=1, keepdim=True)
     log_others = log_p.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
     log_rest = torch.log1p(-log_p.exp()).scatter(1, top, log_others)
-    terms = -log_p.exp() * log_rest
+    terms = -log_p.exp() * log_rest  # N×K: of every label as if it were a wrong one
     true = labels[:, None]
     terms = terms.scatter(1, true, -log_rest.gather(1, true).exp() * log_p.gather(1, true))
     return terms.sum(dim=1)
@@ -142,7 +142,7 @@ def attack_shares(features, forget_features):
 
     held_members = member_share(features.held_members)
     held_non_members = member_share(features.held_non_members)
-    privacy = (held_members + 1 - held_non_members) / 2
+    privacy = (held_members + 1 - held_non_members) / 2  # mean accuracy of the two kinds
     return 1 - member_share(forget_features), privacy
 
 

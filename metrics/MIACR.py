@@ -56,7 +56,7 @@ def calibration_images(outputs, training, size, seed, draw):
     """
     rng = np.random.default_rng([seed, draw])
     unused = torch.ones(len(outputs.retain.labels), dtype=torch.bool)
-    unused[training.members] = False
+    unused[training.members] = False  # calibration is on images that did not train the attack
     members = _shuffled(unused.nonzero().flatten(), rng)
     held_out = outputs.retained(draw)
     non_members = held_out[~torch.isin(held_out, training.non_members)]
@@ -72,7 +72,7 @@ def _shuffled(indices, rng):
 
 def membership_scores(probabilities):
     """S(x, {non-member, member}) = 1 − probability. P(member) N → N×2, float64."""
-    return torch.stack([probabilities, 1 - probabilities], dim=1)
+    return torch.stack([probabilities, 1 - probabilities], dim=1)  # columns NON_MEMBER, MEMBER
 
 
 def miacr(target_scores, member_scores, non_member_scores, alpha):
@@ -88,7 +88,7 @@ def miacr(target_scores, member_scores, non_member_scores, alpha):
     q_hat = CR.finite_quantile(true_scores, alpha)
     if math.isnan(q_hat):
         return math.nan
-    sets = CR.prediction_sets(target_scores, q_hat)
+    sets = CR.prediction_sets(target_scores, q_hat)  # M×2: none, one or both of the labels
     return (sets[:, NON_MEMBER] & ~sets[:, MEMBER]).double().mean().item()
 
 
@@ -105,6 +105,7 @@ def score_by_attack(outputs, training):
         members = confidence["retain"][training.members].numpy()
         non_members = confidence["held_out"][training.non_members].numpy()
         probabilities = attack.membership_probabilities(members, non_members, points)
+    # One call of the attack for all parts, split afterwards.
     sizes = [len(values) for values in confidence.values()]
     all_scores = membership_scores(torch.from_numpy(probabilities))
     return dict(zip(parts, all_scores.split(sizes), strict=True))

@@ -126,6 +126,7 @@ class Settings:
 def draw_splits(num_images, num_draws, seed=0):
     """``num_draws`` orders of ``num_images``: first 0, 1, 2, …, then random. → R×P, int64."""
     rng = np.random.default_rng([seed, num_images])
+    # The seed and the number of images decide alone, so all models of a table have equal draws.
     orders = [np.arange(num_images), *(rng.permutation(num_images) for _ in range(num_draws - 1))]
     return torch.from_numpy(np.stack(orders))
 
@@ -137,7 +138,7 @@ def evaluate(conformal_scores):
     """
     outputs, settings = conformal_scores.outputs, conformal_scores.settings
     scalars, rows = {}, {}
-    for module in MODULES:
+    for module in MODULES:  # in the order of the columns
         more_scalars, more_rows = module.report(outputs, conformal_scores, settings)
         scalars |= more_scalars
         for key, row in more_rows.items():

@@ -28,7 +28,7 @@ def report(outputs, conformal_scores, settings):
 
     Pools the draws with a finite q̂, because one draw has few images of a class.
     """
-    rows, of_class = {}, F.one_hot(outputs.held_out.labels).double()
+    rows, of_class = {}, F.one_hot(outputs.held_out.labels).double()  # P×K
     for score, size in itertools.product(settings.scores, outputs.cal_sizes):
         part, tests, q_hats = conformal_scores.groups(score, size)["test"]
         # A product with the one-hot labels sums over the images of each class.

@@ -89,9 +89,9 @@ def prediction_distances(outputs, reference):
 def jensen_shannon(logits, reference_logits):
     """Mean Jensen-Shannon divergence in bits. Twice N×K → a float in [0, 1], NaN for N = 0."""
     log_p, log_q = (x.double().log_softmax(dim=1) for x in (logits, reference_logits))
-    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)  # of (p + q) / 2
     divergences = (log_p.exp() * (log_p - log_mean) + log_q.exp() * (log_q - log_mean)).sum(dim=1)
-    return (divergences.clamp(min=0).mean() / 2 / math.log(2)).item()
+    return (divergences.clamp(min=0).mean() / 2 / math.log(2)).item()  # nats to bits
 
 
 def _is_number(value):

@@ -73,7 +73,7 @@ def score_images(output, score, part):
     """
     log_odds = score.log_odds(output.logits, part)
     true_label = log_odds.gather(1, output.labels[:, None]).squeeze(1)
-    misclassified = output.logits.argmax(dim=1) != output.labels
+    misclassified = output.logits.argmax(dim=1) != output.labels  # not by score: ties, raps
     return ImageScores(true_label, log_odds.sort().values, misclassified)
 
 

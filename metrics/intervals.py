@@ -40,6 +40,7 @@ def over_seeds(differences, resolution=0.0):
 
 def over_shares(share, reference, n):
     """That of two shares of n images as if independent: too wide if both err on the same images."""
+    # The variances of two binomial shares, with Bessel's correction.
     variance = (share * (1 - share) + reference * (1 - reference)) / max(n - 1, 1)
     return _t_interval(share - reference, math.sqrt(variance), n - 1)
 
@@ -86,7 +87,7 @@ def set_influences(conformal_scores, name, size, alpha):
     change = levels.diff() if 0 < levels[0] and levels[1] < 1 else math.nan
     used = (calibrates | tests).any(dim=0)
     around = held_out.true_label[used].quantile(levels.clamp(0, 1), interpolation="higher")
-    near = _terms(conformal_scores, score, used, around)
+    near = _terms(conformal_scores, score, used, around)  # at q̂ a little lower and higher
     q_hats = conformal_scores.q_hats(score, size)[:, settings.alphas.index(alpha)]
     # R×P: the influence of each image on the coverage of each draw, 0 where it does not calibrate.
     errors = (1 - alpha - held_out.in_set(q_hats).double()) * calibrates
@@ -95,6 +96,7 @@ def set_influences(conformal_scores, name, size, alpha):
     for key, terms in _terms(conformal_scores, score, tests, q_hats).items():
         numerators, denominators = terms
         residuals = numerators.double() - CR.conformal_ratio(*terms)[:, None] * denominators
+        # d(A/B) = (dA − A/B · dB) / B for a ratio of sums over images.
         residuals /= denominators.sum(dim=1, keepdim=True).clamp(min=1)
         direct = residuals[known].mean(dim=0)
         through_q_hat = CR.conformal_ratio(*near[key]).diff() / change * errors[known].mean(dim=0)
@@ -120,5 +122,6 @@ def _terms(conformal_scores, score, tests, q_hats):
 
 
 def _t_interval(mean, error, degrees):
+    # stdtrit is the quantile of Student's t distribution.
     half = float(special.stdtrit(degrees, 0.975)) * error
     return Interval(mean, mean - half, mean + half)
