@@ -55,7 +55,7 @@ def main():
     for args in utils.each_seed(flags):
         evaluation = start_evaluation(args, data, device)
         paths = locate_models(args.unlearn_name, args.model_dir, evaluation.folder)
-        requested = read_models(paths, evaluation)
+        requested = read_models(paths, evaluation)  # all checked before any is measured
         measure_models(requested, evaluation)
         if not distributed.rank():  # the first process alone makes tables
             recorded = recorded_models(requested, evaluation)
@@ -66,7 +66,7 @@ def main():
 
     rows, ensemble_rows = [row for views in seeds for row in views.rows], []
     if flags.seeds:
-        blocks = [*dict.fromkeys(map(block_of, rows))]
+        blocks = [*dict.fromkeys(map(block_of, rows))]  # in the order of the first seed
         rows.sort(key=lambda row: (blocks.index(block_of(row)), *position(row["method"])))
         rows = differences.summarise_seeds(rows)
         ensemble_rows = compare_trainings(seeds) if flags.split_seed is not None else []
@@ -129,6 +129,7 @@ def start_evaluation(args, data, device):
     """The :class:`Evaluation` that the flags of one seed ask for."""
     scenario, split_seed = utils.scenario_of(args), utils.split_seed(args)
     split = utils.make_split(data, scenario, max(args.cal_sizes))
+    # In this order: the first row of draws is the split itself.
     held_out = torch.cat([split.calibration, split.test, split.forget_test]).cpu()
     names = data.subclass_names if scenario.unlearn_type == "subclass" else data.classes
     description = utils.describe_run(args, data, device) | {"forget_set": split.fingerprint}
@@ -228,7 +229,7 @@ def read_models(paths, evaluation):
     """
     saved_models = [read_model(name, path, evaluation) for name, path in paths.items()]
     originals = {saved.original: saved.path for saved in saved_models if saved.original}
-    if len(originals) > 1:
+    if len(originals) > 1:  # differences between their methods would mean nothing
         listed = " and ".join(map(str, originals.values()))
         reason = "not from one original model; unlearn again with --overwrite"
         raise utils.UserError(f"{listed}: {reason}")
@@ -306,6 +307,7 @@ def run_network(saved, evaluation):
     """
     data, split, size = evaluation.data, evaluation.split, evaluation.args.batch_size
     model, class_wise = load_network(saved, evaluation), bool(split.forget_classes)
+    # The probe alone needs features, and it is fitted for class-wise forgetting only.
     compute = inference.compute_features if class_wise else inference.compute_logits
     train, held_out = (
         compute(model, images, torch.arange(len(images)).to(images.labels.device), size)
@@ -341,7 +343,7 @@ def outputs_of(logits, evaluation):
     forgotten = None
     if split.forget_classes:
         forgotten = torch.isin(evaluation.held_out, split.forget_test.cpu())
-        forgotten[: len(split.calibration)] = split.is_forgotten
+        forgotten[: len(split.calibration)] = split.is_forgotten  # the split knows these
     return metrics.Outputs(
         forget=train.select(split.forget.cpu()),
         retain=train.select(split.retain.cpu()),
@@ -556,7 +558,7 @@ def view_model(saved, references, evaluation):
     class_rows = classwise.class_rows(conformal_scores, data.classes)
     file_names = data.train.names and [data.train.names[index] for index in forget.tolist()]
     sample_rows = samples.sample_rows(conformal_scores, forget, file_names)
-    for row in sample_rows:
+    for row in sample_rows:  # numbers of classes → names
         row |= {key: data.classes[row[key]] for key in ("label", "prediction")}
     split_seed, num_retain = evaluation.description["split_seed"], len(evaluation.split.retain)
     retain_sample = utils.permutation(split_seed, "ensembles", num_retain)[:RETAIN_SAMPLE]

@@ -312,6 +312,7 @@ def l1_sparse(
     Unlearn-Sparse, the authors' code (arg_parser.py, README).
     """
     for epoch in job.epochs():
+        # Full in the first epoch; it would be zero in the one after the last.
         weight = l1_weight * (1 - (epoch.number - 1) / job.recipe.num_epochs)
         for batch in epoch.batches("retain"):
             penalty = sum(parameter.abs().sum() for parameter in job.model.parameters())
@@ -478,7 +479,7 @@ def GA(job, keep_statistics: KEEP_STATISTICS = False):
     """
     for epoch in job.epochs(eval_mode=keep_statistics):
         for batch in epoch.batches("forget"):
-            epoch.step(-F.cross_entropy(*batch.forget), batch)
+            epoch.step(-F.cross_entropy(*batch.forget), batch)  # the optimizer descends
 
 
 @method(
@@ -550,7 +551,7 @@ def sfron(
         job.recipe = replace(job.recipe, num_epochs=math.ceil(num_steps / steps_per_epoch))
     num_steps = num_steps or steps_per_epoch * job.recipe.num_epochs
     for epoch in job.epochs():
-        steps_done = steps_per_epoch * (epoch.number - 1)
+        steps_done = steps_per_epoch * (epoch.number - 1)  # repair steps, also after resuming
         ascents, steps = epoch.cycle("forget"), []
         for number, repair in enumerate(epoch.steps("retain")[: num_steps - steps_done]):
             if number % ascent_every == 0:
@@ -565,6 +566,7 @@ def sfron(
                 continue
             losses = F.cross_entropy(*batch.forget, reduction="none")
             epoch.backward(-ascent * cosine * adaptive_mean(losses, adaptivity), batch)
+            # The ascent moves salient weights only; the norm is that of what is left.
             for name, parameter in job.model.named_parameters():
                 parameter.grad *= salient[name]
             nn.utils.clip_grad_norm_(job.model.parameters(), max_norm)
@@ -603,7 +605,7 @@ def distance(logits, targets, temperature):
 def retain_sample(job, share):
     """A random share of the retain images, at least one: indices in ascending order."""
     retain = job.split.retain
-    count = max(1, round(share * len(retain)))
+    count = max(1, round(share * len(retain)))  # drawn once, not in every epoch
     rng = seeds.generator(job.seed, job.name, "sample")
     chosen = torch.randperm(len(retain), generator=rng)[:count].sort().values
     return retain[chosen.to(retain.device)]
@@ -632,7 +634,7 @@ def teacher(job, kd_T: TEMPERATURE = 1.0, retain_share: RETAIN_SHARE = 0.3):
         for batch in epoch.batches("retain", "forget", retain_set=retain_set):
             retain_targets = batch.outputs_of(competent, "retain")
             forget_targets = batch.outputs_of(incompetent, "forget")
-            targets = torch.cat([retain_targets, forget_targets])
+            targets = torch.cat([retain_targets, forget_targets])  # in the order of batch.logits
             epoch.step(distance(batch.logits, targets, kd_T), batch)
 
 
@@ -678,7 +680,7 @@ def scrub(
         if epoch.number <= msteps:
             for batch in epoch.batches("forget", batch_size=forget_batch_size):
                 targets = batch.outputs_of(original, "forget")
-                epoch.step(-distance(batch.logits, targets, kd_T), batch)
+                epoch.step(-distance(batch.logits, targets, kd_T), batch)  # away from the original
         for batch in epoch.batches("retain"):
             logits, labels = batch.retain
             to_original = distance(logits, batch.outputs_of(original, "retain"), kd_T)
@@ -740,6 +742,7 @@ def lotus(
     retain_set = retain_sample(job, retain_share)
     for epoch in job.epochs(stop_at=bound - 0.01):
         forget_accuracy = job.monitor(["forget"])["forget_acc"]
+        # Above 1 while the forget images are recognised better than unseen ones.
         temperature = math.exp(smoothing * (forget_accuracy - bound))
         rng = epoch.generator("gumbel")
         for batch in epoch.batches("retain", "forget", retain_set=retain_set):
@@ -875,7 +878,7 @@ def boundary_expand(job, keep_statistics: KEEP_STATISTICS = False):
     widen(job.model, new_class, seeds.generator(job.seed, job.name, "new class"))
     for epoch in job.epochs(eval_mode=keep_statistics):
         for batch in epoch.batches("forget"):
-            targets = torch.full_like(batch.labels, new_class)
+            targets = torch.full_like(batch.labels, new_class)  # the same for every image
             epoch.step(F.cross_entropy(batch.logits, targets), batch)
     narrow(job.model, new_class)
 
@@ -962,6 +965,7 @@ def FisherForgetting(
                 # Noise alone: the row of a class that no retain image has.
                 parameter[forgotten] = 0
                 variance[forgotten] = FORGOTTEN_CLASS_VARIANCE
+            # Equal draws for every noise: the search compares scales of one direction.
             draws = torch.randn(parameter.shape, generator=rng, device=job.device)
             parameter += variance.sqrt() * draws
 
@@ -1010,7 +1014,7 @@ def ssd(
     """
     retain, forget_set, labels = job.split.retain, job.split.forget, job.data.train.labels
     if job.split.forget_classes:
-        retain = retain[labels[retain].argsort(stable=True)]
+        retain = retain[labels[retain].argsort(stable=True)]  # class by class
     overall, forget = (
         fisher.batch_fisher(job.model, job.data.train, indices.split(importance_batch))
         for indices in (torch.cat([retain, forget_set]), forget_set)
@@ -1058,7 +1062,7 @@ def IU(job, step_scale: STEP_SCALE = 0.2, damping=1.0):
     forget_gradient, retain_gradient = (
         fisher.mean_gradient(job.model, images, indices) for indices in (forget_set, retain)
     )
-    share = len(forget_set) / (len(forget_set) + len(retain))
+    share = len(forget_set) / (len(forget_set) + len(retain))  # N_f / N
     vector = {
         name: share * (forget_gradient[name] - retain_gradient[name]) for name in forget_gradient
     }
@@ -1121,7 +1125,7 @@ def neg_merge(job, step_scale: STEP_SCALE = None):
     signs = {name: torch.zeros_like(weight) for name, weight in original.items()}
     count = len(NEG_MERGE_RATES)
     for number, factor in enumerate(NEG_MERGE_RATES):
-        model.load_state_dict(original, strict=False)
+        model.load_state_dict(original, strict=False)  # parameters; the buffers never change
         training = fine_tuning(job, number, factor * job.recipe.learning_rate)
         for epoch in training.epochs(eval_mode=True):
             for batch in epoch.batches("forget"):
@@ -1163,7 +1167,7 @@ def largest_harmless_scale(job, move):
     """The largest multiple of 0.05 up to 20 before ``move(scale)`` costs more than 5 % of the
     accuracy on (at most 2,000) retain images; 0 if already 0.05 does.
     """
-    move(0.0)
+    move(0.0)  # the original weights
     least = KEPT_ACCURACY * monitored_accuracy(job, "retain")
     for multiple in range(1, NEG_MERGE_SCALES + 1):
         move(multiple / 20)

@@ -103,10 +103,10 @@ class Job:
             state.load_state_dict(self.progress.restored)
             for record in self.records:
                 self.log(record)
-        network = self._training_network()
+        network = self._training_network()  # shares its weights with self.model
         with distributed.progress_bar(total=0, unit="img", unit_scale=True) as bar:
             for number in range(len(self.records) + 1, self.recipe.num_epochs + 1):
-                if state.ended:
+                if state.ended:  # before an interruption
                     break
                 epoch = Epoch(self, number, state=state, network=network, bar=bar)
                 epoch.eval_mode = eval_mode
@@ -119,7 +119,7 @@ class Job:
                 targets = [target for target in (stop_at, self.stop_at) if target is not None]
                 if targets:
                     measured = record if "forget_acc" in record else self.monitor(["forget"])
-                    state.ended |= measured["forget_acc"] <= max(targets)
+                    state.ended |= measured["forget_acc"] <= max(targets)  # the first one reached
                 # On the CPU, so that an epoch costs no GPU memory.
                 if keep_weights:
                     weights = self.model.state_dict()
@@ -142,7 +142,7 @@ class Job:
         for part in parts:
             images = self.data.held_out if part == "test" else self.data.train
             indices = getattr(self.split, part)
-            if limit is not None and len(indices) > limit:
+            if limit is not None and len(indices) > limit:  # the same sample after every epoch
                 sample = seeds.permutation(self.seed, "monitored", len(indices))[:limit]
                 indices = indices[torch.from_numpy(sample).to(indices.device)]
             if len(indices):
@@ -348,7 +348,7 @@ class Epoch:
         loss, accuracy = (sums / counts).tolist()
         record = self._record | {"loss": loss, "train_acc": accuracy}
         self._bar.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
-        training_seconds = time.perf_counter() - self._start
+        training_seconds = time.perf_counter() - self._start  # without the accuracies below
         if not math.isfinite(loss) or not weights_are_finite(job.model):
             rate = f"learning rate {job.recipe.learning_rate:g}"
             reason = f"diverged in epoch {self.number} at {rate}: the loss is {loss}"
