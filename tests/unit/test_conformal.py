@@ -10,6 +10,29 @@ import metrics
 from metrics import CR, conformal, scores
 
 
+def test_a_set_contains_the_labels_up_to_and_including_q_hat():
+    ranked = torch.tensor([[0.0, 1.0, 2.0], [2.0, 2.0, 5.0], [-1.0, 3.0, 3.0]])
+    true_label, nothing = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3).bool()
+    part = conformal.ImageScores(true_label, ranked, nothing)
+    q_hats = torch.tensor([2.0, 1.5, -2.0])
+    assert part.in_set(q_hats).int().tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert part.set_sizes(q_hats).tolist() == [[3, 2, 1], [2, 0, 1], [0, 0, 0]]
+
+
+def test_q_hats_are_those_of_the_score_and_the_size_that_are_asked_for():
+    outputs, both = some_outputs(1), (scores.Score("thr"), scores.Score("aps", seed=3))
+    conformal_scores = metrics.ConformalScores(outputs, metrics.Settings((0.2,), both))
+    expected = {}
+    for score in both:
+        values = plain_log_odds(outputs.held_out, score, "held_out")
+        for size in (20, 45):
+            expected[score.name, size] = plain_q_hat(values[:size], 0.2)
+            actual = conformal_scores.q_hats(score, size).item()
+            assert actual == pytest.approx(expected[score.name, size])
+    assert len(set(expected.values())) == 4
+    assert conformal_scores.q_hats().item() == pytest.approx(expected["thr", 45])
+
+
 def test_groups_of_random_forgetting_share_one_q_hat():
     outputs = some_outputs(3)
     chosen = metrics.Settings((0.1, 0.2))

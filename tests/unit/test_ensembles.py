@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import energy_distance, norm
 from scored import make_outputs
 
 import metrics
@@ -114,6 +114,21 @@ def test_permutation_test_has_level_5_percent_and_power(count, shift, least, mos
         for k in range(80 if shift else 300)
     ]
     assert least <= np.mean(np.array(p_values) <= 0.05) <= most
+
+
+def test_permutation_test_counts_relabelings_with_scipys_energy_distance():
+    pair = models(4, 1, 0.9)[:, :4], models(4, 2)[:, :4]
+    both = torch.cat(pair)
+    both = (both / both.std(dim=0)).T.numpy()  # images × models
+
+    def energy(order):
+        kinds = order[:4], order[4:]
+        return np.mean([energy_distance(*(image[kind] for kind in kinds)) ** 2 for image in both])
+
+    energies = [energy(order.numpy()) for order in ensembles.relabelings(4)]
+    as_large = np.sum(np.array(energies) >= energy(np.arange(8)) - 1e-9)
+    assert 10 < as_large < 600
+    assert ensembles.permutation_test(*pair) == pytest.approx((1 + as_large) / 1000)
 
 
 def test_permutation_test_sees_variation_and_is_limited_by_the_number_of_trainings():
