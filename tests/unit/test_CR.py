@@ -43,7 +43,8 @@ def test_sets_coverage_size_and_ratio_by_hand():
         [[0.70, 0.20, 0.10], [0.45, 0.40, 0.15], [0.25, 0.25, 0.50], [0.90, 0.05, 0.05]]
     )
     labels = torch.tensor([0, 1, 0, 2])
-    sets = CR.prediction_sets(scores.thr(logits), 0.75)  # p ≥ 0.25, and a tie counts as inside
+    assert CR.prediction_sets(torch.tensor([0.2, 0.5, 0.6]), 0.5).tolist() == [1, 1, 0]
+    sets = CR.prediction_sets(scores.thr(logits), 0.75)  # p ≥ 0.25
     assert sets.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
     inside, sizes = sets[range(4), labels], sets.sum(dim=1)
     assert CR.coverage(inside) == 3 / 4

@@ -195,6 +195,26 @@ def test_excess_of_u_lira_is_near_0_for_another_procedure_and_large_for_a_trace(
     assert abs(procedure["ULiRA_excess"]) < 2 * procedure["ULiRA_excess_error"] < 0.05
 
 
+def test_one_training_has_the_margins_of_every_part_and_the_splits_sets_of_forget_images():
+    outputs = make_outputs(num_draws=3)
+    conformal_scores = metrics.ConformalScores(outputs, metrics.Settings((0.3, 0.1)))
+    one = ensembles.describe(conformal_scores, torch.tensor([4, 2]))
+    test = outputs.held_out.select(outputs.test())
+    parts = {"forget": outputs.forget, "retain": outputs.retain.select([4, 2]), "test": test}
+    for part, images in (parts | {"control": test}).items():
+        assert one.margins[part].tolist() == [ensembles.margins(*images).tolist()]
+    q_hat = conformal_scores.q_hats()[0, 0]
+    expected = conformal_scores.part("forget").true_label <= q_hat
+    assert one.in_set.tolist() == [expected.tolist()] and 0 < expected.sum() < 40
+
+
+def test_margins_that_are_not_finite_name_method_and_training():
+    kind = trainings(4)
+    kind.margins["test"][2, 7] = math.nan
+    with pytest.raises(ValueError, match="GA, training 3 of 4: test"):
+        ensembles.rows({"retrain": trainings(4), "GA": kind})
+
+
 def test_control_of_a_forgotten_class_is_its_test_images():
     outputs = make_outputs(forgotten=True)
     scores = metrics.ConformalScores(outputs, metrics.Settings((0.1,)))
