@@ -50,6 +50,11 @@ def test_miacr_calibrates_each_draw_on_unused_images(retain, forgotten):
         assert len({tuple(draw.members.tolist()) for draw in draws}) == 4
 
 
+def test_membership_scores_are_one_minus_the_probability_of_the_label():
+    probabilities = torch.tensor([0.25, 1.0]).double()  # of {member}
+    assert MIACR.membership_scores(probabilities).tolist() == [[0.25, 0.75], [1, 0]]
+
+
 @pytest.mark.parametrize(("held_out", "known"), [(59, False), (60, True)])
 def test_miacr_with_fewer_than_ten_test_images_is_nan(held_out, known):
     rows = report(MIACR, make_outputs(held_out=held_out), metrics.Settings((0.3,)))[1]
