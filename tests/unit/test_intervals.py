@@ -40,6 +40,32 @@ def test_few_images_in_two_seeds_get_no_more_words():
     assert share_of_words([intervals.over_seeds(d, 1 / 80) for d in differences]) < 0.05
 
 
+def test_intervals_by_hand():
+    for low, high, word in ((0, 1, None), (-1, 0, None), (0.1, 1, "over"), (-1, -0.1, "under")):
+        found = intervals.word(metrics.Interval(0, low, high))
+        assert found == (word and f"{word}-forgets")
+    t = stats.t(10).ppf(0.975)
+    shares = intervals.over_shares(0.3, 0.5, 11)
+    assert shares == pytest.approx((-0.2, -0.2 - t * 0.046**0.5, -0.2 + t * 0.046**0.5))
+    first = intervals.Influences(torch.tensor([0.1, -0.1, 0.3]).double(), 12)
+    second = intervals.Influences(torch.tensor([0.0, 0.1, 0.1]).double(), 11)
+    half = t * (0.09 * 11 / 10) ** 0.5
+    assert intervals.over_images(1, first, second) == pytest.approx((1, 1 - half, 1 + half))
+    # Two equal differences: the deviation is that of rounding two numbers to 0.06.
+    half = stats.t(1).ppf(0.975) * 0.06 / 12**0.5
+    assert intervals.over_seeds([0.5, 0.5], 0.06) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+
+
+def test_influences_on_accuracies_are_those_of_their_images():
+    outputs = some_outputs(1)
+    images = {"UA": outputs.forget, "RA": outputs.retain}
+    images["TA"] = outputs.held_out.select(outputs.test())
+    for key, found in intervals.model_influences(outputs).items():
+        correct = (images[key].logits.argmax(dim=1) == images[key].labels).double()
+        assert found.num_images == len(correct)
+        torch.testing.assert_close(found.values, (correct - correct.mean()) / len(correct))
+
+
 def two_models(rng, num_draws=1, forgotten=False):
     """The Outputs of two models of one law on the same random images of four classes."""
     outputs, of_class = ([], []), None
