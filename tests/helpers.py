@@ -62,18 +62,8 @@ def start_script(script, *arguments, cwd, fault=(), program=(sys.executable,)):
     )
 
 
-def run_script(script, *arguments, limit=300, **options):
-    """:func:`start_script`, waited for. Returns the CompletedProcess with its output as text."""
-    process = start_script(script, *arguments, **options)
-    try:
-        output = process.communicate(timeout=limit)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, *output)
-
-
 def run_in_process(script, *arguments, cwd):
-    """Run a script as ``__main__`` in this process. Returns what :func:`run_script` returns."""
+    """Run a script as ``__main__`` in this process. Returns a CompletedProcess."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [script, *map(str, arguments)]
     try:
@@ -93,7 +83,7 @@ def run_in_process(script, *arguments, cwd):
 def fork_script(script, *arguments, cwd, before=None, env=None, encoding=None, root=ROOT):
     """Start :func:`run_in_process` in a fork of this process. Returns the process id.
 
-    The fork has the environment of :func:`run_script`, calls ``before()`` first and writes to
+    The fork has the environment of :func:`start_script`, calls ``before()`` first and writes to
     ``stdout.txt`` and ``stderr.txt`` in ``cwd``, in ``encoding``. Its start takes milliseconds,
     because torch is already imported.
     """
