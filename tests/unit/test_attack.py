@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies
 from hypothesis import settings as hypothesis_settings
 from scored import column, plain_svm
@@ -27,6 +28,18 @@ def wide(kind, rng, n):
 
 
 RANGES = ["1", "-5", "9", "100", "1e3", "1e5", "outliers", "heavy tails", "both signs"]
+
+
+@pytest.mark.parametrize(("point", "value"), [(0.0004, 0.4e-6), (-0.0007, 0.7e-6), (2, 4)])
+def test_interpolation_is_linear_between_multiples_of_a_thousandth(point, value):
+    actual = attack.interpolate(lambda nodes: nodes[:, 0] ** 2, np.array([point]))
+    assert actual == pytest.approx(value)
+
+
+def test_roc_by_hand():
+    positives, negatives = torch.tensor([3.0, 2, 1, 0]), torch.tensor([2.5, 1.5, 0.5, -1])
+    assert attack.roc(positives, negatives, (0.1, 0.25, 0.5)) == (10 / 16, [0.25, 0.5, 0.75])
+    assert attack.roc(torch.tensor([2.0, 1]), torch.tensor([2.0, 1]), (0.5,)) == (0.5, [0.5])
 
 
 @pytest.mark.parametrize("kind", RANGES)

@@ -146,11 +146,8 @@ def test_random_numbers_of_a_seed_and_purpose_are_pinned():
 
 
 def test_another_seed_or_purpose_gives_other_random_numbers():
-    derived = {
-        derive(seed, purpose)
-        for seed in (1, 2, 12)
-        for purpose in ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
-    }
+    purposes = ((), ("a",), ("a", 1), ("a", 2), ("b", 1))
+    derived = {derive(seed, purpose) for seed in (1, 2, 12) for purpose in purposes}
     assert len(derived) == 15 and all(0 <= seed < 2**63 for seed in derived)
     draw = torch.rand(3, generator=seeds.generator(1, "a"))
     assert draw.equal(torch.rand(3, generator=seeds.generator(1, "a")))

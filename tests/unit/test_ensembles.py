@@ -208,13 +208,6 @@ def test_one_training_has_the_margins_of_every_part_and_the_splits_sets_of_forge
     assert one.in_set.tolist() == [expected.tolist()] and 0 < expected.sum() < 40
 
 
-def test_margins_that_are_not_finite_name_method_and_training():
-    kind = trainings(4)
-    kind.margins["test"][2, 7] = math.nan
-    with pytest.raises(ValueError, match="GA, training 3 of 4: test"):
-        ensembles.rows({"retrain": trainings(4), "GA": kind})
-
-
 def test_control_of_a_forgotten_class_is_its_test_images():
     outputs = make_outputs(forgotten=True)
     scores = metrics.ConformalScores(outputs, metrics.Settings((0.1,)))
