@@ -528,6 +528,7 @@ def test_relearning_curves_are_in_the_record_and_need_the_model_file(bench, caps
     for name in ("relearn", "relearn_retain"):
         assert record[name]["step"] == [0, 1, 2] and record[name]["alpha"] == 0.2
         assert all(0 <= value <= 1 for value in record[name]["accuracy"])
+    assert record["relearn_retain"]["accuracy"][0] == pytest.approx(1 - record["UA"])
     assert "mine" in capsys.readouterr().out.split("--relearn needs the model file")[1]
     assert (bench.folder() / "relearn.png").is_file()
     # Both start from the saved weights.
