@@ -62,6 +62,16 @@ def start_script(script, *arguments, cwd, fault=(), program=(sys.executable,)):
     )
 
 
+def run_script(script, *arguments, limit=300, **options):
+    """:func:`start_script`, waited for. Returns the CompletedProcess with its output as text."""
+    process = start_script(script, *arguments, **options)
+    try:
+        output = process.communicate(timeout=limit)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+
 def run_in_process(script, *arguments, cwd):
     """Run a script as ``__main__`` in this process. Returns a CompletedProcess."""
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
