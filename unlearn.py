@@ -312,7 +312,6 @@ def l1_sparse(
     Unlearn-Sparse, the authors' code (arg_parser.py, README).
     """
     for epoch in job.epochs():
-        # Full in the first epoch; it would be zero in the one after the last.
         weight = l1_weight * (1 - (epoch.number - 1) / job.recipe.num_epochs)
         for batch in epoch.batches("retain"):
             penalty = sum(parameter.abs().sum() for parameter in job.model.parameters())
@@ -605,7 +604,7 @@ def distance(logits, targets, temperature):
 def retain_sample(job, share):
     """A random share of the retain images, at least one: indices in ascending order."""
     retain = job.split.retain
-    count = max(1, round(share * len(retain)))  # drawn once, not in every epoch
+    count = max(1, round(share * len(retain)))
     rng = seeds.generator(job.seed, job.name, "sample")
     chosen = torch.randperm(len(retain), generator=rng)[:count].sort().values
     return retain[chosen.to(retain.device)]
@@ -680,7 +679,7 @@ def scrub(
         if epoch.number <= msteps:
             for batch in epoch.batches("forget", batch_size=forget_batch_size):
                 targets = batch.outputs_of(original, "forget")
-                epoch.step(-distance(batch.logits, targets, kd_T), batch)  # away from the original
+                epoch.step(-distance(batch.logits, targets, kd_T), batch)
         for batch in epoch.batches("retain"):
             logits, labels = batch.retain
             to_original = distance(logits, batch.outputs_of(original, "retain"), kd_T)
@@ -878,7 +877,7 @@ def boundary_expand(job, keep_statistics: KEEP_STATISTICS = False):
     widen(job.model, new_class, seeds.generator(job.seed, job.name, "new class"))
     for epoch in job.epochs(eval_mode=keep_statistics):
         for batch in epoch.batches("forget"):
-            targets = torch.full_like(batch.labels, new_class)  # the same for every image
+            targets = torch.full_like(batch.labels, new_class)
             epoch.step(F.cross_entropy(batch.logits, targets), batch)
     narrow(job.model, new_class)
 
@@ -1014,7 +1013,7 @@ def ssd(
     """
     retain, forget_set, labels = job.split.retain, job.split.forget, job.data.train.labels
     if job.split.forget_classes:
-        retain = retain[labels[retain].argsort(stable=True)]  # class by class
+        retain = retain[labels[retain].argsort(stable=True)]
     overall, forget = (
         fisher.batch_fisher(job.model, job.data.train, indices.split(importance_batch))
         for indices in (torch.cat([retain, forget_set]), forget_set)
@@ -1167,7 +1166,7 @@ def largest_harmless_scale(job, move):
     """The largest multiple of 0.05 up to 20 before ``move(scale)`` costs more than 5 % of the
     accuracy on (at most 2,000) retain images; 0 if already 0.05 does.
     """
-    move(0.0)  # the original weights
+    move(0.0)
     least = KEPT_ACCURACY * monitored_accuracy(job, "retain")
     for multiple in range(1, NEG_MERGE_SCALES + 1):
         move(multiple / 20)

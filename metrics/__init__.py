@@ -138,7 +138,7 @@ def evaluate(conformal_scores):
     """
     outputs, settings = conformal_scores.outputs, conformal_scores.settings
     scalars, rows = {}, {}
-    for module in MODULES:  # in the order of the columns
+    for module in MODULES:
         more_scalars, more_rows = module.report(outputs, conformal_scores, settings)
         scalars |= more_scalars
         for key, row in more_rows.items():

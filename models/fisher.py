@@ -104,6 +104,7 @@ def batch_fisher(model, images, batches):
     """
     total = _zeros(model)
     for indices, gradients in zip(batches, _gradients(model, images, batches), strict=True):
+        distributed.add_up(gradients)  # before it is squared
         for square, gradient in zip(total.values(), gradients, strict=True):
             square += (gradient / len(indices)).square()
     return {name: tensor / len(batches) for name, tensor in total.items()}
@@ -118,21 +119,20 @@ def mean_gradient(model, images, indices, chunk=64):
     for gradients in _gradients(model, images, indices.split(chunk)):
         for summed, gradient in zip(total.values(), gradients, strict=True):
             summed += gradient
+    distributed.add_up(total.values())
     return {name: tensor / len(indices) for name, tensor in total.items()}
 
 
 def _gradients(model, images, batches):
-    """Yields ∂ summed cross-entropy / ∂ w of each batch, in the order of the parameters."""
+    """Yields ∂ summed cross-entropy / ∂ w of this process's share of each batch, by parameter."""
     model.eval()
-    parameters = list(model.parameters())
     with distributed.progress_bar(total=len(batches), desc="gradients", unit="batch") as bar:
         for inputs, labels in _labelled_batches(images, batches):
-            gradients = [torch.zeros_like(parameter) for parameter in parameters]
-            if len(inputs):  # this process may have no image of a small batch
+            if len(inputs):
                 loss = F.cross_entropy(model(inputs), labels, reduction="sum")
-                gradients = torch.autograd.grad(loss, parameters)
-            distributed.add_up(gradients)
-            yield gradients
+                yield torch.autograd.grad(loss, list(model.parameters()))
+            else:  # this process has no image of a small batch
+                yield [torch.zeros_like(parameter) for parameter in model.parameters()]
             bar.update()
 
 

@@ -5,16 +5,19 @@ import timm
 from . import checkpoint
 from .errors import UserError, first_line
 
-PAPER_VIT = "vit_small_patch16_224"
-
 
 def timm_name(model_name):
     """The timm name behind --model_name: ``vit`` is the paper's ``vit_small_patch16_224``.
 
     Raises UserError for a name, or a tag behind its dot, that timm does not know.
     """
-    name = PAPER_VIT if model_name == "vit" else model_name
-    if name not in (*timm.list_models(), *timm.list_pretrained()):
+    name = "vit_small_patch16_224" if model_name == "vit" else model_name
+    try:
+        timm.get_pretrained_cfg(name)  # raises RuntimeError for an unknown tag
+        known = timm.is_model(name)
+    except RuntimeError:
+        known = False
+    if not known:
         raise UserError(
             f"--model_name {model_name}: not resnet18, vit or a timm model; list them with "
             'python -c "import timm; print(*timm.list_models(), *timm.list_pretrained())"'

@@ -14,6 +14,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -24,6 +25,9 @@ FAULTS = ROOT / "tests/faults"
 TINY = ["--width", "8", "--device", "cpu"]
 QUIET = ["--wandb_mode", "disabled"]
 PIPELINE_EVALUATION = ["--alphas", "0.05,0.1", "--cal_sizes", "100,200", "--resplits", "10"]
+
+# A fork has all modules loaded. Windows cannot fork, and torch is not safe in forks on macOS.
+forks = pytest.mark.skipif(sys.platform != "linux", reason="forks the test process; Linux only")
 
 
 # ---------------------------------------------------------------- running scripts

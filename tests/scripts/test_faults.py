@@ -7,7 +7,6 @@ Runs are forks of this process on 40 small pictures, so that many moments of a r
 import os
 import shutil
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ from helpers import (
     check,
     fails_in_one_line,
     fork_script,
+    forks,
     read_json,
     run_forked,
     run_in_process,
@@ -30,7 +30,7 @@ from helpers import (
 import main_evaluate  # noqa: F401 - forks start faster when everything is imported
 import main_unlearn_cpu  # noqa: F401
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+pytestmark = forks
 
 MANY_EPOCHS = 120
 RUN_FOLDER = "runs/resnet18w8_image_folder-pictures_seed1"

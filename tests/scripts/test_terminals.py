@@ -1,14 +1,11 @@
 """Terminals without Unicode, and closed output pipes."""
 
-import sys
-
-import pytest
-from helpers import QUIET, TINY, check, run_forked, start_script
+from helpers import QUIET, TINY, check, forks, run_forked, start_script
 
 import main_evaluate  # noqa: F401 - forks start faster when everything is imported
 import main_unlearn_cpu  # noqa: F401
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+pytestmark = forks
 COMMON = [*TINY, *QUIET]
 
 

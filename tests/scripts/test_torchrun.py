@@ -13,6 +13,7 @@ from helpers import (
     QUIET,
     TINY,
     check,
+    forks,
     read_json,
     read_weights,
     run_forked,
@@ -26,7 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # A network without BatchNorm: 300,000 weights, 4 patches.
 VIT = ["--model_name", "test_vit", "--image_size", 32, "--no_pretrained", "--device", "cpu", *QUIET]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses pgrep, and forks scripts")
+pytestmark = forks
 
 
 # On two processes, which connect through a free port.

@@ -12,8 +12,7 @@ from metrics import CR, conformal, scores
 
 def test_a_set_contains_the_labels_up_to_and_including_q_hat():
     ranked = torch.tensor([[0.0, 1.0, 2.0], [2.0, 2.0, 5.0], [-1.0, 3.0, 3.0]])
-    true_label, nothing = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3).bool()
-    part = conformal.ImageScores(true_label, ranked, nothing)
+    part = conformal.ImageScores(torch.tensor([1.0, 2.0, 3.0]), ranked, torch.zeros(3).bool())
     q_hats = torch.tensor([2.0, 1.5, -2.0])
     assert part.in_set(q_hats).int().tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
     assert part.set_sizes(q_hats).tolist() == [[3, 2, 1], [2, 0, 1], [0, 0, 0]]

@@ -125,8 +125,8 @@ def test_permutation_test_counts_relabelings_with_scipys_energy_distance():
         kinds = order[:4], order[4:]
         return np.mean([energy_distance(*(image[kind] for kind in kinds)) ** 2 for image in both])
 
-    energies = [energy(order.numpy()) for order in ensembles.relabelings(4)]
-    as_large = np.sum(np.array(energies) >= energy(np.arange(8)) - 1e-9)
+    energies = np.array([energy(order.numpy()) for order in ensembles.relabelings(4)])
+    as_large = np.sum(energies >= energy(np.arange(8)) - 1e-9)
     assert 10 < as_large < 600
     assert ensembles.permutation_test(*pair) == pytest.approx((1 + as_large) / 1000)
 

@@ -1,11 +1,9 @@
 """Importances of weights against autograd, one process against two."""
 
-import sys
-
 import pytest
 import timm
 import torch
-from helpers import Shares, run_two_processes
+from helpers import Shares, forks, run_two_processes
 from small import ByHand, SmallNet, by_definition, images
 from torch import nn
 from torch.nn import functional as F
@@ -138,7 +136,7 @@ def test_fisher_product_is_that_with_the_matrix(chunk):
     torch.testing.assert_close(flat(product), dense_fisher(model, data) @ flat(vector))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks the test process")
+@forks
 def test_results_on_two_processes_equal_those_on_one(tmp_path):
     """19 images in chunks of 3: the second process gets no image of the last chunk."""
     model, vector = SmallNet().double().eval(), random_vector()

@@ -1,11 +1,9 @@
 """Logits and features: batch sizes, modes and classifiers of every kind."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
-from helpers import Shares, run_two_processes
+from helpers import Shares, forks, run_two_processes
 from small import SmallNet, images
 from torch import nn
 
@@ -59,7 +57,7 @@ class NeverCalls(nn.Linear):
         return inputs.flatten(1) @ self.weight.T
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="forks the test process")
+@forks
 def test_features_on_two_processes_equal_those_on_one(data, tmp_path):
     network = TwoHeads()
     expected = inference.compute_features(network, data, INDICES)

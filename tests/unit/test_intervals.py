@@ -32,6 +32,14 @@ def test_equal_laws_over_seeds_get_a_word_in_five_percent(n):
     assert n > 3 or two_deviations.mean() > 0.1
 
 
+def test_few_images_in_two_seeds_get_no_more_words():
+    """Shares of 80 images: both differences are often equal, and their deviation is zero."""
+    shares = np.random.default_rng(0).binomial(80, 0.02, (2, 3000, 2)) / 80
+    differences = shares[0] - shares[1]
+    assert share_of_words([intervals.over_seeds(d) for d in differences]) > 0.08
+    assert share_of_words([intervals.over_seeds(d, 1 / 80) for d in differences]) < 0.05
+
+
 def test_intervals_by_hand():
     for low, high, word in ((0, 1, None), (-1, 0, None), (0.1, 1, "over"), (-1, -0.1, "under")):
         found = intervals.word(metrics.Interval(0, low, high))
