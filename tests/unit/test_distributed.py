@@ -42,9 +42,7 @@ def test_first_process_calls_before_the_others(rank, turn, torchrun, monkeypatch
 
 
 @pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
-def test_progress_is_shown_by_the_first_process_on_a_terminal_and_leaves_no_line(
-    rank, shown, torchrun, monkeypatch
-):
+def test_only_first_process_shows_progress_on_a_terminal(rank, shown, torchrun, monkeypatch):
     torchrun(TORCHELASTIC_RUN_ID="none", RANK=rank, WORLD_SIZE="2")
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
