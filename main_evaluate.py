@@ -730,8 +730,7 @@ def draw_fake_sheet(conformal_scores, name, evaluation):
     most_fake = samples.most_fake(conformal_scores, MOST_FAKE)
     indices = forget.cpu()[[fake.position for fake in most_fake or ()]]
     pixels = data.train.pixels[indices].permute(0, 2, 3, 1).cpu().numpy()
-    title = f"{name}: misclassified forget images nearest to their label (label → prediction, "
-    title += "{set})"
+    title = f"{name}: the clearest fake forgetting (label → prediction, {{set}})"
     return figures.fake_sheet(most_fake, pixels, classes=data.classes, title=title)
 
 

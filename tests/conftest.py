@@ -27,8 +27,6 @@ def pipeline(tmp_path_factory):
     ``folder`` is where it ran, ``root`` the run folder, ``output`` the CompletedProcess of each
     script.
     """
-    import main_evaluate  # noqa: F401 - forks start faster when everything is imported
-    import main_unlearn_cpu  # noqa: F401
 
     folder = tmp_path_factory.mktemp("pipeline")
     tenth = ["--retain_ratio", 0.9]

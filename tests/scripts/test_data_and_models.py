@@ -1,11 +1,8 @@
 """Whole scripts on other data and other networks than the default, and the published commands."""
 
 from faults import unchecked_cifar
-from helpers import QUIET, TINY, check, read_json, run_forked, write_cifar10, write_pictures
+from helpers import COMMON, QUIET, check, read_json, run_forked, write_cifar10, write_pictures
 from test_pipeline import read_table
-
-import main_evaluate  # noqa: F401 - forks start faster when everything is imported
-import main_unlearn_cpu  # noqa: F401
 
 PUBLISHED = """
 main_original_model.py --model_name resnet18 --data_name cifar10 --data_dir ./data --batch_size 64 --num_epochs 200 --learning_rate 0.1 --num_classes 10
@@ -31,8 +28,7 @@ def test_published_command_lines_run_and_use_their_flags(tmp_path):
 def test_list_of_file_names_of_an_image_folder_is_forgotten(tmp_path):
     write_pictures(tmp_path / "insects", 60, 60)
     (tmp_path / "request.txt").write_text("ant/0004.png\nbee/0007.png\nbee/0011.png\n")
-    data = [*TINY, *QUIET, "--data_name", "image_folder", "--data_dir", "insects"]
-    data += ["--image_size", 12]
+    data = [*COMMON, "--data_name", "image_folder", "--data_dir", "insects", "--image_size", 12]
     scenario = [*data, "--unlearn_type", "list", "--forget_list", "request.txt"]
     evaluate = [*scenario, "--unlearn_name", "all", "--alphas", "0.2"]
     train = [*data, "--num_epochs", 3, "--num_classes", 2]

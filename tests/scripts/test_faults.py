@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 from faults import moments
 from helpers import (
-    QUIET,
-    TINY,
+    COMMON,
     check,
     fails_in_one_line,
     fork_script,
@@ -26,9 +25,6 @@ from helpers import (
     visible_files,
     write_pictures,
 )
-
-import main_evaluate  # noqa: F401 - forks start faster when everything is imported
-import main_unlearn_cpu  # noqa: F401
 
 pytestmark = forks
 
@@ -55,7 +51,7 @@ def undisturbed(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("undisturbed")
     write_pictures(folder / "pictures", 40, 40)
-    data = [*TINY, *QUIET, "--data_name", "image_folder", "--data_dir", folder / "pictures"]
+    data = [*COMMON, "--data_name", "image_folder", "--data_dir", folder / "pictures"]
     data += ["--batch_size", 16, "--save_every", 0]
 
     def command(name, epochs=2):

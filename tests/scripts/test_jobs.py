@@ -6,9 +6,9 @@ import signal
 import sys
 from pathlib import Path
 
-from helpers import QUIET, ROOT, TINY, check, run_in_process, same_weights, start_script
+from helpers import COMMON, ROOT, check, run_in_process, same_weights, start_script
 
-ORIGINAL = ["main_original_model.py", *TINY, *QUIET]
+ORIGINAL = ["main_original_model.py", *COMMON]
 
 
 def test_dry_run_prints_commands_that_give_the_results_of_jobs(tmp_path):

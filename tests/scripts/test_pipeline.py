@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from faults import nan_initialisation
 from helpers import (
+    COMMON,
     PIPELINE_EVALUATION,
     QUIET,
-    TINY,
     check,
     read_json,
     run_forked,
@@ -19,8 +19,6 @@ from helpers import (
 )
 from PIL import Image
 
-import main_evaluate  # noqa: F401 - forks start faster when everything is imported
-import main_unlearn_cpu  # noqa: F401
 import unlearn
 import unlearn_cpu
 
@@ -30,10 +28,6 @@ METHODS = ["original", "retrain", "finetune", "cpu_finetune"]
 def read_table(path):
     with open(path) as file:
         return list(csv.DictReader(file))
-
-
-def pictures_in(folder):
-    return [path for path in folder.rglob("*.png") if "wandb" not in path.parts]
 
 
 # ---------------------------------------------------------------- records
@@ -94,7 +88,7 @@ def test_coverage_of_test_images_is_near_its_level(pipeline):
 
 
 def test_second_evaluation_writes_the_same_bytes(pipeline):
-    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", "all", *PIPELINE_EVALUATION]
+    command = ["main_evaluate.py", *COMMON, "--unlearn_name", "all", *PIPELINE_EVALUATION]
     scenario = pipeline.root / "random_0.9"
     names = ("results.csv", "classes.csv", "finetune/samples.csv", "cr_plane.png")
     before = [(scenario / name).read_bytes() for name in names]
@@ -104,7 +98,7 @@ def test_second_evaluation_writes_the_same_bytes(pipeline):
 
 # ---------------------------------------------------------------- all methods, several seeds
 
-TWO_SEEDS = [*TINY, *QUIET, "--seeds", "1,2", "--runs_dir", "r"]
+TWO_SEEDS = [*COMMON, "--seeds", "1,2", "--runs_dir", "r"]
 TWO_SEEDS += ["--data_name", "image_folder", "--data_dir", "pictures"]
 FROM_NEW_WEIGHTS = {"retrain", "teacher"}
 
@@ -205,7 +199,7 @@ def test_default_class_forgetting_keeps_the_other_classes(tmp_path):
 
 
 def test_class_forgetting_is_scored_by_both_calibrations_and_a_probe(pipeline):
-    common = [*TINY, *QUIET, "--unlearn_type", "class", "--forget_class", 3]
+    common = [*COMMON, "--unlearn_type", "class", "--forget_class", 3]
 
     def run(script, *arguments):
         return check(run_in_process(script, *common, *arguments, cwd=pipeline.folder))
@@ -239,7 +233,7 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
         (scenario / name).mkdir(parents=True)
         model = pipeline.root / "random_0.9" / name / "unlearning_model.pth"
         (scenario / name / "unlearning_model.pth").symlink_to(model)
-    command = ["main_evaluate.py", *TINY, *QUIET, "--unlearn_name", *names, "--alphas", "0.1,0.2"]
+    command = ["main_evaluate.py", *COMMON, "--unlearn_name", *names, "--alphas", "0.1,0.2"]
     more = ["--score", ",".join(SCORES), "--resplits", 4, "--relearn", 5]
     check(run_in_process(*command, *more, cwd=tmp_path))
     rows = read_table(scenario / "results.csv")
@@ -252,7 +246,7 @@ def test_every_score_and_relearning_are_in_tables_and_pictures(pipeline, tmp_pat
         assert len(read_table(scenario / name / "samples.csv")) == 80
     pictures = {path.name for path in scenario.glob("*.png")}
     assert {"cr_plane.png", "against_alpha.png", "scores.png", "relearn.png"} <= pictures
-    for path in pictures_in(scenario):
+    for path in scenario.rglob("*.png"):  # nothing is logged to wandb
         with Image.open(path) as image:
             assert min(image.size) > 150, path
             assert len(image.getcolors(2**20) or range(9)) > 4, path

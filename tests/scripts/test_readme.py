@@ -6,7 +6,7 @@ import shutil
 import sys
 from functools import partial
 
-from helpers import QUIET, ROOT, TINY, check, readme_block, run_forked
+from helpers import COMMON, QUIET, ROOT, check, readme_block, run_forked
 from test_data_and_models import PUBLISHED
 from test_pipeline import read_table
 
@@ -70,12 +70,12 @@ def test_method_and_metric_are_added_as_the_readme_says(tmp_path):
         before = partial(import_from, project)
         return check(run_forked(*command, cwd=tmp_path, root=project, before=before))
 
-    run("main_original_model.py", *TINY, *QUIET, "--num_epochs", 1)
+    run("main_original_model.py", *COMMON, "--num_epochs", 1)
     assert re.search("catastrophic +num_epochs 5", run("main_unlearn.py", "--help").stdout)
-    added = [*TINY, *QUIET, "--unlearn_name", "catastrophic", "--num_epochs", 1]
+    added = [*COMMON, "--unlearn_name", "catastrophic", "--num_epochs", 1]
     run("main_unlearn.py", *added)
     run("main_unlearn_cpu.py", *added)
-    evaluate = [*TINY, *QUIET, "--unlearn_name", "all", "--resplits", 2, "--alphas", 0.1]
+    evaluate = [*COMMON, "--unlearn_name", "all", "--resplits", 2, "--alphas", 0.1]
     done = run("main_evaluate.py", *evaluate, "--columns", "all")
     rows = read_table(tmp_path / "runs/resnet18w8_digits_seed1/random_0.9/results.csv")
     assert {row["method"] for row in rows} == {"original", "catastrophic", "cpu_catastrophic"}

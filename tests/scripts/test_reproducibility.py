@@ -5,18 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import (
-    QUIET,
-    TINY,
-    check,
-    read_json,
-    run_forked,
-    run_in_process,
-    run_script,
-    same_weights,
-)
-
-import main_unlearn_cpu  # noqa: F401 - forks start faster when everything is imported
+from helpers import COMMON, check, read_json, run_forked, run_in_process, run_script, same_weights
 
 ORIGINAL = "resnet18w8_digits_seed1/original_model.pth"
 
@@ -31,7 +20,7 @@ def three_runs(tmp_path_factory):
     seeds = {"first": 1, "second": 1, "third": 2}
     for runs, seed in seeds.items():
         run = run_script if runs == "first" else run_forked
-        common = [*TINY, *QUIET, "--runs_dir", runs, "--seed", seed, "--num_epochs", 1]
+        common = [*COMMON, "--runs_dir", runs, "--seed", seed, "--num_epochs", 1]
         check(run("main_original_model.py", *common, cwd=folder))
         cpu = ["main_unlearn_cpu.py", *common, "--unlearn_name", "finetune"]
         check(run_forked(*cpu, cwd=folder))
@@ -50,7 +39,7 @@ def test_same_seed_gives_same_weights_and_another_seed_others(three_runs):
 def test_lamda_zero_gives_the_weights_of_the_base_method(three_runs, tmp_path):
     methods = ("finetune", "retrain")
     original = three_runs[0] / "original_model.pth"
-    common = [*TINY, *QUIET, "--num_epochs", 2, "--model_dir", original, "--unlearn_name", *methods]
+    common = [*COMMON, "--num_epochs", 2, "--model_dir", original, "--unlearn_name", *methods]
     check(run_in_process("main_unlearn.py", *common, cwd=tmp_path))
     check(run_in_process("main_unlearn_cpu.py", *common, "--lamda", 0, cwd=tmp_path))
     root = tmp_path / "runs/resnet18w8_digits_seed1/random_0.9"
@@ -65,7 +54,7 @@ def test_lamda_zero_gives_the_weights_of_the_base_method(three_runs, tmp_path):
 def test_compiled_network_gives_same_weights(tmp_path, monkeypatch):
     """torch's backend "eager" captures the graphs and compiles no kernels, which takes minutes."""
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
-    common = ["main_original_model.py", *TINY, *QUIET, "--num_epochs", 1, "--batch_size", 400]
+    common = ["main_original_model.py", *COMMON, "--num_epochs", 1, "--batch_size", 400]
     for runs, more in (("plain", []), ("compiled", ["--compile"])):
         check(run_in_process(*common, *more, "--runs_dir", runs, cwd=tmp_path))
     assert same_weights(*(tmp_path / runs / ORIGINAL for runs in ("plain", "compiled")))

@@ -1,12 +1,8 @@
 """Terminals without Unicode, and closed output pipes."""
 
-from helpers import QUIET, TINY, check, forks, run_forked, start_script
-
-import main_evaluate  # noqa: F401 - forks start faster when everything is imported
-import main_unlearn_cpu  # noqa: F401
+from helpers import COMMON, check, forks, run_forked, start_script
 
 pytestmark = forks
-COMMON = [*TINY, *QUIET]
 
 
 def test_characters_that_the_terminal_cannot_show_are_replaced(tmp_path):

@@ -10,8 +10,8 @@ from functools import partial
 import pytest
 import torch
 from helpers import (
+    COMMON,
     QUIET,
-    TINY,
     check,
     forks,
     read_json,
@@ -22,13 +22,11 @@ from helpers import (
 )
 
 FOLDER = "runs/resnet18w8_digits_seed1"
-COMMON = [*TINY, *QUIET]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # A network without BatchNorm: 300,000 weights, 4 patches.
 VIT = ["--model_name", "test_vit", "--image_size", 32, "--no_pretrained", "--device", "cpu", *QUIET]
 
 pytestmark = forks
-
 
 # On two processes, which connect through a free port.
 run_two = partial(run_script, program=TORCHRUN)

@@ -9,18 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import (
-    PIPELINE_EVALUATION,
-    QUIET,
-    ROOT,
-    TINY,
-    check,
-    run_forked,
-    script_environment,
-)
+from helpers import COMMON, PIPELINE_EVALUATION, ROOT, TINY, check, run_forked, script_environment
 from test_pipeline import read_table
-
-import main_original_model  # noqa: F401 - forks start faster when everything is imported
 
 
 def read_offline_run(path):
@@ -67,15 +57,8 @@ def test_curves_and_flags_are_logged(pipeline):
     written = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in curves] == [1, 2, 3]
     for logged, kept in zip(curves, written, strict=True):
-        assert {
-            "loss",
-            "train_acc",
-            "retain_acc",
-            "forget_acc",
-            "test_acc",
-            "q_hat",
-            "images_per_second",
-        } <= set(kept)
+        accuracies = {f"{part}_acc" for part in ("train", "retain", "forget", "test")}
+        assert accuracies | {"loss", "q_hat", "images_per_second"} <= set(kept)
         assert all(logged[key] == pytest.approx(value) for key, value in kept.items())
     assert config["flags"]["alpha"] == 0.05 and config["forget_set"] == "56d878fd8c3a6704"
     for done in pipeline.output.values():
@@ -120,7 +103,7 @@ def test_parallel_runs_of_the_sweep_log_their_own_gap(pipeline, tmp_path):
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         started[name] = subprocess.Popen(command, cwd=tmp_path, env=environment)
     assert [process.wait(timeout=300) for process in started.values()] == [0, 0]
-    evaluate = ["--unlearn_name", "all", *TINY, *QUIET, *PIPELINE_EVALUATION, "--no_pictures"]
+    evaluate = ["--unlearn_name", "all", *COMMON, *PIPELINE_EVALUATION, "--no_pictures"]
     check(run_forked("main_evaluate.py", *evaluate, cwd=tmp_path))
     folder = tmp_path / "runs/resnet18w8_digits_seed1/random_0.9"
     gaps = {row["method"]: float(row["gap"] or 0) for row in read_table(folder / "results.csv")}

@@ -34,11 +34,7 @@ def load(path):
 
 
 def same(state, expected):
-    return state.keys() == expected.keys() and all(map(torch.equal, *values(state, expected)))
-
-
-def values(state, expected):
-    return [state[name] for name in expected], expected.values()
+    return state.keys() == expected.keys() and all(state[key].equal(expected[key]) for key in state)
 
 
 def refused(path, *words):

@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from helpers import QUIET, TINY, check, fails_in_one_line, run_in_process
+from helpers import COMMON, QUIET, check, fails_in_one_line, run_in_process
 
-COMMON = [*TINY, *QUIET]
+import utils
+
 ORIGINAL = ["main_original_model.py", *COMMON]
 UNLEARN_ANY = ["main_unlearn.py", *COMMON]
 UNLEARN = [*UNLEARN_ANY, "--unlearn_name", "finetune"]
@@ -34,10 +35,10 @@ IMAGES_NOWHERE = ["--data_name", "image_folder", "--data_dir", "nowhere"]
 VIT = ["main_original_model.py", *QUIET, "--model_name", "vit"]
 FLAG_MISTAKES = [
     ([*ORIGINAL, "--num_classes", 12], ["--num_classes 12", "10 classes"]),
-    ([*ORIGINAL, "--learning_rate", "-1"], ["--learning_rate", "-1"]),
     ([*ORIGINAL, "--num_epochs", "many"], ["--num_epochs", "many"]),
     ([*ORIGINAL, "--unknown_flag", 1], ["--unknown_flag"]),
     ([*UNLEARN, "--label", "a/b"], ["--label", "a/b"]),
+    (UNLEARN_ANY, ["--unlearn_name"]),
     ([*ORIGINAL, "--model_name", "resnet19"], ["--model_name resnet19"]),
     ([*ORIGINAL, "--device", "cuda:99"], ["--device cuda:99", "--device cpu"]),
     ([*ORIGINAL, *IMAGES_NOWHERE], ["nowhere"]),
@@ -53,9 +54,7 @@ FLAG_MISTAKES = [
     ([*UNLEARN, "--runs_dir", "empty"], ["original_model.pth", "main_original_model.py"]),
     ([*CPU, "--alpha", "0"], ["--alpha", "0"]),
     ([*CPU, "--alpha", "0.005", "--num_epochs", 1], ["--alpha 0.005", "199", "100"]),
-    ([*EVALUATE, "--alphas", "0.05,1"], ["--alphas", "1"]),
     ([*EVALUATE, "--cal_sizes", "900"], ["--cal_sizes 900"]),
-    ([*EVALUATE, "--score", "thr,lac"], ["--score", "lac"]),
     ([*EVALUATE, "--seed", 7], ["seed7"]),
     ([*EVALUATE, "--model_dir", "some/file.pth"], ["some/file.pth"]),
 ]
@@ -66,6 +65,23 @@ def test_mistake_in_a_flag_is_reported_in_one_line_and_changes_nothing(command, 
     before = sorted(trained.folder.rglob("*"))
     fails_in_one_line(run_in_process(*command, cwd=trained.folder), *words)
     assert sorted(trained.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [(KeyboardInterrupt(), 130, "results are kept"), (MemoryError(), 2, "error: out of memory")]
+    + [(KeyboardInterrupt("--resume"), 130, "interrupted; --resume"), (SystemExit(3), 3, "")]
+    + [(FileNotFoundError(2, "", "a.png"), 2, "a.png"), (BrokenPipeError(), 141, "")]
+    + [(utils.UserError("cat\x1b[31m\né猫"), 2, r"error: cat\x1b[31m\né猫")],
+)
+def test_script_ends_with_a_status_and_at_most_one_line(error, status, words, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        utils.run_script(main)
+    line = capsys.readouterr().err
+    assert end.value.code == status and words in line and line.count("\n") == bool(words)
 
 
 # ---------------------------------------------------------------- checkpoints

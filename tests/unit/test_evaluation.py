@@ -128,6 +128,20 @@ def evaluated(bench, evaluated_runs):
     return bench
 
 
+@pytest.mark.parametrize(
+    ("flag", "default", "refused"),
+    [("alphas", [0.05, 0.1, 0.15, 0.2], "1"), ("score", ["thr"], "lac"), ("batch_size", None, "0")]
+    + [("cal_sizes", None, "0"), ("columns", "short", "few"), ("relearn_on", ["forget"], "test")]
+    + [("relearn", 0, "-1"), ("resplits", 100, "0"), ("no_pictures", False, "1")],
+)
+def test_flag_has_a_default_and_bounds(flag, default, refused, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main_evaluate.py", "--unlearn_name=all"])
+    assert getattr(main_evaluate.parse_flags(), flag) == default
+    sys.argv.append(f"--{flag}={refused}")
+    with pytest.raises(utils.UserError, match=f"--{flag}"):
+        main_evaluate.parse_flags()
+
+
 # ---------------------------------------------------------------- logits
 
 
@@ -234,7 +248,8 @@ def test_logits_that_do_not_fit_the_data_name_the_file(bench, changes, word):
 def test_logits_without_a_fingerprint_are_used_and_the_fingerprint_is_printed(bench, capsys):
     bench.save_logits("GA", 3, data="")
     bench.evaluate("--unlearn_name", "GA", *ALPHAS)
-    assert f"data={bench.data.fingerprint}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"data={bench.data.fingerprint}" in output and "GA: measured" in output
     assert methods(bench.table()) == ["GA"]
 
 

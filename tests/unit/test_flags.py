@@ -1,10 +1,12 @@
 """Flags: values, paths, devices, labels, and the command that gives the same flags."""
 
+import re
 import sys
 from argparse import ArgumentTypeError, Namespace
+from itertools import pairwise
 
 import pytest
-from helpers import flags, training_parser
+from helpers import check, flags, run_in_process, training_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +30,41 @@ def test_number_outside_its_bounds_is_refused(kind, bounds, accepted, refused):
     for text in refused:
         with pytest.raises((ArgumentTypeError, ValueError)):
             parse(text)
+
+
+SEEDS = [0, 2**32 - 1], f"-1 {2**32}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "accepted", "refused"),
+    [("width", [1, 512], "0 513"), ("image_size", [1, 4096], "0 4097"), ("num_classes", [2], "1")]
+    + [("workers", [0, 1024], "-1 1025"), ("seeds", [[0], [1, 2]], "1,1 -1"), ("seed", *SEEDS)]
+    + [("split_seed", *SEEDS), ("data_name", ["cifar10", "image_folder"], "mnist")]
+    + [("wandb_mode", ["online", "offline", "disabled"], "on"), ("batch_size", [3], "2")]
+    + [("unlearn_type", ["random", "class", "subclass", "list"], "all"), ("num_epochs", [1], "0")]
+    + [("retain_ratio", [1e-9, 0.9], "0 1"), ("learning_rate", [1e-9], "0")]
+    + [("milestones", [[1], [1, 2]], "0"), ("precision", ["auto", "fp32", "tf32", "bf16"], "fp16")]
+    + [("jobs", [1, 1024], "0 1025"), ("save_every", [0.0, 0.5], "-1")],
+)
+def test_flag_has_bounds_or_choices(flag, accepted, refused):
+    def parsed(text):
+        args = training_parser().parse_args(["--unlearn_name=RL", f"--{flag}={text}"])
+        return getattr(args, flag)
+
+    for value in accepted:
+        assert parsed(str(value).strip("[]")) == value
+    for text in refused.split():
+        with pytest.raises(UserError, match=f"--{flag}"):
+            parsed(text)
+
+
+@pytest.mark.parametrize("name", ["original_model", "unlearn", "unlearn_cpu", "evaluate"])
+def test_help_describes_every_flag(name, tmp_path):
+    lines = check(run_in_process(f"main_{name}.py", "--help", cwd=tmp_path)).stdout.splitlines()
+    flags = [pair for pair in pairwise([*lines, ""]) if pair[0].startswith("  --")]
+    assert len(flags) > 20
+    for line, following in flags:  # beside the flag, or below it where the flag is long
+        assert re.search(r"\S {2,}\S", line) or following.startswith(" " * 20), line
 
 
 def test_list_is_split_at_commas_and_may_not_repeat_a_value():
@@ -117,8 +154,10 @@ def test_command_of_any_flags_is_parsed_to_the_same_flags(values, switches, name
 def test_command_has_changed_flags_and_no_defaults():
     parser = training_parser()
     args = parser.parse_args(["--unlearn_name", "RL", "--seeds", "1,2", "--label", "x", "--resume"])
-    words = utils.command_line(parser, args, unlearn_name="GA", seed=0, label=None)[2:]
-    assert words == ["--width=16", "--seed=0", "--unlearn_name=GA", "--resume"]
+    changes = {"unlearn_name": "GA", "seed": 0, "label": None, "learning_rate": -1e-5, "jobs": 1}
+    words = utils.command_line(parser, args, **changes)[2:]
+    expected = ["--width=16", "--seed=0", "--unlearn_name=GA", "--learning_rate=-1e-05", "--resume"]
+    assert words == expected
 
 
 @pytest.mark.parametrize(
@@ -127,10 +166,3 @@ def test_command_has_changed_flags_and_no_defaults():
 )
 def test_width_is_that_of_the_data_set_unless_it_is_passed(flags, width):
     assert training_parser().parse_args(["--unlearn_name", "all", *flags]).width == width
-
-
-def test_command_has_negative_numbers():
-    parser = training_parser()
-    args = parser.parse_args(["--unlearn_name", "RL"])
-    words = utils.command_line(parser, args, learning_rate=-1e-5, seed=1)
-    assert "--learning_rate=-1e-05" in words and "--seed=1" not in words

@@ -6,22 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
-    QUIET,
-    TINY,
-    check,
-    flags,
-    read_json,
-    read_weights,
-    run_in_process,
-    same_weights,
-)
+from helpers import COMMON, check, flags, read_json, read_weights, run_in_process, same_weights
 
 import utils
 from models import checkpoint
 from models.resnet import ResNet18
 
-COMMON = [*TINY, *QUIET]
 RUN_FOLDER = "runs/resnet18w8_digits_seed1"
 
 

@@ -168,13 +168,10 @@ def test_several_classes_are_forgotten_together(kind):
 
 @pytest.mark.parametrize(("kind", "count"), [("class", 4), ("subclass", 8)])
 def test_unnamed_class_is_drawn_from_the_split_seed(kind, count):
-    data = labelled(subclasses=8)
-    drawn = [
-        utils.make_split(data, Scenario(kind, split_seed=seed)).forget_classes
-        for seed in range(1, 40)
-    ]
+    data, seeds = labelled(subclasses=8), range(1, 40)
+    drawn = [utils.make_split(data, Scenario(kind, split_seed=n)).forget_classes for n in seeds]
     assert set(drawn) == {(number,) for number in range(count)}
-    permutations = [utils.permutation(seed, "forget class", count) for seed in range(1, 40)]
+    permutations = [utils.permutation(seed, "forget class", count) for seed in seeds]
     assert drawn == [(order[0],) for order in permutations]
 
 
