@@ -84,7 +84,7 @@ def set_influences(conformal_scores, name, size, alpha):
     # calibration images (Bahadur 1966). Slopes are per this coverage, over ± two deviations of it.
     deviation = math.sqrt(alpha * (1 - alpha) / (len(outputs.calibration(size)) + 2))
     levels = 1 - alpha + 2 * deviation * torch.tensor([-1, 1], dtype=torch.float64)
-    change = levels.diff() if 0 < levels[0] and levels[1] < 1 else math.nan
+    change = levels.diff() if levels[0] > 0 and levels[1] < 1 else math.nan
     used = (calibrates | tests).any(dim=0)
     around = held_out.true_label[used].quantile(levels.clamp(0, 1), interpolation="higher")
     near = _terms(conformal_scores, score, used, around)  # at q̂ a little lower and higher

@@ -23,6 +23,7 @@ WEIGHTS_KEYS = ("model", "state_dict", "model_state_dict", "net")
 # What DistributedDataParallel and torch.compile put in front of a parameter's name.
 WRAPPERS = ("module.", "_orig_mod.")
 
+
 def write_file(path, write):
     """Write a file on the first process only: ``write(file)``, then a rename, which is atomic.
 
@@ -47,10 +48,7 @@ def write_file(path, write):
 
 
 def save(path, state, meta):
-    """Save a checkpoint of a state_dict. ``meta`` gets the :func:`weights_hash` as ``weights``.
-
-    Atomic, as :func:`write_file`.
-    """
+    """Save a checkpoint (atomic). ``meta`` gets the :func:`weights_hash` of ``state``."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     content = {"model": state, "meta": meta | {"weights": weights_hash(state)}}
     write_file(path, lambda file: torch.save(content, file))

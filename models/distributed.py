@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .errors import UserError
 
+
 def rank():
     """This process's number among those that torchrun started; 0 without torchrun."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0

@@ -10,6 +10,18 @@ import pytest
 from helpers import PIPELINE_EVALUATION, TINY, check, flags, readme_block, run_forked
 
 
+@pytest.fixture
+def torchrun(monkeypatch):
+    """Call it with a rank to be that process of two, as torchrun would start it."""
+
+    def start(rank, world_size=2):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def digits():
     import torch

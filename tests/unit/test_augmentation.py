@@ -27,17 +27,6 @@ def normalised(pixels):
     return (pixels / 255 - mean) / std
 
 
-@pytest.fixture
-def as_rank(monkeypatch):
-    """Call it with a rank to be that process of two, as torchrun would start it."""
-
-    def set_rank(rank):
-        for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": 2, "RANK": rank}.items():
-            monkeypatch.setenv(name, str(value))
-
-    return set_rank
-
-
 # ---------------------------------------------------------------- crop, flip, grayscale
 
 
@@ -91,13 +80,13 @@ def test_augmentation_of_digits_is_pinned(digits):
     assert batch[5, 0, 3, 4].item() == pytest.approx(1.3473392, abs=1e-6)
 
 
-def test_augmentation_on_two_processes_equals_that_on_one(as_rank):
+def test_augmentation_on_two_processes_equals_that_on_one(torchrun):
     spec = replace(PLAIN, flip=True, grayscale=0.3)
     pixels = random_pixels(17)
     whole = utils.random_augment(pixels, spec, seeds.generator(1, "test"), [8, 9])
     assert whole.equal(utils.random_augment(pixels, spec, seeds.generator(1, "test")))
     for rank in (0, 1):
-        as_rank(rank)
+        torchrun(rank)
         mine = torch.cat([distributed.local_rows(batch) for batch in (pixels[:8], pixels[8:])])
         made = utils.random_augment(mine, spec, seeds.generator(1, "test"), [8, 9])
         assert made.equal(torch.cat([batch[rank::2] for batch in whole.split([8, 9])]))
@@ -126,12 +115,12 @@ def test_images_are_resized_to_the_input_size_of_the_model():
     assert next(rectangles.batches([torch.arange(2)])).shape == (2, 3, 8, 8)
 
 
-def test_two_processes_get_every_second_image_of_each_batch(as_rank):
+def test_two_processes_get_every_second_image_of_each_batch(torchrun):
     data = images()
     index_batches = [torch.tensor([3, 1, 9]), torch.tensor([5]), torch.tensor([7, 6, 0, 2])]
     whole = list(data.batches(index_batches, seeds.generator(1, "test")))
     for rank in (0, 1):
-        as_rank(rank)
+        torchrun(rank)
         mine = list(data.batches(index_batches, seeds.generator(1, "test")))
         assert all(batch.equal(full[rank::2]) for batch, full in zip(mine, whole, strict=True))
 

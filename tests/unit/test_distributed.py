@@ -13,37 +13,25 @@ from models import distributed
 from models.errors import UserError
 
 
-@pytest.fixture
-def torchrun(monkeypatch):
-    """A function that sets the environment variables of torchrun."""
-
-    def start(**variables):
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    return start
-
-
-def test_rank_and_world_size_are_those_of_torchrun(torchrun):
-    torchrun(RANK="3", WORLD_SIZE="5")
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    torchrun(TORCHELASTIC_RUN_ID="none")
+def test_rank_and_world_size_are_those_of_torchrun(torchrun, monkeypatch):
+    torchrun(3, world_size=5)
     assert (distributed.rank(), distributed.world_size()) == (3, 5)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
-@pytest.mark.parametrize(("rank", "turn"), [("0", 0), ("1", 1), ("4", 1)])
+@pytest.mark.parametrize(("rank", "turn"), [(0, 0), (1, 1), (4, 1)])
 def test_first_process_calls_before_the_others(rank, turn, torchrun, monkeypatch):
-    torchrun(TORCHELASTIC_RUN_ID="none", RANK=rank, WORLD_SIZE="8")
+    torchrun(rank, world_size=8)
     events = []
     monkeypatch.setattr(dist, "barrier", lambda: events.append("barrier"))
     result = distributed.first_process_first(lambda: events.append("call") or 7)
     assert result == 7 and len(events) == 2 and events.index("call") == turn
 
 
-@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+@pytest.mark.parametrize(("rank", "shown"), [(0, True), (1, False)])
 def test_only_first_process_shows_progress_on_a_terminal(rank, shown, torchrun, monkeypatch):
-    torchrun(TORCHELASTIC_RUN_ID="none", RANK=rank, WORLD_SIZE="2")
+    torchrun(rank)
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     with distributed.progress_bar(total=2, desc="images", file=terminal) as bar:
@@ -54,7 +42,7 @@ def test_only_first_process_shows_progress_on_a_terminal(rank, shown, torchrun, 
 
 
 def test_jobs_under_torchrun_are_refused(torchrun):
-    torchrun(TORCHELASTIC_RUN_ID="none", RANK="0", WORLD_SIZE="2")
+    torchrun(rank=0)
     with pytest.raises(UserError, match="--jobs"):
         distributed.run_commands([["true"]], jobs=2)
 
@@ -78,10 +66,9 @@ def run_three(capfd, jobs, titles=None):
     return statuses, sorted(capfd.readouterr().out.splitlines())
 
 
-def test_commands_share_threads_take_gpus_in_turn_and_print_after_their_titles(
-    capfd, monkeypatch, torchrun
-):
-    torchrun(CUDA_VISIBLE_DEVICES="4,6", WANDB_RUN_ID="x", OTHER="kept")
+def test_commands_share_threads_take_gpus_in_turn_and_print_after_titles(capfd, monkeypatch):
+    for name, value in {"CUDA_VISIBLE_DEVICES": "4,6", "WANDB_RUN_ID": "x", "OTHER": "kept"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     statuses, lines = run_three(capfd, 3, ["a", "b", "c"])
@@ -91,7 +78,7 @@ def test_commands_share_threads_take_gpus_in_turn_and_print_after_their_titles(
         "b: 2 6 unset kept 1 True", "b: reason 0 ''", "b: \ufffd",
         "c: 2 4 unset kept 1 True", "c: reason 9 ''", "c: \ufffd",
     ]  # fmt: skip
-    torchrun(OMP_NUM_THREADS="5")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
     _, lines = run_three(capfd, 1)
     assert lines[:3] == ["5 4 unset kept 1 True"] * 2 + ["5 6 unset kept 1 True"]
 
@@ -106,7 +93,7 @@ def test_commands_use_all_threads_if_there_are_more_than_commands(capfd, monkeyp
         assert {line.split()[0] for line in lines if line.endswith("True")} == {expected}
 
 
-def test_one_process_keeps_its_rows_and_sums_and_does_not_wait(torchrun):
+def test_one_process_keeps_its_rows_and_sums_and_does_not_wait():
     rows = torch.arange(3)
     assert distributed.gather_rows(rows, 3) is rows and distributed.local_rows(rows).equal(rows)
     distributed.add_up([rows])

@@ -9,7 +9,7 @@ import torch
 from helpers import flags
 
 import utils
-from models import checkpoint, distributed
+from models import checkpoint
 from models.errors import UserError
 
 
@@ -99,9 +99,9 @@ def test_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path):
     assert set(files(tmp_path).values()) == {"third"}
 
 
-def test_other_ranks_create_move_and_remove_nothing(tmp_path, monkeypatch):
+def test_other_ranks_create_move_and_remove_nothing(tmp_path, torchrun):
     write(tmp_path / ".unfinished", "rank 0", names=["model.pth"])
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    torchrun(rank=1)
     with utils.unfinished_folder(tmp_path) as unfinished:
         assert unfinished == tmp_path / ".unfinished"
         utils.move_up(unfinished)

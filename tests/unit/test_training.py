@@ -163,11 +163,10 @@ def test_teacher_has_the_precision_of_training_and_no_gradient(precision):
     assert retain_only.outputs_of(nn.Identity(), "forget").shape == (0, 5)
 
 
-def test_under_torchrun_a_batch_has_every_second_row_of_each_step(monkeypatch):
+def test_under_torchrun_a_batch_has_every_second_row_of_each_step(torchrun):
     job = small_job("finetune")
     steps = one_epoch(job).steps("retain", "forget")
-    for variable, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"}.items():
-        monkeypatch.setenv(variable, value)
+    torchrun(rank=1)
     for (indices, num_retain), batch in zip(steps, one_epoch(job).visit(steps), strict=True):
         assert batch.indices.equal(indices[1::2])
         assert batch.num_retain == len(indices[:num_retain][1::2])

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 import utils
-from models import distributed
 
 
 class Wandb:
@@ -105,8 +104,8 @@ def test_wandb_mode_comes_from_flag_then_settings_then_login(
     assert [options["mode"] for name, options in wandb.calls if name == "init"] == expected
 
 
-def test_only_the_first_rank_logs(install, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+def test_only_the_first_rank_logs(install, tmp_path, torchrun):
+    torchrun(rank=1)
     wandb = install()
     run(tmp_path)
     assert not wandb.calls
