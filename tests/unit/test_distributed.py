@@ -67,8 +67,8 @@ def run_three(capfd, jobs, titles=None):
 
 
 def test_commands_share_threads_take_gpus_in_turn_and_print_after_titles(capfd, monkeypatch):
-    for name, value in {"CUDA_VISIBLE_DEVICES": "4,6", "WANDB_RUN_ID": "x", "OTHER": "kept"}.items():
-        monkeypatch.setenv(name, value)
+    for pair in (("CUDA_VISIBLE_DEVICES", "4,6"), ("WANDB_RUN_ID", "x"), ("OTHER", "kept")):
+        monkeypatch.setenv(*pair)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     statuses, lines = run_three(capfd, 3, ["a", "b", "c"])

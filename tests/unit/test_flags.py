@@ -65,6 +65,9 @@ def test_help_describes_every_flag(name, tmp_path):
     assert len(flags) > 20
     for line, following in flags:  # beside the flag, or below it where the flag is long
         assert re.search(r"\S {2,}\S", line) or following.startswith(" " * 20), line
+    text = " ".join(" ".join(lines).split())
+    assert "training (default: 1)" in text and "(default: ./runs)" in text
+    assert not re.search(r"\(default: (None|False)\)", text)
 
 
 def test_list_is_split_at_commas_and_may_not_repeat_a_value():
